@@ -1,0 +1,28 @@
+"""Sequence length warmup, CompleteP and early weight averaging for DeepSpeed, from one JSON file.
+
+    import ds_plugin
+    engine, optimizer, loader, scheduler = ds_plugin.initialize(model=model, config="config.json")
+    with ds_plugin.attached(engine).averaged_weights():
+        evaluate()
+
+Importing this package is cheap: DeepSpeed is imported when one of the names below is first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_plugin.config import PluginConfig, split_config
+    from ds_plugin.engine import Plugin, attach, attached, detach, initialize
+
+__all__ = ["Plugin", "PluginConfig", "attach", "attached", "detach", "initialize", "split_config"]
+__version__ = "0.1.0"
+
+_HOME = {"PluginConfig": "ds_plugin.config", "split_config": "ds_plugin.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ds_plugin' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME.get(name, "ds_plugin.engine")), name)

@@ -1,0 +1,46 @@
+"""Files that are either whole or absent, whatever interrupts the writing."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` for the block to write; put it in place when the block succeeds.
+
+    The file is flushed to disk before the rename and the folder after it, so that after a crash `path` holds either its
+    old content or all of the new one. If the block raises, the temporary file goes and `path` stays as it was. Several
+    of these in one `with` statement are put in place from the last to the first: name the file that marks the set as
+    complete first.
+
+    The temporary name is hidden, ends in the same suffix (some writers choose a format by it) and carries the process
+    id, so that two processes that write the same file do not meet.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then put it in place: see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        write(temporary)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` last through a power cut (a file's own fsync covers its content only)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

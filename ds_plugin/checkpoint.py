@@ -1,0 +1,157 @@
+"""The methods' state beside DeepSpeed's checkpoints, in the same tag folder.
+
+``ds_plugin.json`` is the manifest: what the checkpoint was trained with, and the small state that is equal on all
+ranks. Each method's large state is in files of its own. The manifest and every shard carry the id of the save they
+belong to. Everything is on disk before DeepSpeed's ``latest`` names the tag.
+"""
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from ds_plugin import compat
+from ds_plugin.atomic import atomic_write
+from ds_plugin.errors import CheckpointError, together
+from ds_plugin.weight_averaging import checkpoint as window_files
+
+if TYPE_CHECKING:
+    from ds_plugin.engine import Plugin
+
+MANIFEST = "ds_plugin.json"
+FORMAT = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file atomically."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def save(plugin: "Plugin", folder: Path) -> None:
+    """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise."""
+    engine = plugin.engine
+    save_id = [uuid.uuid4().hex]
+    dist.broadcast_object_list(save_id, src=0)
+    with together():
+        folder.mkdir(parents=True, exist_ok=True)
+        if plugin.averager is not None:
+            window_files.save(
+                folder, plugin.averager, rank=dist.get_rank(), world_size=dist.get_world_size(), save_id=save_id[0]
+            )
+        writes = engine.local_rank == 0 if engine.use_node_local_storage() else dist.get_rank() == 0
+        if writes:
+            write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0]), indent=1))
+
+
+def check(plugin: "Plugin", folder: Path) -> dict[str, Any] | None:
+    """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
+
+    Raises:
+        CheckpointError: it is damaged, or was written by another model, layout or recipe.
+    """
+    manifest: dict[str, Any] | None = None
+    with together():
+        path = folder / MANIFEST
+        if path.is_file():
+            try:
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                _compare(plugin, manifest, path)
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise CheckpointError(
+                    f"{path} is damaged ({error}); restore it, or resume from another checkpoint"
+                ) from None
+    if manifest is None and dist.get_rank() == 0:
+        logger.warning(
+            f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin. The length follows from its "
+            "step; token counts start at zero and the averaging window starts empty."
+        )
+    return manifest
+
+
+def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> None:
+    """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine."""
+    with together():
+        if manifest is not None and manifest["global_steps"] != plugin.engine.global_steps:
+            raise CheckpointError(
+                f"{folder / MANIFEST} was saved at step {manifest['global_steps']}, DeepSpeed's files beside it at "
+                f"step {plugin.engine.global_steps}: two saves are mixed in this folder; resume from another checkpoint"
+            )
+        state = manifest["state"] if manifest else {}
+        if plugin.warmup is not None:
+            plugin.warmup.load_state(state.get("sequence_length_warmup"))
+        if plugin.averager is not None:
+            if manifest is not None and "weight_averaging" in state:
+                window_files.load(
+                    folder,
+                    plugin.averager,
+                    rank=dist.get_rank(),
+                    world_size=dist.get_world_size(),
+                    save_id=manifest["save_id"],
+                )
+            else:
+                plugin.averager.reset()
+
+
+def latest_tag(plugin: "Plugin", load_dir: str | Path) -> str | None:
+    """The tag DeepSpeed would load from ``load_dir``, or None when nothing is there."""
+    name = "latest_universal" if plugin.engine.load_universal_checkpoint() else "latest"
+    path = Path(load_dir) / name
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _manifest(plugin: "Plugin", save_id: str) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    if plugin.warmup is not None:
+        state["sequence_length_warmup"] = plugin.warmup.state()
+    if plugin.averager is not None:
+        state["weight_averaging"] = {"steps": plugin.averager.steps}
+    return {
+        "format": FORMAT,
+        "save_id": save_id,
+        "global_steps": plugin.engine.global_steps,
+        "world_size": dist.get_world_size(),
+        "zero_stage": int(plugin.engine.zero_optimization_stage()),
+        "sections": plugin.config.to_dict(),
+        "model": _shapes(plugin),
+        "state": state,
+    }
+
+
+def _shapes(plugin: "Plugin") -> dict[str, list[int]]:
+    return {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
+
+
+def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; use the version it is from"
+        )
+    saved, here = manifest["model"], _shapes(plugin)
+    for name in [*saved, *here]:
+        if saved.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{path}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and "
+                f"{here.get(name, 'absent')} in this model; build the model the checkpoint was trained with, or start "
+                "a new run"
+            )
+    recipe, ours = manifest["sections"].get("completep"), plugin.config.to_dict().get("completep")
+    if recipe != ours:
+        raise CheckpointError(
+            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
+            "same section"
+        )
+    if plugin.averager is not None and "weight_averaging" in manifest["state"]:
+        for key, value in (
+            ("world_size", dist.get_world_size()),
+            ("zero_stage", int(plugin.engine.zero_optimization_stage())),
+        ):
+            if manifest[key] != value:
+                raise CheckpointError(
+                    f"{path}: the averaging window was saved with {key} {manifest[key]}, this run has {value}; resume "
+                    f"with {key} {manifest[key]}"
+                )

@@ -1,0 +1,78 @@
+"""Everything private this package touches in DeepSpeed, named once and probed before training.
+
+Read in deepspeed 0.19.8. `probe_*` functions raise one clear error when a name is missing, so that a new DeepSpeed
+fails at start and not in the middle of a run.
+"""
+
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from ds_plugin.errors import StateError
+
+# -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
+BF16_MASTERS = "fp32_groups_flat_partition"  # BF16_Optimizer: one flat partition per param group
+UNFUSED_MASTERS = "fp32_groups"  # FP16_UnfusedOptimizer: [group][parameter], whole tensors
+UNFUSED_LOW_PRECISION = "fp16_groups"
+FUSED_MASTERS = "fp32_groups_flat"  # FP16_Optimizer: one flat tensor per param group, whole
+FUSED_LOW_PRECISION = "fp16_groups_flat"
+ZERO12_MASTERS = "single_partition_of_fp32_groups"  # one flat partition per param group
+ZERO3_MASTERS = "fp32_partitioned_groups_flat"  # one flat partition per sub-group
+# -- how the low-precision copies are refreshed from them ------------------------------------------------------------
+REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
+ZERO3_RELEASE = "_partition_all_parameters"  # drop gathered parameters, or they would keep their old values
+ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group: masters -> low-precision partition
+ZERO3_PERSISTENT = "persistent_parameters"  # small parameters that stay gathered on every rank
+ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
+
+
+def deepspeed_version() -> str:
+    """The installed DeepSpeed's version."""
+    return importlib.metadata.version("deepspeed")
+
+
+def need(owner: Any, *names: str) -> None:
+    """Raise `StateError` naming the first attribute that ``owner`` lacks: this DeepSpeed is not laid out as known."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise StateError(
+                f"deepspeed {deepspeed_version()}: {type(owner).__name__} has no attribute {name!r}, which this "
+                "package needs (read in 0.19.8); install a DeepSpeed version from this package's tested range"
+            )
+
+
+def is_pipeline(engine: Any) -> bool:
+    """Whether ``engine`` is DeepSpeed's pipeline engine, whose step is `train_batch`."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    return isinstance(engine, PipelineEngine)
+
+
+def is_nvme_offloaded(engine: Any) -> bool:
+    """Whether the optimizer's masters live in files, so that the tensors in memory are empty."""
+    return bool(engine.zero_nvme_offload_optimizer())
+
+
+def global_shape(parameter: torch.nn.Parameter) -> list[int]:
+    """The shape of a parameter before ZeRO-3 partitioned it."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def decoupled_checkpoint(engine: Any) -> bool:
+    """Whether DeepSpeed writes checkpoints in the background and publishes ``latest`` itself, later."""
+    return bool(engine.checkpoint_engine.is_decoupled())
+
+
+def sequence_parallel_size(engine: Any) -> int:
+    """Over how many ranks DeepSpeed cuts each sample (Ulysses); 1 without sequence parallelism."""
+    need(engine, "seq_dp_world_size", "dp_world_size")
+    return int(engine.seq_dp_world_size) // int(engine.dp_world_size)
+
+
+def has_curriculum(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed config switches on DeepSpeed's own curriculum learning."""
+    efficiency = config.get("data_efficiency") or {}
+    sampling = efficiency.get("data_sampling") or {}
+    curriculum = sampling.get("curriculum_learning") or {}
+    return all(bool(section.get("enabled")) for section in (efficiency, sampling, curriculum))

@@ -1,0 +1,104 @@
+"""The JSON file: one config model per method, taken out before DeepSpeed reads the rest.
+
+Each model lives with its method; this module only composes them.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.config_model import SectionConfig, nearest, parse_section
+from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from megatron_patches.completep.config import CompletePConfig
+
+SECTIONS: dict[str, type[SectionConfig]] = {
+    "sequence_length_warmup": SequenceLengthWarmupConfig,
+    "completep": CompletePConfig,
+    "weight_averaging": WeightAveragingConfig,
+}
+
+_REMOVED_SECTION = (
+    "curriculum_learning: DeepSpeed 0.19.8 removed this top-level section (value {value!r}); write "
+    '"sequence_length_warmup": {{"enabled": true, "start_length": 8, "end_length": 1024, '
+    '"duration": {{"steps": 1000}}}} instead and delete "curriculum_learning"'
+)
+
+
+@dataclass(frozen=True)
+class PluginConfig:
+    """The three sections, validated. A section that is absent or ``"enabled": false`` is None: the method is off."""
+
+    sequence_length_warmup: SequenceLengthWarmupConfig | None = None
+    completep: CompletePConfig | None = None
+    weight_averaging: WeightAveragingConfig | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "PluginConfig":
+        """Read the three sections of a DeepSpeed config; other keys are DeepSpeed's and are left to it.
+
+        Raises:
+            ConfigError: a wrong field in one of the sections, a misspelt section name, or a section DeepSpeed removed.
+        """
+        if "curriculum_learning" in raw:
+            raise ConfigError(_REMOVED_SECTION.format(value=raw["curriculum_learning"]))
+        for key in raw:
+            guess = nearest(key, SECTIONS) if key not in SECTIONS else None
+            # "completion" is 0.6-close to "completep"; only a near-identical name is a misspelling for certain.
+            if guess and _misspelt(key, guess):
+                raise ConfigError(f'{key}: unknown section (DeepSpeed would ignore it); did you mean "{guess}"?')
+        parsed = {name: parse_section(model, name, raw[name]) for name, model in SECTIONS.items() if name in raw}
+        return cls(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
+
+    def to_dict(self) -> dict[str, Any]:
+        """The enabled sections with every default filled in, for logs and saved state (JSON types only)."""
+        sections = {name: getattr(self, name) for name in SECTIONS}
+        return {name: section.model_dump(mode="json") for name, section in sections.items() if section is not None}
+
+
+def _misspelt(key: str, known: str) -> bool:
+    import difflib
+
+    return difflib.SequenceMatcher(None, key.lower().replace("-", "_"), known).ratio() >= 0.85
+
+
+def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A config given as a path or a mapping, as a dict of its own (the caller's is never changed).
+
+    Raises:
+        ConfigError: the file does not exist, is not JSON, repeats a key, or does not hold an object.
+    """
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"config file {str(source)!r} cannot be read ({error.strerror}); give an existing JSON file"
+        ) from None
+    try:
+        config = json.loads(text, object_pairs_hook=_no_repeated_keys)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config file {str(source)!r} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"config file {str(source)!r} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], PluginConfig]:
+    """Separate our sections from DeepSpeed's: ``(config for deepspeed.initialize, validated sections)``."""
+    config = load_json(source)
+    plugin = PluginConfig.from_dict(config)
+    return {key: value for key, value in config.items() if key not in SECTIONS}, plugin
+
+
+def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ConfigError(f"the config file repeats the key(s) {', '.join(repeated)}; keep one of each")
+    return dict(pairs)

@@ -1,0 +1,335 @@
+"""Attach the methods to a DeepSpeed engine. The only file that knows the order of a training step:
+
+forward    the batch is shortened (training mode only)               sequence_length_warmup
+backward   the host's alone
+step       refused while the average is swapped in                   weight_averaging
+           the host's step; when it closed an accumulation window:
+             1. the window's tokens are booked                       sequence_length_warmup
+             2. if the step was applied and one is due: a snapshot   weight_averaging
+save       our files first, then the host's, then ``latest``
+load       our manifest is checked first, then the host loads, then our state
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin import checkpoint, compat
+from ds_plugin.config import PluginConfig, split_config
+from ds_plugin.errors import ConfigError, StateError, together
+from ds_plugin.group_lr import expand_scheduler
+from ds_plugin.sequence_length_warmup.batch import Shorten
+from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.zero_shards import find_shards
+
+_ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
+
+
+class Plugin:
+    """The methods on one engine. Made by `initialize` or `attach`, found again by `attached`."""
+
+    def __init__(self, engine: Any, config: PluginConfig, shorten: Shorten | None = None):
+        self.engine = engine
+        self.config = config
+        self.warmup: SequenceLengthWarmup | None = None
+        self.averager: WeightAverager | None = None
+        self._replaced: list[str] = []
+        if config.sequence_length_warmup is not None:
+            self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
+        if config.weight_averaging is not None:
+            self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
+        if self.warmup is not None or self.averager is not None:
+            self._replace("step", self._step)
+            self._replace("save_checkpoint", self._save_checkpoint)
+            self._replace("load_checkpoint", self._load_checkpoint)
+
+    @property
+    def length(self) -> int | None:
+        """Length in tokens of the next optimizer step; None without sequence length warmup."""
+        return self.warmup.length if self.warmup is not None else None
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup."""
+        return self.warmup.ledger if self.warmup is not None else None
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is at least one snapshot, so that `averaged_weights` can be entered."""
+        return self.averager is not None and bool(self.averager.steps)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` block the model computes with the averaged weights; after it, all is bitwise as before.
+
+        Every rank enters it, between optimizer steps. Training steps and checkpoints are refused inside.
+
+        Raises:
+            StateError: averaging is off, there is no snapshot yet, or an accumulation window is open.
+        """
+        if self.averager is None:
+            raise StateError(
+                'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
+            )
+        if self.engine.micro_steps % self.engine.gradient_accumulation_steps():
+            raise StateError(
+                "weight_averaging: the averaged weights can be swapped in between optimizer steps only, not within an "
+                "accumulation window; finish the window first"
+            )
+        return self.averager.averaged_weights()
+
+    def detach(self) -> None:
+        """Leave the engine as plain DeepSpeed made it (param groups and the model excepted); the window is dropped."""
+        self._refuse_while_swapped("detach()")
+        if self.warmup is not None:
+            self.warmup.remove()
+        for name in self._replaced:
+            delattr(self.engine, name)
+        self._replaced, self.warmup, self.averager = [], None, None
+
+    # -- the engine's methods, wrapped -------------------------------------------------------------------------------
+
+    def _replace(self, name: str, method: Callable[..., Any]) -> None:
+        """Shadow a method of the engine by an attribute of the instance; deleting the attribute restores it."""
+        setattr(self, f"_host_{name}", getattr(self.engine, name))
+        setattr(self.engine, name, method)
+        self._replaced.append(name)
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self.averager is not None and self.averager.swapped:
+            raise StateError(
+                f"weight_averaging: {what} while the averaged weights are swapped in; leave the averaged_weights() "
+                "block first"
+            )
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_while_swapped("engine.step()")
+        before = self.engine.global_steps
+        result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
+        if self.engine.global_steps != before:  # an accumulation window has closed
+            applied = self.engine.was_step_applied()
+            if self.warmup is not None:
+                self.warmup.after_step(applied)
+            if self.averager is not None and applied and self.averager.due(self.engine.global_steps):
+                self.averager.snapshot(self.engine.global_steps)
+        return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_while_swapped("save_checkpoint()")
+        call = inspect.signature(self._host_save_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
+        call.apply_defaults()
+        tag, root = call.arguments["tag"], Path(call.arguments["save_dir"])
+        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
+        publish = call.arguments["save_latest"] and not compat.decoupled_checkpoint(self.engine)
+        checkpoint.save(self, root / tag)
+        call.arguments["tag"] = tag
+        if publish:  # DeepSpeed would write "latest" in place; a crash there would leave it empty
+            call.arguments["save_latest"] = False
+        result = self._host_save_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        if publish:
+            with together():
+                if dist.get_rank() == 0:
+                    checkpoint.write_text(root / "latest", tag)
+        return result
+
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_while_swapped("load_checkpoint()")
+        call = inspect.signature(self._host_load_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
+        call.apply_defaults()
+        tag, root = call.arguments["tag"], Path(call.arguments["load_dir"])
+        tag = str(tag) if tag is not None else checkpoint.latest_tag(self, root)
+        if tag is None:  # nothing to load; the host says so in its own way
+            return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        manifest = checkpoint.check(self, root / tag)
+        call.arguments["tag"] = tag
+        result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        if result[0] is None:
+            return result
+        if call.arguments["load_module_only"] or not call.arguments["load_optimizer_states"]:
+            self._start_afresh()  # the weights begin another run
+        else:
+            checkpoint.load(self, root / tag, manifest)
+        return result
+
+    def _start_afresh(self) -> None:
+        if self.warmup is not None:
+            self.warmup.load_state(None)
+        if self.averager is not None:
+            self.averager.reset()
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | Mapping[str, Any] | None = None,
+    *,
+    shorten: Shorten | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """A drop-in for ``deepspeed.initialize``: the same arguments, the same ``(engine, optimizer, dataloader,
+    lr_scheduler)``.
+
+    Reads ``sequence_length_warmup``, ``completep`` and ``weight_averaging`` from the same JSON, strips them before
+    DeepSpeed sees it, and wires the enabled methods to the engine. With none enabled the engine is exactly DeepSpeed's.
+
+    ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
+
+    Raises:
+        ConfigError: a wrong setting in one of the sections, or a combination that cannot work, before anything is
+            built.
+    """
+    import deepspeed
+
+    given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
+    if len(given) != 1:
+        what = "none was given" if not given else f"{len(given)} were given"
+        raise ConfigError(
+            f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
+        )
+    host_config, sections = split_config(given[0])
+    _refuse_conflicts(host_config, sections, model)
+    if sections.completep is not None:
+        model_parameters, host_config = _apply_completep(
+            model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
+        )
+    host_args = copy.copy(args)
+    if getattr(args, "deepspeed_config", None) is not None:
+        host_args.deepspeed_config = None
+    port = {} if distributed_port is None else {"distributed_port": distributed_port}
+    engine, *rest = deepspeed.initialize(
+        args=host_args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=host_config,
+        mesh_param=mesh_param,
+        **port,
+    )
+    if hasattr(args, "local_rank"):
+        args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
+    _register(engine, sections, shorten)
+    return (engine, *rest)  # type: ignore[return-value]
+
+
+def attach(
+    engine: Any, config: str | Path | Mapping[str, Any] | PluginConfig, *, shorten: Shorten | None = None
+) -> Plugin:
+    """Wire sequence length warmup and weight averaging to an engine that already exists.
+
+    ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
+
+    Raises:
+        ConfigError: a wrong setting, or ``completep`` enabled: its param groups must exist before the engine does.
+        StateError: the engine already has a plugin.
+    """
+    host_config, sections = ({}, config) if isinstance(config, PluginConfig) else split_config(config)
+    if sections.completep is not None:
+        raise ConfigError(
+            "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
+            'deepspeed.initialize(), or write "enabled": false'
+        )
+    _refuse_conflicts(host_config, sections, engine.module)
+    return _register(engine, sections, shorten)
+
+
+def attached(engine: Any) -> Plugin:
+    """The `Plugin` of an engine.
+
+    Raises:
+        StateError: there is none.
+    """
+    plugin = engine.__dict__.get(_ATTRIBUTE)
+    if plugin is None:
+        raise StateError("this engine has no plugin; make it with ds_plugin.initialize() or call ds_plugin.attach()")
+    return plugin
+
+
+def detach(engine: Any) -> None:
+    """Undo `attach`: the engine is again as DeepSpeed made it. The averaging window is dropped."""
+    attached(engine).detach()
+    del engine.__dict__[_ATTRIBUTE]
+
+
+def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> Plugin:
+    if _ATTRIBUTE in engine.__dict__:
+        raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
+    plugin = engine.__dict__[_ATTRIBUTE] = Plugin(engine, sections, shorten)
+    return plugin
+
+
+def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, model: Any) -> None:
+    from deepspeed.pipe import PipelineModule
+
+    if sections.sequence_length_warmup is not None:
+        if compat.has_curriculum(dict(host_config)):
+            raise ConfigError(
+                "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both "
+                "set the length; remove one of the two"
+            )
+        if isinstance(model, PipelineModule):
+            raise ConfigError(
+                "sequence_length_warmup: the model is a PipelineModule, whose batches this version cannot shorten; "
+                'write "enabled": false, or train without pipeline parallelism'
+            )
+
+
+def _apply_completep(
+    model: Any, section: Any, host_config: dict[str, Any], optimizer: Any, model_parameters: Any, lr_scheduler: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Finish the model and build its param groups; returns them and the config with the scheduler's scalars "
+    "expanded."""
+    from megatron_patches.completep import build_param_groups, finish, ratios_of
+
+    if model_parameters is not None:
+        raise ConfigError("completep: builds the optimizer's param groups itself; do not give model_parameters=")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            f"completep: the optimizer {type(optimizer).__name__} is built already, with param groups of its own; "
+            'describe it in the JSON ("optimizer") or give a function of the param groups: optimizer=lambda groups: '
+            "MyAdam(groups)"
+        )
+    if lr_scheduler is not None and not callable(lr_scheduler):
+        raise ConfigError(
+            "completep: lr_scheduler is built already, on other param groups; describe it in the JSON or give a "
+            "function"
+        )
+    params = (host_config.get("optimizer") or {}).get("params") or {}
+    if "lr" not in params:
+        raise ConfigError(
+            'completep: optimizer.params.lr is missing; write the base model\'s learning rate, e.g. {"lr": 0.001}'
+        )
+    base_lr = params["lr"]
+    roles = finish(model, section)
+    groups = build_param_groups(
+        model,
+        roles,
+        ratios_of(model.config, section),
+        section,
+        lr=base_lr,
+        weight_decay=params.get("weight_decay", 0.0),
+        eps=params.get("eps", 1e-8),
+    )
+    if host_config.get("scheduler"):
+        ratios = [group["lr"] / base_lr for group in groups]
+        host_config = {**host_config, "scheduler": expand_scheduler(host_config["scheduler"], ratios)}
+    return groups, host_config

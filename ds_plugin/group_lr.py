@@ -1,0 +1,53 @@
+"""Keep per-group learning rates through DeepSpeed's LR schedulers.
+
+Some of DeepSpeed's schedulers take one scalar learning rate and give it to every param group, which would undo
+CompleteP in silence. Scalars are expanded to one value per group before DeepSpeed builds the scheduler; a scheduler
+that offers no such setting is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ds_plugin.errors import ConfigError
+
+#: DeepSpeed's and torch's schedulers that scale each group's own learning rate
+_PROPORTIONAL = (
+    "WarmupCosineLR", "ConstantLR", "ExponentialLR", "LambdaLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR",
+)  # fmt: skip
+#: DeepSpeed's schedulers with absolute learning rates, and the defaults they would use
+_ABSOLUTE: Mapping[str, Mapping[str, float | None]] = {
+    "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": None},  # None: the groups' own
+    "WarmupDecayLR": {"warmup_min_lr": 0.0, "warmup_max_lr": 0.001},
+}
+
+
+def expand_scheduler(scheduler: Mapping[str, Any], ratios: Sequence[float]) -> dict[str, Any]:
+    """The JSON's ``scheduler`` section with every scalar learning rate expanded to one per group.
+
+    ``ratios``: each group's learning rate over the base model's.
+
+    Raises:
+        ConfigError: the scheduler would flatten the groups, or a given list has another number of groups.
+    """
+    kind, params = str(scheduler.get("type")), dict(scheduler.get("params") or {})
+    if kind in _PROPORTIONAL or (kind == "CosineAnnealingLR" and not params.get("eta_min")):
+        return dict(scheduler)
+    if kind not in _ABSOLUTE:
+        allowed = ", ".join(sorted([*_PROPORTIONAL, *_ABSOLUTE]))
+        raise ConfigError(
+            f'scheduler.type: {kind!r} sets the learning rate of all param groups alike and would undo "completep"; '
+            f"write one of {allowed} (CosineAnnealingLR without eta_min also keeps the groups apart)"
+        )
+    for key, default in _ABSOLUTE[kind].items():
+        value = params.get(key, default)
+        if value is None:
+            continue
+        if isinstance(value, (list, tuple)):
+            if len(value) != len(ratios):
+                raise ConfigError(
+                    f'scheduler.params.{key}: {len(value)} values for the {len(ratios)} param groups of "completep"; '
+                    "write one number, which is scaled for each group"
+                )
+            continue
+        params[key] = [value * ratio for ratio in ratios]
+    return {**scheduler, "params": params}

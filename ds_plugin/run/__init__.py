@@ -1,0 +1,11 @@
+"""What a training run needs around the method and the loop: data, the run folder, progress, random streams, a figure.
+
+text.py      which text files make up a corpus, cut into documents
+tokens.py    documents into token numbers: bytes, or a tokenizer file
+corpus.py    tokens into a Megatron indexed dataset, prepared once
+data.py      that dataset through megatron-core's GPT dataset; batches that a resume continues exactly
+folder.py    the folder of one run: metrics.csv, summary.json, checkpoints/
+progress.py  a bar on a terminal, lines in a log
+report.py    the figure of a run
+rng.py       this rank's random streams in a checkpoint
+"""

@@ -1,0 +1,248 @@
+"""Keeps the record of a run: metrics, checkpoints, the report. One object, so that the training loop stays readable.
+
+The training loss is read from the device once every ``log_interval`` steps (one reduction, one sync), not every step.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ds_plugin
+from ds_plugin.atomic import atomic_write
+from ds_plugin.errors import CheckpointError, together
+from ds_plugin.run import env, report, rng
+from ds_plugin.run.corpus import Corpus
+from ds_plugin.run.export import export_weights, parameter_count
+from ds_plugin.run.folder import RunFolder, read_metrics
+from ds_plugin.run.progress import Progress
+from ds_plugin.run.settings import Settings
+
+_MONITORED = (
+    "length",
+    "lr",
+    "train_loss",
+    "eval_loss",
+    "eval_loss_averaged",
+    "tokens_trained",
+    "tokens_read",
+    "tokens_per_second",
+)
+
+
+class Recorder:
+    """One run's record. Every rank makes one and calls it alike; rank 0 writes what is common to all."""
+
+    def __init__(self, engine: Any, run: Settings, folder: RunFolder, text: Corpus, progress: Progress):
+        self.engine, self.run, self.folder, self.text, self.progress = engine, run, folder, text, progress
+        self.plugin = ds_plugin.attached(engine)
+        self.first = dist.get_rank() == 0
+        self.started = self._window_started = time.monotonic()
+        self._earlier_seconds = 0.0  # of the run before a resume
+        self._window_tokens = 0
+        self._losses: list[torch.Tensor] = []  # micro-batch losses of the step that runs
+        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss has not been read yet
+        self._row: dict[str, Any] = {}
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Note what this step is trained with."""
+        if not self._pending:
+            self._window_started, self._window_tokens = time.monotonic(), self._tokens()[0]
+        self._losses = []
+        self._row = {
+            "length": self.plugin.length or self.run.model.seq_length,
+            "lr": self.engine.get_lr()[0],
+        }
+
+    def loss(self, loss: torch.Tensor) -> None:
+        """One micro-batch's loss, left on the device."""
+        self._losses.append(loss.detach())
+
+    def evaluation(self, loss: float) -> None:
+        """The loss of the weights as trained, after this step."""
+        self._row["eval_loss"] = loss
+
+    def averaged_evaluation(self, loss: float) -> None:
+        """The loss of the averaged weights, measured while they were swapped in."""
+        self._row["eval_loss_averaged"] = loss
+
+    def after_step(self) -> None:
+        """Close the step's row; read and write the rows that wait when it is time."""
+        trained, read = self._tokens()
+        step = self.engine.global_steps
+        self._row |= {"step": step, "tokens_trained": trained, "tokens_read": read}
+        self._pending.append((self._row, torch.stack(self._losses).mean().float()))
+        cfg = self.run.training
+        if (
+            step % cfg.log_interval == 0
+            or "eval_loss" in self._row
+            or step % cfg.save_interval == 0
+            or step == cfg.steps
+        ):
+            self._flush()
+
+    def _flush(self) -> None:
+        losses = torch.stack([loss for _, loss in self._pending])
+        dist.all_reduce(
+            losses
+        )  # tensor-parallel ranks hold equal values: the mean over all ranks is the mean over data
+        values = (losses / dist.get_world_size()).tolist()
+        seconds = time.monotonic() - self._window_started
+        rate = (self._tokens()[0] - self._window_tokens) / seconds
+        for (row, _), value in zip(self._pending, values, strict=True):
+            row |= {"train_loss": value, "tokens_per_second": rate}
+            if self.first:
+                self.folder.append(row)
+                self.progress.step(row)
+                self._monitor(row)
+        self._pending = []
+        if not all(math.isfinite(value) for value in values):
+            self.progress.message(f"step {self.engine.global_steps}: the training loss is not finite")
+
+    def _monitor(self, row: dict[str, Any]) -> None:
+        """The same values through DeepSpeed's monitor (TensorBoard, CSV, W&B), by trained tokens."""
+        if self.engine.monitor.enabled:
+            events = [
+                (f"Run/{name}", row[name], row["tokens_trained"]) for name in _MONITORED if row.get(name) is not None
+            ]
+            self.engine.monitor.write_events(events)
+
+    def _tokens(self) -> tuple[int, int]:
+        """Tokens trained and read so far, all data-parallel ranks together."""
+        if self.plugin.ledger is not None:
+            return self.plugin.ledger.trained, self.plugin.ledger.read
+        samples = self.engine.train_batch_size()
+        read = self.engine.global_steps * samples * self.run.model.seq_length
+        return read - self.engine.skipped_steps * samples * self.run.model.seq_length, read
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A DeepSpeed checkpoint with the methods' state and this rank's random streams in the same tag folder."""
+        tag = f"step{self.engine.global_steps:08d}"
+        path = self.folder.checkpoints / tag
+        with together():
+            path.mkdir(parents=True, exist_ok=True)
+            rng.save(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
+            if self.first:
+                state = {**self._identity(), "steps": self.run.training.steps, "seconds": self._seconds()}
+                atomic_write(path / "run.json", lambda p: p.write_text(json.dumps(state, indent=1)))
+        self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
+
+    def resume(self, tag: str | None = None) -> None:
+        """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or was trained on other data or with another batch or seed.
+        """
+        root = self.folder.checkpoints
+        with together():
+            tag = tag or (root / "latest").read_text().strip()
+            path = root / tag
+            if not path.is_dir():
+                raise CheckpointError(f"resume: '{path}' does not exist; give --tag one of {_tags(root)}")
+            self._compare(path)
+        self.engine.load_checkpoint(str(root), tag=tag)
+        with together():
+            rng.load(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
+            if self.first:
+                self.folder.cut_metrics(self.engine.global_steps)
+        self.progress.message(f"resumed from step {self.engine.global_steps}")
+
+    def _compare(self, path: Path) -> None:
+        try:
+            saved = json.loads((path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
+            ) from None
+        for key, value in self._identity().items():
+            if saved.get(key) != value:
+                raise CheckpointError(
+                    f"resume: '{path}' was trained with {key} {saved.get(key)!r}, this run has {value!r}; give the "
+                    f"same {key}, or start a new run with another --name"
+                )
+        if saved["steps"] != self.run.training.steps:
+            self.progress.message(
+                f"this run was started for {saved['steps']} steps and goes on to {self.run.training.steps}: the LR "
+                "schedule changes from here, and so does the sample order if the data is passed a different number of "
+                "times"
+            )
+        self._earlier_seconds = saved["seconds"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change within a run, or its samples would."""
+        return {
+            "data": self.text.prefix.name,
+            "data_tokens": self.text.tokens,
+            "seed": self.run.training.seed,
+            "split": self.run.training.split,
+            "seq_length": self.run.model.seq_length,
+            "train_batch_size": self.engine.train_batch_size(),
+            "world_size": dist.get_world_size(),
+        }
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.monotonic() - self.started
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write the averaged weights, summary.json and report.png."""
+        averaged: list[Path] = []
+        if self.plugin.has_average:
+            with self.plugin.averaged_weights():
+                averaged = export_weights(self.engine, self.folder.path / "averaged.safetensors")
+        if not self.first:
+            return
+        metrics = read_metrics(self.folder.metrics)
+        trained, read = self._tokens()
+        summary = {
+            "steps": self.engine.global_steps,
+            "tokens_trained": trained,
+            "tokens_read": read,
+            "train_loss": metrics["train_loss"][-1],
+            "eval_loss": metrics["eval_loss"][-1],
+            "eval_loss_averaged": metrics["eval_loss_averaged"][-1],
+            "averaged_steps": self.plugin.averager.steps if self.plugin.averager is not None else [],
+            "averaged_weights": [path.name for path in averaged],
+            "unigram_entropy": self.text.unigram_entropy,
+            "first_length": metrics["length"][0],
+            "last_length": metrics["length"][-1],
+            "zero_stage": int(self.engine.zero_optimization_stage()),
+            "precision": str(self.run.dtype).removeprefix("torch."),
+            "world_size": dist.get_world_size(),
+            "tensor_parallel": self.run.model.tensor_parallel,
+            "parameters": parameter_count(self.engine.module),
+            "data": {"source": self.text.source, "tokens": self.text.tokens, "documents": self.text.documents},
+            "methods": self.run.plugin.to_dict(),
+            "wall_seconds": round(self._seconds(), 1),
+            "versions": env.versions(),
+        }
+        self.folder.write_summary(summary)
+        report.draw(
+            self.folder.metrics,
+            self.folder.figure,
+            title=f"{self.folder.path.name}: {self.run.model.num_layers} layers, width {self.run.model.hidden_size}",
+            unigram_entropy=self.text.unigram_entropy,
+        )
+        self.progress.message(_ending(summary, self.folder))
+
+
+def _ending(summary: dict[str, Any], folder: RunFolder) -> str:
+    averaged = summary["eval_loss_averaged"]
+    text = f", averaged {averaged:.4f}" if averaged is not None else ""
+    return (
+        f"done: evaluation loss {summary['eval_loss']:.4f}{text} (unigram entropy {summary['unigram_entropy']:.4f}) "
+        f"after {summary['tokens_trained']:,} tokens; see {folder.figure} and {folder.summary}"
+    )
+
+
+def _tags(root: Path) -> str:
+    return ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "none: the folder is empty"

@@ -1,0 +1,153 @@
+"""What the example script reads: one JSON file, and the flags that override it.
+
+The JSON is a DeepSpeed config with our sections and two of the script's own, ``model`` and ``training``.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from ds_plugin.config import PluginConfig, load_json, split_config
+from ds_plugin.config_model import SectionConfig, nearest, parse_section
+from ds_plugin.errors import ConfigError
+from megatron_patches.gpt import GPTConfig
+
+
+class TrainingConfig(SectionConfig):
+    """The ``training`` section: how long, on what, and what is measured along the way. Intervals are in optimizer "
+    "steps."""
+
+    steps: int = Field(ge=1, description="optimizer steps in all, e.g. 300")
+    seed: int = Field(1234, ge=1, description="seed of the weights and of the sample order")
+    data: str = Field("stdlib", description="a text file, a folder of text files, a .bin/.idx prefix, or stdlib")
+    tokenizer: str | None = Field(None, description="a Hugging Face tokenizers file; null for bytes")
+    split: str = Field("98,2,0", description="shares of training, validation and test documents")
+    eval_interval: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
+    eval_samples: int = Field(
+        64, ge=1, description="samples of an evaluation, the same every time (rounded up to whole micro-batches)"
+    )
+    save_interval: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
+    log_interval: int = Field(5, ge=1, description="steps between two reads of the training loss")
+    data_workers: int = Field(0, ge=0, description="processes that load data, per rank")
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizers file, None for bytes."""
+        return Path(self.tokenizer) if self.tokenizer is not None else None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the script needs, validated. ``host``: the config for ``ds_plugin.initialize``, our sections "
+    "included."""
+
+    host: dict[str, Any]
+    model: GPTConfig
+    training: TrainingConfig
+    plugin: PluginConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            if (self.host.get(name) or {}).get("enabled"):
+                return dtype
+        return torch.float32
+
+
+#: flag -> where it goes in the JSON
+_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "steps": ("training", "steps"),
+    "seed": ("training", "seed"),
+    "data": ("training", "data"),
+    "tokenizer": ("training", "tokenizer"),
+    "eval_interval": ("training", "eval_interval"),
+    "save_interval": ("training", "save_interval"),
+    "num_layers": ("model", "num_layers"),
+    "hidden_size": ("model", "hidden_size"),
+    "num_attention_heads": ("model", "num_attention_heads"),
+    "seq_length": ("model", "seq_length"),
+    "tensor_parallel": ("model", "tensor_parallel"),
+    "zero_stage": ("zero_optimization", "stage"),
+}
+_DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's flags. Every flag but the run's own (name, resume, where to write) overrides a key of the JSON."""
+    p = argparse.ArgumentParser(description="Pre-train a megatron-core GPT with DeepSpeed and the three methods.")
+    p.add_argument("--deepspeed_config", "--config", dest="config", required=True, help="the JSON file")
+    p.add_argument("--name", default="run", help="the run is written to RUNS/NAME")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+    p.add_argument("--cache", type=Path, default=Path("data"), help="folder for prepared data")
+    p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    p.add_argument("--tag", help="with --resume: the checkpoint to go on from")
+    p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # some launchers add it
+    p.add_argument("--data", help="a text file, a folder of text files, or the prefix of a .bin/.idx dataset")
+    p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json")
+    for flag in ("steps", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
+        p.add_argument(f"--{flag}", type=int)
+    for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "zero-stage"):
+        p.add_argument(f"--{flag}", type=int)
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+    return p
+
+
+def load_settings(args: argparse.Namespace) -> Settings:
+    """Read the JSON, apply the flags, and validate all of it.
+
+    Raises:
+        ConfigError: with the field, its value and the remedy.
+    """
+    config = load_json(args.config)
+    for flag, path in _OVERRIDES.items():
+        value = getattr(args, flag)
+        if value is not None:
+            section = config.setdefault(path[0], {})
+            if not isinstance(section, dict):
+                raise ConfigError(f'"{path[0]}" must be a JSON object, got {section!r}')
+            section[path[1]] = value
+    if args.precision is not None:
+        config = {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
+        if args.precision != "fp32":
+            config[args.precision] = {"enabled": True}
+    for name in ("model", "training"):
+        if name not in config:
+            guess = nearest(name, config)
+            hint = (
+                f'is "{guess}" meant to be it?'
+                if guess
+                else f'add "{name}": {{...}}, as configs/quickstart.json has it'
+            )
+            raise ConfigError(f'{args.config}: section "{name}" is missing; {hint}')
+    model = parse_section(GPTConfig, "model", config.pop("model"))
+    training = parse_section(TrainingConfig, "training", config.pop("training"))
+    _fill_auto(config, training)
+    plugin = split_config(config)[1]
+    _check_together(config, model, plugin)
+    return Settings(config, model, training, plugin)
+
+
+def _fill_auto(config: dict[str, Any], training: TrainingConfig) -> None:
+    """``"auto"`` for the scheduler's length means the run's own, so that the two cannot disagree."""
+    params = (config.get("scheduler") or {}).get("params") or {}
+    if params.get("total_num_steps") == "auto":
+        params["total_num_steps"] = training.steps
+
+
+def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig) -> None:
+    if not any(key in config for key in _DEEPSPEED_BATCH):
+        raise ConfigError("train_micro_batch_size_per_gpu: missing; write the samples per rank and micro-batch, e.g. 8")
+    if not (config.get("optimizer") or {}).get("type"):
+        raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
+    warmup = plugin.sequence_length_warmup
+    if warmup is not None and warmup.end_length != model.seq_length:
+        raise ConfigError(
+            f"sequence_length_warmup.end_length: {warmup.end_length} is not model.seq_length {model.seq_length}, so "
+            f"training would never see the full length; write {model.seq_length}"
+        )

@@ -1,0 +1,107 @@
+"""Shorten a batch: the first ``length`` tokens of every sample, for every argument that has a sequence dimension.
+
+Arguments are recognised by name, as the model's ``forward`` declares them; a tensor under a name not listed here is
+left alone unless it has the batch's token shape, in which case the caller is asked to say what it is (`ConfigError`).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ds_plugin.errors import ConfigError
+
+#: arguments that hold the samples' tokens, [batch, sequence] (or [batch, sequence, hidden] for embeddings)
+TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "decoder_input", "inputs", "x", "ids")
+#: arguments cut along with the tokens, [batch, sequence, ...]
+COMPANION_NAMES = ("labels", "targets", "target", "y", "position_ids", "loss_mask", "token_type_ids", "segment_ids")
+#: [batch, sequence] or [..., sequence, sequence]
+MASK_NAMES = ("attention_mask", "mask")
+
+#: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments. A user
+#: gives one as ``shorten=`` for a model whose arguments are not recognised below.
+Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
+
+
+def shorten_arguments(arguments: Mapping[str, Any], length: int) -> tuple[dict[str, Any], int, int]:
+    """Cut named arguments to their first ``length`` positions.
+
+    Returns:
+        the cut arguments (views: no copy, contiguous only along the batch) and the number of tokens before and after.
+
+    Raises:
+        ConfigError: no token argument is recognised, the samples are shorter than ``length``, or an unlisted argument
+            looks like it holds tokens.
+    """
+    names = [name for name in TOKEN_NAMES if torch.is_tensor(arguments.get(name)) and arguments[name].dim() >= 2]
+    if not names:
+        given = ", ".join(f"{k}: {_describe(v)}" for k, v in arguments.items()) or "none"
+        raise ConfigError(
+            f"sequence_length_warmup: the model's forward has no recognisable token argument (it was given {given}); "
+            f"the names looked for are {', '.join(TOKEN_NAMES)}. give initialize(..., shorten=function), which takes "
+            "(args, kwargs, length) and returns (args, kwargs, tokens before, tokens after)"
+        )
+    batch, full = arguments[names[0]].shape[:2]
+    if full < length:
+        raise ConfigError(
+            f"sequence_length_warmup.end_length: the step asks for {length} tokens but {names[0]} holds samples of "
+            f"{full}; write an end_length of at most {full}, or read longer samples"
+        )
+    cut: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if not torch.is_tensor(value) or value.dim() < 2:
+            cut[name] = value
+        elif name in MASK_NAMES:
+            cut[name] = _cut_mask(value, batch, full, length)
+        elif name in TOKEN_NAMES or name in COMPANION_NAMES:
+            # [batch or 1, sequence, ...]; anything else under these names (class labels, say) has no sequence to cut
+            cut[name] = value[:, :length] if value.shape[1] == full else value
+        elif tuple(value.shape[:2]) == (batch, full):
+            raise ConfigError(
+                f"sequence_length_warmup: the model's argument {name!r} has the tokens' shape {list(value.shape)} but "
+                f"is not known, so it cannot be cut in step with {names[0]!r}; rename it (known: "
+                f"{', '.join(TOKEN_NAMES + COMPANION_NAMES + MASK_NAMES)}) or give initialize(..., shorten=function)"
+            )
+        else:
+            cut[name] = value
+    return cut, batch * full, batch * length
+
+
+def by_name(forward: Callable[..., Any]) -> Shorten:
+    """The `Shorten` of a model whose ``forward`` names its arguments; the signature is read once."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional]
+
+    def shorten(
+        args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
+        if len(args) > len(names):
+            raise ConfigError(
+                f"sequence_length_warmup: forward takes its {len(args)} arguments by position (*args), so they have no "
+                "names to recognise; pass them by keyword or give initialize(..., shorten=function)"
+            )
+        cut, before, after = shorten_arguments({**dict(zip(names, args, strict=False)), **kwargs}, length)
+        return tuple(cut.pop(name) for name in names[: len(args)]), cut, before, after
+
+    return shorten
+
+
+def _cut_mask(mask: torch.Tensor, batch: int, full: int, length: int) -> torch.Tensor:
+    """[batch, sequence] padding masks lose their last positions; [..., sequence, sequence] ones are cut both ways."""
+    if mask.dim() == 2 and mask.shape == (batch, full):
+        if batch == full:
+            raise ConfigError(
+                f"sequence_length_warmup: an attention mask of shape {list(mask.shape)} with {batch} samples of {full} "
+                "tokens is either one row per sample or one row per query; give it as [1, 1, sequence, sequence] or "
+                "another batch"
+            )
+        return mask[:, :length]
+    for dim in (-1, -2):
+        if mask.shape[dim] == full:
+            mask = mask.narrow(dim, 0, length)
+    return mask
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if torch.is_tensor(value) else type(value).__name__

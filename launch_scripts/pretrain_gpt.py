@@ -1,0 +1,151 @@
+"""Pre-train a megatron-core GPT with DeepSpeed and the three methods, everything from one JSON file.
+
+    deepspeed launch_scripts/pretrain_gpt.py --deepspeed_config configs/quickstart.json --name first
+
+Read `train` first: it is the whole loop. What the methods add to an ordinary DeepSpeed script is marked with (*).
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import ds_plugin
+from ds_plugin.errors import PluginError, together
+from ds_plugin.run import corpus, data, settings
+from ds_plugin.run.folder import RunFolder
+from ds_plugin.run.optimizer import choose_optimizer, decay_groups
+from ds_plugin.run.progress import Progress
+from ds_plugin.run.recorder import Recorder
+from megatron_patches import cpu_host, gpt
+from megatron_patches.completep import prepare
+
+Batch = dict[str, torch.Tensor]
+
+
+def build_model(run: settings.Settings, vocab_size: int) -> torch.nn.Module:
+    """The GPT of the ``model`` section, with CompleteP's forward and init when it is enabled."""
+    config, spec = gpt.transformer_config(run.model, run.dtype), gpt.layer_spec(run.model)
+    if run.plugin.completep is not None:
+        config, spec = prepare(config, spec, run.plugin.completep)  # (*)
+    return gpt.build_gpt(run.model, vocab_size, config, spec)
+
+
+def build_engine(run: settings.Settings, model: torch.nn.Module) -> Any:
+    """The DeepSpeed engine; the optimizer is the fastest AdamW this machine has."""
+    host, optimizer = choose_optimizer(run.host)
+    # CompleteP makes its own groups; without it, norms and biases go without weight decay.
+    groups = None if run.plugin.completep is not None else decay_groups(model)
+    engine, *_ = ds_plugin.initialize(  # (*) in place of deepspeed.initialize
+        model=model, config=host, optimizer=optimizer, model_parameters=groups, mpu=gpt.DeepSpeedMPU()
+    )
+    return engine
+
+
+def loss_of(engine: Any, batch: Batch) -> torch.Tensor:
+    """Mean loss in nats per token of one micro-batch; the attention mask is causal and needs no tensor."""
+    batch = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
+    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
+
+
+def build_data(
+    run: settings.Settings, text: corpus.Corpus, engine: Any, cache: Path
+) -> tuple[Callable[[int], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
+    """Two functions: this rank's training micro-batches from a step on, and those of an evaluation, always the same."""
+    cfg, mpu, micro = run.training, gpt.DeepSpeedMPU(), engine.train_micro_batch_size_per_gpu()
+    ranks = mpu.get_data_parallel_world_size()
+    count = -(-cfg.eval_samples // (micro * ranks))
+    training, validation = data.build_datasets(
+        text,
+        sequence_length=run.model.seq_length,
+        train_samples=cfg.steps * engine.train_batch_size(),
+        valid_samples=count * micro * ranks,
+        seed=cfg.seed,
+        split=cfg.split,
+        cache_dir=cache,
+    )
+    assert validation is not None  # eval_samples is at least 1
+    batches = partial(data.batches, micro_batch=micro, dp_rank=mpu.get_data_parallel_rank(), dp_size=ranks)
+
+    def from_step(step: int) -> Iterator[Batch]:
+        yield from batches(training, start_sample=step * engine.train_batch_size(), num_workers=cfg.data_workers)
+
+    return from_step, lambda: islice(batches(validation, start_sample=0), count)
+
+
+@torch.no_grad()
+def evaluate(engine: Any, batches: Iterator[Batch]) -> float:
+    """Mean loss over the micro-batches of all ranks, at full length."""
+    engine.eval()
+    total = torch.stack([loss_of(engine, batch) for batch in batches]).mean()
+    engine.train()
+    dist.all_reduce(total)  # tensor-parallel ranks hold equal values, so the mean over all ranks is the mean over data
+    return total.item() / dist.get_world_size()
+
+
+def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progress) -> Any:
+    """Prepare, build, train, and leave a finished run folder. Returns the engine."""
+    cfg = run.training
+    text = corpus.prepare(cfg.data, tokenizer=cfg.tokenizer_path, cache_dir=args.cache, progress=progress.data)
+    progress.stage("building the model")
+    gpt.initialize_parallel(run.model, cfg.seed)
+    engine = build_engine(run, build_model(run, text.vocab_size))
+    plugin = ds_plugin.attached(engine)  # (*) the methods' handle: lengths, tokens, the average
+    training_batches, evaluation_batches = build_data(run, text, engine, args.cache)
+
+    record = Recorder(engine, run, folder, text, progress)
+    if args.resume:
+        record.resume(args.tag)
+    batches = training_batches(engine.global_steps)
+    engine.train()
+    while engine.global_steps < cfg.steps:
+        record.before_step()
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = loss_of(engine, next(batches))
+            engine.backward(loss)
+            engine.step()
+            record.loss(loss)
+        step = engine.global_steps
+        if step % cfg.eval_interval == 0 or step == cfg.steps:
+            record.evaluation(evaluate(engine, evaluation_batches()))
+            if plugin.has_average:
+                with plugin.averaged_weights():  # (*)
+                    record.averaged_evaluation(evaluate(engine, evaluation_batches()))
+        record.after_step()
+        if step % cfg.save_interval == 0 or step == cfg.steps:
+            record.save()
+    record.finish()
+    return engine
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one message when the settings, the data or the checkpoint cannot be used."""
+    args = settings.parser().parse_args()
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    first = dist.get_rank() == 0
+    try:
+        with together():
+            run = settings.load_settings(args)
+        if not torch.cuda.is_available():
+            cpu_host.enable()
+        with Progress(run.training.steps, first) as progress:
+            train(args, run, RunFolder.open(args.runs, args.name, args.resume), progress)
+    except PluginError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # the launcher ends every rank as soon as one is gone: the message must be out by then
+        return 2
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Everything that must pass: lint, types, tests. Arguments go to pytest: bash launch_scripts/test.sh -k pacing
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+cd "$ROOT"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+echo "== ruff"
+"$PY" -m ruff check .
+echo "== mypy"
+"$PY" -m mypy
+echo "== pytest"
+"$PY" -m pytest "$@"

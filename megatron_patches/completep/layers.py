@@ -1,0 +1,144 @@
+"""CompleteP in the model: init, residual branches, attention scale and logits of a megatron-core GPTModel.
+
+`prepare` uses megatron-core's own extension points before the model is built (config fields and the layer spec);
+`finish` does to the built model what they do not reach. Both change nothing at the base model's size, bit for bit,
+but the output projections' init: megatron's default divides it by sqrt(2 x layers), Table 1 does not.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ds_plugin.errors import ConfigError
+from megatron_patches.completep import rules
+from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.roles import roles_of
+from megatron_patches.completep.rules import Ratios, Role
+
+_MARK = "completep_applied"  # on the TransformerConfig by prepare(), on the model by finish()
+
+
+def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
+    """The ratios of a TransformerConfig against the section's base model."""
+    return Ratios(config.hidden_size / section.base_width, config.num_layers / section.base_depth, section.alpha)
+
+
+def prepare(config: Any, layer_spec: Any, section: CompletePConfig) -> tuple[Any, Any]:
+    """A TransformerConfig and a layer spec that build the scaled model; the given ones are left as they are.
+
+    Raises:
+        ConfigError: the config asks for something the rules do not cover or that sets the same quantity another way.
+    """
+    _refuse_unsupported(config)
+    ratios = ratios_of(config, section)
+    std = config.init_method_std
+    hidden = functools.partial(
+        torch.nn.init.normal_, mean=0.0, std=std * rules.multipliers(Role.HIDDEN, ratios).init_std
+    )
+    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
+    config.init_method = hidden
+    config.output_layer_init_method = hidden
+    config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+    if section.base_head_dim is not None and section.base_head_dim != head_dim:
+        config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim)
+    setattr(config, _MARK, section)
+
+    branch = rules.residual_multiplier(ratios)
+    if branch != 1.0:
+        layer_spec = copy.deepcopy(layer_spec)
+        for name in ("self_attn_bda", "mlp_bda"):
+            if not hasattr(layer_spec.submodules, name):
+                raise ConfigError(
+                    f"completep: the layer spec {type(layer_spec.submodules).__name__} has no {name!r}, where residual "
+                    "branches are added; use a GPT transformer layer spec (local or TransformerEngine)"
+                )
+            setattr(layer_spec.submodules, name, scaled_bias_dropout_add(branch))
+    return config, layer_spec
+
+
+def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    """Complete a freshly built model, once: unembedding init and logits. Returns the role of every parameter.
+
+    Raises:
+        ConfigError: the model was not built from `prepare`'s config, or has a parameter without a role.
+    """
+    config = getattr(model, "config", None)
+    built_with = getattr(config, _MARK, None)
+    if built_with != section:
+        found = "without it" if built_with is None else f"with {_short(built_with)}"
+        raise ConfigError(
+            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
+            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
+        )
+    roles = roles_of(model.named_parameters())
+    if getattr(model, _MARK, False):
+        return roles
+    ratios = ratios_of(config, section)
+    output_layer = getattr(model, "output_layer", None)
+    if output_layer is not None:
+        if Role.UNEMBEDDING in roles.values():
+            # The host draws an untied output layer with init_method, which is the hidden matrices' here. Scaling it
+            # needs no random numbers, so tensor-parallel ranks stay in step.
+            scale = 1.0 / rules.multipliers(Role.HIDDEN, ratios).init_std
+            with torch.no_grad():
+                output_layer.weight.mul_(scale)
+        logits = rules.logit_multiplier(ratios)
+        if logits != 1.0:
+            output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
+    setattr(model, _MARK, True)
+    return roles
+
+
+def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], Callable[..., torch.Tensor]]:
+    """A layer spec's bias-dropout-add whose branch is multiplied before it is added to the residual stream.
+
+    The sum has the residual's dtype: at alpha = 1 a branch is a 1/L-th of the stream, which bf16 would lose.
+    """
+
+    def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        def bias_dropout_add(
+            x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float
+        ) -> torch.Tensor:
+            x, bias = x_with_bias
+            if bias is not None:
+                x = x + bias
+            x = torch.nn.functional.dropout(x, p=prob, training=training)
+            return residual + x.to(residual.dtype) * multiplier
+
+        return bias_dropout_add
+
+    return get_bias_dropout_add
+
+
+def _scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
+    return (args[0] * multiplier, *args[1:])
+
+
+def _refuse_unsupported(config: Any) -> None:
+    """Everything that sets one of our quantities another way, or adds parameters without a role."""
+    refused = {
+        "num_moe_experts": None,
+        "multi_latent_attention": False,
+        "mtp_num_layers": None,
+        "apply_query_key_layer_scaling": False,
+        "use_mup": False,
+        "softmax_scale": None,
+        "heterogeneous_block_specs": False,
+    }
+    for name, plain in refused.items():
+        value = getattr(config, name, plain)
+        if value not in (plain, None):
+            raise ConfigError(
+                f"completep: TransformerConfig.{name} is {value!r}, which cannot be combined; leave it at {plain!r}"
+            )
+
+
+def _short(section: CompletePConfig) -> str:
+    return f"base_width {section.base_width}, base_depth {section.base_depth}, alpha {section.alpha}"
+
+
+__all__ = ["finish", "prepare", "ratios_of", "scaled_bias_dropout_add"]

@@ -1,0 +1,45 @@
+"""Which row of Table 1 each parameter of a megatron-core GPTModel belongs to, by name.
+
+Covers the local and TransformerEngine layers (TE folds the norm before a linear into it: ``layer_norm_weight``). A name
+that matches nothing is an error: a parameter trained by the wrong rule would show as nothing but a worse model.
+"""
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from ds_plugin.errors import ConfigError
+from megatron_patches.completep.rules import Role
+
+_PATTERNS: tuple[tuple[str, Role], ...] = (
+    (r"embedding\.(word|position)_embeddings\.weight", Role.EMBEDDING),
+    (r"decoder\.layers\.\d+\.(input_layernorm|pre_mlp_layernorm)\.(weight|bias)", Role.BLOCK_NORM),
+    (r"decoder\.layers\.\d+\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
+    (r"decoder\.layers\.\d+\.self_attention\.[qk]_layernorm\.(weight|bias)", Role.BLOCK_NORM),
+    (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight", Role.HIDDEN),
+    (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.bias", Role.BLOCK_BIAS),
+    (r"decoder\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
+    (r"output_layer\.weight", Role.UNEMBEDDING),
+)
+_COMPILED = tuple((re.compile(pattern), role) for pattern, role in _PATTERNS)
+
+
+def role_of(name: str) -> Role:
+    """The role of a parameter by its name inside the GPTModel.
+
+    Raises:
+        ConfigError: the name is not one of a dense GPT's.
+    """
+    for pattern, role in _COMPILED:
+        if pattern.fullmatch(name):
+            return role
+    raise ConfigError(
+        f"completep: parameter {name!r} has no role in Table 1 (dense megatron-core GPT models are supported: no MoE, "
+        'MLA, MTP or Mamba layers); disable "completep" or build the model from supported layers'
+    )
+
+
+def roles_of(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Role]:
+    """The role of every parameter; raises as `role_of` does, at the first unknown name."""
+    return {name: role_of(name) for name, _ in named_parameters}

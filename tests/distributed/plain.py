@@ -1,0 +1,85 @@
+"""A plain torch language model of odd sizes, and one way to train it, shared by the tests of this folder."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import ds_plugin
+
+VOCAB, LENGTH, MICRO = 31, 16, 2
+
+WARMUP = {"enabled": True, "start_length": 4, "end_length": LENGTH, "duration": {"steps": 8}, "multiple_of": 4}
+AVERAGING = {"enabled": True, "window": 3, "interval": 2}
+
+
+class TinyLM(torch.nn.Module):
+    """Embedding, positions, one residual MLP, head; no size divides by 2 or 3 ranks."""
+
+    def __init__(self, width=13):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCAB, width)
+        self.positions = torch.nn.Parameter(torch.randn(LENGTH, width) * 0.02)
+        self.inner = torch.nn.Linear(width, 37)
+        self.outer = torch.nn.Linear(37, width)
+        self.norm = torch.nn.LayerNorm(width)
+        self.head = torch.nn.Linear(width, VOCAB, bias=False)
+
+    def forward(self, input_ids, labels):
+        x = self.embedding(input_ids) + self.positions[: input_ids.shape[1]]
+        x = x + self.outer(F.gelu(self.inner(self.norm(x))))
+        return F.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
+
+
+def host_config(zero=0, precision="fp32", accumulation=1, **sections):
+    config = {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": zero},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "torch_adam": True}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 40, "warmup_num_steps": 3}},
+        **sections,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    return config
+
+
+def make(config, width=13, initialize=None, **kwargs):
+    """An engine on the same initial weights whatever the layout."""
+    torch.manual_seed(7)
+    return (initialize or ds_plugin.initialize)(model=TinyLM(width), config=config, **kwargs)[0]
+
+
+def micro_batch(index, rank=None):
+    """The ``index``-th micro-batch of a rank: tokens and the tokens one later, [MICRO, LENGTH]."""
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(1000 * index + rank)
+    tokens = torch.randint(0, VOCAB, (MICRO, LENGTH + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def train(engine, steps, after_step=None):
+    """Train from the engine's step on; the losses of every micro-batch as floats."""
+    losses = []
+    accumulation = engine.gradient_accumulation_steps()
+    engine.train()
+    for _ in range(steps):
+        index = engine.global_steps * accumulation
+        for micro in range(accumulation):
+            loss = engine(*micro_batch(index + micro))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        if after_step is not None:
+            after_step(engine)
+    return losses
+
+
+def evaluate(engine):
+    engine.eval()
+    with torch.no_grad():
+        loss = engine(*micro_batch(10**6)).item()
+    engine.train()
+    return loss

@@ -1,0 +1,173 @@
+"""Averaging under every ZeRO stage, precision and rank count against the full-gather reference: equal bit for bit."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_plugin
+from ds_plugin.errors import StateError
+from tests.distributed import plain
+from tests.reference import averaging as reference
+
+
+def _compare_with_gathered(zero, precision, extra):
+    config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
+    config["zero_optimization"].update(extra)
+    engine = plain.make(config)
+    plugin = ds_plugin.attached(engine)
+    snapshots = []
+
+    def after_step(engine):
+        if engine.global_steps % 2 == 0:
+            snapshots.append(reference.full_masters(engine))
+
+    plain.train(engine, 9, after_step)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    expected = {name: value.to(dtype) for name, value in reference.mean(snapshots[-3:]).items()}
+    masters, parameters = reference.full_masters(engine), reference.full_parameters(engine)
+    raw = plain.evaluate(engine)
+    with plugin.averaged_weights():
+        during = reference.full_parameters(engine)
+        averaged = plain.evaluate(engine)
+    again = plain.evaluate(engine)
+    return {
+        "during": _different(during, expected),
+        "moved": len(_different(during, parameters)),
+        "after": _different(reference.full_parameters(engine), parameters)
+        + _different(reference.full_masters(engine), masters),
+        "losses": (raw, averaged, again),
+        "steps": plugin.averager.steps,
+        "parameters": len(parameters),
+        "dtype": str(next(iter(during.values())).dtype),
+    }
+
+
+def _different(found, expected):
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+LAYOUTS = [
+    # ranks, stage, precision, more of zero_optimization
+    (3, 0, "fp32", {}),
+    (3, 1, "fp32", {}),
+    (3, 2, "fp32", {}),
+    (3, 3, "fp32", {}),
+    (3, 3, "fp32", {"sub_group_size": 300}),
+    (3, 3, "fp32", {"stage3_param_persistence_threshold": 0}),
+    (2, 1, "bf16", {}),
+    (2, 2, "bf16", {}),
+    (2, 3, "bf16", {}),
+    (2, 0, "bf16", {}),
+    (1, 1, "fp32", {}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "zero", "precision", "extra"), LAYOUTS)
+def test_equals_the_mean_of_gathered_snapshots(workers, ranks, zero, precision, extra):
+    for found in workers(ranks).run(_compare_with_gathered, zero, precision, extra):
+        assert found["during"] == []
+        assert found["after"] == []
+        assert found["moved"] >= found["parameters"] - 2  # the average is not the trained weights
+        assert found["steps"] == [4, 6, 8]
+        assert found["dtype"] == ("torch.float32" if precision == "fp32" else "torch.bfloat16")
+        raw, averaged, again = found["losses"]
+        assert raw == again and raw != averaged
+
+
+def _bf16_optimizer():
+    """ZeRO 1 with fp32 gradient accumulation is DeepSpeed's BF16_Optimizer, another wrapper with other attributes."""
+    config = plain.host_config(1, "bf16", weight_averaging=plain.AVERAGING, data_types={"grad_accum_dtype": "fp32"})
+    engine = plain.make(config)
+    plain.train(engine, 5)
+    before = reference.full_parameters(engine)
+    with ds_plugin.attached(engine).averaged_weights():
+        moved = len(_different(reference.full_parameters(engine), before))
+    return type(engine.optimizer).__name__, moved, _different(reference.full_parameters(engine), before)
+
+
+def test_bf16_optimizer(workers):
+    for name, moved, different in workers(2).run(_bf16_optimizer):
+        assert name == "BF16_Optimizer" and moved > 0 and different == []
+
+
+def _losses_with_and_without_reading(zero):
+    sections = {"weight_averaging": plain.AVERAGING}
+
+    def read(engine):
+        if engine.global_steps >= 2:
+            with ds_plugin.attached(engine).averaged_weights():
+                plain.evaluate(engine)
+
+    with_reading = plain.train(plain.make(plain.host_config(zero, **sections)), 8, read)
+    without = plain.train(plain.make(plain.host_config(zero, **sections)), 8)
+    return with_reading, without
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_reading_the_average_changes_no_later_loss(workers, zero):
+    for with_reading, without in workers(2).run(_losses_with_and_without_reading, zero):
+        assert with_reading == without
+
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "barrier", "broadcast",
+    "gather", "reduce", "reduce_scatter_tensor", "scatter", "send", "recv",
+)  # fmt: skip
+
+
+def _count_collectives():
+    engine = plain.make(plain.host_config(1, weight_averaging=plain.AVERAGING))
+    plain.train(engine, 1)
+    averager = ds_plugin.attached(engine).averager
+    calls = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+    for name, original in originals.items():
+        setattr(dist, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
+    try:
+        averager.snapshot(1)
+        snapshot_calls = list(calls)
+        dist.barrier()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return snapshot_calls, calls
+
+
+def test_a_snapshot_makes_no_collective(workers):
+    for snapshot_calls, calls in workers(2).run(_count_collectives):
+        assert snapshot_calls == []
+        assert calls == ["barrier"]  # the counter counts
+
+
+def _refusals(tmp_path):
+    engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
+    plugin = ds_plugin.attached(engine)
+    plain.train(engine, 2)
+    messages = {}
+
+    def attempt(name, function):
+        try:
+            function()
+            messages[name] = None
+        except StateError as error:
+            messages[name] = str(error)
+
+    with plugin.averaged_weights():
+        attempt("step", engine.step)
+        attempt("save", lambda: engine.save_checkpoint(tmp_path, tag="swapped"))
+        attempt("load", lambda: engine.load_checkpoint(tmp_path))
+        attempt("detach", lambda: ds_plugin.detach(engine))
+    loss = engine(*plain.micro_batch(0))
+    engine.backward(loss)
+    engine.step()  # the first half of an accumulation window
+    attempt("mid-window", plugin.averaged_weights)
+    return messages
+
+
+def test_steps_and_saves_are_refused_while_swapped(workers, tmp_path):
+    for messages in workers(2).run(_refusals, str(tmp_path)):
+        for name in ("step", "save", "load", "detach"):
+            assert "while the averaged weights are swapped in" in messages[name], messages
+        assert "accumulation window" in messages["mid-window"]
+    assert not (tmp_path / "swapped").exists()

@@ -1,0 +1,238 @@
+"""CompleteP on megatron-core through DeepSpeed, against the plain-torch model written from Table 1."""
+
+import math
+
+import pytest
+import torch
+
+import ds_plugin
+from ds_plugin.errors import ConfigError
+from megatron_patches import cpu_host, gpt
+from megatron_patches.completep import finish, prepare
+from megatron_patches.completep.config import CompletePConfig
+from tests.reference.completep import ReferenceGPT, megatron_name
+
+pytest.importorskip("megatron.core")
+
+VOCAB, LENGTH, STEPS = 64, 12, 5
+SIZE = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "seq_length": LENGTH}
+BASE = {"enabled": True, "base_width": 16, "base_depth": 2, "base_head_dim": 8}
+LR, DECAY, EPS = 0.01, 0.1, 1e-4  # an eps that matters, so that its rule is seen
+
+
+def section(**changes):
+    return CompletePConfig.model_validate({**BASE, **changes})
+
+
+def build(completep, **changes):
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
+    gpt.initialize_parallel(cfg, 1234)
+    config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
+    if completep is not None:
+        config, spec = prepare(config, spec, completep)
+    return gpt.build_gpt(cfg, VOCAB, config, spec)
+
+
+def host_config(completep, zero=0):
+    return {
+        "train_micro_batch_size_per_gpu": 3,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": zero},
+        "optimizer": {"type": "AdamW", "params": {"lr": LR, "weight_decay": DECAY, "eps": EPS, "torch_adam": True}},
+        "completep": completep.model_dump()
+        if completep is not None
+        else {"enabled": False, **{k: BASE[k] for k in ("base_width", "base_depth")}},
+    }
+
+
+def batch(step):
+    tokens = torch.randint(0, VOCAB, (3, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def positions():
+    return torch.arange(LENGTH).expand(3, -1)
+
+
+def train(engine):
+    losses = []
+    for step in range(STEPS):
+        tokens, labels = batch(step)
+        loss = engine(tokens, positions(), None, labels=labels).mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _parity(alpha, tied):
+    completep = section(alpha=alpha)
+    model = build(completep, tie_embeddings=tied)
+    engine, *_ = ds_plugin.initialize(model=model, config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    base = {"base_width": 16, "base_depth": 2, "base_head_dim": 8}
+    reference = ReferenceGPT(vocab=VOCAB, length=LENGTH, width=64, depth=8, heads=4, alpha=alpha, tied=tied, **base)
+    reference.copy_from_megatron(model)
+    optimizer = torch.optim.AdamW(list(reference.groups(LR, DECAY, EPS)))
+    expected = []
+    for step in range(STEPS):
+        loss = reference(*batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    found = train(engine)
+    theirs = dict(model.named_parameters())
+    drift = max(
+        ((theirs[megatron_name(name)] - p).norm() / p.norm()).item() for name, p in reference.named_parameters()
+    )
+    return found, expected, drift
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parity_with_the_paper(workers, alpha, tied):
+    found, expected, drift = workers(1).run(_parity, alpha, tied)[0]
+    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) <= 1e-6, (found, expected)
+    assert drift <= 2e-4
+    assert found[0] - found[-1] > 0.005  # it has trained, so there was something to differ in
+
+
+def _init_stds(completep):
+    model = build(completep)
+    if completep is not None:
+        finish(model, completep)
+        finish(model, completep)  # twice is once
+    return {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+
+
+def test_init(workers):
+    """s = 0.02; m_N = 4, so hidden matrices have 0.01; everything else 0.02. Tolerance: 5 standard errors."""
+    stds = workers(1).run(_init_stds, section())[0]
+    for name, std in stds.items():
+        expected = 0.01 if "decoder.layers" in name else 0.02
+        samples = 64 * (LENGTH if "position" in name else 64)
+        assert abs(std / expected - 1) < 5 / math.sqrt(2 * samples), (name, std)
+    assert sum("decoder.layers" in name for name in stds) == 32
+
+
+def _base_model(completep):
+    model = build(completep, num_layers=2, hidden_size=16, num_attention_heads=2)
+    # the one difference Table 1 makes to the base model: its output projections start as wide as the rest
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if completep is None and name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                p.mul_(math.sqrt(2 * 2))
+    groups = None
+    if completep is None:
+        named = list(model.named_parameters())
+        groups = [
+            {"params": [p for _, p in named if p.dim() > 1]},
+            {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0},
+        ]
+    engine, *_ = ds_plugin.initialize(
+        model=model, config=host_config(completep), model_parameters=groups, mpu=gpt.DeepSpeedMPU()
+    )
+    return train(engine)
+
+
+def test_the_base_model_trains_as_without_it(workers):
+    with_it = workers(1).run(_base_model, section())[0]
+    without = workers(1).run(_base_model, None)[0]
+    assert with_it == pytest.approx(without, abs=1e-6)
+
+
+def _stage_losses(zero, tensor_parallel):
+    completep = section()
+    model = build(completep, tensor_parallel=tensor_parallel)
+    engine, *_ = ds_plugin.initialize(model=model, config=host_config(completep, zero), mpu=gpt.DeepSpeedMPU())
+    losses = train(engine)
+    return losses, [(g["role"], g["lr"], g["weight_decay"], g["eps"]) for g in engine.optimizer.param_groups]
+
+
+# lr 0.01, decay 0.1, eps 1e-4; m_N = 4, m_L = 4, alpha 1
+GROUPS = [
+    ("embedding", 0.01, 0.1, 1e-4),
+    ("hidden", 0.0025, 0.4, 1e-4 / 16),
+    ("block_norm", 0.01, 0.0, 1e-4 / 16),
+    ("block_bias", 0.01, 0.0, 1e-4 / 16),
+    ("final_norm", 0.01, 0.0, 1e-4),
+    ("unembedding", 0.01, 0.1, 1e-4),
+]
+
+
+@pytest.mark.parametrize(("ranks", "zero", "tensor_parallel"), [(2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2)])
+def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel):
+    expected, groups = workers(1).run(_stage_losses, 0, 1)[0]
+    assert [g[0] for g in groups] == [g[0] for g in GROUPS]
+    for found, wanted in zip(groups, GROUPS, strict=True):
+        assert found[1:] == pytest.approx(wanted[1:], rel=1e-12)
+    for losses, layout_groups in workers(ranks).run(_stage_losses, zero, tensor_parallel):
+        assert losses == pytest.approx(expected, abs=1e-5)
+        assert layout_groups == groups
+
+
+def _refusals():
+    messages = {}
+
+    def attempt(name, function):
+        try:
+            function()
+        except ConfigError as error:
+            messages[name] = str(error)
+
+    plain, prepared = build(None), build(section())
+    attempt("unprepared", lambda: finish(plain, section()))
+    attempt("other base", lambda: finish(prepared, section(base_width=32)))
+    attempt(
+        "groups",
+        lambda: ds_plugin.initialize(
+            model=prepared, config=host_config(section()), model_parameters=prepared.parameters()
+        ),
+    )
+    attempt(
+        "optimizer",
+        lambda: ds_plugin.initialize(
+            model=prepared, config=host_config(section()), optimizer=torch.optim.SGD(prepared.parameters(), 0.1)
+        ),
+    )
+    attempt(
+        "scheduler",
+        lambda: ds_plugin.initialize(
+            model=prepared, config={**host_config(section()), "scheduler": {"type": "OneCycle", "params": {}}}
+        ),
+    )
+    prepared.extra = torch.nn.Linear(2, 2)
+    attempt("unknown parameter", lambda: finish(prepared, section()))
+    for name, value in (
+        ("num_moe_experts", 4),
+        ("multi_latent_attention", True),
+        ("mtp_num_layers", 1),
+        ("softmax_scale", 0.1),
+    ):
+        cfg = gpt.GPTConfig.model_validate(SIZE)
+        config = gpt.transformer_config(cfg, torch.float32)
+        setattr(config, name, value)
+        attempt(name, lambda config=config, cfg=cfg: prepare(config, gpt.layer_spec(cfg), section()))
+    return messages
+
+
+EXPECTED = {
+    "unprepared": ["built without it", "prepare"],
+    "other base": ["base_width 32", "base_width 16"],
+    "groups": ["model_parameters"],
+    "optimizer": ["SGD", "lambda groups"],
+    "scheduler": ["OneCycle"],
+    "unknown parameter": ["extra.weight"],
+    "num_moe_experts": ["num_moe_experts", "4"],
+    "multi_latent_attention": ["multi_latent_attention", "True"],
+    "mtp_num_layers": ["mtp_num_layers", "1"],
+    "softmax_scale": ["softmax_scale", "0.1"],
+}
+
+
+def test_refusals(workers):
+    messages = workers(1).run(_refusals)[0]
+    for name, parts in EXPECTED.items():
+        assert name in messages, f"{name} was not refused"
+        assert all(part in messages[name] for part in parts), messages[name]

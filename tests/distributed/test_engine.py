@@ -1,0 +1,305 @@
+"""The seam: plain DeepSpeed when everything is off, a plain torch model when nothing is Megatron, resume, attach, "
+"detach."""
+
+import json
+
+import deepspeed
+import pytest
+import torch
+
+import ds_plugin
+from ds_plugin.errors import ConfigError, StateError
+from tests.distributed import plain
+
+BOTH = {"sequence_length_warmup": plain.WARMUP, "weight_averaging": plain.AVERAGING}
+OFF = {name: {**section, "enabled": False} for name, section in BOTH.items()}
+
+
+def _losses(zero, precision, sections, steps, initialize=None):
+    engine = plain.make(plain.host_config(zero, precision, **sections), initialize=initialize)
+    return plain.train(engine, steps)
+
+
+def _plain_deepspeed(zero, precision, steps):
+    return plain.train(plain.make(plain.host_config(zero, precision), initialize=deepspeed.initialize), steps)
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_switched_off_it_is_plain_deepspeed(workers, zero, precision):
+    pool = workers(2)
+    expected = pool.run(_plain_deepspeed, zero, precision, 6)
+    assert pool.run(_losses, zero, precision, {}, 6) == expected
+    assert pool.run(_losses, zero, precision, OFF, 6) == expected
+    assert pool.run(_losses, zero, precision, BOTH, 6) != expected  # and switched on it is not
+
+
+def _shortened_run(accumulation):
+    engine = plain.make(plain.host_config(1, accumulation=accumulation, **BOTH))
+    plugin = ds_plugin.attached(engine)
+    lengths, seen = [], []
+    engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    engine.train()
+    for _ in range(9):
+        lengths.append(plugin.length)
+        plain.train(engine, 1)
+    evaluated = len(seen)
+    plain.evaluate(engine)
+    ledger = plugin.ledger
+    return {
+        "lengths": lengths,
+        "seen": seen[:evaluated],
+        "evaluation": seen[evaluated:],
+        "read": ledger.read,
+        "trained": ledger.trained,
+    }
+
+
+# 4 + 12 * t / 8, floored to 4: t = 1..9
+LENGTHS = [4, 4, 8, 8, 8, 12, 12, 16, 16]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
+    for found in workers(2).run(_shortened_run, accumulation):
+        assert found["lengths"] == LENGTHS
+        assert found["seen"] == [length for length in LENGTHS for _ in range(accumulation)]
+        assert found["evaluation"] == [plain.LENGTH]
+        samples = 2 * plain.MICRO * accumulation  # ranks, micro-batch, accumulation
+        assert found["read"] == 9 * samples * plain.LENGTH
+        assert found["trained"] == sum(LENGTHS) * samples
+        assert found["read"] - found["trained"] == sum(plain.LENGTH - length for length in LENGTHS) * samples
+
+
+def _truncated_by_hand(zero):
+    """The same run without the plugin, shortened by the caller."""
+    engine = plain.make(plain.host_config(zero), initialize=deepspeed.initialize)
+    engine.train()
+    losses = []
+    for length in LENGTHS:
+        tokens, labels = plain.micro_batch(engine.global_steps)
+        loss = engine(tokens[:, :length], labels[:, :length])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_warmup_equals_truncation_by_hand(workers, zero):
+    pool = workers(2)
+    assert pool.run(_losses, zero, "fp32", BOTH, 9) == pool.run(_truncated_by_hand, zero)
+
+
+def _train_save(zero, folder, first, rest):
+    engine = plain.make(plain.host_config(zero, **BOTH))
+    losses = plain.train(engine, first)
+    engine.save_checkpoint(folder)
+    return losses, _record(engine, rest)
+
+
+def _resume(zero, folder, rest):
+    engine = plain.make(plain.host_config(zero, **BOTH))
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None
+    return _record(engine, rest)
+
+
+def _record(engine, steps):
+    """Losses, averaged losses, lengths and tokens of the next steps."""
+    plugin, rows = ds_plugin.attached(engine), []
+
+    def after(engine):
+        with plugin.averaged_weights():
+            averaged = plain.evaluate(engine)
+        rows.append((averaged, plugin.length, plugin.ledger.trained, plugin.ledger.read, engine.get_lr()[0]))
+
+    return plain.train(engine, steps, after), rows, list(plugin.averager.steps)
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (2, 2), (3, 2), (3, 3)])
+def test_interrupted_and_resumed_equals_uninterrupted(workers, tmp_path, zero, ranks):
+    pool = workers(ranks)
+    uninterrupted = pool.run(_train_save, zero, str(tmp_path), 5, 6)
+    resumed = pool.run(_resume, zero, str(tmp_path), 6)
+    assert [rest for _, rest in uninterrupted] == resumed
+    assert (tmp_path / "latest").read_text() == "global_step5"
+    manifest = json.loads((tmp_path / "global_step5" / "ds_plugin.json").read_text())
+    assert manifest["state"]["weight_averaging"]["steps"] == [2, 4]
+    assert manifest["world_size"] == ranks and manifest["zero_stage"] == zero
+
+
+def _resume_other(folder, config, width=13):
+    plain.make(config, width=width).load_checkpoint(folder)
+
+
+CHANGED = [
+    # another model, another number of ranks, another stage, a damaged or missing file
+    ("model", ["positions", "[16, 13]", "[16, 15]"]),
+    ("ranks", ["world_size", "2", "3"]),
+    ("stage", ["zero_stage", "1", "2"]),
+    ("missing", ["weight_averaging_rank_00001.safetensors", "missing", "rank 1"]),
+    ("damaged", ["weight_averaging_rank_00001.safetensors", "damaged"]),
+    ("manifest", ["ds_plugin.json", "damaged"]),
+]
+
+
+@pytest.mark.parametrize(("change", "parts"), CHANGED)
+def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_path, change, parts):
+    workers(2).run(_train_save, 1, str(tmp_path), 5, 0)
+    tag = tmp_path / "global_step5"
+    shard = tag / "weight_averaging_rank_00001.safetensors"
+    config, width, ranks = plain.host_config(1, **BOTH), 13, 2
+    if change == "model":
+        width = 15
+    elif change == "ranks":
+        ranks = 3
+    elif change == "stage":
+        config = plain.host_config(2, **BOTH)
+    elif change == "missing":
+        shard.unlink()
+    elif change == "damaged":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    else:
+        (tag / "ds_plugin.json").write_text('{"format": 1}')
+    for error in workers(ranks).run(_resume_other, str(tmp_path), config, width, expect="errors", timeout=60):
+        assert error is not None and error.type.endswith("CheckpointError"), error
+        assert all(part in error.message for part in parts), error.message
+
+
+def _resume_without_our_state(folder):
+    plain_engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    plain.train(plain_engine, 5)
+    plain_engine.save_checkpoint(folder)
+    engine = plain.make(plain.host_config(1, **BOTH))
+    engine.load_checkpoint(folder)
+    plugin = ds_plugin.attached(engine)
+    return engine.global_steps, plugin.length, plugin.has_average, plugin.ledger.read
+
+
+def test_a_plain_checkpoint_can_be_taken_over(workers, tmp_path):
+    for found in workers(2).run(_resume_without_our_state, str(tmp_path)):
+        assert found == (5, LENGTHS[5], False, 0)
+
+
+def _weights_only(folder):
+    engine = plain.make(plain.host_config(1, **BOTH))
+    plain.train(engine, 5)
+    engine.save_checkpoint(folder)
+    other = plain.make(plain.host_config(1, **BOTH))
+    other.load_checkpoint(folder, load_module_only=True)
+    plugin = ds_plugin.attached(other)
+    return plugin.length, plugin.has_average, plugin.ledger.read
+
+
+def test_loading_weights_only_starts_another_run(workers, tmp_path):
+    for found in workers(2).run(_weights_only, str(tmp_path)):
+        assert found == (LENGTHS[0], False, 0)
+
+
+def _attach_and_detach():
+    engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    with pytest.raises(StateError, match="no plugin"):
+        ds_plugin.attached(engine)
+    plugin = ds_plugin.attach(engine, {**plain.host_config(1), **BOTH})
+    with pytest.raises(StateError, match="already has a plugin"):
+        ds_plugin.attach(engine, BOTH)
+    with pytest.raises(ConfigError, match=r"completep.*initialize"):
+        ds_plugin.attach(engine, {"completep": {"enabled": True, "base_width": 8, "base_depth": 2}})
+    first = plain.train(engine, 2)
+    steps = list(plugin.averager.steps)
+    ds_plugin.detach(engine)
+    shadowed = [name for name in ("step", "save_checkpoint", "load_checkpoint") if name in engine.__dict__]
+    second = plain.train(engine, 2)
+    return first, second, steps, shadowed, len(engine._forward_pre_hooks)
+
+
+def test_attach_and_detach(workers):
+    reference = [_shortened for _shortened in workers(2).run(_losses, 1, "fp32", BOTH, 2)]
+    for (first, second, steps, shadowed, hooks), expected in zip(
+        workers(2).run(_attach_and_detach), reference, strict=True
+    ):
+        assert first == expected and steps == [2]
+        assert shadowed == [] and hooks == 0
+        assert len(second) == 2
+
+
+def _bypassing_the_engine():
+    engine = plain.make(plain.host_config(0, sequence_length_warmup=plain.WARMUP))
+    engine.train()
+    loss = engine.module(*plain.micro_batch(0))
+    engine.backward(loss)
+    engine.step()
+
+
+def test_a_forward_that_bypasses_the_engine_is_noticed(workers):
+    for error in workers(2).run(_bypassing_the_engine, expect="errors"):
+        assert "engine.module" in error.message
+
+
+def _custom_shorten():
+    def shorten(args, kwargs, length):
+        tokens, labels = args
+        return (tokens[:, :length], labels[:, :length]), kwargs, tokens.numel(), tokens[:, :length].numel()
+
+    config = plain.host_config(0, sequence_length_warmup=plain.WARMUP)
+    by_hand = plain.train(plain.make(config, shorten=shorten), 4)
+    return by_hand, plain.train(plain.make(config), 4)
+
+
+def test_a_users_own_shorten(workers):
+    for by_hand, by_name in workers(2).run(_custom_shorten):
+        assert by_hand == by_name
+
+
+def _bad(changes, model_kwargs=None):
+    config = {**plain.host_config(1), **changes}
+    ds_plugin.initialize(model=plain.TinyLM(), config=config, **(model_kwargs or {}))
+
+
+CURRICULUM = {"enabled": True, "data_sampling": {"enabled": True, "curriculum_learning": {"enabled": True}}}
+COMPLETEP = {"enabled": True, "base_width": 8, "base_depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"weight_averaging": {"enabled": True, "window": 0, "interval": 1}}, ["weight_averaging.window", "0"]),
+        ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning", "sequence_length_warmup"]),
+        (
+            {"sequence_length_warmup": plain.WARMUP, "data_efficiency": CURRICULUM},
+            ["curriculum_learning", "both set the length"],
+        ),
+        ({"completep": COMPLETEP}, ["completep", "built without it", "prepare"]),
+        ({"completep": COMPLETEP, "optimizer": {"type": "AdamW"}}, ["optimizer.params.lr", "missing"]),
+    ],
+)
+def test_bad_settings_end_every_rank_alike(workers, changes, parts):
+    for error in workers(2).run(_bad, changes, expect="errors", timeout=30):
+        assert error is not None and error.type.endswith("ConfigError"), error
+        assert all(part in error.message for part in parts), error.message
+
+
+def _two_configs():
+    ds_plugin.initialize(model=plain.TinyLM(), config=plain.host_config(), config_params=plain.host_config())
+
+
+def test_one_config_only(workers):
+    assert "2 were given" in workers(1).run(_two_configs, expect="errors")[0].message
+
+
+def _through_args(path):
+    import argparse
+
+    args = argparse.Namespace(deepspeed_config=path, local_rank=-1)
+    torch.manual_seed(7)
+    engine = ds_plugin.initialize(args=args, model=plain.TinyLM())[0]
+    return plain.train(engine, 3), args.local_rank, args.deepspeed_config == path
+
+
+def test_config_through_the_launchers_arguments(workers, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain.host_config(1, **BOTH)))
+    expected = workers(2).run(_losses, 1, "fp32", BOTH, 3)
+    found = workers(2).run(_through_args, str(path))
+    assert [losses for losses, _, _ in found] == expected
+    assert [(rank, same) for _, rank, same in found] == [(0, True), (1, True)]

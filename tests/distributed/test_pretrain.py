@@ -1,0 +1,221 @@
+"""The example script's own `train`, on real text, in every layout it offers."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from ds_plugin.run.folder import read_metrics
+from megatron_patches import cpu_host
+
+pytest.importorskip("megatron.core")
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+TIMES = ("tokens_per_second",)
+
+
+def config(**changes):
+    base = {
+        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32},
+        "training": {
+            "steps": STEPS, "eval_interval": 10, "eval_samples": 16, "save_interval": 10, "log_interval": 4,
+        },
+        "sequence_length_warmup": {
+            "enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 12}, "multiple_of": 8,
+        },
+        "completep": {"enabled": True, "base_width": 16, "base_depth": 1, "base_head_dim": 8},
+        "weight_averaging": {"enabled": True, "window": 3, "interval": 2},
+        "train_batch_size": 8,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"total_num_steps": "auto", "warmup_max_lr": 0.01, "warmup_num_steps": 4},
+        },
+    }  # fmt: skip
+    for path, value in changes.items():
+        section, key = path.split("__")
+        base[section] = {**base[section], key: value}
+    return base
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("pretrain_gpt", ROOT / "launch_scripts" / "pretrain_gpt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(folder, name, json_config, *flags):
+    """The script on these ranks, without the launcher; returns what every rank ends with."""
+    from ds_plugin.run import settings
+    from ds_plugin.run.folder import RunFolder
+    from ds_plugin.run.progress import Progress
+
+    folder = Path(folder)
+    path = folder / f"{name}.json"
+    if dist.get_rank() == 0:
+        path.write_text(json.dumps(json_config))
+    dist.barrier()
+    text = folder / "text"
+    arguments = [
+        "--config",
+        str(path),
+        "--name",
+        name,
+        "--runs",
+        str(folder / "runs"),
+        "--cache",
+        str(folder / "cache"),
+    ]
+    args = settings.parser().parse_args([*arguments, "--data", str(text), *flags])
+    script = load_script()
+    run = settings.load_settings(args)
+    cpu_host.enable()
+    engine = script.train(args, run, RunFolder.open(args.runs, args.name, args.resume), Progress(STEPS, False))
+    return cpu_host.check_replicas(engine.module)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with some real text to train on."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("argparse", "ast", "inspect", "typing"):
+        source = Path(importlib.util.find_spec(name).origin)
+        (text / source.name).write_text(source.read_text())
+    return tmp_path
+
+
+def metrics(folder, name):
+    found = read_metrics(folder / "runs" / name / "metrics.csv")
+    return {column: values for column, values in found.items() if column not in TIMES}
+
+
+def summary(folder, name):
+    return json.loads((folder / "runs" / name / "summary.json").read_text())
+
+
+def test_fp32_losses_agree_across_stages_and_layouts(workers, folder):
+    runs = {}
+    for ranks, zero, tensor_parallel in [(2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (4, 1, 2)]:
+        name = f"zero{zero}tp{tensor_parallel}"
+        compared = workers(ranks).run(
+            run_script, str(folder), name, config(zero_optimization__stage=zero, model__tensor_parallel=tensor_parallel)
+        )
+        assert compared == [0 if tensor_parallel == 1 else compared[0]] * ranks
+        assert tensor_parallel == 1 or compared[0] > 0
+        runs[name] = metrics(folder, name)
+        assert (folder / "runs" / name / "report.png").stat().st_size > 10_000
+    reference = runs["zero0tp1"]
+    assert reference["step"] == list(range(1, STEPS + 1))
+    assert reference["train_loss"][0] - reference["train_loss"][-1] > 0.5
+    for name, run in runs.items():
+        for column in ("train_loss", "eval_loss", "eval_loss_averaged", "lr"):
+            assert run[column] == pytest.approx(reference[column], abs=1e-5), (name, column)
+        for column in ("length", "tokens_trained", "tokens_read"):
+            assert run[column] == reference[column], (name, column)
+
+
+# 8 + 24 t / 12 = 8 + 2t, floored to 8
+LENGTHS = [8, 8, 8, 16, 16, 16, 16, 24, 24, 24, 24, 32, 32, 32, 32, 32, 32, 32, 32, 32]
+
+
+def test_the_summary_is_what_was_measured(workers, folder):
+    workers(2).run(run_script, str(folder), "a", config())
+    found, rows = summary(folder, "a"), metrics(folder, "a")
+    assert rows["length"] == LENGTHS
+    assert found["steps"] == STEPS
+    assert (found["first_length"], found["last_length"]) == (8, 32)
+    assert found["tokens_read"] == STEPS * 8 * 32
+    assert found["tokens_trained"] == 8 * sum(LENGTHS)
+    assert (found["zero_stage"], found["world_size"], found["tensor_parallel"]) == (1, 2, 1)
+    assert found["eval_loss"] == rows["eval_loss"][-1] and found["train_loss"] == rows["train_loss"][-1]
+    assert found["eval_loss_averaged"] == rows["eval_loss_averaged"][-1] != found["eval_loss"]
+    assert found["averaged_steps"] == [16, 18, 20]
+    assert 2.5 < found["unigram_entropy"] < 4
+    assert {"torch", "deepspeed", "megatron-core", "python"} <= set(found["versions"])
+    assert found["wall_seconds"] > 0
+    averaged = load_file(folder / "runs" / "a" / "averaged.safetensors")
+    assert averaged["embedding.word_embeddings.weight"].shape == (256, 32)
+    assert sum(t.numel() for t in averaged.values()) == found["parameters"]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_bf16_trains(workers, folder, zero):
+    workers(2).run(run_script, str(folder), "bf16", config(), "--precision", "bf16", "--zero-stage", str(zero))
+    rows = metrics(folder, "bf16")
+    assert rows["train_loss"][0] - rows["train_loss"][-1] > 0.5
+    assert rows["eval_loss_averaged"][-1] is not None
+    assert summary(folder, "bf16")["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, folder, zero):
+    pool, settings = workers(2), config(zero_optimization__stage=zero)
+    pool.run(run_script, str(folder), "whole", settings)
+    # what an interruption after step 13 leaves: the checkpoint of step 10 and three rows more
+    pool.run(run_script, str(folder), "cut", settings)
+    cut = folder / "runs" / "cut"
+    (cut / "summary.json").unlink()
+    (cut / "checkpoints" / "latest").write_text("step00000010")
+    lines = (cut / "metrics.csv").read_text().splitlines(keepends=True)
+    (cut / "metrics.csv").write_text("".join(lines[: 1 + 13]))
+    pool.run(run_script, str(folder), "cut", settings, "--resume")
+    assert metrics(folder, "cut") == metrics(folder, "whole")
+    assert summary(folder, "cut")["averaged_steps"] == summary(folder, "whole")["averaged_steps"]
+    first, second = (load_file(folder / "runs" / name / "averaged.safetensors") for name in ("whole", "cut"))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_methods_off(workers, folder):
+    off = {
+        key: value
+        for key, value in config().items()
+        if key not in ("sequence_length_warmup", "completep", "weight_averaging")
+    }
+    workers(2).run(run_script, str(folder), "off", off)
+    found, rows = summary(folder, "off"), metrics(folder, "off")
+    assert set(rows["length"]) == {32} and found["tokens_read"] == found["tokens_trained"] == STEPS * 8 * 32
+    assert found["eval_loss_averaged"] is None and found["methods"] == {}
+    assert not (folder / "runs" / "off" / "averaged.safetensors").exists()
+
+
+def test_gradient_accumulation_gives_the_same_run(workers, folder):
+    workers(2).run(run_script, str(folder), "one", config())
+    accumulated = {**config(), "gradient_accumulation_steps": 2}
+    workers(2).run(run_script, str(folder), "two", accumulated)
+    one, two = metrics(folder, "one"), metrics(folder, "two")
+    for column in ("train_loss", "eval_loss_averaged"):
+        assert two[column] == pytest.approx(one[column], abs=1e-5)
+    assert two["tokens_trained"] == one["tokens_trained"] and two["length"] == one["length"]
+
+
+def _resume_with(folder, json_config, *flags):
+    run_script(folder, "a", json_config, "--resume", *flags)
+
+
+CHANGED = [
+    (config(model__hidden_size=64), (), ["embedding.word_embeddings.weight", "[256, 32]", "[256, 64]"]),
+    (config(training__seed=5), (), ["seed", "1234", "5"]),
+    (config(model__seq_length=16, sequence_length_warmup__end_length=16), (), ["seq_length", "32", "16"]),
+    (config(completep__base_width=8), (), ["completep", '"base_width": 16', '"base_width": 8']),
+    (config(), ("--tag", "step00000011"), ["step00000011", "step00000010"]),
+]
+
+
+def test_a_run_of_another_kind_is_not_resumed(workers, folder):
+    pool = workers(2)
+    pool.run(run_script, str(folder), "a", config())
+    kept = {p.name: p.read_bytes() for p in (folder / "runs" / "a").iterdir() if p.is_file()}
+    for changed, flags, parts in CHANGED:
+        for error in pool.run(_resume_with, str(folder), changed, *flags, expect="errors", timeout=60):
+            assert error is not None and error.type.endswith("CheckpointError"), error
+            assert all(part in error.message for part in parts), error.message
+    assert {p.name: p.read_bytes() for p in (folder / "runs" / "a").iterdir() if p.is_file()} == kept

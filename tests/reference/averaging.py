@@ -1,0 +1,42 @@
+"""Weight averaging the naive way: gather every fp32 master on every rank, keep whole snapshots, average at the end."""
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+
+
+def full_masters(engine):
+    """Every parameter's fp32 master, whole, by name. All ranks call it."""
+    named = dict(engine.module.named_parameters())
+    optimizer = engine.optimizer
+    if engine.zero_optimization() or type(optimizer).__name__ == "BF16_Optimizer":
+        return {name: safe_get_full_fp32_param(p).detach().clone() for name, p in named.items()}
+    if hasattr(optimizer, "fp32_groups"):  # stage 0 in 16 bits: whole masters beside the parameters, in the same order
+        pairs = zip(
+            [p for group in optimizer.fp16_groups for p in group],
+            [p for group in optimizer.fp32_groups for p in group],
+            strict=True,
+        )
+        masters = {id(low): master for low, master in pairs}
+        return {name: masters[id(p)].detach().clone() for name, p in named.items()}
+    return {name: p.detach().clone() for name, p in named.items()}
+
+
+def full_parameters(engine):
+    """Every parameter the model computes with, whole, by name."""
+    found = {}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p] if hasattr(p, "ds_id") else []):
+            found[name] = p.detach().clone()
+    return found
+
+
+def mean(snapshots):
+    """The mean of whole snapshots: add oldest to newest, divide once."""
+    result = {}
+    for name in snapshots[0]:
+        total = torch.zeros_like(snapshots[0][name])
+        for snapshot in snapshots:
+            total = total + snapshot[name]
+        result[name] = total / len(snapshots)
+    return result

@@ -1,0 +1,103 @@
+"""Table 1 of arXiv 2505.01618, worked out by hand for m_N = 4, m_L = 16."""
+
+import math
+
+import pytest
+
+from ds_plugin.errors import ConfigError
+from megatron_patches.completep.roles import role_of
+from megatron_patches.completep.rules import (
+    Multipliers,
+    Ratios,
+    Role,
+    attention_scale,
+    logit_multiplier,
+    multipliers,
+    residual_multiplier,
+)
+
+# role: init std, lr, weight decay, eps
+ALPHA_1 = {
+    Role.EMBEDDING: (1, 1, 1, 1),
+    Role.BLOCK_NORM: (1, 1, 0, 1 / 64),  # lr 16^0; eps 1/4 * 1/16
+    Role.HIDDEN: (1 / 2, 1 / 4, 4, 1 / 64),  # variance 1/4; lr 1/4 * 16^0
+    Role.BLOCK_BIAS: (1, 1, 0, 1 / 64),
+    Role.FINAL_NORM: (1, 1, 0, 1),
+    Role.UNEMBEDDING: (1, 1, 1, 1),
+}
+ALPHA_HALF = {
+    Role.EMBEDDING: (1, 1, 1, 1),
+    Role.BLOCK_NORM: (1, 1 / 4, 0, 1 / 16),  # lr 16^-1/2; eps 1/4 * 1/4
+    Role.HIDDEN: (1 / 2, 1 / 16, 4, 1 / 16),  # lr 1/4 * 1/4
+    Role.BLOCK_BIAS: (1, 1 / 4, 0, 1 / 16),
+    Role.FINAL_NORM: (1, 1, 0, 1),
+    Role.UNEMBEDDING: (1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
+def test_table_1(alpha, table):
+    assert set(table) == set(Role)
+    for role, expected in table.items():
+        assert multipliers(role, Ratios(4, 16, alpha)) == Multipliers(*expected), role
+
+
+def test_the_base_model_is_unchanged():
+    for alpha in (0.5, 1.0):
+        for role in Role:
+            found = multipliers(role, Ratios(1, 1, alpha))
+            assert (found.init_std, found.lr, found.eps) == (1, 1, 1)
+            assert found.weight_decay in (0, 1)
+        assert residual_multiplier(Ratios(1, 1, alpha)) == logit_multiplier(Ratios(1, 1, alpha)) == 1
+
+
+def test_forward_multipliers():
+    assert residual_multiplier(Ratios(4, 16, 1.0)) == 1 / 16
+    assert residual_multiplier(Ratios(4, 16, 0.5)) == 1 / 4
+    assert logit_multiplier(Ratios(4, 16)) == 1 / 4
+    assert attention_scale(64, 64) == 1 / math.sqrt(64)
+    assert attention_scale(128, 32) == math.sqrt(32) / 128
+
+
+def test_eps_scope_all_is_the_reference_codes():
+    for role in Role:
+        assert multipliers(role, Ratios(4, 16), eps_scope="all").eps == 1 / 64
+
+
+NAMES = {
+    "embedding.word_embeddings.weight": Role.EMBEDDING,
+    "embedding.position_embeddings.weight": Role.EMBEDDING,
+    "decoder.layers.0.input_layernorm.weight": Role.BLOCK_NORM,
+    "decoder.layers.11.pre_mlp_layernorm.bias": Role.BLOCK_NORM,
+    "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
+    "decoder.layers.3.mlp.linear_fc1.layer_norm_bias": Role.BLOCK_NORM,
+    "decoder.layers.3.self_attention.q_layernorm.weight": Role.BLOCK_NORM,
+    "decoder.layers.3.self_attention.linear_qkv.weight": Role.HIDDEN,
+    "decoder.layers.3.self_attention.linear_proj.weight": Role.HIDDEN,
+    "decoder.layers.3.mlp.linear_fc2.weight": Role.HIDDEN,
+    "decoder.layers.3.mlp.linear_fc2.bias": Role.BLOCK_BIAS,
+    "decoder.final_layernorm.weight": Role.FINAL_NORM,
+    "output_layer.weight": Role.UNEMBEDDING,
+}
+
+
+@pytest.mark.parametrize(("name", "role"), NAMES.items())
+def test_roles(name, role):
+    assert role_of(name) is role
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.0.mlp.router.weight",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight",
+        "decoder.layers.0.self_attention.linear_q_down_proj.weight",
+        "mtp.layers.0.eh_proj.weight",
+        "decoder.layers.0.mixer.in_proj.weight",
+        "output_layer.bias",
+        "prefix.output_layer.weight",
+    ],
+)
+def test_an_unknown_parameter_is_named(name):
+    with pytest.raises(ConfigError, match=name):
+        role_of(name)

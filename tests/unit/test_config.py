@@ -1,0 +1,127 @@
+"""The JSON sections: what is accepted, and that every refusal names the field, the value and the remedy."""
+
+import json
+
+import pytest
+
+from ds_plugin.config import PluginConfig, load_json, split_config
+from ds_plugin.config_model import parse_section
+from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+
+WARMUP = {"enabled": True, "end_length": 256, "duration": {"steps": 150}}
+COMPLETEP = {"enabled": True, "base_width": 64, "base_depth": 2}
+AVERAGING = {"enabled": True, "interval": 10}
+
+
+def section(name, base, **changes):
+    merged = {**base, **changes}
+    return {name: {key: value for key, value in merged.items() if value != "<absent>"}}
+
+
+def warmup(**changes):
+    return section("sequence_length_warmup", WARMUP, **changes)
+
+
+def completep(**changes):
+    return section("completep", COMPLETEP, **changes)
+
+
+def averaging(**changes):
+    return section("weight_averaging", AVERAGING, **changes)
+
+
+BAD = [
+    # config, what the one message must hold: the field, the value, the remedy
+    (warmup(strt_length=8), ["sequence_length_warmup.strt_length", "8", '"start_length"']),
+    (warmup(colour="red"), ["sequence_length_warmup.colour", "'red'", "known keys are"]),
+    (warmup(duration={"setps": 5}), ["sequence_length_warmup.duration.setps", '"steps"']),
+    (warmup(duration=150), ["sequence_length_warmup.duration", "150"]),
+    (warmup(start_length="8"), ["sequence_length_warmup.start_length", "'8'", "integer"]),
+    (warmup(start_length=True), ["sequence_length_warmup.start_length", "True", "integer"]),
+    (warmup(start_length="auto"), ["sequence_length_warmup.start_length", "'auto'"]),
+    (warmup(start_length=0), ["sequence_length_warmup.start_length", "greater than or equal to 1", "0"]),
+    (warmup(start_length=512), ["start_length", "512", "256"]),
+    (warmup(end_length=250), ["end_length", "250", "248 or 256"]),
+    (warmup(end_length="<absent>"), ["sequence_length_warmup.end_length", "missing", "1024"]),
+    (warmup(duration="<absent>"), ["sequence_length_warmup.duration", "missing", '{"steps": N}']),
+    (warmup(mode="carry"), ["sequence_length_warmup.mode", "'truncate'", "'carry'"]),
+    (warmup(schedule="root"), ["sequence_length_warmup.schedule", "'linear'", "'root'"]),
+    (completep(base_width="<absent>"), ["completep.base_width", "missing", "256"]),
+    (completep(base_width=0), ["completep.base_width", "0"]),
+    (completep(base_width=64.5), ["completep.base_width", "64.5"]),
+    (completep(alpha=0.4), ["completep.alpha", "0.5", "0.4"]),
+    (completep(alpha=1.5), ["completep.alpha", "1.5"]),
+    (averaging(window=0), ["weight_averaging.window", "greater than or equal to 1", "0"]),
+    (averaging(interval="<absent>"), ["weight_averaging.interval", "missing"]),
+    (averaging(mode="ema"), ["weight_averaging.mode", "'sliding'", "'ema'"]),
+    ({"sequence_length_warmup": True}, ["sequence_length_warmup", "JSON object", "True"]),
+    ({"sequence_lenght_warmup": WARMUP}, ["sequence_lenght_warmup", '"sequence_length_warmup"']),
+    ({"weight-averaging": AVERAGING}, ["weight-averaging", '"weight_averaging"']),
+    ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning", "sequence_length_warmup", "enabled"]),
+    ({"curriculum_learning": None}, ["curriculum_learning", "None"]),
+]
+
+
+@pytest.mark.parametrize(("config", "parts"), BAD, ids=lambda v: json.dumps(v)[:60] if isinstance(v, dict) else "")
+def test_refusals_name_field_value_and_remedy(config, parts):
+    with pytest.raises(ConfigError) as caught:
+        PluginConfig.from_dict(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_disabled_section_is_checked_too():
+    with pytest.raises(ConfigError, match="strt_length"):
+        PluginConfig.from_dict(warmup(enabled=False, strt_length=8))
+
+
+def test_all_wrong_fields_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        PluginConfig.from_dict(averaging(window=0, interval=0))
+    assert "window" in str(caught.value) and "interval" in str(caught.value)
+
+
+def test_sections_are_stripped_and_the_rest_untouched():
+    host = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "completion": {"not": "ours"}}
+    given = {**host, **warmup(), **completep(), **averaging(enabled=False)}
+    before = json.dumps(given)
+    rest, plugin = split_config(given)
+    assert rest == host
+    assert json.dumps(given) == before
+    assert plugin.sequence_length_warmup is not None and plugin.sequence_length_warmup.start_length == 8
+    assert plugin.completep is not None and plugin.completep.alpha == 1.0
+    assert plugin.weight_averaging is None  # disabled is as good as absent
+
+
+def test_enabled_defaults_to_false():
+    assert PluginConfig.from_dict(averaging(enabled="<absent>")).weight_averaging is None
+
+
+def test_an_integer_is_a_fine_alpha():
+    assert PluginConfig.from_dict(completep(alpha=1)).completep.alpha == 1.0
+
+
+def test_parsed_sections_cannot_be_changed():
+    parsed = parse_section(SequenceLengthWarmupConfig, "sequence_length_warmup", WARMUP)
+    with pytest.raises(Exception, match="frozen"):
+        parsed.start_length = 16
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("{", ["not JSON"]), ("[1]", ["JSON object", "list"]), ('{"a": 1, "a": 2}', ["repeats", "a"])],
+)
+def test_files_that_are_no_config(tmp_path, text, parts):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_json(path)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_missing_file_names_itself(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.json"):
+        load_json(tmp_path / "nowhere.json")
