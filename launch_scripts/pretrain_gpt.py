@@ -12,6 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ds_plugin.run import startup
+
+startup.quiet()
+startup.announce("starting DeepSpeed and Megatron-core ...")
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -112,13 +117,14 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
             engine.backward(loss)
             engine.step()
             record.loss(loss)
+        record.after_step()
         step = engine.global_steps
         if step % cfg.eval_interval == 0 or step == cfg.steps:
             record.evaluation(evaluate(engine, evaluation_batches()))
             if plugin.has_average:
                 with plugin.averaged_weights():  # (*)
                     record.averaged_evaluation(evaluate(engine, evaluation_batches()))
-        record.after_step()
+        record.write()
         if step % cfg.save_interval == 0 or step == cfg.steps:
             record.save()
     record.finish()
@@ -128,22 +134,18 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
 def main() -> int:
     """Exit code 0, or 2 with one message when the settings, the data or the checkpoint cannot be used."""
     args = settings.parser().parse_args()
+    startup.skip_inference_kernel()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
-    first = dist.get_rank() == 0
     try:
         with together():
             run = settings.load_settings(args)
         if not torch.cuda.is_available():
             cpu_host.enable()
-        with Progress(run.training.steps, first) as progress:
+        with Progress(run.training.steps, enabled=dist.get_rank() == 0) as progress:
             train(args, run, RunFolder.open(args.runs, args.name, args.resume), progress)
     except PluginError as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        dist.barrier()  # the launcher ends every rank as soon as one is gone: the message must be out by then
-        return 2
-    finally:
-        dist.destroy_process_group()
+        return startup.fail(error)
+    startup.leave()
     return 0
 
 

@@ -88,7 +88,7 @@ _pip_install() {
 }
 
 _install() {
-    local ours="" parts
+    local ours="" torch
     [ ! -e "$_LOCK" ] || ours=1
     exec 9>>"$_LOCK"
     if command -v flock >/dev/null && ! flock -n 9; then
@@ -114,9 +114,9 @@ _install() {
         _step 1 "Making .venv with Python $_BASE_VERSION" _make_venv
     fi
     rm -f "$_STAMP"
-    parts="$(sed -n 's/^torch==/torch /p' "$ROOT/constraints.txt")"
+    torch="$(sed -n "s/^torch==/torch /p" "$ROOT/constraints.txt")"
     # torch first and alone: the build that pip chooses for this machine then stays.
-    _step 2 "Installing $parts" _pip_install torch
+    _step 2 "Installing $torch" _pip_install torch
     _step 3 "Installing DeepSpeed, Megatron-core, the plugin and its tests" _pip_install -e "$ROOT[test,monitor]"
     _wanted >"$_STAMP"
     rm -f "$_LOG"

@@ -1,5 +1,11 @@
 """What a training run needs around the method and the loop: data, the run folder, progress, random streams, a figure.
 
+settings.py  the JSON and the flags of the example script
+startup.py   a quiet log, nothing compiled without need
+optimizer.py the fastest AdamW that is installed; weight-decay groups
+recorder.py  one run's record: metrics, checkpoints, the report
+export.py    weights as safetensors
+env.py       versions and optional packages
 text.py      which text files make up a corpus, cut into documents
 tokens.py    documents into token numbers: bytes, or a tokenizer file
 corpus.py    tokens into a Megatron indexed dataset, prepared once

@@ -45,6 +45,18 @@ def optional() -> dict[str, str | None]:
     return result
 
 
+def accelerator() -> str:
+    """DeepSpeed's accelerator on this machine, with its devices and communication backend."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    found = get_accelerator()
+    backend = found.communication_backend_name()
+    if found.device_name() == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads per process, {backend}"
+    return f"{found.device_count()} x {torch.cuda.get_device_name(0)}, {backend}"
+
+
 def _own_version() -> str:
     import ds_plugin
 

@@ -45,14 +45,15 @@ class Recorder:
         self._earlier_seconds = 0.0  # of the run before a resume
         self._window_tokens = 0
         self._losses: list[torch.Tensor] = []  # micro-batch losses of the step that runs
-        self._pending: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss has not been read yet
+        self._unread: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss is still on the device
+        self._rows: list[dict[str, Any]] = []  # rows with their loss, not written yet; the last may be the step's own
         self._row: dict[str, Any] = {}
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def before_step(self) -> None:
         """Note what this step is trained with."""
-        if not self._pending:
+        if not self._unread:
             self._window_started, self._window_tokens = time.monotonic(), self._tokens()[0]
         self._losses = []
         self._row = {
@@ -64,6 +65,15 @@ class Recorder:
         """One micro-batch's loss, left on the device."""
         self._losses.append(loss.detach())
 
+    def after_step(self) -> None:
+        """Close the step's row, before it is evaluated; read the losses that wait when it is time."""
+        trained, read = self._tokens()
+        step, cfg = self.engine.global_steps, self.run.training
+        self._row |= {"step": step, "tokens_trained": trained, "tokens_read": read}
+        self._unread.append((self._row, torch.stack(self._losses).mean().float()))
+        if step == cfg.steps or any(step % n == 0 for n in (cfg.log_interval, cfg.eval_interval, cfg.save_interval)):
+            self._read()
+
     def evaluation(self, loss: float) -> None:
         """The loss of the weights as trained, after this step."""
         self._row["eval_loss"] = loss
@@ -72,36 +82,24 @@ class Recorder:
         """The loss of the averaged weights, measured while they were swapped in."""
         self._row["eval_loss_averaged"] = loss
 
-    def after_step(self) -> None:
-        """Close the step's row; read and write the rows that wait when it is time."""
-        trained, read = self._tokens()
-        step = self.engine.global_steps
-        self._row |= {"step": step, "tokens_trained": trained, "tokens_read": read}
-        self._pending.append((self._row, torch.stack(self._losses).mean().float()))
-        cfg = self.run.training
-        if (
-            step % cfg.log_interval == 0
-            or "eval_loss" in self._row
-            or step % cfg.save_interval == 0
-            or step == cfg.steps
-        ):
-            self._flush()
-
-    def _flush(self) -> None:
-        losses = torch.stack([loss for _, loss in self._pending])
-        dist.all_reduce(
-            losses
-        )  # tensor-parallel ranks hold equal values: the mean over all ranks is the mean over data
-        values = (losses / dist.get_world_size()).tolist()
-        seconds = time.monotonic() - self._window_started
-        rate = (self._tokens()[0] - self._window_tokens) / seconds
-        for (row, _), value in zip(self._pending, values, strict=True):
-            row |= {"train_loss": value, "tokens_per_second": rate}
-            if self.first:
+    def write(self) -> None:
+        """Write the rows whose loss has been read."""
+        if self.first:
+            for row in self._rows:
                 self.folder.append(row)
                 self.progress.step(row)
                 self._monitor(row)
-        self._pending = []
+        self._rows = []
+
+    def _read(self) -> None:
+        losses = torch.stack([loss for _, loss in self._unread])
+        dist.all_reduce(losses)  # tensor-parallel ranks hold equal values: the mean over ranks is the mean over data
+        values = (losses / dist.get_world_size()).tolist()
+        rate = (self._tokens()[0] - self._window_tokens) / (time.monotonic() - self._window_started)
+        for (row, _), value in zip(self._unread, values, strict=True):
+            self._rows.append(row | {"train_loss": value, "tokens_per_second": rate})
+        self._row = self._rows[-1]
+        self._unread = []
         if not all(math.isfinite(value) for value in values):
             self.progress.message(f"step {self.engine.global_steps}: the training loss is not finite")
 

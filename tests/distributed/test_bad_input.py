@@ -1,0 +1,110 @@
+"""Bad input to the example script: one message with field, value and remedy; every rank ends; nothing is touched."""
+
+import contextlib
+import io
+import json
+import sys
+import time
+
+import pytest
+
+from tests.distributed.test_pretrain import config, folder, load_script, run_script  # noqa: F401 - folder is a fixture
+from tests.harness import launch
+
+pytest.importorskip("megatron.core")
+
+RANKS = 2
+
+
+def without(section, key):
+    changed = config()
+    changed[section] = {k: v for k, v in changed[section].items() if k != key}
+    return changed
+
+
+CASES = {
+    # name: (config, flags, what the message must hold)
+    "unknown key": (config(weight_averaging__windw=3), (), ["weight_averaging.windw", "3", '"window"']),
+    "unknown key of the model": (config(model__num_layer=3), (), ["model.num_layer", "3", '"num_layers"']),
+    "unknown key of the run": (config(training__step=3), (), ["training.step", "3", '"steps"']),
+    "wrong type": (config(sequence_length_warmup__start_length="8"), (), ["start_length", "'8'", "integer"]),
+    "start above end": (config(sequence_length_warmup__start_length=64), (), ["start_length", "64", "at most 32"]),
+    "length not divisible": (config(sequence_length_warmup__multiple_of=12), (), ["end_length", "32", "24 or 36"]),
+    "length is not the model's": (config(model__seq_length=64), (), ["end_length", "32", "write 64"]),
+    "base width missing": (without("completep", "base_width"), (), ["completep.base_width", "missing", "256"]),
+    "window 0": (config(weight_averaging__window=0), (), ["weight_averaging.window", "0"]),
+    "removed section": (
+        {**config(), "curriculum_learning": {"enabled": True}},
+        (),
+        ["curriculum_learning", "True", "sequence_length_warmup"],
+    ),
+    "section missing": ({k: v for k, v in config().items() if k != "model"}, (), ['"model"', "quickstart.json"]),
+    "heads do not divide": (config(model__num_attention_heads=5), (), ["num_attention_heads = 5", "hidden_size = 32"]),
+    "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
+    "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),
+    "no text": (config(), ("--data", "{empty}"), ["data", "holds no text", "plain text files"]),
+    "no such tokenizer": (config(), ("--tokenizer", "/no/tokenizer.json"), ["tokenizer", "/no/tokenizer.json"]),
+    "nothing to resume": (config(), ("--resume", "--name", "never"), ["resume", "never", "without --resume"]),
+    "already a run": (config(), ("--name", "earlier"), ["earlier", "metrics.csv", "--resume", "another --name"]),
+    "another model": (
+        config(model__hidden_size=64),
+        ("--name", "earlier", "--resume"),
+        ["embedding.word_embeddings.weight", "[256, 32]", "[256, 64]"],
+    ),
+}
+
+
+def run_main(arguments):
+    """`main()` as the launcher would run it: exit code, what it printed, seconds."""
+    script = load_script()
+    script.startup.OTHERS_WAIT_SECONDS = 0
+    sys.argv = ["pretrain_gpt.py", *arguments]
+    printed, start = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stderr(printed):
+        code = script.main()
+    return code, printed.getvalue(), time.monotonic() - start
+
+
+@pytest.fixture
+def place(workers, folder):  # noqa: F811
+    """The folder with a finished earlier run in it, and a folder that holds no text."""
+    workers(RANKS).run(run_script, str(folder), "earlier", config(training__steps=2))
+    (folder / "empty").mkdir()
+    (folder / "empty" / "picture.png").write_bytes(b"\x89PNG\0\0")
+    return folder
+
+
+def contents(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_every_case(workers, place):
+    runs = place / "runs"
+    before = contents(runs)
+    for case, (settings, flags, parts) in CASES.items():
+        path = place / "case.json"
+        path.write_text(json.dumps(settings))
+        arguments = ["--config", str(path), "--runs", str(runs), "--cache", str(place / "cache")]
+        arguments += ["--data", str(place / "text"), *(flag.format(empty=place / "empty") for flag in flags)]
+        results = workers(RANKS).run(run_main, arguments, timeout=60)
+        assert [code for code, _, _ in results] == [2] * RANKS, (case, results)
+        message = results[0][1]
+        assert message.startswith("error: ") and message.count("\n") == 1, (case, message)
+        assert all(part in message for part in parts), (case, message)
+        assert {text for _, text, _ in results} == {message}, case
+        assert all(seconds < 30 for _, _, seconds in results), case
+        assert contents(runs) == before, case
+
+
+def test_through_the_real_launcher(tmp_path):
+    from tests.distributed.test_pretrain import ROOT
+
+    path = tmp_path / "case.json"
+    path.write_text(json.dumps(config(weight_averaging__windw=3)))
+    script = ROOT / "launch_scripts" / "pretrain_gpt.py"
+    ended = launch([script, "--deepspeed_config", path, "--runs", tmp_path / "runs"], ranks=RANKS, timeout=90)
+    assert ended.returncode != 0
+    assert ended.stdout.count("error: weight_averaging.windw") == 1, ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert ended.seconds < 30
+    assert not (tmp_path / "runs").exists()
