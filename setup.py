@@ -12,10 +12,9 @@ setup(
     packages=find_packages(include=["ds_plugin", "ds_plugin.*", "megatron_patches", "megatron_patches.*"]),
     package_data={"": ["*.md"]},
     install_requires=[
-        # Without a version: pip would replace a torch outside the range, and that is the user's to decide. The tested
-        # range is the extra "torch" below. NVIDIA's apex and TransformerEngine are used when they can be imported and
-        # are never required ("apex" on the package index is another project).
-        "torch",
+        # As wide as what is tested, so that a user's own torch is not replaced. NVIDIA's apex and TransformerEngine are
+        # used when they can be imported and never required ("apex" on the package index is another project).
+        "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "megatron-core>=0.16.1,<0.20",
         "pydantic>=2",
@@ -26,7 +25,6 @@ setup(
         "rich",
     ],
     extras_require={
-        "torch": ["torch>=2.11,<2.14"],
         "monitor": ["tensorboard"],
         "test": ["pytest>=8", "pytest-timeout", "ruff", "mypy"],
     },
