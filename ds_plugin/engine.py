@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_plugin import checkpoint, compat
+from ds_plugin import checkpoint, compat, completep
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.errors import ConfigError, StateError, together
-from ds_plugin.group_lr import expand_scheduler
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.zero_shards import find_shards
+from megatron_patches.completep import describe
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
 
@@ -41,6 +41,7 @@ class Plugin:
         self.warmup: SequenceLengthWarmup | None = None
         self.averager: WeightAverager | None = None
         self._replaced: list[str] = []
+        _refuse_pipeline(config, compat.is_pipeline(engine))
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
@@ -64,6 +65,17 @@ class Plugin:
     def has_average(self) -> bool:
         """Whether there is at least one snapshot, so that `averaged_weights` can be entered."""
         return self.averager is not None and bool(self.averager.steps)
+
+    def describe(self) -> list[str]:
+        """One line for each enabled method, with the numbers a user wants to see before the first step."""
+        lines = []
+        if self.warmup is not None:
+            lines.append(self.warmup.describe())
+        if self.config.completep is not None:
+            lines.append(describe(self.engine.module, self.config.completep))
+        if self.averager is not None:
+            lines.append(self.averager.describe())
+        return lines
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Inside the ``with`` block the model computes with the averaged weights; after it, all is bitwise as before.
@@ -204,7 +216,7 @@ def initialize(
     host_config, sections = split_config(given[0])
     _refuse_conflicts(host_config, sections, model)
     if sections.completep is not None:
-        model_parameters, host_config = _apply_completep(
+        model_parameters, host_config = completep.set_up(
             model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
         )
     host_args = copy.copy(args)
@@ -280,56 +292,19 @@ def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> P
 def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, model: Any) -> None:
     from deepspeed.pipe import PipelineModule
 
-    if sections.sequence_length_warmup is not None:
-        if compat.has_curriculum(dict(host_config)):
+    _refuse_pipeline(sections, isinstance(model, PipelineModule))
+    if sections.sequence_length_warmup is not None and compat.has_curriculum(dict(host_config)):
+        raise ConfigError(
+            "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both set "
+            "the length; remove one of the two"
+        )
+
+
+def _refuse_pipeline(sections: PluginConfig, is_pipeline: bool) -> None:
+    """A pipeline's step is `train_batch`, which none of our wrappers sees: warmup and averaging would do nothing."""
+    for name in ("sequence_length_warmup", "weight_averaging"):
+        if is_pipeline and getattr(sections, name) is not None:
             raise ConfigError(
-                "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both "
-                "set the length; remove one of the two"
+                f'{name}: DeepSpeed\'s pipeline engine is not supported by this version; write "enabled": false, or '
+                "train without a PipelineModule"
             )
-        if isinstance(model, PipelineModule):
-            raise ConfigError(
-                "sequence_length_warmup: the model is a PipelineModule, whose batches this version cannot shorten; "
-                'write "enabled": false, or train without pipeline parallelism'
-            )
-
-
-def _apply_completep(
-    model: Any, section: Any, host_config: dict[str, Any], optimizer: Any, model_parameters: Any, lr_scheduler: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Finish the model and build its param groups; returns them and the config with the scheduler's scalars "
-    "expanded."""
-    from megatron_patches.completep import build_param_groups, finish, ratios_of
-
-    if model_parameters is not None:
-        raise ConfigError("completep: builds the optimizer's param groups itself; do not give model_parameters=")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"completep: the optimizer {type(optimizer).__name__} is built already, with param groups of its own; "
-            'describe it in the JSON ("optimizer") or give a function of the param groups: optimizer=lambda groups: '
-            "MyAdam(groups)"
-        )
-    if lr_scheduler is not None and not callable(lr_scheduler):
-        raise ConfigError(
-            "completep: lr_scheduler is built already, on other param groups; describe it in the JSON or give a "
-            "function"
-        )
-    params = (host_config.get("optimizer") or {}).get("params") or {}
-    if "lr" not in params:
-        raise ConfigError(
-            'completep: optimizer.params.lr is missing; write the base model\'s learning rate, e.g. {"lr": 0.001}'
-        )
-    base_lr = params["lr"]
-    roles = finish(model, section)
-    groups = build_param_groups(
-        model,
-        roles,
-        ratios_of(model.config, section),
-        section,
-        lr=base_lr,
-        weight_decay=params.get("weight_decay", 0.0),
-        eps=params.get("eps", 1e-8),
-    )
-    if host_config.get("scheduler"):
-        ratios = [group["lr"] / base_lr for group in groups]
-        host_config = {**host_config, "scheduler": expand_scheduler(host_config["scheduler"], ratios)}
-    return groups, host_config

@@ -41,6 +41,8 @@ class Recorder:
         self.engine, self.run, self.folder, self.text, self.progress = engine, run, folder, text, progress
         self.plugin = ds_plugin.attached(engine)
         self.first = dist.get_rank() == 0
+        for line in self.plugin.describe():
+            progress.message(line)
         self.started = self._window_started = time.monotonic()
         self._earlier_seconds = 0.0  # of the run before a resume
         self._window_tokens = 0

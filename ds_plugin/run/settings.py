@@ -19,8 +19,7 @@ from megatron_patches.gpt import GPTConfig
 
 
 class TrainingConfig(SectionConfig):
-    """The ``training`` section: how long, on what, and what is measured along the way. Intervals are in optimizer "
-    "steps."""
+    """The ``training`` section: how long, on what, what is measured along the way. Intervals are in optimizer steps."""
 
     steps: int = Field(ge=1, description="optimizer steps in all, e.g. 300")
     seed: int = Field(1234, ge=1, description="seed of the weights and of the sample order")
@@ -43,8 +42,7 @@ class TrainingConfig(SectionConfig):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the script needs, validated. ``host``: the config for ``ds_plugin.initialize``, our sections "
-    "included."""
+    """All the script needs, validated. ``host`` is the config for ``ds_plugin.initialize``, our sections included."""
 
     host: dict[str, Any]
     model: GPTConfig

@@ -35,11 +35,6 @@ class SequenceLengthWarmup:
             ConfigError: the engine is one whose batches cannot be shortened here, or the layout does not divide the
                 length.
         """
-        if compat.is_pipeline(engine):
-            raise ConfigError(
-                "sequence_length_warmup: the engine is DeepSpeed's PipelineEngine, whose batches this version cannot "
-                'shorten; write "enabled": false, or train without pipeline parallelism'
-            )
         if compat.sequence_parallel_size(engine) > 1:
             raise ConfigError(
                 f"sequence_length_warmup: sequence_parallel_size is {compat.sequence_parallel_size(engine)}: each rank "
@@ -57,6 +52,14 @@ class SequenceLengthWarmup:
     def length(self) -> int:
         """Length in tokens of the optimizer step that comes next (constant within its accumulation window)."""
         return self.scheduler.length_at(self.engine.global_steps + 1)
+
+    def describe(self) -> str:
+        """The schedule in one line."""
+        lengths = [self.scheduler.length_at(step) for step in range(1, self.config.duration.steps + 2)]
+        return (
+            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {self.config.duration.steps} steps, in "
+            f"{len(set(lengths))} lengths, multiples of {self.scheduler.multiple_of}"
+        )
 
     def remove(self) -> None:
         """Take the hook off the engine."""

@@ -39,6 +39,15 @@ class WeightAverager:
         self._order: list[int] = []  # slots holding self.steps, oldest first
         self._other = self._allocate()
 
+    def describe(self) -> str:
+        """Window and memory in one line."""
+        size = sum(t.numel() * t.element_size() for t in self._other)
+        c = self.config
+        return (
+            f"weight averaging: the last {c.window} of one snapshot every {c.interval} steps from step {c.start_step} "
+            f"on, {size * (c.window + 1) / 1e6:,.1f} MB of host memory on this rank"
+        )
+
     def due(self, step: int) -> bool:
         """Whether a snapshot is taken after optimizer step ``step`` (counted from 1)."""
         return step >= max(1, self.config.start_step) and step % self.config.interval == 0

@@ -93,6 +93,15 @@ def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
     return roles
 
 
+def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
+    """The ratios and the multipliers of the forward pass in one line."""
+    ratios = ratios_of(model.config, section)
+    return (
+        f"CompleteP: alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; residual branches x "
+        f"{rules.residual_multiplier(ratios):g}, logits x {rules.logit_multiplier(ratios):g}"
+    )
+
+
 def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], Callable[..., torch.Tensor]]:
     """A layer spec's bias-dropout-add whose branch is multiplied before it is added to the residual stream.
 
@@ -141,4 +150,4 @@ def _short(section: CompletePConfig) -> str:
     return f"base_width {section.base_width}, base_depth {section.base_depth}, alpha {section.alpha}"
 
 
-__all__ = ["finish", "prepare", "ratios_of", "scaled_bias_dropout_add"]
+__all__ = ["describe", "finish", "prepare", "ratios_of", "scaled_bias_dropout_add"]

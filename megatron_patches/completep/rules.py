@@ -73,6 +73,5 @@ def logit_multiplier(ratios: Ratios) -> float:
 
 
 def attention_scale(head_dim: int, base_head_dim: int) -> float:
-    """The factor on q.k: 1/d_head as in muP, times sqrt(base d_head) so that the base model keeps its "
-    "1/sqrt(d_head)."""
+    """The factor on q.k: 1/d_head as in muP, times sqrt(base d_head): the base model keeps its 1/sqrt(d_head)."""
     return math.sqrt(base_head_dim) / head_dim

@@ -1,5 +1,4 @@
-"""The seam: plain DeepSpeed when everything is off, a plain torch model when nothing is Megatron, resume, attach, "
-"detach."""
+"""The seam: plain DeepSpeed when all is off, a plain torch model when nothing is Megatron, resume, attach, detach."""
 
 import json
 
@@ -270,6 +269,14 @@ COMPLETEP = {"enabled": True, "base_width": 8, "base_depth": 2}
             ["curriculum_learning", "both set the length"],
         ),
         ({"completep": COMPLETEP}, ["completep", "built without it", "prepare"]),
+        (
+            {"completep": COMPLETEP, "optimizer": {"type": "Lion", "params": {"lr": 0.1}}},
+            ["optimizer.type", "'Lion'", "AdamW"],
+        ),
+        (
+            {"completep": COMPLETEP, "optimizer": {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": False}}},
+            ["adam_w_mode", "False"],
+        ),
         ({"completep": COMPLETEP, "optimizer": {"type": "AdamW"}}, ["optimizer.params.lr", "missing"]),
     ],
 )
@@ -277,6 +284,25 @@ def test_bad_settings_end_every_rank_alike(workers, changes, parts):
     for error in workers(2).run(_bad, changes, expect="errors", timeout=30):
         assert error is not None and error.type.endswith("ConfigError"), error
         assert all(part in error.message for part in parts), error.message
+
+
+def _pipeline(section):
+    from deepspeed.pipe import PipelineModule
+
+    model = PipelineModule([torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.functional.mse_loss)
+    config = {**plain.host_config(), **section}
+    if "attach" in section:
+        section = config.pop("attach")
+        engine = deepspeed.initialize(model=model, config=config)[0]
+        ds_plugin.attach(engine, section)
+    ds_plugin.initialize(model=model, config=config)
+
+
+def test_pipelines_are_refused(workers):
+    sections = [{name: section} for name, section in BOTH.items()]
+    for section in [*sections, {"attach": sections[1]}]:
+        for error in workers(2).run(_pipeline, section, expect="errors"):
+            assert error.type == "ConfigError" and "pipeline engine is not supported" in error.message, error
 
 
 def _two_configs():

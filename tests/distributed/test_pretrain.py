@@ -197,6 +197,17 @@ def test_gradient_accumulation_gives_the_same_run(workers, folder):
     assert two["tokens_trained"] == one["tokens_trained"] and two["length"] == one["length"]
 
 
+def test_deepspeeds_monitor_gets_the_same_values(workers, folder):
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "monitor"), "job_name": "job"}}
+    workers(2).run(run_script, str(folder), "watched", {**config(), **monitor})
+    rows = metrics(folder, "watched")
+    written = {path.stem: path.read_text().splitlines()[1:] for path in (folder / "monitor" / "job").glob("*.csv")}
+    for name in ("train_loss", "eval_loss_averaged", "length"):
+        found = [tuple(map(float, line.split(","))) for line in written[f"Run_{name}"]]
+        values = zip(rows["tokens_trained"], rows[name], strict=True)
+        assert found == [(tokens, value) for tokens, value in values if value is not None], name
+
+
 def _resume_with(folder, json_config, *flags):
     run_script(folder, "a", json_config, "--resume", *flags)
 
