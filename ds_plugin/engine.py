@@ -48,6 +48,7 @@ class Plugin:
             self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
         if self.warmup is not None or self.averager is not None:
             self._replace("step", self._step)
+        if config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
             self._replace("save_checkpoint", self._save_checkpoint)
             self._replace("load_checkpoint", self._load_checkpoint)
 

@@ -127,6 +127,8 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
         record.write()
         if step % cfg.save_interval == 0 or step == cfg.steps:
             record.save()
+    if cpu_host.enabled():
+        cpu_host.check_replicas(engine.module)  # what tensor-parallel ranks hold alike must have stayed alike
     record.finish()
     return engine
 

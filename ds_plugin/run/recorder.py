@@ -177,15 +177,15 @@ class Recorder:
         self._earlier_seconds = saved["seconds"]
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change within a run, or its samples would."""
+        """What must not change within a run: its model and its samples."""
         return {
             "data": self.text.prefix.name,
             "data_tokens": self.text.tokens,
             "seed": self.run.training.seed,
             "split": self.run.training.split,
-            "seq_length": self.run.model.seq_length,
             "train_batch_size": self.engine.train_batch_size(),
             "world_size": dist.get_world_size(),
+            **{f"model.{name}": value for name, value in self.run.model.model_dump(mode="json").items()},
         }
 
     def _seconds(self) -> float:

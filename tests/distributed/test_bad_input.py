@@ -49,7 +49,7 @@ CASES = {
     "another model": (
         config(model__hidden_size=64),
         ("--name", "earlier", "--resume"),
-        ["embedding.word_embeddings.weight", "[256, 32]", "[256, 64]"],
+        ["model.hidden_size", "32", "64", "another --name"],
     ),
 }
 

@@ -142,6 +142,24 @@ def test_the_base_model_trains_as_without_it(workers):
     assert with_it == pytest.approx(without, abs=1e-6)
 
 
+def _save(folder, completep):
+    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    train(engine)
+    engine.save_checkpoint(folder)
+
+
+def _load(folder, completep):
+    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    engine.load_checkpoint(folder)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(workers, tmp_path):
+    workers(1).run(_save, str(tmp_path), section())
+    workers(1).run(_load, str(tmp_path), section())
+    error = workers(1).run(_load, str(tmp_path), section(alpha=0.5), expect="errors")[0]
+    assert error.type == "CheckpointError" and '"alpha": 1.0' in error.message and '"alpha": 0.5' in error.message
+
+
 def _stage_losses(zero, tensor_parallel):
     completep = section()
     model = build(completep, tensor_parallel=tensor_parallel)
