@@ -12,7 +12,7 @@ from megatron_patches.patch import Patch
 _USUAL = ("Attempting to get learning rate from scheduler before it has started",)
 
 #: how long the other ranks leave the message of an error to rank 0
-OTHERS_WAIT_SECONDS = 3.0
+OTHERS_WAIT_SECONDS = 10.0
 
 
 def announce(text: str) -> None:

@@ -80,7 +80,10 @@ class PartitionedShards:
 
 
 class Zero3Shards:
-    """ZeRO 3: one flat partition per sub-group; parameters are gathered by the forward pass itself."""
+    """ZeRO 3: one flat partition per sub-group; parameters are gathered by the forward pass itself.
+
+    `refresh` does what the host's own step does after the optimizer, small persistent parameters included.
+    """
 
     layout = "sharded"
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.distributed.test_pretrain import config, folder, load_script, run_script  # noqa: F401 - folder is a fixture
-from tests.harness import launch
+from tests.harness import Launched
 
 pytest.importorskip("megatron.core")
 
@@ -104,9 +104,12 @@ def test_through_the_real_launcher(tmp_path):
     path = tmp_path / "case.json"
     path.write_text(json.dumps(config(weight_averaging__windw=3)))
     script = ROOT / "launch_scripts" / "pretrain_gpt.py"
-    ended = launch([script, "--deepspeed_config", path, "--runs", tmp_path / "runs"], ranks=RANKS, timeout=90)
+    with Launched([script, "--deepspeed_config", path, "--runs", tmp_path / "runs"], ranks=RANKS) as launched:
+        launched.wait_for("error: ", timeout=120)
+        start = time.monotonic()
+        ended = launched.wait(timeout=60)
+        assert time.monotonic() - start < 30
     assert ended.returncode != 0
     assert ended.stdout.count("error: weight_averaging.windw") == 1, ended.stdout
     assert "Traceback" not in ended.stdout
-    assert ended.seconds < 30
     assert not (tmp_path / "runs").exists()

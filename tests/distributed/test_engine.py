@@ -35,19 +35,21 @@ def test_switched_off_it_is_plain_deepspeed(workers, zero, precision):
 def _shortened_run(accumulation):
     engine = plain.make(plain.host_config(1, accumulation=accumulation, **BOTH))
     plugin = ds_plugin.attached(engine)
-    lengths, seen = [], []
+    lengths, seen, evaluated = [], [], []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     engine.train()
     for _ in range(9):
         lengths.append(plugin.length)
         plain.train(engine, 1)
-    evaluated = len(seen)
-    plain.evaluate(engine)
+        trained = len(seen)
+        plain.evaluate(engine)
+        evaluated += seen[trained:]
+        del seen[trained:]
     ledger = plugin.ledger
     return {
         "lengths": lengths,
-        "seen": seen[:evaluated],
-        "evaluation": seen[evaluated:],
+        "seen": seen,
+        "evaluation": evaluated,
         "read": ledger.read,
         "trained": ledger.trained,
     }
@@ -62,7 +64,7 @@ def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
     for found in workers(2).run(_shortened_run, accumulation):
         assert found["lengths"] == LENGTHS
         assert found["seen"] == [length for length in LENGTHS for _ in range(accumulation)]
-        assert found["evaluation"] == [plain.LENGTH]
+        assert found["evaluation"] == [plain.LENGTH] * 9
         samples = 2 * plain.MICRO * accumulation  # ranks, micro-batch, accumulation
         assert found["read"] == 9 * samples * plain.LENGTH
         assert found["trained"] == sum(LENGTHS) * samples
