@@ -65,6 +65,7 @@ def set_up(
         lr=base_lr,
         weight_decay=params.get("weight_decay", 0.0),
         eps=params.get("eps", 1e-8),
+        betas=params.get("betas", (0.9, 0.999)),
     )
     if host_config.get("scheduler"):
         ratios = [group["lr"] / base_lr for group in groups]

@@ -2,9 +2,11 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ds_plugin.config_model import SectionConfig
+from megatron_patches.completep import rules
+from megatron_patches.completep.rules import Multipliers, Ratios, Recipe, Role
 
 
 class CompletePConfig(SectionConfig):
@@ -20,8 +22,33 @@ class CompletePConfig(SectionConfig):
     base_head_dim: int | None = Field(
         None, ge=1, description="its head size, e.g. 64; null when this model's heads have the same size"
     )
+    recipe: Recipe = Field(
+        "completep",
+        description="completep; mup (width only), standard (no scaling), completed_p (batch and tokens too)",
+    )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
+    batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
+    token_ratio: float = Field(1.0, gt=0, description="completed_p: this run's training tokens over the base run's")
     eps_scope: Literal["table", "all"] = Field(
         "table",
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
     )
+
+    def ratios(self, width: int, depth: int) -> Ratios:
+        """The ratios of a model of this hidden size and number of layers against the base model."""
+        m_N, m_L = width / self.base_width, depth / self.base_depth
+        return Ratios(m_N, m_L, self.alpha, self.batch_ratio, self.token_ratio)
+
+    def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
+        """The row of this section's recipe."""
+        return rules.multipliers(role, ratios, recipe=self.recipe, eps_scope=self.eps_scope)
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> "CompletePConfig":
+        for name in ("batch_ratio", "token_ratio"):
+            if self.recipe != "completed_p" and getattr(self, name) != 1.0:
+                raise ValueError(
+                    f"completep.{name}: {getattr(self, name)} has no effect with recipe {self.recipe!r}; remove it, or "
+                    'write "recipe": "completed_p"'
+                )
+        return self

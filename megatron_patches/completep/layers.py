@@ -23,7 +23,7 @@ _MARK = "completep_applied"  # on the TransformerConfig by prepare(), on the mod
 
 def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
     """The ratios of a TransformerConfig against the section's base model."""
-    return Ratios(config.hidden_size / section.base_width, config.num_layers / section.base_depth, section.alpha)
+    return section.ratios(config.hidden_size, config.num_layers)
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig) -> tuple[Any, Any]:
@@ -35,19 +35,18 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig) -> tuple[Any
     _refuse_unsupported(config)
     ratios = ratios_of(config, section)
     std = config.init_method_std
-    hidden = functools.partial(
-        torch.nn.init.normal_, mean=0.0, std=std * rules.multipliers(Role.HIDDEN, ratios).init_std
-    )
+    hidden_std = std * section.multipliers(Role.HIDDEN, ratios).init_std
+    hidden = functools.partial(torch.nn.init.normal_, mean=0.0, std=hidden_std)
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
     config.init_method = hidden
     config.output_layer_init_method = hidden
     config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
-        config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim)
+        config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     setattr(config, _MARK, section)
 
-    branch = rules.residual_multiplier(ratios)
+    branch = rules.residual_multiplier(ratios, section.recipe)
     if branch != 1.0:
         layer_spec = copy.deepcopy(layer_spec)
         for name in ("self_attn_bda", "mlp_bda"):
@@ -83,10 +82,11 @@ def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
         if Role.UNEMBEDDING in roles.values():
             # The host draws an untied output layer with init_method, which is the hidden matrices' here. Scaling it
             # needs no random numbers, so tensor-parallel ranks stay in step.
-            scale = 1.0 / rules.multipliers(Role.HIDDEN, ratios).init_std
+            hidden, unembedding = (section.multipliers(role, ratios) for role in (Role.HIDDEN, Role.UNEMBEDDING))
+            scale = unembedding.init_std / hidden.init_std
             with torch.no_grad():
                 output_layer.weight.mul_(scale)
-        logits = rules.logit_multiplier(ratios)
+        logits = rules.logit_multiplier(ratios, section.recipe, tied=Role.UNEMBEDDING not in roles.values())
         if logits != 1.0:
             output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
     setattr(model, _MARK, True)
@@ -97,8 +97,8 @@ def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
     """The ratios and the multipliers of the forward pass in one line."""
     ratios = ratios_of(model.config, section)
     return (
-        f"CompleteP: alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; residual branches x "
-        f"{rules.residual_multiplier(ratios):g}, logits x {rules.logit_multiplier(ratios):g}"
+        f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
+        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
     )
 
 
@@ -147,7 +147,10 @@ def _refuse_unsupported(config: Any) -> None:
 
 
 def _short(section: CompletePConfig) -> str:
-    return f"base_width {section.base_width}, base_depth {section.base_depth}, alpha {section.alpha}"
+    return (
+        f"recipe {section.recipe}, base_width {section.base_width}, base_depth {section.base_depth}, "
+        f"alpha {section.alpha}"
+    )
 
 
 __all__ = ["describe", "finish", "prepare", "ratios_of", "scaled_bias_dropout_add"]

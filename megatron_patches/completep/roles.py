@@ -16,7 +16,7 @@ _PATTERNS: tuple[tuple[str, Role], ...] = (
     (r"embedding\.(word|position)_embeddings\.weight", Role.EMBEDDING),
     (r"decoder\.layers\.\d+\.(input_layernorm|pre_mlp_layernorm)\.(weight|bias)", Role.BLOCK_NORM),
     (r"decoder\.layers\.\d+\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
-    (r"decoder\.layers\.\d+\.self_attention\.[qk]_layernorm\.(weight|bias)", Role.BLOCK_NORM),
+    (r"decoder\.layers\.\d+\.self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
     (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight", Role.HIDDEN),
     (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.bias", Role.BLOCK_BIAS),
     (r"decoder\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),

@@ -1,14 +1,20 @@
-"""Table 1 of CompleteP (Dey et al., arXiv 2505.01618) as pure functions of (role, m_N, m_L, alpha). Nothing here
-knows a host.
+"""Table 1 of CompleteP (Dey et al., arXiv 2505.01618) as pure functions of (role, m_N, m_L, alpha), and its relatives.
 
 m_N is the width ratio, hidden size / base hidden size; m_L the depth ratio, layers / base layers. Every multiplier
 applies to the base model's value: init standard deviation s, learning rate eta, weight decay lambda, AdamW epsilon.
+Nothing here knows a host.
+
+Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
+scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
+ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
 """
 
 import enum
 import math
 from dataclasses import dataclass
 from typing import Literal
+
+Recipe = Literal["completep", "mup", "standard", "completed_p"]
 
 
 class Role(enum.Enum):
@@ -17,6 +23,7 @@ class Role(enum.Enum):
     EMBEDDING = "embedding"  # token and learned position embeddings; a tied unembedding too
     HIDDEN = "hidden"  # matrices inside a block
     BLOCK_NORM = "block_norm"  # gains and biases of the norms inside a block
+    QK_NORM = "qk_norm"  # gains and biases of the norms on queries and keys; a block norm to Table 1
     BLOCK_BIAS = "block_bias"  # biases inside a block
     FINAL_NORM = "final_norm"
     UNEMBEDDING = "unembedding"  # an untied output matrix
@@ -24,29 +31,53 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Ratios:
-    """How the model differs from its base. Ratios below 1 (a model smaller than its base) are fine."""
+    """How the model and its training differ from the base's. Ratios below 1 (a smaller model) are fine."""
 
     m_N: float
     m_L: float
     alpha: float = 1.0
+    m_B: float = 1.0  # batch ratio; completed_p only
+    m_D: float = 1.0  # ratio of training tokens; completed_p only
 
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What the base model's init std, learning rate, weight decay and AdamW eps are multiplied by."""
+    """What the base model's init std, learning rate, weight decay, AdamW eps and 1 - beta are multiplied by."""
 
     init_std: float
     lr: float
     weight_decay: float
     eps: float
+    one_minus_beta: float = 1.0
 
 
-def multipliers(role: Role, ratios: Ratios, *, eps_scope: Literal["table", "all"] = "table") -> Multipliers:
-    """One row of Table 1.
+def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
+    """The ratios a recipe reacts to: the others are taken as 1."""
+    match recipe:
+        case "standard":
+            return Ratios(1.0, 1.0, ratios.alpha)
+        case "mup":
+            return Ratios(ratios.m_N, 1.0, ratios.alpha)
+        case "completep":
+            return Ratios(ratios.m_N, ratios.m_L, ratios.alpha)
+        case "completed_p":
+            return ratios
+
+
+def multipliers(
+    role: Role, ratios: Ratios, *, recipe: Recipe = "completep", eps_scope: Literal["table", "all"] = "table"
+) -> Multipliers:
+    """One row of the recipe's table.
 
     ``eps_scope="all"`` gives every role the block's epsilon, as the paper's reference code does; the table states the
     rule for block parameters only. An ``init_std`` of 1 on a norm or bias is vacuous: they start at ones and zeros.
     """
+    ratios = effective(recipe, ratios)
+    found = _table_1(role, ratios, eps_scope)
+    return _completed(role, found, ratios, eps_scope) if recipe == "completed_p" else found
+
+
+def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
     m_N, m_L, alpha = ratios.m_N, ratios.m_L, ratios.alpha
     block_eps = 1 / (m_N * m_L**alpha)
     block_lr = m_L ** (alpha - 1)
@@ -58,20 +89,36 @@ def multipliers(role: Role, ratios: Ratios, *, eps_scope: Literal["table", "all"
             return Multipliers(init_std=1, lr=1, weight_decay=0, eps=other_eps)
         case Role.HIDDEN:
             return Multipliers(init_std=1 / math.sqrt(m_N), lr=block_lr / m_N, weight_decay=m_N, eps=block_eps)
-        case Role.BLOCK_NORM | Role.BLOCK_BIAS:
+        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS:
             return Multipliers(init_std=1, lr=block_lr, weight_decay=0, eps=block_eps)
 
 
-def residual_multiplier(ratios: Ratios) -> float:
+def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
+    """Complete(d)P on top of a row of Table 1."""
+    m_N, m_L, m_B, m_D = ratios.m_N, ratios.m_L, ratios.m_B, ratios.m_D
+    init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
+    if eps_scope == "table" and role is Role.EMBEDDING:
+        eps = 1 / m_N
+    if eps_scope == "table" and role is Role.QK_NORM:
+        eps = m_L**-ratios.alpha
+    if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
+        init_std, lr, weight_decay = init_std / m_N, lr / m_N, weight_decay * m_N
+    batch = math.sqrt(m_B / m_D)
+    return Multipliers(init_std, lr * batch, weight_decay * batch, eps / batch, m_B / m_D)
+
+
+def residual_multiplier(ratios: Ratios, recipe: Recipe = "completep") -> float:
     """What the output of each residual branch (attention, MLP) is multiplied by before it is added: m_L^-alpha."""
-    return ratios.m_L**-ratios.alpha
+    return effective(recipe, ratios).m_L ** -ratios.alpha
 
 
-def logit_multiplier(ratios: Ratios) -> float:
-    """What the logits are multiplied by: m_N^-1."""
-    return 1 / ratios.m_N
+def logit_multiplier(ratios: Ratios, recipe: Recipe = "completep", *, tied: bool = False) -> float:
+    """What the logits are multiplied by: m_N^-1; 1 where it is absorbed into an untied unembedding."""
+    if recipe == "completed_p" and not tied:
+        return 1.0
+    return 1 / effective(recipe, ratios).m_N
 
 
-def attention_scale(head_dim: int, base_head_dim: int) -> float:
+def attention_scale(head_dim: int, base_head_dim: int, recipe: Recipe = "completep") -> float:
     """The factor on q.k: 1/d_head as in muP, times sqrt(base d_head): the base model keeps its 1/sqrt(d_head)."""
-    return math.sqrt(base_head_dim) / head_dim
+    return 1 / math.sqrt(head_dim) if recipe == "standard" else math.sqrt(base_head_dim) / head_dim

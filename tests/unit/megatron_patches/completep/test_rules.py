@@ -5,6 +5,7 @@ import math
 import pytest
 
 from ds_plugin.errors import ConfigError
+from megatron_patches.completep.param_groups import scaled_betas
 from megatron_patches.completep.roles import role_of
 from megatron_patches.completep.rules import (
     Multipliers,
@@ -20,6 +21,7 @@ from megatron_patches.completep.rules import (
 ALPHA_1 = {
     Role.EMBEDDING: (1, 1, 1, 1),
     Role.BLOCK_NORM: (1, 1, 0, 1 / 64),  # lr 16^0; eps 1/4 * 1/16
+    Role.QK_NORM: (1, 1, 0, 1 / 64),
     Role.HIDDEN: (1 / 2, 1 / 4, 4, 1 / 64),  # variance 1/4; lr 1/4 * 16^0
     Role.BLOCK_BIAS: (1, 1, 0, 1 / 64),
     Role.FINAL_NORM: (1, 1, 0, 1),
@@ -28,6 +30,7 @@ ALPHA_1 = {
 ALPHA_HALF = {
     Role.EMBEDDING: (1, 1, 1, 1),
     Role.BLOCK_NORM: (1, 1 / 4, 0, 1 / 16),  # lr 16^-1/2; eps 1/4 * 1/4
+    Role.QK_NORM: (1, 1 / 4, 0, 1 / 16),
     Role.HIDDEN: (1 / 2, 1 / 16, 4, 1 / 16),  # lr 1/4 * 1/4
     Role.BLOCK_BIAS: (1, 1 / 4, 0, 1 / 16),
     Role.FINAL_NORM: (1, 1, 0, 1),
@@ -64,6 +67,55 @@ def test_eps_scope_all_is_the_reference_codes():
         assert multipliers(role, Ratios(4, 16), eps_scope="all").eps == 1 / 64
 
 
+# width only: m_L taken as 1
+MUP = {
+    Role.EMBEDDING: (1, 1, 1, 1),
+    Role.BLOCK_NORM: (1, 1, 0, 1 / 4),
+    Role.QK_NORM: (1, 1, 0, 1 / 4),
+    Role.HIDDEN: (1 / 2, 1 / 4, 4, 1 / 4),
+    Role.BLOCK_BIAS: (1, 1, 0, 1 / 4),
+    Role.FINAL_NORM: (1, 1, 0, 1),
+    Role.UNEMBEDDING: (1, 1, 1, 1),
+}
+
+
+def test_mup_is_width_only_and_standard_scales_nothing():
+    for role in Role:
+        assert multipliers(role, Ratios(4, 16), recipe="mup") == Multipliers(*MUP[role]), role
+        decays = role in (Role.EMBEDDING, Role.HIDDEN, Role.UNEMBEDDING)
+        assert multipliers(role, Ratios(4, 16), recipe="standard") == Multipliers(1, 1, int(decays), 1), role
+    assert residual_multiplier(Ratios(4, 16), "mup") == residual_multiplier(Ratios(4, 16), "standard") == 1
+    assert logit_multiplier(Ratios(4, 16), "mup") == 1 / 4 and logit_multiplier(Ratios(4, 16), "standard") == 1
+    assert attention_scale(128, 32, "standard") == 1 / math.sqrt(128)
+
+
+# m_N = 4, m_L = 16, alpha 1, batch x4, tokens x16: every lr and decay x 1/2, every eps x 2, 1 - beta x 1/4
+COMPLETED_P = {
+    Role.EMBEDDING: (1, 1 / 2, 1 / 2, 2 / 4),  # eps m_N^-1
+    Role.BLOCK_NORM: (1, 1 / 2, 0, 2 / 64),
+    Role.QK_NORM: (1, 1 / 2, 0, 2 / 16),  # eps m_L^-alpha only
+    Role.HIDDEN: (1 / 2, 1 / 8, 4 / 2, 2 / 64),
+    Role.BLOCK_BIAS: (1, 1 / 2, 0, 2 / 64),
+    Role.FINAL_NORM: (1, 1 / 2, 0, 2),
+    Role.UNEMBEDDING: (1 / 4, 1 / 8, 4 / 2, 2),  # the logit multiplier, absorbed
+}
+
+
+def test_completed_p():
+    ratios = Ratios(4, 16, 1.0, m_B=4, m_D=16)
+    for role in Role:
+        assert multipliers(role, ratios, recipe="completed_p") == Multipliers(*COMPLETED_P[role], 1 / 4), role
+    assert logit_multiplier(ratios, "completed_p") == 1
+    assert logit_multiplier(ratios, "completed_p", tied=True) == 1 / 4  # nowhere to absorb it
+    assert residual_multiplier(ratios, "completed_p") == 1 / 16
+
+
+def test_betas_follow_the_batch_and_token_ratios():
+    assert scaled_betas((0.9, 0.95), 1 / 4) == pytest.approx((0.975, 0.9875))
+    with pytest.raises(ConfigError, match=r"20 times 1 - beta of betas \[0.9, 0.95\]"):
+        scaled_betas((0.9, 0.95), 20)
+
+
 NAMES = {
     "embedding.word_embeddings.weight": Role.EMBEDDING,
     "embedding.position_embeddings.weight": Role.EMBEDDING,
@@ -71,7 +123,7 @@ NAMES = {
     "decoder.layers.11.pre_mlp_layernorm.bias": Role.BLOCK_NORM,
     "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
     "decoder.layers.3.mlp.linear_fc1.layer_norm_bias": Role.BLOCK_NORM,
-    "decoder.layers.3.self_attention.q_layernorm.weight": Role.BLOCK_NORM,
+    "decoder.layers.3.self_attention.q_layernorm.weight": Role.QK_NORM,
     "decoder.layers.3.self_attention.linear_qkv.weight": Role.HIDDEN,
     "decoder.layers.3.self_attention.linear_proj.weight": Role.HIDDEN,
     "decoder.layers.3.mlp.linear_fc2.weight": Role.HIDDEN,
