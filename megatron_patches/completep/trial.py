@@ -1,0 +1,132 @@
+"""One small training run of a megatron-core GPT under a recipe, in this process: what the sweeps are made of."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_patches import cpu_host, gpt
+from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.layers import finish, prepare, ratios_of
+from megatron_patches.completep.param_groups import build_param_groups
+from megatron_patches.completep.rules import Recipe
+
+VOCAB = 256  # bytes
+#: text that every Python has; long enough for a sweep's handful of steps
+_TEXTS = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a sweep and what all of its runs share. Lengths are in tokens."""
+
+    width: int = 64
+    depth: int = 2
+    head_dim: int = 16
+    alpha: float = 1.0
+    init_std: float = 0.02
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    batch: int = 8
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width, depth and recipe of one run."""
+
+    recipe: Recipe
+    width: int
+    depth: int
+
+
+def start_host() -> None:
+    """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
+    if not torch.cuda.is_available():
+        cpu_host.enable()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
+    """A fresh fp32 model, and a function from the base learning rate to its AdamW."""
+    section = CompletePConfig.model_validate(
+        {
+            "enabled": True,
+            "recipe": shape.recipe,
+            "base_width": base.width,
+            "base_depth": base.depth,
+            "base_head_dim": base.head_dim,
+            "alpha": base.alpha,
+        }
+    )
+    cfg = gpt.GPTConfig.model_validate(
+        {
+            "num_layers": shape.depth,
+            "hidden_size": shape.width,
+            "num_attention_heads": shape.width // base.head_dim,
+            "seq_length": base.length,
+            "init_std": base.init_std,
+        }
+    )
+    gpt.initialize_parallel(cfg, seed)
+    config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
+    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    roles = finish(model, section)
+
+    def adamw(lr: float) -> torch.optim.AdamW:
+        groups = build_param_groups(
+            model,
+            roles,
+            ratios_of(config, section),
+            section,
+            lr=lr,
+            weight_decay=base.weight_decay,
+            eps=base.eps,
+            betas=base.betas,
+        )
+        return torch.optim.AdamW(groups, lr=lr, betas=base.betas)
+
+    return model, adamw
+
+
+def text_batches(base: Base, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (tokens, labels), [batch, length] int64, from random places of the standard library's text."""
+    text = b"".join(Path(_origin(name)).read_bytes() for name in _TEXTS)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(0, len(data) - base.length - 1, (base.batch,), generator=generator)
+        window = torch.stack([data[s : s + base.length + 1] for s in starts.tolist()]).long()
+        yield window[:, :-1], window[:, 1:]
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor], clip: float) -> float:
+    """One optimizer step; the batch's loss in nats per token before it."""
+    loss = loss_of(model, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return loss.item()
+
+
+def loss_of(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean loss of one batch."""
+    device = next(model.parameters()).device
+    tokens, labels = (t.to(device) for t in batch)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    return model(tokens, positions, None, labels=labels).mean()
+
+
+def _origin(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None  # the standard library's own
+    return spec.origin

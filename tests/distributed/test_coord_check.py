@@ -1,0 +1,102 @@
+"""The coordinate check on a small grid: CompleteP passes a bound that the other recipes fail."""
+
+import json
+
+import pytest
+
+from megatron_patches.__main__ import main
+from megatron_patches.completep import coord_check
+from megatron_patches.completep.coord_check import LAST_BLOCK, Row
+from megatron_patches.completep.table import minimum_ratio, rules_table
+
+pytest.importorskip("megatron.core")
+
+RECIPES = ("completep", "mup", "standard")
+
+
+def _command(out):
+    arguments = ["coord-check", "--widths", "64,128", "--depths", "2,8,16", "--seeds", "1", "--out", out]
+    return main(arguments)
+
+
+def test_small_grid(workers, tmp_path):
+    assert workers(1).run(_command, str(tmp_path / "out"), timeout=240) == [0]
+    rows = coord_check.read_csv(tmp_path / "out" / "coord_check.csv")
+    assert len({(r.recipe, r.width, r.depth) for r in rows}) == 3 * 2 * 3
+    assert {r.step for r in rows} == set(range(1, 11))
+    spreads = {recipe: coord_check.spread(rows, recipe) for recipe in RECIPES}
+    assert spreads["completep"] < 2 < 4 < spreads["mup"] and 8 < spreads["standard"], spreads
+    # at the base shape every recipe is the same training run
+    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step, r.layer) == (64, 2, 10, LAST_BLOCK)}
+    assert len(set(base.values())) == 1 and set(base) == set(RECIPES)
+    assert (tmp_path / "out" / "coord_check.png").stat().st_size > 20_000
+
+
+def test_spread_is_of_the_means_over_seeds_at_the_last_step():
+    def row(depth, seed, step, change, layer=LAST_BLOCK):
+        return Row("mup", 64, depth, seed, step, layer, change)
+
+    rows = [row(2, 1, 1, 9.0), row(2, 1, 2, 1.0), row(2, 2, 2, 3.0), row(4, 1, 2, 5.0), row(4, 2, 2, 7.0)]
+    rows += [row(2, 1, 2, 100.0, "logits"), Row("standard", 64, 2, 1, 2, LAST_BLOCK, 50.0)]
+    assert coord_check.spread(rows, "mup") == 6.0 / 2.0
+
+
+CONFIG = {
+    "model": {"num_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 32},
+    "completep": {"enabled": True, "base_width": 64, "base_depth": 2, "base_head_dim": 16},
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.008, "weight_decay": 0.1, "eps": 1e-8}},
+    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 100, "cos_min_ratio": 0.1}},
+}
+
+
+def test_rules_table():
+    """m_N = 4, m_L = 4, alpha 1; head size 64 against 16: sqrt(16) / 64."""
+    lines = rules_table(CONFIG).splitlines()
+    assert "m_N 4" in lines[0] and "m_L 4" in lines[0]
+    assert lines[1] == "residual branches x 0.25, logits x 0.25, q.k x 0.0625"
+    rows = {line.split()[0]: line.split()[-5:] for line in lines[3:]}
+    assert rows["hidden"] == ["0.01", "0.002", "0.0002", "0.4", "6.25e-10"]  # std 0.02/2, lr 0.008/4, eps 1e-8/16
+    assert rows["embedding"] == ["0.02", "0.008", "0.0008", "0.1", "1e-08"]
+    assert rows["block_bias"] == ["0", "0.008", "0.0008", "0", "6.25e-10"]
+    assert set(rows) == {"embedding", "hidden", "block_norm", "block_bias", "final_norm", "unembedding"}
+
+
+def test_rules_table_without_biases_and_tied():
+    tied = {**CONFIG, "model": {**CONFIG["model"], "bias": False, "tie_embeddings": True}}
+    roles = {line.split()[0] for line in rules_table(tied).splitlines()[3:]}
+    assert roles == {"embedding", "hidden", "block_norm", "final_norm"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ({}, 1.0),
+        ({"type": "WarmupLR"}, 1.0),
+        ({"type": "WarmupCosineLR"}, 1e-4),
+        ({"type": "WarmupDecayLR", "params": {"warmup_max_lr": 0.01}}, 0.0),
+        ({"type": "StepLR"}, None),
+    ],
+)
+def test_minimum_ratio(scheduler, expected):
+    assert minimum_ratio(scheduler) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"completep": {**CONFIG["completep"], "enabled": False}}, "completep: not enabled"),
+        ({"optimizer": {}}, "optimizer.params.lr"),
+        ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
+    ],
+)
+def test_rules_command_refuses_in_one_line(tmp_path, capsys, changes, part):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, **changes}))
+    assert main(["rules", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1
+
+
+def test_widths_that_the_heads_do_not_divide(capsys):
+    assert main(["coord-check", "--widths", "60", "--head-dim", "16"]) == 2
+    assert "60 is not divisible by --head-dim 16" in capsys.readouterr().err
