@@ -7,6 +7,7 @@ belong to. Everything is on disk before DeepSpeed's ``latest`` names the tag.
 
 import json
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,19 +47,26 @@ def save(plugin: "Plugin", folder: Path) -> None:
             write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0]), indent=1))
 
 
-def check(plugin: "Plugin", folder: Path) -> dict[str, Any] | None:
+def check(plugin: "Plugin", folder: Path, *, same_model: bool = True, same_run: bool = True) -> dict[str, Any] | None:
     """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
 
+    ``same_model=False`` leaves the parameters' shapes to the host (a custom or lenient load); ``same_run=False`` leaves
+    out what only a resume needs. Rank 0 reads, so that all ranks see the same.
+
     Raises:
-        CheckpointError: it is damaged, or was written by another model, layout or recipe.
+        CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
     """
     manifest: dict[str, Any] | None = None
+    path = folder / MANIFEST
+    exists, text = _from_rank_0(lambda: (folder.is_dir(), path.read_text("utf-8") if path.is_file() else None))
     with together():
-        path = folder / MANIFEST
-        if path.is_file():
+        if not exists:
+            raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
+        if text is not None:
             try:
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                _compare(plugin, manifest, path)
+                manifest = json.loads(text)
+                assert manifest is not None
+                _compare(plugin, manifest, path, same_model=same_model, same_run=same_run)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
@@ -97,11 +105,21 @@ def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> Non
                 plugin.averager.reset()
 
 
-def latest_tag(plugin: "Plugin", load_dir: str | Path) -> str | None:
-    """The tag DeepSpeed would load from ``load_dir``, or None when nothing is there."""
-    name = "latest_universal" if plugin.engine.load_universal_checkpoint() else "latest"
-    path = Path(load_dir) / name
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+def latest_tag(load_dir: str | Path) -> str | None:
+    """The tag DeepSpeed would load from ``load_dir``, or None when nothing is there. Every rank calls it; rank 0 "
+    "reads."""
+    path = Path(load_dir) / "latest"
+    return _from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
+
+
+def _from_rank_0(read: Callable[[], Any]) -> Any:
+    """What ``read`` returns on rank 0, on every rank: a file that not all ranks see must not divide them."""
+    box = [None]
+    with together():
+        if dist.get_rank() == 0:
+            box = [read()]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _manifest(plugin: "Plugin", save_id: str) -> dict[str, Any]:
@@ -126,13 +144,13 @@ def _shapes(plugin: "Plugin") -> dict[str, list[int]]:
     return {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
 
 
-def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_model: bool, same_run: bool) -> None:
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; use the version it is from"
         )
     saved, here = manifest["model"], _shapes(plugin)
-    for name in [*saved, *here]:
+    for name in [*saved, *here] if same_model else []:
         if saved.get(name) != here.get(name):
             raise CheckpointError(
                 f"{path}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and "
@@ -145,7 +163,7 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
             f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
             "same section"
         )
-    if plugin.averager is not None and "weight_averaging" in manifest["state"]:
+    if same_run and plugin.averager is not None and "weight_averaging" in manifest["state"]:
         for key, value in (
             ("world_size", dist.get_world_size()),
             ("zero_stage", int(plugin.engine.zero_optimization_stage())),

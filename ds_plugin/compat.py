@@ -26,6 +26,16 @@ ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group
 ZERO3_PERSISTENT = "persistent_parameters"  # small parameters that stay gathered on every rank
 ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
 
+# -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
+UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
+
+
+def is_on(engine: Any, name: str) -> bool:
+    """Whether a setting that this DeepSpeed may or may not know is on; ``name`` is an attribute or method of the "
+    "engine."""
+    value = getattr(engine, name, False)
+    return bool(value() if callable(value) else value)
+
 
 def deepspeed_version() -> str:
     """The installed DeepSpeed's version."""

@@ -9,7 +9,7 @@ import torch
 
 from ds_plugin.errors import ConfigError
 from ds_plugin.group_lr import expand_scheduler
-from megatron_patches.completep import build_param_groups, finish, ratios_of
+from megatron_patches.completep import build_param_groups, finished_roles, ratios_of
 from megatron_patches.completep.config import CompletePConfig
 
 
@@ -51,19 +51,20 @@ def set_up(
             "completep: optimizer.params.adam_w_mode is False, which adds weight decay to the gradient; the rules "
             "hold for decoupled weight decay, remove it"
         )
-    if "lr" not in params:
-        raise ConfigError(
-            'completep: optimizer.params.lr is missing; write the base model\'s learning rate, e.g. {"lr": 0.001}'
-        )
+    for name, example in (("lr", 0.001), ("weight_decay", 0.1)):  # implementations differ in their default decay
+        value = params.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
+            found = "missing" if name not in params else f"{value!r}, which is not a usable number"
+            raise ConfigError(f"completep: optimizer.params.{name} is {found}; write the base model's, e.g. {example}")
     base_lr = params["lr"]
-    roles = finish(model, section)
+    roles = finished_roles(model, section)
     groups = build_param_groups(
         model,
         roles,
         ratios_of(model.config, section),
         section,
         lr=base_lr,
-        weight_decay=params.get("weight_decay", 0.0),
+        weight_decay=params["weight_decay"],
         eps=params.get("eps", 1e-8),
         betas=params.get("betas", (0.9, 0.999)),
     )

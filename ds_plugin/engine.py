@@ -1,7 +1,7 @@
 """Attach the methods to a DeepSpeed engine. The only file that knows the order of a training step:
 
 forward    the batch is shortened (training mode only)               sequence_length_warmup
-backward   the host's alone
+backward   refused while the average is swapped in                   weight_averaging
 step       refused while the average is swapped in                   weight_averaging
            the host's step; when it closed an accumulation window:
              1. the window's tokens are booked                       sequence_length_warmup
@@ -10,10 +10,10 @@ save       our files first, then the host's, then ``latest``
 load       our manifest is checked first, then the host loads, then our state
 """
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,19 @@ class Plugin:
         self.warmup: SequenceLengthWarmup | None = None
         self.averager: WeightAverager | None = None
         self._replaced: list[str] = []
+        self._window_open = False  # a micro-batch has been accumulated that no step has used yet
         _refuse_pipeline(config, compat.is_pipeline(engine))
+        if config != PluginConfig() and engine.load_universal_checkpoint():
+            raise ConfigError(
+                "checkpoint.load_universal: universal checkpoints carry neither the methods' state nor, under ZeRO 3, "
+                "the param groups of CompleteP; resume from an ordinary checkpoint on the same number of ranks"
+            )
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
             self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
         if self.warmup is not None or self.averager is not None:
+            self._replace("backward", self._backward)
             self._replace("step", self._step)
         if config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
             self._replace("save_checkpoint", self._save_checkpoint)
@@ -78,10 +85,11 @@ class Plugin:
             lines.append(self.averager.describe())
         return lines
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Inside the ``with`` block the model computes with the averaged weights; after it, all is bitwise as before.
 
-        Every rank enters it, between optimizer steps. Training steps and checkpoints are refused inside.
+        Every rank enters it, between optimizer steps. Backward passes, steps and checkpoints are refused inside.
 
         Raises:
             StateError: averaging is off, there is no snapshot yet, or an accumulation window is open.
@@ -90,12 +98,13 @@ class Plugin:
             raise StateError(
                 'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
             )
-        if self.engine.micro_steps % self.engine.gradient_accumulation_steps():
+        if self._window_open:
             raise StateError(
                 "weight_averaging: the averaged weights can be swapped in between optimizer steps only, not within an "
                 "accumulation window; finish the window first"
             )
-        return self.averager.averaged_weights()
+        with self.averager.averaged_weights():
+            yield
 
     def detach(self) -> None:
         """Leave the engine as plain DeepSpeed made it (param groups and the model excepted); the window is dropped."""
@@ -121,11 +130,17 @@ class Plugin:
                 "block first"
             )
 
+    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_while_swapped("engine.backward()")
+        self._window_open = True
+        return self._host_backward(*args, **kwargs)  # type: ignore[attr-defined]
+
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.step()")
         before = self.engine.global_steps
         result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
         if self.engine.global_steps != before:  # an accumulation window has closed
+            self._window_open = False
             applied = self.engine.was_step_applied()
             if self.warmup is not None:
                 self.warmup.after_step(applied)
@@ -156,16 +171,19 @@ class Plugin:
         call = inspect.signature(self._host_load_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
         call.apply_defaults()
         tag, root = call.arguments["tag"], Path(call.arguments["load_dir"])
-        tag = str(tag) if tag is not None else checkpoint.latest_tag(self, root)
+        tag = str(tag) if tag is not None else checkpoint.latest_tag(root)
         if tag is None:  # nothing to load; the host says so in its own way
             return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
-        manifest = checkpoint.check(self, root / tag)
+        weights_only = call.arguments["load_module_only"]
+        own_loader = call.arguments["custom_load_fn"] is not None or not call.arguments["load_module_strict"]
+        manifest = checkpoint.check(self, root / tag, same_model=not own_loader, same_run=not weights_only)
         call.arguments["tag"] = tag
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         if result[0] is None:
             return result
-        if call.arguments["load_module_only"] or not call.arguments["load_optimizer_states"]:
-            self._start_afresh()  # the weights begin another run
+        self._window_open = False
+        if weights_only:
+            self._start_afresh()  # the host starts at step 0: another run
         else:
             checkpoint.load(self, root / tag, manifest)
         return result

@@ -30,7 +30,7 @@ from ds_plugin.run.optimizer import choose_optimizer, decay_groups
 from ds_plugin.run.progress import Progress
 from ds_plugin.run.recorder import Recorder
 from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import prepare
+from megatron_patches.completep import finish, prepare
 
 Batch = dict[str, torch.Tensor]
 
@@ -40,7 +40,10 @@ def build_model(run: settings.Settings, vocab_size: int) -> torch.nn.Module:
     config, spec = gpt.transformer_config(run.model, run.dtype), gpt.layer_spec(run.model)
     if run.plugin.completep is not None:
         config, spec = prepare(config, spec, run.plugin.completep)  # (*)
-    return gpt.build_gpt(run.model, vocab_size, config, spec)
+    model = gpt.build_gpt(run.model, vocab_size, config, spec)
+    if run.plugin.completep is not None:
+        finish(model, run.plugin.completep)  # (*)
+    return model
 
 
 def build_engine(run: settings.Settings, model: torch.nn.Module) -> Any:
@@ -56,8 +59,10 @@ def build_engine(run: settings.Settings, model: torch.nn.Module) -> Any:
 
 def loss_of(engine: Any, batch: Batch) -> torch.Tensor:
     """Mean loss in nats per token of one micro-batch; the attention mask is causal and needs no tensor."""
-    batch = {name: tensor.to(engine.device, non_blocking=True) for name, tensor in batch.items()}
-    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
+    tokens, positions, labels = (
+        batch[name].to(engine.device, non_blocking=True) for name in ("tokens", "position_ids", "labels")
+    )
+    return engine(tokens, positions, None, labels=labels).mean()
 
 
 def build_data(

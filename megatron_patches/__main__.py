@@ -84,8 +84,8 @@ def coordinate_check(args: argparse.Namespace) -> int:
     for recipe in args.recipes:
         changes = [c for shape, c in coord_check.final_changes(rows).items() if shape.recipe == recipe]
         print(
-            f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x "
-            f"(last block moved {min(changes):.3g} to {max(changes):.3g} over {len(changes)} shapes)"
+            f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x (last block moved {min(changes):.3g} to "
+            f"{max(changes):.3g} over {len(changes)} shapes)"
         )
     print(f"{args.out / 'coord_check.csv'} {args.out / 'coord_check.png'}")
     return 0

@@ -183,6 +183,8 @@ def _rank_main(job: Job, rank: int, pipe: Connection, foreign: Sequence[Connecti
             # is what tells the peers: their collectives fail when the sockets close.
             with contextlib.suppress(EOFError):
                 pipe.recv_bytes()
+        else:
+            time.sleep(0.2)  # at once, but not before a peer has read the last message of a collective that succeeded
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(0)
@@ -210,6 +212,8 @@ def _initialize(job: Job, rank: int) -> None:
     store = torch.distributed.FileStore(str(Path(job.folder, "store")), job.ranks)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=job.ranks, timeout=patience)
     deepspeed.init_distributed("gloo", timeout=patience, verbose=False)
+    # A test function that fails at once must not take this rank away while a peer is still connecting to it.
+    torch.distributed.barrier()
 
 
 def _format(error: BaseException) -> str:

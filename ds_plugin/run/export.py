@@ -37,5 +37,9 @@ def export_weights(engine: Any, path: Path) -> list[Path]:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters on this tensor-parallel rank, whole even where ZeRO 3 has partitioned them."""
-    return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
+    """Parameters of the whole model: neither ZeRO 3 nor tensor parallelism makes it smaller."""
+    size = getattr(getattr(model, "config", None), "tensor_model_parallel_size", 1)
+    return sum(
+        math.prod(getattr(p, "ds_shape", p.shape)) * (size if getattr(p, "tensor_model_parallel", False) else 1)
+        for p in model.parameters()
+    )

@@ -185,6 +185,7 @@ class Recorder:
             "split": self.run.training.split,
             "train_batch_size": self.engine.train_batch_size(),
             "world_size": dist.get_world_size(),
+            "completep": self.run.plugin.to_dict().get("completep"),
             **{f"model.{name}": value for name, value in self.run.model.model_dump(mode="json").items()},
         }
 
@@ -199,8 +200,11 @@ class Recorder:
         if self.plugin.has_average:
             with self.plugin.averaged_weights():
                 averaged = export_weights(self.engine, self.folder.path / "averaged.safetensors")
-        if not self.first:
-            return
+        with together():
+            if self.first:
+                self._write_results(averaged)
+
+    def _write_results(self, averaged: list[Path]) -> None:
         metrics = read_metrics(self.folder.metrics)
         trained, read = self._tokens()
         summary = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from pydantic import Field
 
 from ds_plugin.config import PluginConfig, load_json, split_config
@@ -143,6 +144,17 @@ def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginC
         raise ConfigError("train_micro_batch_size_per_gpu: missing; write the samples per rank and micro-batch, e.g. 8")
     if not (config.get("optimizer") or {}).get("type"):
         raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
+    if config.get("managed_gradient_accumulation") is False:
+        raise ConfigError("managed_gradient_accumulation: False is not for this script, whose loop counts; remove it")
+    half = next((name for name in ("bf16", "fp16") if (config.get(name) or {}).get("enabled")), None)
+    if half == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError("fp16.enabled: True, but this machine's accelerator has no fp16; write bf16 or neither")
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if half and stage == 0 and model.tensor_parallel > 1 and config.get("gradient_clipping"):
+        raise ConfigError(
+            f"zero_optimization.stage: 0 with {half} and tensor_parallel {model.tensor_parallel}: DeepSpeed clips by a "
+            "wrong gradient norm there (it leaves out the shards of other tensor-parallel ranks); write stage 1"
+        )
     warmup = plugin.sequence_length_warmup
     if warmup is not None and warmup.end_length != model.seq_length:
         raise ConfigError(

@@ -13,7 +13,7 @@ import torch
 from ds_plugin.errors import ConfigError
 
 #: arguments that hold the samples' tokens, [batch, sequence] (or [batch, sequence, hidden] for embeddings)
-TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "decoder_input", "inputs", "x", "ids")
+TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "inputs", "x", "ids")
 #: arguments cut along with the tokens, [batch, sequence, ...]
 COMPANION_NAMES = ("labels", "targets", "target", "y", "position_ids", "loss_mask", "token_type_ids", "segment_ids")
 #: [batch, sequence] or [..., sequence, sequence]
@@ -34,6 +34,11 @@ def shorten_arguments(arguments: Mapping[str, Any], length: int) -> tuple[dict[s
         ConfigError: no token argument is recognised, the samples are shorter than ``length``, or an unlisted argument
             looks like it holds tokens.
     """
+    if arguments.get("packed_seq_params") is not None:
+        raise ConfigError(
+            "sequence_length_warmup: packed_seq_params describes documents of the full length, which a prefix would "
+            "cut; train without packed sequences"
+        )
     names = [name for name in TOKEN_NAMES if torch.is_tensor(arguments.get(name)) and arguments[name].dim() >= 2]
     if not names:
         given = ", ".join(f"{k}: {_describe(v)}" for k, v in arguments.items()) or "none"

@@ -58,10 +58,7 @@ class SequenceLengthScheduler(CurriculumScheduler):
 def layout_multiple(module: torch.nn.Module) -> int:
     """The number of equal parts a megatron-core model's layout cuts each sample into; 1 for any other model.
 
-    Sequence parallelism scatters a sample over the tensor-parallel ranks; context parallelism cuts it into two chunks
-    per rank, to balance the causal mask.
+    Sequence parallelism scatters a sample over the tensor-parallel ranks, inside the model.
     """
     config = getattr(module, "config", None)
-    tensor = getattr(config, "tensor_model_parallel_size", 1) if getattr(config, "sequence_parallel", False) else 1
-    context = getattr(config, "context_parallel_size", 1) or 1
-    return tensor * (2 * context if context > 1 else 1)
+    return getattr(config, "tensor_model_parallel_size", 1) if getattr(config, "sequence_parallel", False) else 1

@@ -40,6 +40,12 @@ class SequenceLengthWarmup:
                 f"sequence_length_warmup: sequence_parallel_size is {compat.sequence_parallel_size(engine)}: each rank "
                 "holds a part of every sample, so a prefix cannot be cut on one rank; write sequence_parallel_size 1"
             )
+        context = getattr(getattr(engine.module, "config", None), "context_parallel_size", 1)
+        if context > 1:
+            raise ConfigError(
+                f"sequence_length_warmup: context_parallel_size is {context}: each rank holds a part of every sample, "
+                "so a prefix cannot be cut on one rank; write context_parallel_size 1"
+            )
         self.engine = engine
         self.config = config
         self.scheduler = SequenceLengthScheduler(config, layout_multiple=layout_multiple(engine.module))
@@ -51,7 +57,7 @@ class SequenceLengthWarmup:
     @property
     def length(self) -> int:
         """Length in tokens of the optimizer step that comes next (constant within its accumulation window)."""
-        return self.scheduler.length_at(self.engine.global_steps + 1)
+        return self.scheduler.update_difficulty(self.engine.global_steps + 1)
 
     def describe(self) -> str:
         """The schedule in one line."""
@@ -86,7 +92,6 @@ class SequenceLengthWarmup:
         self.ledger.read += self._window.read * ranks
         self.ledger.trained += self._window.trained * ranks if applied else 0
         self._window = Ledger()
-        self.scheduler.update_difficulty(self.engine.global_steps + 1)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs: the ledger. The length follows from the host's step counter."""
@@ -96,4 +101,3 @@ class SequenceLengthWarmup:
         """Take over a saved state; None (a checkpoint without one) starts the ledger at zero."""
         self.ledger = Ledger(**state["ledger"]) if state else Ledger()
         self._window = Ledger()
-        self.scheduler.update_difficulty(self.engine.global_steps + 1)

@@ -78,9 +78,9 @@ class WeightAverager:
                 f"weight_averaging: there is no snapshot to average yet; the first is taken at step {first}"
             )
         window.mean_(self._other, self.snapshots())
-        self._exchange()
-        self.swapped = True
+        self.swapped = True  # before the exchange: should its refresh fail, the finally must still undo it
         try:
+            self._exchange()
             yield
         finally:
             self._exchange()

@@ -8,7 +8,7 @@ from ds_plugin.config_model import SectionConfig
 
 
 class WeightAveragingConfig(SectionConfig):
-    """Which snapshots are averaged; all steps are applied optimizer steps."""
+    """Which snapshots are averaged. Steps are the host's; a snapshot that falls on a skipped step is left out."""
 
     enabled: bool = False
     mode: Literal["sliding"] = "sliding"

@@ -120,6 +120,12 @@ def find_shards(engine: Any) -> MasterShards:
             "weight_averaging: zero_optimization.offload_optimizer.device is 'nvme', whose master weights are not in "
             "memory; write 'cpu' or 'none'"
         )
+    for name in compat.UPDATES_OUTSIDE_STEP:
+        if compat.is_on(engine, name):
+            raise ConfigError(
+                f"weight_averaging: {name} updates the master weights outside the optimizer step, so a snapshot could "
+                "be torn; switch one of the two off"
+            )
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer

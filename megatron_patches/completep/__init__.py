@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_patches.completep.layers import describe, finish, prepare, ratios_of
+    from megatron_patches.completep.layers import describe, finish, finished_roles, prepare, ratios_of
     from megatron_patches.completep.param_groups import build_param_groups
 
-__all__ = ["build_param_groups", "describe", "finish", "prepare", "ratios_of"]
+__all__ = ["build_param_groups", "describe", "finish", "finished_roles", "prepare", "ratios_of"]
 
 
 def __getattr__(name: str) -> Any:  # keeps the config importable without torch

@@ -59,23 +59,39 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig) -> tuple[Any
     return config, layer_spec
 
 
-def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    """Complete a freshly built model, once: unembedding init and logits. Returns the role of every parameter.
+def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    """The role of every parameter of a model that `finish` has been called on.
 
     Raises:
-        ConfigError: the model was not built from `prepare`'s config, or has a parameter without a role.
+        ConfigError: it has not, or as `finish` does.
     """
-    config = getattr(model, "config", None)
-    built_with = getattr(config, _MARK, None)
-    if built_with != section:
-        found = "without it" if built_with is None else f"with {_short(built_with)}"
+    roles = _checked_roles(model, section)
+    if not getattr(model, _MARK, False):
         raise ConfigError(
-            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
-            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
+            "completep: the model is not finished; call megatron_patches.completep.finish(model, section) right after "
+            "it is built, before any weights are loaded"
         )
-    roles = roles_of(model.named_parameters())
+    return roles
+
+
+def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    """Complete a model right after it is built, once: unembedding init and logits. Returns the role of every parameter.
+
+    It scales weights as they were drawn: call it before any are loaded. A second call changes nothing.
+
+    Raises:
+        ConfigError: the model was not built from `prepare`'s config, has a parameter without a role, or was built
+            inside ``deepspeed.zero.Init``.
+    """
+    roles = _checked_roles(model, section)
     if getattr(model, _MARK, False):
         return roles
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ConfigError(
+            "completep: the model was built inside deepspeed.zero.Init, where its weights cannot be scaled; build it "
+            "outside, deepspeed.initialize partitions it for ZeRO 3"
+        )
+    config: Any = model.config
     ratios = ratios_of(config, section)
     output_layer = getattr(model, "output_layer", None)
     if output_layer is not None:
@@ -91,6 +107,17 @@ def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
             output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
     setattr(model, _MARK, True)
     return roles
+
+
+def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    built_with = getattr(getattr(model, "config", None), _MARK, None)
+    if built_with != section:
+        found = "without it" if built_with is None else f"with {_short(built_with)}"
+        raise ConfigError(
+            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
+            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
+        )
+    return roles_of(model.named_parameters())
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
@@ -137,6 +164,8 @@ def _refuse_unsupported(config: Any) -> None:
         "use_mup": False,
         "softmax_scale": None,
         "heterogeneous_block_specs": False,
+        "inference_fuse_tp_communication": False,  # adds residuals in kernels of its own
+        "enable_hyper_connections": False,  # residual streams of another kind
     }
     for name, plain in refused.items():
         value = getattr(config, name, plain)
@@ -153,4 +182,4 @@ def _short(section: CompletePConfig) -> str:
     )
 
 
-__all__ = ["describe", "finish", "prepare", "ratios_of", "scaled_bias_dropout_add"]
+__all__ = ["describe", "finish", "finished_roles", "prepare", "ratios_of", "scaled_bias_dropout_add"]

@@ -40,6 +40,17 @@ CASES = {
     ),
     "section missing": ({k: v for k, v in config().items() if k != "model"}, (), ['"model"', "quickstart.json"]),
     "heads do not divide": (config(model__num_attention_heads=5), (), ["num_attention_heads = 5", "hidden_size = 32"]),
+    "fp16 on a CPU": (config(), ("--precision", "fp16"), ["fp16", "bf16"]),
+    "wrong clipping norm": (
+        config(model__tensor_parallel=2),
+        ("--precision", "bf16", "--zero-stage", "0"),
+        ["zero_optimization.stage", "tensor_parallel 2", "write stage 1"],
+    ),
+    "unmanaged accumulation": (
+        {**config(), "managed_gradient_accumulation": False},
+        (),
+        ["managed_gradient_accumulation", "False", "remove it"],
+    ),
     "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
     "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),
     "no text": (config(), ("--data", "{empty}"), ["data", "holds no text", "plain text files"]),

@@ -24,14 +24,17 @@ def section(**changes):
     return CompletePConfig.model_validate({**BASE, **changes})
 
 
-def build(completep, **changes):
+def build(completep, finished=True, **changes):
     cpu_host.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
     gpt.initialize_parallel(cfg, 1234)
     config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
     if completep is not None:
         config, spec = prepare(config, spec, completep)
-    return gpt.build_gpt(cfg, VOCAB, config, spec)
+    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    if completep is not None and finished:
+        finish(model, completep)
+    return model
 
 
 def host_config(completep, zero=0):
@@ -114,6 +117,56 @@ def test_init(workers):
         samples = 64 * (LENGTH if "position" in name else 64)
         assert abs(std / expected - 1) < 5 / math.sqrt(2 * samples), (name, std)
     assert sum("decoder.layers" in name for name in stds) == 32
+
+
+def _loaded_weights():
+    """A trained model's weights, loaded into a model that is then given to initialize()."""
+    trained, model = build(section()), build(section())
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.add_(0.01)
+    model.load_state_dict(trained.state_dict())
+    engine, *_ = ds_plugin.initialize(model=model, config=host_config(section()), mpu=gpt.DeepSpeedMPU())
+    ours = dict(engine.module.named_parameters())
+    return [name for name, p in trained.named_parameters() if not torch.equal(p, ours[name])]
+
+
+def test_loaded_weights_are_not_scaled_again(workers):
+    assert workers(1).run(_loaded_weights) == [[]]
+
+
+def _group_rates(kind):
+    config = {**host_config(section()), "scheduler": {"type": kind, "params": {"warmup_num_steps": 2}}}
+    if kind != "WarmupLR":
+        config["scheduler"]["params"]["total_num_steps"] = 20
+    if kind != "WarmupCosineLR":
+        config["scheduler"]["params"]["warmup_max_lr"] = LR
+    engine, *_ = ds_plugin.initialize(model=build(section()), config=config, mpu=gpt.DeepSpeedMPU())
+    train(engine)
+    return {g["role"]: g["lr"] / engine.optimizer.param_groups[0]["lr"] for g in engine.optimizer.param_groups}
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_schedulers_keep_the_groups_apart(workers, kind):
+    for rates in workers(1).run(_group_rates, kind):
+        assert rates == pytest.approx({role: lr / LR for role, lr, _, _ in GROUPS})
+
+
+def _groups_of(**changes):
+    engine, *_ = ds_plugin.initialize(
+        model=build(section(**changes)), config=host_config(section(**changes)), mpu=gpt.DeepSpeedMPU()
+    )
+    return {g["role"]: (g["eps"], g["betas"]) for g in engine.optimizer.param_groups}
+
+
+def test_eps_scope_and_betas_reach_the_optimizer(workers):
+    everywhere = workers(1).run(_groups_of, eps_scope="all")[0]
+    assert {eps for eps, _ in everywhere.values()} == {EPS / 16}
+    completed = workers(1).run(_groups_of, recipe="completed_p", batch_ratio=2.0, token_ratio=8.0)[0]
+    # betas 0.9, 0.999; (1 - beta) / 4; eps x sqrt(8 / 2), embeddings also / m_N
+    assert all(betas == pytest.approx((0.975, 0.99975)) for _, betas in completed.values())
+    assert completed["embedding"][0] == pytest.approx(EPS * 2 / 4)
+    assert completed["hidden"][0] == pytest.approx(EPS * 2 / 16)
 
 
 def _base_model(completep):
@@ -202,6 +255,8 @@ def _refusals():
     plain, prepared = build(None), build(section())
     attempt("unprepared", lambda: finish(plain, section()))
     attempt("other base", lambda: finish(prepared, section(base_width=32)))
+    unfinished = build(section(), finished=False)
+    attempt("unfinished", lambda: ds_plugin.initialize(model=unfinished, config=host_config(section())))
     attempt(
         "groups",
         lambda: ds_plugin.initialize(
@@ -238,6 +293,7 @@ def _refusals():
 EXPECTED = {
     "unprepared": ["built without it", "prepare"],
     "other base": ["base_width 32", "base_width 16"],
+    "unfinished": ["finish(model, section)", "before any weights are loaded"],
     "groups": ["model_parameters"],
     "optimizer": ["SGD", "lambda groups"],
     "scheduler": ["OneCycle"],

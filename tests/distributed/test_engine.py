@@ -141,6 +141,8 @@ CHANGED = [
     ("missing", ["weight_averaging_rank_00001.safetensors", "missing", "rank 1"]),
     ("damaged", ["weight_averaging_rank_00001.safetensors", "damaged"]),
     ("manifest", ["ds_plugin.json", "damaged"]),
+    ("mixed", ["ds_plugin.json", "step 4", "step 5", "two saves"]),
+    ("absent", ["no checkpoint", "global_step5"]),
 ]
 
 
@@ -160,6 +162,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
         shard.unlink()
     elif change == "damaged":
         shard.write_bytes(shard.read_bytes()[:-8])
+    elif change == "mixed":
+        manifest = json.loads((tag / "ds_plugin.json").read_text())
+        (tag / "ds_plugin.json").write_text(json.dumps({**manifest, "global_steps": 4}))
+    elif change == "absent":
+        tag.rename(tmp_path / "elsewhere")
     else:
         (tag / "ds_plugin.json").write_text('{"format": 1}')
     for error in workers(ranks).run(_resume_other, str(tmp_path), config, width, expect="errors", timeout=60):
@@ -180,6 +187,55 @@ def _resume_without_our_state(folder):
 def test_a_plain_checkpoint_can_be_taken_over(workers, tmp_path):
     for found in workers(2).run(_resume_without_our_state, str(tmp_path)):
         assert found == (5, LENGTHS[5], False, 0)
+
+
+def _without_optimizer_states(folder):
+    other = plain.make(plain.host_config(1, **BOTH))
+    other.load_checkpoint(folder, load_optimizer_states=False)
+    plugin = ds_plugin.attached(other)
+    return other.global_steps, plugin.length, plugin.averager.steps, plugin.ledger.read
+
+
+def test_loading_without_optimizer_states_goes_on_with_the_run(workers, tmp_path):
+    workers(2).run(_train_save, 1, str(tmp_path), 5, 0)
+    for found in workers(2).run(_without_optimizer_states, str(tmp_path)):
+        assert found == (5, LENGTHS[5], [2, 4], 5 * 2 * plain.MICRO * plain.LENGTH)
+
+
+def _weights_elsewhere(folder, zero):
+    plain.make(plain.host_config(zero, **BOTH)).load_checkpoint(folder, load_module_only=True)
+
+
+def test_weights_alone_load_in_another_layout(workers, tmp_path):
+    workers(2).run(_train_save, 1, str(tmp_path), 5, 0)
+    assert workers(1).run(_weights_elsewhere, str(tmp_path), 0, expect="errors") == [None]
+
+
+def _yes():
+    return True
+
+
+def _attach_pretending(attribute, value, sections):
+    """An engine under a setting that cannot be had on two CPU ranks."""
+    engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    setattr(engine, attribute, value)
+    ds_plugin.attach(engine, sections)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "section", "part"),
+    [
+        ("seq_dp_world_size", 4, "sequence_length_warmup", "sequence_parallel_size is 2"),
+        ("zero_nvme_offload_optimizer", _yes, "weight_averaging", "'nvme'"),
+        ("zenflow", True, "weight_averaging", "zenflow"),
+        ("super_offload", _yes, "weight_averaging", "super_offload"),
+        ("load_universal_checkpoint", _yes, "weight_averaging", "load_universal"),
+    ],
+)
+def test_engines_that_cannot_be_served_are_refused(workers, attribute, value, section, part):
+    sections = {section: BOTH[section]}
+    for error in workers(2).run(_attach_pretending, attribute, value, sections, expect="errors"):
+        assert error.type == "ConfigError" and part in error.message, error
 
 
 def _weights_only(folder):
@@ -237,13 +293,23 @@ def test_a_forward_that_bypasses_the_engine_is_noticed(workers):
         assert "engine.module" in error.message
 
 
+class _Renamed(plain.TinyLM):
+    def forward(self, characters, wanted):
+        return super().forward(characters, wanted)
+
+
 def _custom_shorten():
     def shorten(args, kwargs, length):
         tokens, labels = args
         return (tokens[:, :length], labels[:, :length]), kwargs, tokens.numel(), tokens[:, :length].numel()
 
     config = plain.host_config(0, sequence_length_warmup=plain.WARMUP)
-    by_hand = plain.train(plain.make(config, shorten=shorten), 4)
+    torch.manual_seed(7)
+    engine = ds_plugin.initialize(model=_Renamed(), config=config, shorten=shorten)[0]
+    by_hand = plain.train(engine, 4)
+    unknown = ds_plugin.initialize(model=_Renamed(), config=config)[0]
+    with pytest.raises(ConfigError, match="characters.*shorten="):
+        plain.train(unknown, 1)
     return by_hand, plain.train(plain.make(config), 4)
 
 

@@ -215,8 +215,9 @@ def _resume_with(folder, json_config, *flags):
 CHANGED = [
     (config(model__hidden_size=64), (), ["model.hidden_size", "32", "64"]),
     (config(training__seed=5), (), ["seed", "1234", "5"]),
+    (config(completep__enabled=False), (), ["completep", "'base_width': 16", "None"]),
     (config(model__seq_length=16, sequence_length_warmup__end_length=16), (), ["model.seq_length", "32", "16"]),
-    (config(completep__base_width=8), (), ["completep", '"base_width": 16', '"base_width": 8']),
+    (config(completep__base_width=8), (), ["completep", "'base_width': 16", "'base_width': 8"]),
     (config(), ("--tag", "step00000011"), ["step00000011", "step00000010"]),
 ]
 

@@ -54,6 +54,7 @@ def test_full_length_changes_nothing():
         ({"pixels": TOKENS}, ["no recognisable token argument", "pixels: torch.int64 [3, 8]", "input_ids", "shorten="]),
         ({"input_ids": torch.arange(8)}, ["no recognisable token argument", "[8]"]),
         ({"input_ids": TOKENS[:, :4]}, ["end_length", "5", "samples of 4", "at most 4"]),
+        ({"input_ids": TOKENS, "packed_seq_params": object()}, ["packed_seq_params", "without packed sequences"]),
         ({"input_ids": TOKENS, "extra": TOKENS}, ["'extra'", "[3, 8]", "shorten="]),
         (
             {"input_ids": torch.ones(8, 8), "attention_mask": torch.ones(8, 8)},
@@ -83,16 +84,13 @@ def test_nameless_arguments_are_refused():
 
 class _Config:
     tensor_model_parallel_size = 4
-    context_parallel_size = 1
     sequence_parallel = False
 
 
-@pytest.mark.parametrize(
-    ("sequence_parallel", "context", "expected"), [(False, 1, 1), (True, 1, 4), (False, 3, 6), (True, 2, 16)]
-)
-def test_layout_multiple(sequence_parallel, context, expected):
+@pytest.mark.parametrize(("sequence_parallel", "expected"), [(False, 1), (True, 4)])
+def test_layout_multiple(sequence_parallel, expected):
     module = torch.nn.Module()
     assert layout_multiple(module) == 1
     module.config = _Config()
-    module.config.sequence_parallel, module.config.context_parallel_size = sequence_parallel, context
+    module.config.sequence_parallel = sequence_parallel
     assert layout_multiple(module) == expected
