@@ -152,6 +152,8 @@ def main() -> int:
             train(args, run, RunFolder.open(args.runs, args.name, args.resume), progress)
     except PluginError as error:
         return startup.fail(error)
+    except KeyboardInterrupt:
+        return startup.interrupted()
     startup.leave()
     return 0
 

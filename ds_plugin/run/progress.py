@@ -87,7 +87,8 @@ class Progress:
         new = {name: row[name] for name in ("eval_loss", "eval_loss_averaged") if row.get(name) is not None}
         self._evaluated |= new
         elapsed, left = _clock(now - self._started), _clock(self._seconds_left())
-        numbers = self._numbers_of(row)
+        # a line of a log shows what this step measured; the bar keeps the last evaluation in sight
+        numbers = self._numbers_of({**row, **self._evaluated} if self._live is not None else row)
         if self._live is not None:
             if self._task is None:
                 self._task = self._bar.add_task("training", total=self.total_steps, times="")
@@ -134,8 +135,7 @@ class Progress:
             "eval_loss_averaged": "averaged {:.4f}",
             "tokens_per_second": "{:,.0f} tokens/s",
         }
-        shown = {**row, **self._evaluated}
-        return "  ".join(form.format(shown[name]) for name, form in formats.items() if shown.get(name) is not None)
+        return "  ".join(form.format(row[name]) for name, form in formats.items() if row.get(name) is not None)
 
 
 def _clock(seconds: float | None) -> str:

@@ -41,7 +41,7 @@ class Recorder:
         self.engine, self.run, self.folder, self.text, self.progress = engine, run, folder, text, progress
         self.plugin = ds_plugin.attached(engine)
         self.first = dist.get_rank() == 0
-        for line in self.plugin.describe():
+        for line in [*self.plugin.describe(), *self._shortfalls()]:
             progress.message(line)
         self.started = self._window_started = time.monotonic()
         self._earlier_seconds = 0.0  # of the run before a resume
@@ -50,6 +50,22 @@ class Recorder:
         self._unread: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss is still on the device
         self._rows: list[dict[str, Any]] = []  # rows with their loss, not written yet; the last may be the step's own
         self._row: dict[str, Any] = {}
+
+    def _shortfalls(self) -> list[str]:
+        """What this run is too short for."""
+        steps, lines = self.run.training.steps, []
+        warmup, averager = self.plugin.warmup, self.plugin.averager
+        if warmup is not None and warmup.config.duration.steps > steps:
+            lines.append(
+                f"note: {steps} steps end the run within the sequence length warmup of {warmup.config.duration.steps}; "
+                f"it reaches {warmup.scheduler.length_at(steps)} of {warmup.config.end_length} tokens"
+            )
+        if averager is not None and averager.first_step() > steps:
+            lines.append(
+                f"note: {steps} steps end the run before the first snapshot, at step {averager.first_step()}: nothing "
+                "will be averaged"
+            )
+        return lines
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -170,9 +186,9 @@ class Recorder:
                 )
         if saved["steps"] != self.run.training.steps:
             self.progress.message(
-                f"this run was started for {saved['steps']} steps and goes on to {self.run.training.steps}: the LR "
-                "schedule changes from here, and so does the sample order if the data is passed a different number of "
-                "times"
+                f"this run was started for {saved['steps']} steps and goes on to {self.run.training.steps}: what "
+                "depends on that number changes here (a scheduler's total_num_steps; the sample order, if the data is "
+                "passed a different number of times)"
             )
         self._earlier_seconds = saved["seconds"]
 

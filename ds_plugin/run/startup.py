@@ -56,6 +56,12 @@ def fail(error: Exception) -> int:
     return 2
 
 
+def interrupted() -> int:
+    """Say how to go on after Ctrl-C; the exit code, 130 as a shell gives it."""
+    announce("interrupted; start again with --resume to go on from the last checkpoint")
+    return 130
+
+
 def leave() -> None:
     """End the process groups after a run that has succeeded on every rank.
 

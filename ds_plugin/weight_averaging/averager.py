@@ -52,6 +52,10 @@ class WeightAverager:
         """Whether a snapshot is taken after optimizer step ``step`` (counted from 1)."""
         return step >= max(1, self.config.start_step) and step % self.config.interval == 0
 
+    def first_step(self) -> int:
+        """The step of the first snapshot."""
+        return -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
+
     def snapshot(self, step: int) -> None:
         """Copy the masters as they are after step ``step``; the oldest snapshot gives way when the window is full."""
         free = len(self._order) < len(self._slots)
@@ -73,9 +77,8 @@ class WeightAverager:
         if self.swapped:
             raise StateError("weight_averaging: the averaged weights are already swapped in; leave that block first")
         if not self._order:
-            first = -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
             raise StateError(
-                f"weight_averaging: there is no snapshot to average yet; the first is taken at step {first}"
+                f"weight_averaging: there is no snapshot to average yet; the first is taken at step {self.first_step()}"
             )
         window.mean_(self._other, self.snapshots())
         self.swapped = True  # before the exchange: should its refresh fail, the finally must still undo it

@@ -4,9 +4,8 @@ Under a parametrization that transfers, the mean absolute change of the last blo
 same at every shape (CompleteP, arXiv 2505.01618, figure 7; for width, Yang et al., arXiv 2203.03466, appendix D.1).
 """
 
-import csv
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -86,35 +85,6 @@ def spread(rows: Iterable[Row], recipe: Recipe) -> float:
     """The largest over the smallest change of the last block over all shapes of a recipe; 1 is perfect transfer."""
     changes = [change for shape, change in final_changes(rows).items() if shape.recipe == recipe]
     return max(changes) / min(changes)
-
-
-def write_csv(rows: Iterable[Row], path: Path) -> None:
-    """All rows, floats written so that they round-trip."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-
-    atomic_write(path, write)
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows of `write_csv`."""
-    with open(path, newline="") as stream:
-        return [
-            Row(
-                recipe=row["recipe"],  # type: ignore[arg-type]
-                width=int(row["width"]),
-                depth=int(row["depth"]),
-                seed=int(row["seed"]),
-                step=int(row["step"]),
-                layer=row["layer"],
-                change=float(row["change"]),
-            )
-            for row in csv.DictReader(stream)
-        ]
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:

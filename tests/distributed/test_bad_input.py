@@ -109,6 +109,28 @@ def test_every_case(workers, place):
         assert contents(runs) == before, case
 
 
+def _interrupted(arguments):
+    """Ctrl-C in the middle of training, as it reaches Python."""
+    script = load_script()
+    script.startup.OTHERS_WAIT_SECONDS = 0
+
+    def train(*_):
+        raise KeyboardInterrupt
+
+    script.train, sys.argv = train, ["pretrain_gpt.py", *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return script.main(), printed.getvalue()
+
+
+def test_ctrl_c_says_how_to_go_on(workers, tmp_path):
+    path = tmp_path / "case.json"
+    path.write_text(json.dumps(config()))
+    results = workers(RANKS).run(_interrupted, ["--config", str(path), "--runs", str(tmp_path)])
+    assert [code for code, _ in results] == [130] * RANKS
+    assert "--resume" in results[0][1] and "Traceback" not in results[0][1] and results[1][1] == ""
+
+
 def test_through_the_real_launcher(tmp_path):
     from tests.distributed.test_pretrain import ROOT
 

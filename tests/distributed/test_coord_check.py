@@ -7,6 +7,7 @@ import pytest
 from megatron_patches.__main__ import main
 from megatron_patches.completep import coord_check
 from megatron_patches.completep.coord_check import LAST_BLOCK, Row
+from megatron_patches.completep.records import read_records
 from megatron_patches.completep.table import minimum_ratio, rules_table
 
 pytest.importorskip("megatron.core")
@@ -21,7 +22,7 @@ def _command(out):
 
 def test_small_grid(workers, tmp_path):
     assert workers(1).run(_command, str(tmp_path / "out"), timeout=240) == [0]
-    rows = coord_check.read_csv(tmp_path / "out" / "coord_check.csv")
+    rows = read_records(Row, tmp_path / "out" / "coord_check.csv")
     assert len({(r.recipe, r.width, r.depth) for r in rows}) == 3 * 2 * 3
     assert {r.step for r in rows} == set(range(1, 11))
     spreads = {recipe: coord_check.spread(rows, recipe) for recipe in RECIPES}

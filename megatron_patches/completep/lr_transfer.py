@@ -1,0 +1,168 @@
+"""Learning-rate transfer: does the best learning rate of the base model stay the best at every width and depth?"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ds_plugin.atomic import atomic_write
+from megatron_patches.completep import trial
+from megatron_patches.completep.rules import Recipe
+from megatron_patches.completep.trial import Base, Shape
+
+#: the loss of a run is the mean over this share of its last steps, which smooths the noise of single batches
+TAIL = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its mean loss in nats per token over the last steps; infinite when it diverged."""
+
+    recipe: Recipe
+    width: int
+    depth: int
+    seed: int
+    lr: float
+    loss: float
+
+
+def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float) -> Run:
+    """Train one model: linear warmup over a tenth of the steps, then linear decay to zero."""
+    model, adamw = trial.build(shape, base, seed)
+    optimizer, batches = adamw(lr), trial.text_batches(base, seed)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        factor = schedule(step, steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        losses.append(trial.step(model, optimizer, next(batches), base.clip))
+        if not math.isfinite(losses[-1]):
+            return Run(shape.recipe, shape.width, shape.depth, seed, lr, math.inf)
+    return Run(shape.recipe, shape.width, shape.depth, seed, lr, mean(losses[-max(1, round(steps * TAIL)) :]))
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of ``step`` (the first is 1) over its peak."""
+    warmup = max(1, steps // 10)
+    return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
+
+
+def sweep(
+    shapes: Iterable[Shape],
+    base: Base,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    known: Iterable[Run] = (),
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[list[Run]], None] = lambda runs: None,
+) -> list[Run]:
+    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them."""
+    jobs = [(shape, lr, seed) for shape in shapes for lr in rates for seed in seeds]
+    done = {(Shape(r.recipe, r.width, r.depth), r.lr, r.seed): r for r in known}
+    for number, (shape, lr, seed) in enumerate(jobs, start=1):
+        if (shape, lr, seed) in done:
+            continue
+        run = done[shape, lr, seed] = train(shape, base, seed=seed, steps=steps, lr=lr)
+        keep(list(done.values()))
+        progress(
+            f"[{number}/{len(jobs)}] {shape.recipe} width {shape.width} depth {shape.depth} lr 2^{math.log2(lr):g} "
+            f"seed {seed}: loss {run.loss:.4f}"
+        )
+    return [done[job] for job in jobs]
+
+
+def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
+    """Mean loss over seeds by shape and learning rate."""
+    found: dict[Shape, dict[float, list[float]]] = {}
+    for run in runs:
+        found.setdefault(Shape(run.recipe, run.width, run.depth), {}).setdefault(run.lr, []).append(run.loss)
+    return {shape: {lr: mean(losses) for lr, losses in sorted(curve.items())} for shape, curve in found.items()}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How a shape does at its own best learning rate and at the base model's.
+
+    ``moved``: factors of two between the two rates. ``cost``: relative loss given up by using the base model's.
+    """
+
+    shape: Shape
+    best_lr: float
+    best_loss: float
+    moved: float
+    cost: float
+
+
+def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
+    """Each shape against its recipe's smallest one (the base shape where it was swept)."""
+    found = curves(runs)
+    results = []
+    for recipe in dict.fromkeys(shape.recipe for shape in found):
+        shapes = [shape for shape in found if shape.recipe == recipe]
+        wanted = Shape(recipe, base.width, base.depth)
+        origin = wanted if wanted in found else min(shapes, key=lambda s: (s.depth * s.width**2, s.depth))
+        chosen = _best(found[origin])
+        for shape in shapes:
+            curve, best = found[shape], _best(found[shape])
+            cost = curve[chosen] / curve[best] - 1
+            results.append(Transfer(shape, best, curve[best], math.log2(best / chosen), cost))
+    return results
+
+
+def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
+    """Loss against learning rate, a curve per shape with its minimum marked, a panel per recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = curves(runs)
+    recipes = list(dict.fromkeys(shape.recipe for shape in found))
+    sizes = sorted({(shape.width, shape.depth) for shape in found})
+    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+    figure, axes = pyplot.subplots(1, len(recipes), figsize=(4.4 * len(recipes), 4), sharey=True, squeeze=False)
+    floor = min(loss for curve in found.values() for loss in curve.values())
+    for axis, recipe in zip(axes[0], recipes, strict=True):
+        for index, (width, depth) in enumerate(sizes):
+            curve = found.get(Shape(recipe, width, depth))
+            if curve is None:
+                continue
+            colour = palette[index % len(palette)]
+            finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
+            axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
+            axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(floor * 0.98, floor * 1.35)
+        axis.set_xlabel("base learning rate")
+        axis.set_title(recipe, fontsize=11)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("training loss (nats per byte)")
+    axes[0][0].legend(frameon=False, title="width x depth")
+    figure.suptitle(title)
+    figure.tight_layout()
+    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    pyplot.close(figure)
+
+
+def _best(curve: dict[float, float]) -> float:
+    return min(curve, key=lambda lr: curve[lr])
+
+
+def summary(results: Iterable[Transfer]) -> list[str]:
+    """A line per shape and one per recipe, for people."""
+    results, lines = list(results), []
+    for recipe in dict.fromkeys(r.shape.recipe for r in results):
+        chosen: list[Any] = [r for r in results if r.shape.recipe == recipe]
+        for r in chosen:
+            lines.append(
+                f"{recipe} width {r.shape.width} depth {r.shape.depth}: best loss {r.best_loss:.4f} at 2^"
+                f"{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x; the base model's rate costs {r.cost:.2%}"
+            )
+        farthest, dearest = max(abs(r.moved) for r in chosen), max(r.cost for r in chosen)
+        lines.append(f"{recipe}: the optimum moves by up to {farthest:g} steps of 2x and costs up to {dearest:.2%}")
+    return lines

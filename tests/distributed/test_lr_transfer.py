@@ -1,0 +1,86 @@
+"""The learning-rate sweep: its arithmetic by hand, and a tiny sweep that is interrupted and goes on."""
+
+import math
+
+import pytest
+
+from megatron_patches.__main__ import main
+from megatron_patches.completep.lr_transfer import Run, schedule, summary, transfer
+from megatron_patches.completep.records import read_records, write_records
+from megatron_patches.completep.trial import Base, Shape
+
+pytest.importorskip("megatron.core")
+
+
+def runs(recipe, width, depth, losses, seeds=(1,)):
+    """``losses`` by exponent of the rate."""
+    return [Run(recipe, width, depth, seed, 2.0**n, loss) for n, loss in losses.items() for seed in seeds]
+
+
+SWEEP = [
+    *runs("completep", 64, 2, {-8: 2.5, -7: 2.4, -6: 2.6}),
+    *runs("completep", 64, 32, {-8: 2.2, -7: 2.211, -6: 2.3}),
+    *runs("standard", 64, 2, {-8: 2.4, -7: 2.3, -6: 2.5}),
+    *runs("standard", 64, 32, {-8: 2.5, -7: math.inf, -6: math.inf}),
+]
+
+
+def test_transfer_is_measured_from_the_base_shape():
+    found = {(t.shape.recipe, t.shape.depth): t for t in transfer(SWEEP, Base(width=64, depth=2))}
+    assert found["completep", 2].moved == 0 and found["completep", 2].cost == 0
+    assert found["completep", 32].best_lr == 2.0**-8 and found["completep", 32].moved == -1
+    assert found["completep", 32].cost == pytest.approx(2.211 / 2.2 - 1)
+    assert found["standard", 32].cost == math.inf  # the base model's rate diverges there
+    lines = summary(transfer(SWEEP, Base()))
+    assert lines[2] == "completep: the optimum moves by up to 1 steps of 2x and costs up to 0.50%"
+
+
+def test_seeds_are_averaged_before_the_minimum_is_taken():
+    noisy = [Run("mup", 64, 2, 1, 0.1, 1.0), Run("mup", 64, 2, 2, 0.1, 3.0)]
+    noisy += [Run("mup", 64, 2, seed, 0.2, 1.9) for seed in (1, 2)]
+    assert transfer(noisy, Base())[0].best_lr == 0.2
+
+
+def test_without_the_base_shape_the_smallest_is_the_origin():
+    swept = [*runs("mup", 256, 4, {-8: 1.0, -7: 2.0}), *runs("mup", 64, 4, {-8: 2.0, -7: 1.0})]
+    moved = {t.shape: t.moved for t in transfer(swept, Base(width=64, depth=2))}
+    assert moved == {Shape("mup", 256, 4): -1, Shape("mup", 64, 4): 0}
+
+
+def test_schedule():
+    """20 steps: warmup over 2, then to zero over 18."""
+    assert [schedule(step, 20) for step in (1, 2, 11, 20)] == [0.5, 1.0, 0.5, 0.0]
+    assert schedule(1, 5) == 1.0
+
+
+def test_records_read_back_equal(tmp_path):
+    odd = [Run("mup", 64, 2, 1, 0.1 + 0.2, math.inf), *SWEEP]
+    write_records(Run, odd, tmp_path / "runs.csv")
+    assert read_records(Run, tmp_path / "runs.csv") == odd
+
+
+def _sweep(out, exponents):
+    arguments = ["lr-transfer", "--shapes", "32x1,32x2", f"--exponents={exponents}", "--recipes", "completep"]
+    arguments += ["--seeds", "1"]
+    small = ["--steps", "20", "--batch", "4", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
+    return main(arguments + small)
+
+
+def test_a_second_start_goes_on(workers, tmp_path):
+    path = tmp_path / "lr_transfer.csv"
+    assert workers(1).run(_sweep, str(tmp_path), "-7,-6") == [0]
+    first = read_records(Run, path)
+    assert len(first) == 4 and all(2 < run.loss < 6 for run in first)
+    assert len({run.loss for run in first}) == 4
+    # runs that are there are not trained again
+    write_records(Run, [*first[:3], Run(**{**vars(first[3]), "loss": 9.0})], path)
+    assert workers(1).run(_sweep, str(tmp_path), "-7,-6,-5") == [0]
+    second = read_records(Run, path)
+    assert len(second) == 6 and second[:3] == first[:3] and second[3].loss == 9.0
+    assert (tmp_path / "lr_transfer.png").stat().st_size > 10_000
+
+
+def test_another_sweeps_folder_is_refused(capsys, tmp_path):
+    (tmp_path / "lr_transfer.json").write_text("{}")
+    assert main(["lr-transfer", "--out", str(tmp_path)]) == 2
+    assert "other settings" in capsys.readouterr().err

@@ -1,0 +1,29 @@
+"""What the record says before the first step."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ds_plugin.run.recorder import Recorder
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"),
+    [(20, []), (19, ["warmup of 20", "56 of 64"]), (11, ["32 of 64", "first snapshot, at step 12"])],
+)
+def test_a_run_that_is_too_short_is_told(steps, parts):
+    """Lengths 8 + 56 t / 20, floored to 8: 61.2 -> 56 at step 19, 38.8 -> 32 at step 11. Snapshots from step 10, every 4."""
+    warmup = SequenceLengthWarmupConfig.model_validate({"end_length": 64, "duration": {"steps": 20}})
+    averaging = WeightAveragingConfig.model_validate({"interval": 4, "start_step": 10})
+    record = Recorder.__new__(Recorder)
+    record.run = SimpleNamespace(training=SimpleNamespace(steps=steps))
+    record.plugin = SimpleNamespace(
+        warmup=SimpleNamespace(config=warmup, scheduler=SequenceLengthScheduler(warmup)),
+        averager=WeightAverager(averaging, SimpleNamespace(tensors=list, refresh=None)),
+    )
+    text = " ".join(record._shortfalls())
+    assert all(part in text for part in parts) and bool(text) == bool(parts), text
