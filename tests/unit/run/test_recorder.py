@@ -16,7 +16,7 @@ from ds_plugin.weight_averaging.config import WeightAveragingConfig
     [(20, []), (19, ["warmup of 20", "56 of 64"]), (11, ["32 of 64", "first snapshot, at step 12"])],
 )
 def test_a_run_that_is_too_short_is_told(steps, parts):
-    """Lengths 8 + 56 t / 20, floored to 8: 61.2 is 56 at step 19, 38.8 is 32 at step 11; snapshots every 4 from step 10."""
+    """Lengths 8 + 56 t / 20, floored to 8: 56 at step 19, 32 at step 11. Snapshots every 4 steps from step 10 on."""
     warmup = SequenceLengthWarmupConfig.model_validate({"end_length": 64, "duration": {"steps": 20}})
     averaging = WeightAveragingConfig.model_validate({"interval": 4, "start_step": 10})
     record = Recorder.__new__(Recorder)
