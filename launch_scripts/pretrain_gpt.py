@@ -38,11 +38,9 @@ Batch = dict[str, torch.Tensor]
 def build_model(run: settings.Settings, vocab_size: int) -> torch.nn.Module:
     """The GPT of the ``model`` section, with CompleteP's forward and init when it is enabled."""
     config, spec = gpt.transformer_config(run.model, run.dtype), gpt.layer_spec(run.model)
-    if run.plugin.completep is not None:
-        config, spec = prepare(config, spec, run.plugin.completep)  # (*)
+    config, spec = prepare(config, spec, run.plugin.completep)  # (*)
     model = gpt.build_gpt(run.model, vocab_size, config, spec)
-    if run.plugin.completep is not None:
-        finish(model, run.plugin.completep)  # (*)
+    finish(model, run.plugin.completep)  # (*)
     return model
 
 

@@ -26,12 +26,16 @@ def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
     return section.ratios(config.hidden_size, config.num_layers)
 
 
-def prepare(config: Any, layer_spec: Any, section: CompletePConfig) -> tuple[Any, Any]:
+def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
     """A TransformerConfig and a layer spec that build the scaled model; the given ones are left as they are.
+
+    Without a section (the method is off) the given ones are returned.
 
     Raises:
         ConfigError: the config asks for something the rules do not cover or that sets the same quantity another way.
     """
+    if section is None:
+        return config, layer_spec
     _refuse_unsupported(config)
     ratios = ratios_of(config, section)
     std = config.init_method_std
@@ -74,15 +78,18 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
     return roles
 
 
-def finish(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, Role]:
     """Complete a model right after it is built, once: unembedding init and logits. Returns the role of every parameter.
 
-    It scales weights as they were drawn: call it before any are loaded. A second call changes nothing.
+    It scales weights as they were drawn: call it before any are loaded. A second call changes nothing, nor does one
+    without a section (the method is off), which returns no roles.
 
     Raises:
         ConfigError: the model was not built from `prepare`'s config, has a parameter without a role, or was built
             inside ``deepspeed.zero.Init``.
     """
+    if section is None:
+        return {}
     roles = _checked_roles(model, section)
     if getattr(model, _MARK, False):
         return roles

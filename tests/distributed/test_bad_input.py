@@ -11,8 +11,6 @@ import pytest
 from tests.distributed.test_pretrain import config, folder, load_script, run_script  # noqa: F401 - folder is a fixture
 from tests.harness import Launched
 
-pytest.importorskip("megatron.core")
-
 RANKS = 2
 
 

@@ -12,8 +12,6 @@ from megatron_patches.completep import finish, prepare
 from megatron_patches.completep.config import CompletePConfig
 from tests.reference.completep import ReferenceGPT, megatron_name
 
-pytest.importorskip("megatron.core")
-
 VOCAB, LENGTH, STEPS = 64, 12, 5
 SIZE = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "seq_length": LENGTH}
 BASE = {"enabled": True, "base_width": 16, "base_depth": 2, "base_head_dim": 8}
@@ -117,6 +115,21 @@ def test_init(workers):
         samples = 64 * (LENGTH if "position" in name else 64)
         assert abs(std / expected - 1) < 5 / math.sqrt(2 * samples), (name, std)
     assert sum("decoder.layers" in name for name in stds) == 32
+
+
+def _switched_off():
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    cpu_host.enable()
+    config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
+    same = all(a is b for a, b in zip(prepare(config, spec, None), (config, spec), strict=True))
+    model = build(None)
+    before = [p.clone() for p in model.parameters()]
+    roles = finish(model, None)
+    return same, roles, all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_without_a_section_nothing_changes(workers):
+    assert workers(1).run(_switched_off) == [(True, {}, True)]
 
 
 def _loaded_weights():

@@ -10,8 +10,6 @@ from megatron_patches.completep.coord_check import LAST_BLOCK, Row
 from megatron_patches.completep.records import read_records
 from megatron_patches.completep.table import minimum_ratio, rules_table
 
-pytest.importorskip("megatron.core")
-
 RECIPES = ("completep", "mup", "standard")
 
 

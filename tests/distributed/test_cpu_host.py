@@ -17,8 +17,6 @@ import megatron_patches
 from ds_plugin.errors import ConfigError, StateError
 from megatron_patches import cpu_host, gpt
 
-pytest.importorskip("megatron.core")
-
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB = 50
 SMALL = dict(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16)

@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 from tests.distributed.test_pretrain import ROOT, config, folder, metrics, summary  # noqa: F401 - folder is a fixture
 from tests.harness import Launched, launch
 
-pytest.importorskip("megatron.core")
-
 SCRIPT = ROOT / "launch_scripts" / "pretrain_gpt.py"
 
 

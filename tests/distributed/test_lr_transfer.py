@@ -9,8 +9,6 @@ from megatron_patches.completep.lr_transfer import Run, schedule, summary, trans
 from megatron_patches.completep.records import read_records, write_records
 from megatron_patches.completep.trial import Base, Shape
 
-pytest.importorskip("megatron.core")
-
 
 def runs(recipe, width, depth, losses, seeds=(1,)):
     """``losses`` by exponent of the rate."""

@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from ds_plugin.run.folder import read_metrics
 from megatron_patches import cpu_host
 
-pytest.importorskip("megatron.core")
-
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 TIMES = ("tokens_per_second",)

@@ -57,7 +57,6 @@ def test_vocabulary_padding(vocab_size, tensor_parallel, padded):
 
 
 def test_transformer_config_says_what_the_settings_say():
-    pytest.importorskip("megatron.core")
     cfg = gpt.GPTConfig(
         **SMALL, num_query_groups=2, ffn_hidden_size=48, normalization="RMSNorm", activation="swiglu", bias=False,
         dropout=0.25, init_std=0.5, tensor_parallel=2,
@@ -82,7 +81,6 @@ def test_an_unsupported_dtype_is_refused():
 
 
 def test_layer_spec_is_fresh_each_time():
-    pytest.importorskip("megatron.core")
     cfg = gpt.GPTConfig(**SMALL)
     first, second = gpt.layer_spec(cfg), gpt.layer_spec(cfg)
     first.submodules.mlp_bda = None
@@ -90,7 +88,6 @@ def test_layer_spec_is_fresh_each_time():
 
 
 def test_steps_out_of_order_are_refused_with_the_missing_step():
-    pytest.importorskip("megatron.core")
     cfg = gpt.GPTConfig(**SMALL)
     with pytest.raises(StateError, match="init_distributed"):
         gpt.initialize_parallel(cfg, 1)
