@@ -1,5 +1,7 @@
 """The learning-rate sweep: its arithmetic by hand, and a tiny sweep that is interrupted and goes on."""
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -78,7 +80,13 @@ def test_a_second_start_goes_on(workers, tmp_path):
     assert (tmp_path / "lr_transfer.png").stat().st_size > 10_000
 
 
-def test_another_sweeps_folder_is_refused(capsys, tmp_path):
+def _refused(out):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        return main(["lr-transfer", "--out", out]), printed.getvalue()
+
+
+def test_another_sweeps_folder_is_refused(workers, tmp_path):
     (tmp_path / "lr_transfer.json").write_text("{}")
-    assert main(["lr-transfer", "--out", str(tmp_path)]) == 2
-    assert "other settings" in capsys.readouterr().err
+    [(code, message)] = workers(1).run(_refused, str(tmp_path))  # it starts a host: not in pytest's own process
+    assert code == 2 and "other settings" in message and message.count("\n") == 1
