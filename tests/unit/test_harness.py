@@ -272,7 +272,7 @@ def script(tmp_path: Path) -> Path:
 def test_launch_returns_output_and_exit_code(script: Path) -> None:
     done = launch([script, "--fail"], ranks=2, timeout=60)
     assert done.returncode == 3
-    assert "rank 0 of 2 ['--fail']" in done.stdout
+    # of the failing rank: the launcher ends the other one at once, maybe before it has printed
     assert "rank 1 of 2 ['--fail']" in done.stdout
     assert 0 < done.seconds < 60
 
