@@ -49,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     sweep.add_argument("--batch", type=int, default=16, help="samples a step")
     sweep.add_argument("--length", type=int, default=128, help="tokens of a sample")
+    sweep.add_argument("--data", default="stdlib", help="text to train on, as training.data of the JSON")
+    sweep.add_argument("--cache", type=Path, default=Path("data"), help="folder for prepared data")
+    sweep.add_argument("--workers", type=int, default=1, help="processes that train at the same time")
     sweep.add_argument("--out", type=Path, default=Path("lr_transfer"), help="folder for the CSV and the figure")
     for command in (check, sweep):
         command.add_argument("--base-width", type=int, default=64)
@@ -101,12 +104,16 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
     The CSV is written after every run; a second start with the same settings goes on with what is missing.
     """
     base, say = _start(args, [width for width, _ in args.shapes], batch=args.batch, length=args.length)
+    from ds_plugin.run import corpus
     from megatron_patches.completep import lr_transfer
     from megatron_patches.completep.records import read_records, write_records
-    from megatron_patches.completep.trial import Shape
+    from megatron_patches.completep.trial import Shape, Text
 
+    found = corpus.prepare(args.data, tokenizer=None, cache_dir=args.cache)
+    base = dataclasses.replace(base, vocab=found.vocab_size)
     path = args.out / "lr_transfer.csv"
-    settings = json.dumps({**dataclasses.asdict(base), "steps": args.steps}, indent=1)
+    described = {**dataclasses.asdict(base), "steps": args.steps, "text": found.source, "tokens": found.tokens}
+    settings = json.dumps(described, indent=1)
     known = _known_settings(args.out / "lr_transfer.json", settings)
     runs = lr_transfer.sweep(
         [Shape(recipe, width, depth) for recipe in args.recipes for width, depth in args.shapes],
@@ -114,6 +121,8 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
         rates=[2.0**n for n in args.exponents],
         seeds=range(1, args.seeds + 1),
         steps=args.steps,
+        text=Text(found.prefix, found.vocab_size, found.tokens),
+        workers=args.workers,
         known=read_records(lr_transfer.Run, path) if known and path.exists() else [],
         progress=say,
         keep=lambda runs: write_records(lr_transfer.Run, runs, path),

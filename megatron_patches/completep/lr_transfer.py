@@ -1,8 +1,10 @@
 """Learning-rate transfer: does the best learning rate of the base model stay the best at every width and depth?"""
 
+import concurrent.futures
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from ds_plugin.atomic import atomic_write
 from megatron_patches.completep import trial
 from megatron_patches.completep.rules import Recipe
-from megatron_patches.completep.trial import Base, Shape
+from megatron_patches.completep.trial import Base, Shape, Text
 
 #: the loss of a run is the mean over this share of its last steps, which smooths the noise of single batches
 TAIL = 0.1
@@ -28,10 +30,10 @@ class Run:
     loss: float
 
 
-def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float) -> Run:
+def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float, text: Text | None = None) -> Run:
     """Train one model: linear warmup over a tenth of the steps, then linear decay to zero."""
     model, adamw = trial.build(shape, base, seed)
-    optimizer, batches = adamw(lr), trial.text_batches(base, seed)
+    optimizer, batches = adamw(lr), trial.text_batches(base, seed, text)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     for step in range(1, steps + 1):
@@ -57,23 +59,62 @@ def sweep(
     rates: Sequence[float],
     seeds: Sequence[int],
     steps: int,
+    text: Text | None = None,
+    workers: int = 1,
     known: Iterable[Run] = (),
     progress: Callable[[str], None] = lambda text: None,
     keep: Callable[[list[Run]], None] = lambda runs: None,
 ) -> list[Run]:
-    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them."""
-    jobs = [(shape, lr, seed) for shape in shapes for lr in rates for seed in seeds]
-    done = {(Shape(r.recipe, r.width, r.depth), r.lr, r.seed): r for r in known}
-    for number, (shape, lr, seed) in enumerate(jobs, start=1):
-        if (shape, lr, seed) in done:
-            continue
-        run = done[shape, lr, seed] = train(shape, base, seed=seed, steps=steps, lr=lr)
-        keep(list(done.values()))
+    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them.
+
+    A run that two recipes share (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed
+    come first, so that an interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
+    """
+    wanted = [(shape, lr, seed) for seed in seeds for shape in shapes for lr in rates]
+    done: dict[tuple[Shape, float, int], Run] = {}
+    for r in known:
+        done[Shape(r.recipe, r.width, r.depth).same_as(base), r.lr, r.seed] = r
+    jobs = list(dict.fromkeys((shape.same_as(base), lr, seed) for shape, lr, seed in wanted))
+
+    def runs() -> list[Run]:
+        keys = ((shape, (shape.same_as(base), lr, seed)) for shape, lr, seed in wanted)
+        return [replace(done[key], recipe=shape.recipe) for shape, key in keys if key in done]
+
+    missing = [job for job in jobs if job not in done]
+    for job, run in _trained(missing, base, steps, text, workers):
+        done[job] = run
+        keep(runs())
         progress(
-            f"[{number}/{len(jobs)}] {shape.recipe} width {shape.width} depth {shape.depth} lr 2^{math.log2(lr):g} "
-            f"seed {seed}: loss {run.loss:.4f}"
+            f"[{len(done)}/{len(jobs)}] {run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} "
+            f"seed {run.seed}: loss {run.loss:.4f}"
         )
-    return [done[job] for job in jobs]
+    return runs()
+
+
+_Job = tuple[Shape, float, int]
+
+
+def _trained(
+    jobs: Sequence[_Job], base: Base, steps: int, text: Text | None, workers: int
+) -> Iterator[tuple[_Job, Run]]:
+    """The jobs' runs, each as it ends."""
+    if workers == 1:
+        for shape, lr, seed in jobs:
+            yield (shape, lr, seed), train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
+        return
+    # Fresh processes: a world of ranks does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=trial.start_host) as pool:
+        pending = {
+            pool.submit(train, shape, base, seed=seed, steps=steps, lr=lr, text=text): (shape, lr, seed)
+            for shape, lr, seed in jobs
+        }
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_patches import cpu_host, gpt
+from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finish, prepare, ratios_of
 from megatron_patches.completep.param_groups import build_param_groups
 from megatron_patches.completep.rules import Recipe
 
-VOCAB = 256  # bytes
-#: text that every Python has; long enough for a sweep's handful of steps
-_TEXTS = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
+#: text that every Python has; long enough for a handful of steps
+_MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Base:
     clip: float = 1.0
     batch: int = 8
     length: int = 64
+    vocab: int = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,34 @@ class Shape:
     recipe: Recipe
     width: int
     depth: int
+
+    def same_as(self, base: Base) -> "Shape":
+        """The plainest recipe that makes the same training run of this width and depth, bit for bit.
+
+        At the base's width `mup` scales nothing, nor does `completep` at the base's depth beyond what `mup` does: a
+        sweep need not train such a model twice.
+        """
+        if self.recipe == "completed_p":
+            return self
+        ratios = rules.effective(self.recipe, rules.Ratios(self.width / base.width, self.depth / base.depth))
+        plain: Recipe = "completep" if ratios.m_L != 1 else "mup" if ratios.m_N != 1 else "standard"
+        return Shape(plain, self.width, self.depth)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens on disk, as `ds_plugin.run.corpus` prepares them: the prefix of a Megatron dataset, their number."""
+
+    prefix: Path
+    vocab: int
+    tokens: int
+
+    def read(self) -> torch.Tensor:
+        """All tokens one after the other, [tokens], an integer type; read from disk as they are used."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        dtype = IndexedDataset(str(self.prefix)).index.dtype
+        return torch.from_numpy(np.memmap(f"{self.prefix}.bin", dtype=dtype, mode="c"))
 
 
 def start_host() -> None:
@@ -78,7 +108,7 @@ def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callabl
     )
     gpt.initialize_parallel(cfg, seed)
     config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
-    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    model = gpt.build_gpt(cfg, base.vocab, config, spec)
     roles = finish(model, section)
 
     def adamw(lr: float) -> torch.optim.AdamW:
@@ -97,10 +127,12 @@ def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callabl
     return model, adamw
 
 
-def text_batches(base: Base, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (tokens, labels), [batch, length] int64, from random places of the standard library's text."""
-    text = b"".join(Path(_origin(name)).read_bytes() for name in _TEXTS)
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (tokens, labels), [batch, length] int64, from random places of a text.
+
+    Without ``text``: the bytes of some modules of the standard library, which need no preparation.
+    """
+    data = _bytes_of_modules() if text is None else text.read()
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(0, len(data) - base.length - 1, (base.batch,), generator=generator)
@@ -126,7 +158,7 @@ def loss_of(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
     return model(tokens, positions, None, labels=labels).mean()
 
 
-def _origin(name: str) -> str:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None  # the standard library's own
-    return spec.origin
+def _bytes_of_modules() -> torch.Tensor:
+    specs = [importlib.util.find_spec(name) for name in _MODULES]
+    text = b"".join(Path(spec.origin).read_bytes() for spec in specs if spec is not None and spec.origin is not None)
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

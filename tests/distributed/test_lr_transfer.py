@@ -7,7 +7,8 @@ import math
 import pytest
 
 from megatron_patches.__main__ import main
-from megatron_patches.completep.lr_transfer import Run, schedule, summary, transfer
+from megatron_patches.completep import trial
+from megatron_patches.completep.lr_transfer import Run, schedule, summary, train, transfer
 from megatron_patches.completep.records import read_records, write_records
 from megatron_patches.completep.trial import Base, Shape
 
@@ -63,7 +64,7 @@ def _sweep(out, exponents):
     arguments = ["lr-transfer", "--shapes", "32x1,32x2", f"--exponents={exponents}", "--recipes", "completep"]
     arguments += ["--seeds", "1"]
     small = ["--steps", "20", "--batch", "4", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
-    return main(arguments + small)
+    return main(arguments + small + ["--data", __file__, "--cache", f"{out}/data"])
 
 
 def test_a_second_start_goes_on(workers, tmp_path):
@@ -76,14 +77,55 @@ def test_a_second_start_goes_on(workers, tmp_path):
     write_records(Run, [*first[:3], Run(**{**vars(first[3]), "loss": 9.0})], path)
     assert workers(1).run(_sweep, str(tmp_path), "-7,-6,-5") == [0]
     second = read_records(Run, path)
-    assert len(second) == 6 and second[:3] == first[:3] and second[3].loss == 9.0
+    assert len(second) == 6 and set(first[:3]) < set(second)
+    assert [run.loss for run in second if vars(run) == {**vars(first[3]), "loss": run.loss}] == [9.0]
     assert (tmp_path / "lr_transfer.png").stat().st_size > 10_000
+
+
+SHARED = {  # base 32 x 1: what the recipe does not scale, a plainer one trains just as well
+    Shape("mup", 32, 1): "standard",
+    Shape("completep", 32, 1): "standard",
+    Shape("mup", 32, 2): "standard",
+    Shape("completep", 64, 1): "mup",
+    Shape("completep", 32, 2): "completep",
+    Shape("completed_p", 32, 1): "completed_p",
+}
+
+
+def _trained(shape):
+    trial.start_host()
+    return train(shape, Base(width=32, depth=1, length=16, batch=2), seed=1, steps=3, lr=0.01).loss
+
+
+def test_runs_that_two_recipes_share_are_the_same_bit_for_bit(workers):
+    for shape, plain in SHARED.items():
+        same = shape.same_as(Base(width=32, depth=1))
+        assert same == Shape(plain, shape.width, shape.depth)
+        if same != shape:
+            assert workers(1).run(_trained, shape) == workers(1).run(_trained, same)
+
+
+def _shared(out, workers):
+    arguments = ["lr-transfer", "--shapes", "32x1,32x2", "--exponents=-7", "--recipes", "completep,mup", "--seeds", "1"]
+    small = ["--steps", "3", "--batch", "2", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
+    return main([*arguments, *small, "--data", __file__, "--cache", f"{out}/data", "--workers", str(workers)])
+
+
+def test_two_workers_train_what_one_does(workers, tmp_path):
+    found = []
+    for number in (1, 2):
+        assert workers(1).run(_shared, str(tmp_path / str(number)), number) == [0]
+        found.append(read_records(Run, tmp_path / str(number) / "lr_transfer.csv"))
+    assert found[0] == found[1]
+    losses = {(run.recipe, run.depth): run.loss for run in found[0]}
+    assert losses["completep", 1] == losses["mup", 1]  # the base model, trained once
+    assert losses["completep", 2] != losses["mup", 2]
 
 
 def _refused(out):
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        return main(["lr-transfer", "--out", out]), printed.getvalue()
+        return main(["lr-transfer", "--out", out, "--data", __file__, "--cache", f"{out}/data"]), printed.getvalue()
 
 
 def test_another_sweeps_folder_is_refused(workers, tmp_path):
