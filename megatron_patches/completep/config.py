@@ -26,6 +26,11 @@ class CompletePConfig(SectionConfig):
         "completep",
         description="completep; mup (width only), standard (no scaling), completed_p (batch and tokens too)",
     )
+    residual: Literal["forward", "folded"] = Field(
+        "forward",
+        description="where the multipliers of residual branches and logits go: into the forward pass, or folded into "
+        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is the host's own)",
+    )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
     token_ratio: float = Field(1.0, gt=0, description="completed_p: this run's training tokens over the base run's")
@@ -41,7 +46,13 @@ class CompletePConfig(SectionConfig):
 
     def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
         """The row of this section's recipe."""
-        return rules.multipliers(role, ratios, recipe=self.recipe, eps_scope=self.eps_scope)
+        return rules.multipliers(
+            role, ratios, recipe=self.recipe, eps_scope=self.eps_scope, folded=self.residual == "folded"
+        )
+
+    def fold_factor(self, role: Role, ratios: Ratios) -> float:
+        """What the role's weights are multiplied by, and its gradients divided by, against the forward mode."""
+        return rules.fold_factor(role, ratios, self.recipe) if self.residual == "folded" else 1.0
 
     @model_validator(mode="after")
     def _ratios_fit(self) -> "CompletePConfig":

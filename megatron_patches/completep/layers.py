@@ -44,14 +44,16 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
     config.init_method = hidden
-    config.output_layer_init_method = hidden
+    config.output_layer_init_method = functools.partial(
+        torch.nn.init.normal_, mean=0.0, std=std * section.multipliers(Role.BRANCH_OUT, ratios).init_std
+    )
     config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     setattr(config, _MARK, section)
 
     branch = rules.residual_multiplier(ratios, section.recipe)
-    if branch != 1.0:
+    if section.residual == "forward" and (branch != 1.0 or config.fp32_residual_connection):
         layer_spec = copy.deepcopy(layer_spec)
         for name in ("self_attn_bda", "mlp_bda"):
             if not hasattr(layer_spec.submodules, name):
@@ -109,8 +111,9 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
             scale = unembedding.init_std / hidden.init_std
             with torch.no_grad():
                 output_layer.weight.mul_(scale)
-        logits = rules.logit_multiplier(ratios, section.recipe, tied=Role.UNEMBEDDING not in roles.values())
-        if logits != 1.0:
+        tied = Role.UNEMBEDDING not in roles.values()
+        logits = rules.logit_multiplier(ratios, section.recipe, tied=tied)
+        if logits != 1.0 and (tied or section.residual == "forward"):
             output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
     setattr(model, _MARK, True)
     return roles
@@ -124,7 +127,8 @@ def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
             f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
-    return roles_of(model.named_parameters())
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=tied)
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:

@@ -23,14 +23,22 @@ _PATTERNS: tuple[tuple[str, Role], ...] = (
     (r"output_layer\.weight", Role.UNEMBEDDING),
 )
 _COMPILED = tuple((re.compile(pattern), role) for pattern, role in _PATTERNS)
+_BRANCH_OUT = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.(weight|bias)")
 
 
-def role_of(name: str) -> Role:
+def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
     """The role of a parameter by its name inside the GPTModel.
+
+    ``folded``: whether residual multipliers are folded into the layers that end a branch, which then have roles of their
+    own. ``tied``: whether the output layer shares the word embedding; a pipeline's last stage holds a copy of it.
 
     Raises:
         ConfigError: the name is not one of a dense GPT's.
     """
+    if folded and (found := _BRANCH_OUT.fullmatch(name)):
+        return Role.BRANCH_OUT if found[2] == "weight" else Role.BRANCH_OUT_BIAS
+    if tied and name == "output_layer.weight":
+        return Role.EMBEDDING
     for pattern, role in _COMPILED:
         if pattern.fullmatch(name):
             return role
@@ -40,6 +48,8 @@ def role_of(name: str) -> Role:
     )
 
 
-def roles_of(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> dict[str, Role]:
+def roles_of(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, folded: bool = False, tied: bool = False
+) -> dict[str, Role]:
     """The role of every parameter; raises as `role_of` does, at the first unknown name."""
-    return {name: role_of(name) for name, _ in named_parameters}
+    return {name: role_of(name, folded=folded, tied=tied) for name, _ in named_parameters}

@@ -7,6 +7,10 @@ Nothing here knows a host.
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
+
+Folding: a matrix whose output is multiplied by c can hold c times its weights instead. Under Adam with decoupled weight
+decay the two train alike if init and learning rate are multiplied by c, weight decay and epsilon by 1/c: gradients are
+1/c of what they were, so Adam's quotient is the same, and every step is c times as long, as the weights are.
 """
 
 import enum
@@ -22,9 +26,11 @@ class Role(enum.Enum):
 
     EMBEDDING = "embedding"  # token and learned position embeddings; a tied unembedding too
     HIDDEN = "hidden"  # matrices inside a block
+    BRANCH_OUT = "branch_out"  # folded mode only: those that end a residual branch; hidden matrices to Table 1
     BLOCK_NORM = "block_norm"  # gains and biases of the norms inside a block
     QK_NORM = "qk_norm"  # gains and biases of the norms on queries and keys; a block norm to Table 1
     BLOCK_BIAS = "block_bias"  # biases inside a block
+    BRANCH_OUT_BIAS = "branch_out_bias"  # folded mode only: those that end a residual branch
     FINAL_NORM = "final_norm"
     UNEMBEDDING = "unembedding"  # an untied output matrix
 
@@ -65,16 +71,40 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
 
 
 def multipliers(
-    role: Role, ratios: Ratios, *, recipe: Recipe = "completep", eps_scope: Literal["table", "all"] = "table"
+    role: Role,
+    ratios: Ratios,
+    *,
+    recipe: Recipe = "completep",
+    eps_scope: Literal["table", "all"] = "table",
+    folded: bool = False,
 ) -> Multipliers:
     """One row of the recipe's table.
 
     ``eps_scope="all"`` gives every role the block's epsilon, as the paper's reference code does; the table states the
     rule for block parameters only. An ``init_std`` of 1 on a norm or bias is vacuous: they start at ones and zeros.
+    ``folded``: the row with `fold_factor` folded in.
     """
-    ratios = effective(recipe, ratios)
-    found = _table_1(role, ratios, eps_scope)
-    return _completed(role, found, ratios, eps_scope) if recipe == "completed_p" else found
+    reacted = effective(recipe, ratios)
+    row = _table_1(role, reacted, eps_scope)
+    if recipe == "completed_p":
+        row = _completed(role, row, reacted, eps_scope)
+    if folded:
+        c = fold_factor(role, ratios, recipe)
+        row = Multipliers(row.init_std * c, row.lr * c, row.weight_decay / c, row.eps / c, row.one_minus_beta)
+    return row
+
+
+def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:
+    """What folded mode multiplies a role's weights by in place of the output of their layer; 1 for most.
+
+    The gradients are 1/c of those of the forward mode: a norm over all of them must weigh these by c.
+    """
+    match role:
+        case Role.BRANCH_OUT | Role.BRANCH_OUT_BIAS:
+            return residual_multiplier(ratios, recipe)
+        case Role.UNEMBEDDING:
+            return logit_multiplier(ratios, recipe)
+    return 1.0
 
 
 def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
@@ -87,9 +117,9 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> 
             return Multipliers(init_std=1, lr=1, weight_decay=1, eps=other_eps)
         case Role.FINAL_NORM:
             return Multipliers(init_std=1, lr=1, weight_decay=0, eps=other_eps)
-        case Role.HIDDEN:
+        case Role.HIDDEN | Role.BRANCH_OUT:
             return Multipliers(init_std=1 / math.sqrt(m_N), lr=block_lr / m_N, weight_decay=m_N, eps=block_eps)
-        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS:
+        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS:
             return Multipliers(init_std=1, lr=block_lr, weight_decay=0, eps=block_eps)
 
 
