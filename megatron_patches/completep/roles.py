@@ -29,8 +29,8 @@ _BRANCH_OUT = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_proj|ml
 def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
     """The role of a parameter by its name inside the GPTModel.
 
-    ``folded``: whether residual multipliers are folded into the layers that end a branch, which then have roles of their
-    own. ``tied``: whether the output layer shares the word embedding; a pipeline's last stage holds a copy of it.
+    ``folded``: whether residual multipliers are folded into the layers that end a branch, which then have roles of
+    their own. ``tied``: whether the output layer shares the word embedding; a pipeline's last stage holds a copy of it.
 
     Raises:
         ConfigError: the name is not one of a dense GPT's.

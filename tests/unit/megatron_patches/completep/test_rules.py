@@ -12,6 +12,7 @@ from megatron_patches.completep.rules import (
     Ratios,
     Role,
     attention_scale,
+    fold_factor,
     logit_multiplier,
     multipliers,
     residual_multiplier,
@@ -36,6 +37,11 @@ ALPHA_HALF = {
     Role.FINAL_NORM: (1, 1, 0, 1),
     Role.UNEMBEDDING: (1, 1, 1, 1),
 }
+
+
+# what ends a residual branch is like any other matrix and bias of the block, until it is folded
+for _table in (ALPHA_1, ALPHA_HALF):
+    _table |= {Role.BRANCH_OUT: _table[Role.HIDDEN], Role.BRANCH_OUT_BIAS: _table[Role.BLOCK_BIAS]}
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -77,12 +83,13 @@ MUP = {
     Role.FINAL_NORM: (1, 1, 0, 1),
     Role.UNEMBEDDING: (1, 1, 1, 1),
 }
+MUP |= {Role.BRANCH_OUT: MUP[Role.HIDDEN], Role.BRANCH_OUT_BIAS: MUP[Role.BLOCK_BIAS]}
 
 
 def test_mup_is_width_only_and_standard_scales_nothing():
     for role in Role:
         assert multipliers(role, Ratios(4, 16), recipe="mup") == Multipliers(*MUP[role]), role
-        decays = role in (Role.EMBEDDING, Role.HIDDEN, Role.UNEMBEDDING)
+        decays = role in (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
         assert multipliers(role, Ratios(4, 16), recipe="standard") == Multipliers(1, 1, int(decays), 1), role
     assert residual_multiplier(Ratios(4, 16), "mup") == residual_multiplier(Ratios(4, 16), "standard") == 1
     assert logit_multiplier(Ratios(4, 16), "mup") == 1 / 4 and logit_multiplier(Ratios(4, 16), "standard") == 1
@@ -99,6 +106,7 @@ COMPLETED_P = {
     Role.FINAL_NORM: (1, 1 / 2, 0, 2),
     Role.UNEMBEDDING: (1 / 4, 1 / 8, 4 / 2, 2),  # the logit multiplier, absorbed
 }
+COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS: COMPLETED_P[Role.BLOCK_BIAS]}
 
 
 def test_completed_p():
@@ -108,6 +116,30 @@ def test_completed_p():
     assert logit_multiplier(ratios, "completed_p") == 1
     assert logit_multiplier(ratios, "completed_p", tied=True) == 1 / 4  # nowhere to absorb it
     assert residual_multiplier(ratios, "completed_p") == 1 / 16
+
+
+# m_N = 4, m_L = 16, alpha 1: branches x 1/16, logits x 1/4
+FOLDED = {
+    Role.BRANCH_OUT: (1 / 2 / 16, 1 / 4 / 16, 4 * 16, 1 / 64 * 16),
+    Role.BRANCH_OUT_BIAS: (1 / 16, 1 / 16, 0, 1 / 64 * 16),
+    Role.UNEMBEDDING: (1 / 4, 1 / 4, 4, 4),
+}
+
+
+def test_folding():
+    ratios = Ratios(4, 16)
+    for role in Role:
+        expected = FOLDED.get(role, ALPHA_1[role])
+        assert multipliers(role, ratios, folded=True) == Multipliers(*expected), role
+    assert {role: fold_factor(role, ratios) for role in FOLDED} == {
+        Role.BRANCH_OUT: 1 / 16,
+        Role.BRANCH_OUT_BIAS: 1 / 16,
+        Role.UNEMBEDDING: 1 / 4,
+    }
+    assert {fold_factor(role, ratios) for role in Role if role not in FOLDED} == {1.0}
+    # completed_p has the logit multiplier in the unembedding already: nothing more to fold
+    unembedding = multipliers(Role.UNEMBEDDING, ratios, recipe="completed_p", folded=True)
+    assert unembedding == multipliers(Role.UNEMBEDDING, ratios, recipe="completed_p")
 
 
 def test_betas_follow_the_batch_and_token_ratios():
