@@ -3,16 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_patches.completep.folding import fold, unfold
     from megatron_patches.completep.layers import describe, finish, finished_roles, prepare, ratios_of
     from megatron_patches.completep.param_groups import build_param_groups
 
-__all__ = ["build_param_groups", "describe", "finish", "finished_roles", "prepare", "ratios_of"]
+_HOMES = {
+    **dict.fromkeys(("describe", "finish", "finished_roles", "prepare", "ratios_of"), "layers"),
+    **dict.fromkeys(("fold", "unfold"), "folding"),
+    "build_param_groups": "param_groups",
+}
+
+__all__ = ["build_param_groups", "describe", "finish", "finished_roles", "fold", "prepare", "ratios_of", "unfold"]
 
 
 def __getattr__(name: str) -> Any:  # keeps the config importable without torch
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    home = "param_groups" if name == "build_param_groups" else "layers"
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

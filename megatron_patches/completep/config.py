@@ -62,4 +62,9 @@ class CompletePConfig(SectionConfig):
                     f"completep.{name}: {getattr(self, name)} has no effect with recipe {self.recipe!r}; remove it, or "
                     'write "recipe": "completed_p"'
                 )
+        if self.base_head_dim is not None and self.base_width % self.base_head_dim:
+            raise ValueError(
+                f"completep.base_head_dim: {self.base_head_dim} does not divide base_width {self.base_width}; "
+                "write the head size of the base model"
+            )
         return self

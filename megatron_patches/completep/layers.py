@@ -3,11 +3,13 @@
 `prepare` uses megatron-core's own extension points before the model is built (config fields and the layer spec);
 `finish` does to the built model what they do not reach. Both change nothing at the base model's size, bit for bit,
 but the output projections' init: megatron's default divides it by sqrt(2 x layers), Table 1 does not.
+
+Residual branches and logits are multiplied in the forward pass (``"residual": "forward"``), or their multipliers are
+folded into the weights (``"folded"``), which leaves the model's modules and its forward pass the host's own.
 """
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.residual import scaled_bias_dropout_add
 from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
 
@@ -36,9 +39,10 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     """
     if section is None:
         return config, layer_spec
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, section)
     ratios = ratios_of(config, section)
     std = config.init_method_std
+    embedding_std = getattr(config, "embedding_init_method_std", None) or std
     hidden_std = std * section.multipliers(Role.HIDDEN, ratios).init_std
     hidden = functools.partial(torch.nn.init.normal_, mean=0.0, std=hidden_std)
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
@@ -47,22 +51,48 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     config.output_layer_init_method = functools.partial(
         torch.nn.init.normal_, mean=0.0, std=std * section.multipliers(Role.BRANCH_OUT, ratios).init_std
     )
-    config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+    config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=embedding_std)
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     setattr(config, _MARK, section)
 
+    _check_spec(layer_spec)
     branch = rules.residual_multiplier(ratios, section.recipe)
     if section.residual == "forward" and (branch != 1.0 or config.fp32_residual_connection):
         layer_spec = copy.deepcopy(layer_spec)
-        for name in ("self_attn_bda", "mlp_bda"):
-            if not hasattr(layer_spec.submodules, name):
-                raise ConfigError(
-                    f"completep: the layer spec {type(layer_spec.submodules).__name__} has no {name!r}, where residual "
-                    "branches are added; use a GPT transformer layer spec (local or TransformerEngine)"
-                )
-            setattr(layer_spec.submodules, name, scaled_bias_dropout_add(branch))
+        for layer in _layers(layer_spec):
+            layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_bias_dropout_add(branch)
     return config, layer_spec
+
+
+def _layers(layer_spec: Any) -> list[Any]:
+    """The layer specs inside a block's spec, or the one given."""
+    return getattr(layer_spec.submodules, "layer_specs", None) or [layer_spec]
+
+
+def _check_spec(layer_spec: Any) -> None:
+    """Refuse layers whose residual branches are not added by the two submodules that this method knows."""
+    for layer in _layers(layer_spec):
+        kind = type(layer.submodules).__name__
+        for name in ("self_attn_bda", "mlp_bda"):
+            if not hasattr(layer.submodules, name):
+                raise ConfigError(
+                    f"completep: the layer spec {kind} has no {name!r}, where residual branches are added; use a GPT "
+                    "transformer layer spec (local or TransformerEngine), not Mamba's or a hybrid one"
+                )
+        cross = getattr(layer.submodules, "cross_attention", None)
+        cross = getattr(cross, "module", cross)
+        if cross is not None and not issubclass(cross, _identity()):
+            raise ConfigError(
+                f"completep: the layer spec {kind} has cross-attention {cross.__name__!r}, which Table 1 does not "
+                "cover; use a decoder-only GPT layer spec"
+            )
+
+
+def _identity() -> type:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    return IdentityOp  # type: ignore[no-any-return]
 
 
 def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
@@ -83,12 +113,14 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
 def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, Role]:
     """Complete a model right after it is built, once: unembedding init and logits. Returns the role of every parameter.
 
+    A pipeline's stages are finished one by one.
+
     It scales weights as they were drawn: call it before any are loaded. A second call changes nothing, nor does one
     without a section (the method is off), which returns no roles.
 
     Raises:
         ConfigError: the model was not built from `prepare`'s config, has a parameter without a role, or was built
-            inside ``deepspeed.zero.Init``.
+            inside ``deepspeed.zero.Init`` or on the meta device.
     """
     if section is None:
         return {}
@@ -100,23 +132,38 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
             "completep: the model was built inside deepspeed.zero.Init, where its weights cannot be scaled; build it "
             "outside, deepspeed.initialize partitions it for ZeRO 3"
         )
-    config: Any = model.config
-    ratios = ratios_of(config, section)
+    if (meta := next((name for name, p in model.named_parameters() if p.is_meta), None)) is not None:
+        raise ConfigError(
+            f"completep: parameter {meta!r} has no values yet (device meta), so its init cannot be scaled; build the "
+            "model without init_model_with_meta_device"
+        )
+    ratios = ratios_of(model.config, section)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = _init_scale(roles[name], section, ratios)
+            if scale != 1.0:
+                parameter.mul_(scale)
     output_layer = getattr(model, "output_layer", None)
-    if output_layer is not None:
-        if Role.UNEMBEDDING in roles.values():
-            # The host draws an untied output layer with init_method, which is the hidden matrices' here. Scaling it
-            # needs no random numbers, so tensor-parallel ranks stay in step.
-            hidden, unembedding = (section.multipliers(role, ratios) for role in (Role.HIDDEN, Role.UNEMBEDDING))
-            scale = unembedding.init_std / hidden.init_std
-            with torch.no_grad():
-                output_layer.weight.mul_(scale)
-        tied = Role.UNEMBEDDING not in roles.values()
-        logits = rules.logit_multiplier(ratios, section.recipe, tied=tied)
-        if logits != 1.0 and (tied or section.residual == "forward"):
+    if section.residual == "forward" and output_layer is not None:
+        logits = rules.logit_multiplier(ratios, section.recipe, tied=_tied(model))
+        if logits != 1.0:
             output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
     setattr(model, _MARK, True)
     return roles
+
+
+def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
+    """What a parameter is multiplied by as the host drew it. No random numbers, so tensor-parallel ranks stay in step.
+
+    The host draws an untied output layer with init_method, which is the hidden matrices' here, and starts norms at one.
+    """
+    if role is Role.UNEMBEDDING:
+        return section.multipliers(role, ratios).init_std / section.multipliers(Role.HIDDEN, ratios).init_std
+    return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
+
+
+def _tied(model: torch.nn.Module) -> bool:
+    return bool(getattr(model, "share_embeddings_and_output_weights", False))
 
 
 def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
@@ -127,8 +174,7 @@ def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
             f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
-    tied = getattr(model, "share_embeddings_and_output_weights", False)
-    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=tied)
+    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=_tied(model))
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
@@ -137,36 +183,21 @@ def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
     return (
         f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
         f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
+        f"{', folded into the weights' if section.residual == 'folded' else ''}"
     )
-
-
-def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], Callable[..., torch.Tensor]]:
-    """A layer spec's bias-dropout-add whose branch is multiplied before it is added to the residual stream.
-
-    The sum has the residual's dtype: at alpha = 1 a branch is a 1/L-th of the stream, which bf16 would lose.
-    """
-
-    def get_bias_dropout_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-        def bias_dropout_add(
-            x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float
-        ) -> torch.Tensor:
-            x, bias = x_with_bias
-            if bias is not None:
-                x = x + bias
-            x = torch.nn.functional.dropout(x, p=prob, training=training)
-            return residual + x.to(residual.dtype) * multiplier
-
-        return bias_dropout_add
-
-    return get_bias_dropout_add
 
 
 def _scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
     return (args[0] * multiplier, *args[1:])
 
 
-def _refuse_unsupported(config: Any) -> None:
+def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
     """Everything that sets one of our quantities another way, or adds parameters without a role."""
+    if section.residual == "folded" and getattr(config, "layernorm_zero_centered_gamma", False):
+        raise ConfigError(
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: its gains are 1 + weight, into which "
+            'nothing can be folded; leave it False or write "residual": "forward"'
+        )
     refused = {
         "num_moe_experts": None,
         "multi_latent_attention": False,
@@ -177,6 +208,9 @@ def _refuse_unsupported(config: Any) -> None:
         "heterogeneous_block_specs": False,
         "inference_fuse_tp_communication": False,  # adds residuals in kernels of its own
         "enable_hyper_connections": False,  # residual streams of another kind
+        "is_hybrid_model": False,  # Mamba layers
+        "experimental_attention_variant": None,
+        "linear_attention_freq": None,
     }
     for name, plain in refused.items():
         value = getattr(config, name, plain)
@@ -188,9 +222,9 @@ def _refuse_unsupported(config: Any) -> None:
 
 def _short(section: CompletePConfig) -> str:
     return (
-        f"recipe {section.recipe}, base_width {section.base_width}, base_depth {section.base_depth}, "
-        f"alpha {section.alpha}"
+        f"recipe {section.recipe}, residual {section.residual}, base_width {section.base_width}, base_depth "
+        f"{section.base_depth}, alpha {section.alpha}"
     )
 
 
-__all__ = ["describe", "finish", "finished_roles", "prepare", "ratios_of", "scaled_bias_dropout_add"]
+__all__ = ["describe", "finish", "finished_roles", "prepare", "ratios_of"]

@@ -29,14 +29,16 @@ _BRANCH_OUT = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_proj|ml
 def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
     """The role of a parameter by its name inside the GPTModel.
 
-    ``folded``: whether residual multipliers are folded into the layers that end a branch, which then have roles of
-    their own. ``tied``: whether the output layer shares the word embedding; a pipeline's last stage holds a copy of it.
+    ``folded``: multipliers are folded into the weights, so that those which carry one have roles of their own.
+    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it.
 
     Raises:
         ConfigError: the name is not one of a dense GPT's.
     """
     if folded and (found := _BRANCH_OUT.fullmatch(name)):
         return Role.BRANCH_OUT if found[2] == "weight" else Role.BRANCH_OUT_BIAS
+    if tied and folded and name.startswith("decoder.final_layernorm."):
+        return Role.LOGIT_NORM
     if tied and name == "output_layer.weight":
         return Role.EMBEDDING
     for pattern, role in _COMPILED:

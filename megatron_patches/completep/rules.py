@@ -10,7 +10,8 @@ ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the une
 
 Folding: a matrix whose output is multiplied by c can hold c times its weights instead. Under Adam with decoupled weight
 decay the two train alike if init and learning rate are multiplied by c, weight decay and epsilon by 1/c: gradients are
-1/c of what they were, so Adam's quotient is the same, and every step is c times as long, as the weights are.
+1/c of what they were, so Adam's quotient is the same, and every step is c times as long, as the weights are. Logits are
+folded into the unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
 """
 
 import enum
@@ -32,6 +33,7 @@ class Role(enum.Enum):
     BLOCK_BIAS = "block_bias"  # biases inside a block
     BRANCH_OUT_BIAS = "branch_out_bias"  # folded mode only: those that end a residual branch
     FINAL_NORM = "final_norm"
+    LOGIT_NORM = "logit_norm"  # folded mode with tied embeddings only: the final norm, which scales the logits
     UNEMBEDDING = "unembedding"  # an untied output matrix
 
 
@@ -95,7 +97,7 @@ def multipliers(
 
 
 def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:
-    """What folded mode multiplies a role's weights by in place of the output of their layer; 1 for most.
+    """What folded mode multiplies a role's weights by, in place of an output in the forward pass; 1 for most.
 
     The gradients are 1/c of those of the forward mode: a norm over all of them must weigh these by c.
     """
@@ -104,6 +106,8 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
             return residual_multiplier(ratios, recipe)
         case Role.UNEMBEDDING:
             return logit_multiplier(ratios, recipe)
+        case Role.LOGIT_NORM:
+            return logit_multiplier(ratios, recipe, tied=True)
     return 1.0
 
 
@@ -115,7 +119,7 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> 
     match role:
         case Role.EMBEDDING | Role.UNEMBEDDING:
             return Multipliers(init_std=1, lr=1, weight_decay=1, eps=other_eps)
-        case Role.FINAL_NORM:
+        case Role.FINAL_NORM | Role.LOGIT_NORM:
             return Multipliers(init_std=1, lr=1, weight_decay=0, eps=other_eps)
         case Role.HIDDEN | Role.BRANCH_OUT:
             return Multipliers(init_std=1 / math.sqrt(m_N), lr=block_lr / m_N, weight_decay=m_N, eps=block_eps)

@@ -42,6 +42,7 @@ ALPHA_HALF = {
 # what ends a residual branch is like any other matrix and bias of the block, until it is folded
 for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.BRANCH_OUT: _table[Role.HIDDEN], Role.BRANCH_OUT_BIAS: _table[Role.BLOCK_BIAS]}
+    _table |= {Role.LOGIT_NORM: _table[Role.FINAL_NORM]}
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -84,6 +85,7 @@ MUP = {
     Role.UNEMBEDDING: (1, 1, 1, 1),
 }
 MUP |= {Role.BRANCH_OUT: MUP[Role.HIDDEN], Role.BRANCH_OUT_BIAS: MUP[Role.BLOCK_BIAS]}
+MUP |= {Role.LOGIT_NORM: MUP[Role.FINAL_NORM]}
 
 
 def test_mup_is_width_only_and_standard_scales_nothing():
@@ -107,6 +109,7 @@ COMPLETED_P = {
     Role.UNEMBEDDING: (1 / 4, 1 / 8, 4 / 2, 2),  # the logit multiplier, absorbed
 }
 COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS: COMPLETED_P[Role.BLOCK_BIAS]}
+COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
 
 
 def test_completed_p():
@@ -123,6 +126,7 @@ FOLDED = {
     Role.BRANCH_OUT: (1 / 2 / 16, 1 / 4 / 16, 4 * 16, 1 / 64 * 16),
     Role.BRANCH_OUT_BIAS: (1 / 16, 1 / 16, 0, 1 / 64 * 16),
     Role.UNEMBEDDING: (1 / 4, 1 / 4, 4, 4),
+    Role.LOGIT_NORM: (1 / 4, 1 / 4, 0, 4),
 }
 
 
@@ -135,6 +139,7 @@ def test_folding():
         Role.BRANCH_OUT: 1 / 16,
         Role.BRANCH_OUT_BIAS: 1 / 16,
         Role.UNEMBEDDING: 1 / 4,
+        Role.LOGIT_NORM: 1 / 4,
     }
     assert {fold_factor(role, ratios) for role in Role if role not in FOLDED} == {1.0}
     # completed_p has the logit multiplier in the unembedding already: nothing more to fold

@@ -1,0 +1,251 @@
+"""The two residual modes: multipliers in the forward pass, or folded into the weights. One training run either way."""
+
+import pytest
+import torch
+
+from ds_plugin.errors import ConfigError
+from megatron_patches import cpu_host, gpt
+from megatron_patches.completep import build_param_groups, finish, fold, prepare, ratios_of, unfold
+from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.residual import scaled_bias_dropout_add
+from megatron_patches.completep.rules import Role
+
+VOCAB, LENGTH = 64, 12
+SIZE = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 8, "seq_length": LENGTH}
+LLAMA = {"position_embedding": "rope", "normalization": "RMSNorm", "activation": "swiglu", "bias": False}
+BASE = {"enabled": True, "base_width": 16, "base_depth": 2}
+
+
+def section(residual, **changes):
+    return CompletePConfig.model_validate({**BASE, "residual": residual, **changes})
+
+
+def build(completep, edit=None, dtype=torch.float32, **changes):
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
+    gpt.initialize_parallel(cfg, 1234)
+    config, spec = gpt.transformer_config(cfg, dtype), gpt.layer_spec(cfg)
+    if edit is not None:
+        edit(config, spec)
+    if completep is not None:
+        config, spec = prepare(config, spec, completep)
+    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    return model, finish(model, completep)
+
+
+def batch(step):
+    tokens = torch.randint(0, VOCAB, (3, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_of(model, step):
+    tokens, labels = batch(step)
+    return model(tokens, torch.arange(LENGTH).expand(3, -1), None, labels=labels).mean()
+
+
+def train(model, roles, completep, steps=10):
+    ratios = ratios_of(model.config, completep)
+    # a decay and an eps that matter, so that their rules are seen
+    groups = build_param_groups(model, roles, ratios, completep, lr=0.01, weight_decay=0.5, eps=1e-4)
+    optimizer = torch.optim.AdamW(groups)
+    losses = []
+    for step in range(steps):
+        loss = loss_of(model, step % 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _both(changes):
+    runs = []
+    for residual in ("forward", "folded"):
+        model, roles = build(section(residual), **changes)
+        runs.append((train(model, roles, section(residual)), model))
+    (forward_losses, forward), (folded_losses, folded) = runs
+    tied = changes.get("tie_embeddings", False)
+    plain = unfold(folded.state_dict(), folded.config, section("folded"), tied=tied)
+    theirs = forward.state_dict()
+    different = [n for n, w in theirs.items() if torch.is_tensor(w) and not torch.equal(w, plain[n])]
+    scaled = [n for n, w in folded.state_dict().items() if torch.is_tensor(w) and not torch.equal(w, plain[n])]
+    return forward_losses, folded_losses, different, len(scaled)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt", "llama"])
+def test_both_are_the_same_training_run_bit_for_bit(workers, shape, tied):
+    """Multipliers are powers of two here (m_N = m_L = 4), so that folding rounds nothing."""
+    forward, folded, different, scaled = workers(1).run(_both, {**shape, "tie_embeddings": tied})[0]
+    assert forward == folded and different == []
+    assert forward[0] - forward[-2] > 0.05
+    norm = 1 if shape else 2  # gain, bias
+    assert scaled == (16 if shape else 32) + (norm if tied else 1)
+
+
+def _any_ratio():
+    runs = []
+    for residual in ("forward", "folded"):
+        completep = section(residual, base_width=24, base_depth=3, base_head_dim=4, alpha=0.7)
+        model, roles = build(completep)
+        runs.append(train(model, roles, completep))
+    return runs
+
+
+def test_any_ratio_differs_by_rounding_only(workers):
+    forward, folded = workers(1).run(_any_ratio)[0]
+    assert forward == pytest.approx(folded, abs=2e-6)
+
+
+def _graph(model):
+    def hooks(module):
+        return sum(len(module.__dict__[name]) for name in module.__dict__ if name.endswith("_hooks"))
+
+    modules = [(name, type(module), hooks(module)) for name, module in model.named_modules()]
+    functions = [layer.__dict__[name] for layer in model.decoder.layers for name in ("self_attn_bda", "mlp_bda")]
+    return modules, functions, [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
+
+
+def _graphs(tied):
+    return [_graph(build(c, tie_embeddings=tied)[0]) for c in (None, section("folded"), section("forward"))]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_folded_leaves_the_modules_and_the_forward_pass_the_hosts_own(workers, tied):
+    same = workers(1).run(_same_graphs, tied)[0]
+    assert same == {"folded": True, "forward": False}
+
+
+def _same_graphs(tied):
+    plain, folded, forward = _graphs(tied)
+    return {"folded": plain == folded, "forward": plain == forward}
+
+
+def _stock_logits(tied):
+    """A forward-mode model, trained, and a stock GPT of the same architecture with the folded weights."""
+    completep = section("forward")
+    model, roles = build(completep, tie_embeddings=tied)
+    train(model, roles, completep, steps=3)
+    stock, _ = build(None, tie_embeddings=tied)
+    stock.load_state_dict(fold(model.state_dict(), model.config, completep, tied=tied))
+    tokens, _ = batch(99)
+    positions = torch.arange(LENGTH).expand(3, -1)
+    with torch.no_grad():
+        return [m(tokens, positions, None) for m in (model, stock)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fold_exports_to_a_stock_model(workers, tied):
+    ours, stock = workers(1).run(_stock_logits, tied)[0]
+    assert torch.allclose(ours, stock, rtol=0, atol=1e-6) and ours.std() > 1e-3
+
+
+def _wrong_mode():
+    model, _ = build(section("forward"))
+    messages = []
+    for function, residual in ((fold, "folded"), (unfold, "forward")):
+        with pytest.raises(ConfigError) as caught:
+            function(model.state_dict(), model.config, section(residual), tied=False)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_weights_of_the_other_mode_are_refused(workers):
+    folded, forward = workers(1).run(_wrong_mode)[0]
+    assert 'trained with "folded"; fold() takes those of "forward"' in folded
+    assert 'trained with "forward"; unfold() takes those of "folded"' in forward
+
+
+def _zero_centered(residual):
+    build(section(residual), edit=lambda config, spec: setattr(config, "layernorm_zero_centered_gamma", True))
+
+
+def test_gains_that_are_one_plus_weight_cannot_be_folded_into(workers):
+    error = workers(1).run(_zero_centered, "folded", expect="errors")[0]
+    assert error.type == "ConfigError" and "layernorm_zero_centered_gamma" in error.message
+
+
+# -- the forward mode's own residual add ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_bias_dropout_add(bias, training):
+    generator = torch.Generator().manual_seed(1)
+    x, residual, b = (torch.randn(s, generator=generator) for s in ((5, 3, 8), (5, 3, 8), (8,)))
+    leaves = [t.requires_grad_() for t in (x, residual, *([b] if bias else []))]
+    out = scaled_bias_dropout_add(0.25)(training, False)((x, b if bias else None), residual, 0.0)
+    assert torch.equal(out, residual + 0.25 * (x + b if bias else x))
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert torch.equal(gradients[0], torch.full_like(x, 0.25)) and torch.equal(gradients[1], torch.ones_like(x))
+    if training:  # dropout comes before the multiplier: what survives is doubled, then scaled
+        torch.manual_seed(1)
+        dropped = scaled_bias_dropout_add(0.25)(True, False)((torch.ones(400), None), torch.zeros(400), 0.5)
+        assert set(dropped.tolist()) == {0.0, 0.5} and 150 < (dropped > 0).sum() < 250
+
+
+def test_an_fp32_stream_keeps_what_16_bits_would_lose():
+    stream, branch = torch.full((4,), 256.0), torch.full((4,), 1.0, dtype=torch.bfloat16)
+    out = scaled_bias_dropout_add(1 / 64)(True, False)((branch, None), stream, 0.0)
+    assert out.dtype == torch.float32 and torch.equal(out, torch.full((4,), 256.015625))
+
+
+class MixedNorm(torch.nn.Module):
+    """A norm of an fp32 stream for 16-bit layers, as the fused ones on GPUs: the output has the weights' dtype."""
+
+    def __init__(self, config, hidden_size, eps=1e-5):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x):
+        normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], self.weight.float(), self.bias.float())
+        return normed.to(self.weight.dtype)
+
+
+def _stream_dtypes(base_depth):
+    def edit(config, spec):
+        config.fp32_residual_connection = True
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = MixedNorm
+
+    completep = section("forward", base_depth=base_depth)
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    gpt.initialize_parallel(cfg, 1234)
+    config, spec = gpt.transformer_config(cfg, torch.bfloat16), gpt.layer_spec(cfg)
+    edit(config, spec)
+    config, spec = prepare(config, spec, completep)
+    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    model.decoder.final_layernorm = MixedNorm(config, SIZE["hidden_size"]).to(torch.bfloat16)
+    finish(model, completep)
+    seen = []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda module, args, out: seen.append(str(out[0].dtype)))
+    loss_of(model, 0).backward()
+    return seen
+
+
+@pytest.mark.parametrize("base_depth", [2, 8])  # also where the multiplier is 1: the base model has the same stream
+def test_an_fp32_residual_stream_stays_fp32_through_the_model(workers, base_depth):
+    assert workers(1).run(_stream_dtypes, base_depth) == [["torch.float32"] * 8]
+
+
+@pytest.mark.slow
+def test_the_fused_add_is_the_same_function():
+    """Compiles, which takes a C++ compiler on a CPU and about 20 s."""
+    x, residual, bias = torch.randn(5, 3, 8), torch.randn(5, 3, 8), torch.randn(8)
+    for training in (True, False):
+        fused, plain = (scaled_bias_dropout_add(0.25)(training, kind)((x, bias), residual, 0.0) for kind in (1, 0))
+        assert torch.allclose(fused, plain, rtol=0, atol=1e-6)
+
+
+def test_roles_that_carry_a_multiplier():
+    folded, forward = section("folded"), section("forward")
+    ratios = folded.ratios(64, 8)
+    assert {r.value: folded.fold_factor(r, ratios) for r in Role if folded.fold_factor(r, ratios) != 1} == {
+        "branch_out": 0.25,
+        "branch_out_bias": 0.25,
+        "logit_norm": 0.25,
+        "unembedding": 0.25,
+    }
+    assert {forward.fold_factor(r, ratios) for r in Role} == {1.0}
