@@ -47,6 +47,7 @@ class GPTConfig(BaseModel):
     position_embedding: Literal["learned", "rope"] = Field("learned", description="absolute table or rotary")
     normalization: Literal["LayerNorm", "RMSNorm"] = Field("LayerNorm", description="kind of every norm")
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="swiglu adds a gate of the MLP's width")
+    qk_norm: bool = Field(False, description="a norm on the queries and keys of every head")
     bias: bool = Field(True, description="biases of the linear layers (the output layer never has one)")
     tie_embeddings: bool = Field(False, description="use the word embedding as the output layer")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residual branches")
@@ -141,6 +142,7 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
         activation_func=F.silu if cfg.activation == "swiglu" else F.gelu,
         gated_linear_unit=cfg.activation == "swiglu",
         add_bias_linear=cfg.bias,
+        qk_layernorm=cfg.qk_norm,
         hidden_dropout=cfg.dropout,
         attention_dropout=cfg.dropout,
         attention_softmax_in_fp32=True,
@@ -167,9 +169,9 @@ def layer_spec(cfg: GPTConfig) -> Any:
 
     # megatron's own answer: a package that is there but fails to import does not count.
     if gpt_layer_specs.HAVE_TE and not _on_cpu():
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=cfg.qk_norm)
     # Without the argument, apex's LayerNorm would be chosen for RMSNorm.
-    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization)
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization, qk_layernorm=cfg.qk_norm)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

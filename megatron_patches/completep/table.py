@@ -9,18 +9,23 @@ from ds_plugin.config_model import parse_section
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.param_groups import scaled_betas
 from megatron_patches.completep.rules import Role
 from megatron_patches.gpt import GPTConfig
 
 _WHAT = {
     Role.EMBEDDING: "token and position embeddings",
     Role.HIDDEN: "matrices inside a block",
+    Role.BRANCH_OUT: "matrices that end a branch",
     Role.BLOCK_NORM: "norms inside a block",
     Role.QK_NORM: "norms on queries and keys",
     Role.BLOCK_BIAS: "biases inside a block",
+    Role.BRANCH_OUT_BIAS: "biases that end a branch",
     Role.FINAL_NORM: "final norm",
+    Role.LOGIT_NORM: "final norm",
     Role.UNEMBEDDING: "output matrix",
 }
+_DRAWN = (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
 
 
 def rules_table(source: str | Path | Mapping[str, Any]) -> str:
@@ -65,32 +70,58 @@ def _lines(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]
         f"recipe {section.recipe}, alpha {section.alpha:g}: width {model.hidden_size} / {section.base_width} = m_N "
         f"{ratios.m_N:g}, depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
     )
+    branch = rules.residual_multiplier(ratios, section.recipe)
+    logits = rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings)
+    where = ", both folded into the weights" if section.residual == "folded" else ""
     yield (
-        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}, logits x "
-        f"{rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings):g}, q.k x "
-        f"{rules.attention_scale(head, base_head, section.recipe):g}"
+        f"residual branches x {branch:g}, logits x {logits:g}{where}; "
+        f"q.k x {rules.attention_scale(head, base_head, section.recipe):g}"
     )
-    rows = [("role", "parameters", "init std", "lr", "min lr", "weight decay", "eps")]
     smallest = minimum_ratio(scheduler)
-    for role in Role:
-        if role is Role.UNEMBEDDING and model.tie_embeddings or role is Role.QK_NORM:
-            continue  # this model has none
-        if role is Role.BLOCK_BIAS and not model.bias:
-            continue
+    rows = [("role", "parameters", "init std", "lr", "min lr", "weight decay", "eps")]
+    for role in _roles(model, section):
         m = section.multipliers(role, ratios)
-        drawn = role in (Role.EMBEDDING, Role.HIDDEN, Role.UNEMBEDDING)
         lr = params["lr"] * m.lr
+        started = _cell(model.init_std, m.init_std)
+        if role not in _DRAWN:
+            fold = section.fold_factor(role, ratios)
+            started = "0" if role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS) else f"{fold:g} / 0"
         rows.append(
             (
                 role.value,
                 _WHAT[role],
-                f"{model.init_std * m.init_std:.4g}" if drawn else "1 / 0",
-                f"{lr:.4g}",
+                started,
+                _cell(params["lr"], m.lr),
                 "-" if smallest is None else f"{lr * smallest:.4g}",
-                f"{params.get('weight_decay', 0.0) * m.weight_decay:.4g}",
-                f"{params.get('eps', 1e-8) * m.eps:.4g}",
+                _cell(params.get("weight_decay", 0.0), m.weight_decay),
+                _cell(params.get("eps", 1e-8), m.eps),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield "(x n): the base model's value times n; init of norms: gains / biases"
+    change = section.multipliers(Role.HIDDEN, ratios).one_minus_beta
+    if change != 1.0:
+        betas = params.get("betas", (0.9, 0.999))
+        scaled = ", ".join(f"{beta:.6g}" for beta in scaled_betas(betas, change))
+        yield f"betas {scaled} for every role: 1 - beta (x {change:g})"
+
+
+def _roles(model: GPTConfig, section: CompletePConfig) -> list[Role]:
+    """The roles that this model has parameters of, in the order of `Role`."""
+    folded, tied = section.residual == "folded", model.tie_embeddings
+    absent = {
+        Role.UNEMBEDDING: tied,
+        Role.QK_NORM: not model.qk_norm,
+        Role.BLOCK_BIAS: not model.bias,
+        Role.BRANCH_OUT: not folded,
+        Role.BRANCH_OUT_BIAS: not (folded and model.bias),
+        Role.LOGIT_NORM: not (folded and tied),
+        Role.FINAL_NORM: folded and tied,
+    }
+    return [role for role in Role if not absent.get(role, False)]
+
+
+def _cell(base: float, multiplier: float) -> str:
+    return f"{base * multiplier:.4g}" + ("" if multiplier in (0.0, 1.0) else f" (x {multiplier:.4g})")

@@ -1,6 +1,7 @@
 """The coordinate check on a small grid: CompleteP passes a bound that the other recipes fail."""
 
 import json
+import re
 
 import pytest
 
@@ -48,22 +49,41 @@ CONFIG = {
 }
 
 
+def _rows(config):
+    lines = rules_table(config).splitlines()
+    assert lines[-1].startswith("(x n): the base model's value times n")
+    cells = [re.split(r"  +", line) for line in lines[3:-1]]
+    return lines, {row[0]: row[2:] for row in cells}
+
+
 def test_rules_table():
     """m_N = 4, m_L = 4, alpha 1; head size 64 against 16: sqrt(16) / 64."""
-    lines = rules_table(CONFIG).splitlines()
+    lines, rows = _rows(CONFIG)
     assert "m_N 4" in lines[0] and "m_L 4" in lines[0]
-    assert lines[1] == "residual branches x 0.25, logits x 0.25, q.k x 0.0625"
-    rows = {line.split()[0]: line.split()[-5:] for line in lines[3:]}
-    assert rows["hidden"] == ["0.01", "0.002", "0.0002", "0.4", "6.25e-10"]  # std 0.02/2, lr 0.008/4, eps 1e-8/16
+    assert lines[1] == "residual branches x 0.25, logits x 0.25; q.k x 0.0625"
+    # std 0.02 / 2, lr 0.008 / 4, eps 1e-8 / 16
+    assert rows["hidden"] == ["0.01 (x 0.5)", "0.002 (x 0.25)", "0.0002", "0.4 (x 4)", "6.25e-10 (x 0.0625)"]
     assert rows["embedding"] == ["0.02", "0.008", "0.0008", "0.1", "1e-08"]
-    assert rows["block_bias"] == ["0", "0.008", "0.0008", "0", "6.25e-10"]
+    assert rows["block_bias"] == ["0", "0.008", "0.0008", "0", "6.25e-10 (x 0.0625)"]
     assert set(rows) == {"embedding", "hidden", "block_norm", "block_bias", "final_norm", "unembedding"}
 
 
 def test_rules_table_without_biases_and_tied():
     tied = {**CONFIG, "model": {**CONFIG["model"], "bias": False, "tie_embeddings": True}}
-    roles = {line.split()[0] for line in rules_table(tied).splitlines()[3:]}
-    assert roles == {"embedding", "hidden", "block_norm", "final_norm"}
+    assert set(_rows(tied)[1]) == {"embedding", "hidden", "block_norm", "final_norm"}
+    folded = {**tied, "completep": {**CONFIG["completep"], "residual": "folded"}}
+    lines, rows = _rows(folded)
+    assert "both folded into the weights" in lines[1]
+    assert set(rows) == {"embedding", "hidden", "branch_out", "block_norm", "logit_norm"}
+    # std 0.02 / 2 / 4, lr 0.008 / 4 / 4, decay 0.1 * 4 * 4, eps 1e-8 / 16 * 4
+    assert rows["branch_out"] == ["0.0025 (x 0.125)", "0.0005 (x 0.0625)", "5e-05", "1.6 (x 16)", "2.5e-09 (x 0.25)"]
+    assert rows["logit_norm"][0] == "0.25 / 0"
+
+
+def test_rules_table_of_completed_p_has_the_betas():
+    ratios = {"recipe": "completed_p", "batch_ratio": 2.0, "token_ratio": 8.0}
+    lines = rules_table({**CONFIG, "completep": {**CONFIG["completep"], **ratios}}).splitlines()
+    assert lines[-1] == "betas 0.975, 0.99975 for every role: 1 - beta (x 0.25)"
 
 
 @pytest.mark.parametrize(
