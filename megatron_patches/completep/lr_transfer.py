@@ -67,25 +67,30 @@ def sweep(
 ) -> list[Run]:
     """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them.
 
+    Known runs that are not asked for stay in the result, so that a grid can be widened where a minimum is at its edge.
     A run that two recipes share (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed
     come first, so that an interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
     """
     wanted = [(shape, lr, seed) for seed in seeds for shape in shapes for lr in rates]
     done: dict[tuple[Shape, float, int], Run] = {}
-    for r in known:
-        done[Shape(r.recipe, r.width, r.depth).same_as(base), r.lr, r.seed] = r
+    kept = {(Shape(r.recipe, r.width, r.depth), r.lr, r.seed): r for r in known}
+    for (shape, lr, seed), run in kept.items():
+        done[shape.same_as(base), lr, seed] = run
     jobs = list(dict.fromkeys((shape.same_as(base), lr, seed) for shape, lr, seed in wanted))
 
     def runs() -> list[Run]:
-        keys = ((shape, (shape.same_as(base), lr, seed)) for shape, lr, seed in wanted)
-        return [replace(done[key], recipe=shape.recipe) for shape, key in keys if key in done]
+        for shape, lr, seed in wanted:
+            if (run := done.get((shape.same_as(base), lr, seed))) is not None:
+                kept[shape, lr, seed] = replace(run, recipe=shape.recipe)
+        return list(kept.values())
 
     missing = [job for job in jobs if job not in done]
-    for job, run in _trained(missing, base, steps, text, workers):
+    finished = _trained(missing, base, steps, text, workers)
+    for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
         done[job] = run
         keep(runs())
         progress(
-            f"[{len(done)}/{len(jobs)}] {run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} "
+            f"[{number}/{len(jobs)}] {run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} "
             f"seed {run.seed}: loss {run.loss:.4f}"
         )
     return runs()

@@ -80,6 +80,9 @@ def test_a_second_start_goes_on(workers, tmp_path):
     assert len(second) == 6 and set(first[:3]) < set(second)
     assert [run.loss for run in second if vars(run) == {**vars(first[3]), "loss": run.loss}] == [9.0]
     assert (tmp_path / "lr_transfer.png").stat().st_size > 10_000
+    # a narrower grid later does not lose what is there
+    assert workers(1).run(_sweep, str(tmp_path), "-5") == [0]
+    assert read_records(Run, path) == second
 
 
 SHARED = {  # base 32 x 1: what the recipe does not scale, a plainer one trains just as well
