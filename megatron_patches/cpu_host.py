@@ -10,7 +10,10 @@ must draw the same numbers in spite of different host-side draws (a resumed run,
 """
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import logging
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +34,7 @@ _MODE_STACK = ("_pop_mode", "_push_mode", "_get_current_function_mode_stack")
 _GRAPH_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 _TRACKER_LOGGER = "megatron.core.tensor_parallel.random"
 _TRACKER_WARNING = "CPU RNG state changed"
+_OPTIMIZER_MODULE = "megatron.core.optimizer.distrib_optimizer"
 
 _CPU = torch.device("cpu")
 _COPIES = ("torch.cuda", "megatron")
@@ -313,6 +317,87 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
 def _graph_health_check(optimizer: Any) -> None: ...
 
 
+def _has_torch_adam(optimizer: Any) -> bool:
+    # megatron's choice where neither Transformer Engine nor apex is installed.
+    return isinstance(optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _optimizer_state_dict(self: Any) -> Any:
+    """The host reads the step count off the state, which torch's Adam only creates in its first step."""
+    if _has_torch_adam(self):
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                if not self.optimizer.state[p]:
+                    zeros = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+    return _state_dict_patch.original(self)
+
+
+def _load_optimizer_state_dict(self: Any, state_dict: Any) -> None:
+    """The host gives all parameters one tensor for their step count, which every one of them would then advance."""
+    _load_state_dict_patch.original(self, state_dict)
+    if _has_torch_adam(self):
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+@torch.no_grad()  # the host copies into views of parameters that require gradients
+def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
+    """The step count is part of torch's state, but not of most checkpoint formats; it has been set already."""
+    if _has_torch_adam(self):
+        group, position = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
+        tensors = {**tensors, "step": state["step"]}
+    _set_states_patch.original(self, model_param, tensors)
+
+
+def _resuming(name: str, replacement: Any) -> Patch:
+    return Patch(
+        f"{_OPTIMIZER_MODULE}.DistributedOptimizer.{name}", replacement, reason="resume with torch's Adam", prefixes=()
+    )
+
+
+_state_dict_patch = _resuming("state_dict", _optimizer_state_dict)
+_load_state_dict_patch = _resuming("load_state_dict", _load_optimizer_state_dict)
+_set_states_patch = _resuming("_set_main_param_and_optimizer_states", _set_optimizer_states)
+_RESUME = (_state_dict_patch, _load_state_dict_patch, _set_states_patch)
+
+
+class _OnImport(importlib.abc.MetaPathFinder):
+    """Mends the optimizer's module when it is first imported: `enable()` itself does not import megatron."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != _OPTIMIZER_MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_mend(module: Any) -> None:
+                execute(module)
+                for patch in _RESUME:
+                    patch.apply()
+
+            spec.loader.exec_module = execute_and_mend  # type: ignore[method-assign]
+        return spec
+
+
+_on_import = _OnImport()
+
+
+def _mend_resuming() -> None:
+    sys.meta_path.insert(0, _on_import)
+    if _OPTIMIZER_MODULE in sys.modules:
+        for patch in _RESUME:
+            patch.apply()
+
+
+def _leave_resuming() -> None:
+    for patch in reversed(_RESUME):
+        patch.revert()
+    sys.meta_path.remove(_on_import)
+
+
 def _cuda(name: str, replacement: Any, prefixes: tuple[str, ...] = _COPIES) -> Patch:
     return Patch(f"torch.cuda.{name}", replacement, reason="run megatron-core on the CPU", prefixes=prefixes)
 
@@ -350,6 +435,7 @@ _CHANGES: list[Change] = [
     _cuda("FloatTensor", torch.FloatTensor, prefixes=()),
     _cuda("IntTensor", torch.IntTensor, prefixes=()),
     _cuda("LongTensor", torch.LongTensor, prefixes=()),
+    Switch(_OPTIMIZER_MODULE, _mend_resuming, _leave_resuming, reason="resume with torch's Adam"),
 ]
 
 _PRETEND: list[Change] = [

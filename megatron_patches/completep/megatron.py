@@ -9,9 +9,9 @@ It uses the host's extension point, ``get_megatron_optimizer(..., config_overrid
 * Overrides are plain dicts merged into the group, so any key reaches the optimizer: ``eps``, ``betas``, and the initial
   ``lr`` and ``weight_decay``, which the host otherwise leaves at the base values until its scheduler's first step.
 * The scheduler reads a group's ``max_lr``, ``min_lr`` and ``wd_mult``; its ``init_lr``, where warmup starts, is global.
-* When a checkpoint is loaded, groups are recognised by ``wd_mult`` and ``lr_mult`` (0.19 adds ``max_lr`` and ``min_lr``),
-  not by eps: two roles that agree in those would get each other's eps. Nothing else reads ``lr_mult``, so the role's
-  name is written there.
+* When a checkpoint is loaded, groups are recognised by ``wd_mult`` and ``lr_mult`` (in 0.19 also by ``max_lr`` and
+  ``min_lr``), not by eps: two roles that agree in those would get each other's eps. Nothing else reads ``lr_mult``, so
+  the role's name is written there.
 * A group whose overrides name a learning rate is not the one whose learning rate the host logs (``default_config``),
   unless it says so: the embeddings, whose multiplier is 1 in every recipe but completed_p, do.
 """
@@ -59,9 +59,10 @@ def build_optimizer(
     """
     with together():
         overrides = config_overrides(model_chunks, section, optimizer_config)
-    if get_optimizer is None:
-        from megatron.core.optimizer import get_megatron_optimizer as get_optimizer
-    optimizer = get_optimizer(optimizer_config, list(model_chunks), config_overrides=overrides, **host_arguments)
+    from megatron.core import optimizer as host_module
+
+    build = get_optimizer or host_module.get_megatron_optimizer
+    optimizer = build(optimizer_config, list(model_chunks), config_overrides=overrides, **host_arguments)
     with together():
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
@@ -112,24 +113,20 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
     Raises:
         ConfigError: naming the parameter, the setting, the value found and the one expected.
     """
-    ratios = _ratios(model_chunks, section)
-    found: dict[int, Mapping[str, Any]] = {}
-    sharded = False
-    for single in _singles(optimizer):
-        sharded = sharded or hasattr(single, _SHARD_INDEX)
-        for parameter, group in _optimized(single):
-            found[id(parameter)] = group
+    singles = _singles(optimizer)
+    expected = _group_values(section, _ratios(model_chunks, section), singles[0].config)
+    found = {id(parameter): group for single in singles for parameter, group in _optimized(single)}
+    elsewhere = any(hasattr(single, _SHARD_INDEX) for single in singles)  # on the rank that holds its shard
     for name, parameter, role in _parameters(model_chunks, section):
-        group = found.get(id(parameter))
-        if group is None:
-            if parameter.requires_grad and not sharded:
+        if id(parameter) not in found:
+            if parameter.requires_grad and not elsewhere:
                 raise ConfigError(
                     f"completep: parameter {name!r} is in no param group; build the optimizer with "
                     "megatron_patches.completep.megatron.build_optimizer after the model is wrapped"
                 )
             continue
-        expected = _group_values(section, ratios, _singles(optimizer)[0].config)[role]
-        for setting, value in expected.items():
+        group = found[id(parameter)]
+        for setting, value in expected[role].items():
             if setting not in ("lr", "weight_decay") and not _same(group.get(setting), value):
                 raise ConfigError(
                     f"completep: parameter {name!r} (role {role.value}) is in a param group with {setting} "
@@ -172,8 +169,8 @@ def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], se
         if name is None:
             raise PluginError(
                 f"megatron-core {metadata.version('megatron-core')} has no {type(single).__name__}."
-                f"{' or '.join(_GRADS_FOR_NORM)}, where gradients are collected for clipping; use a version this plugin "
-                'was tested with, or "residual": "forward"'
+                f"{' or '.join(_GRADS_FOR_NORM)}, where gradients are collected for clipping; use a version this "
+                'plugin was tested with, or "residual": "forward"'
             )
         setattr(single, name, _weighted(single, getattr(type(single), name), factors))
 

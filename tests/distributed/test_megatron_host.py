@@ -211,3 +211,61 @@ def test_layouts_train_as_torch_does(workers, references, name):
             assert losses == pytest.approx(references[tied][1], abs=1e-5)
             assert losses[0] - losses[-1] > 0.05  # it has trained, so there was something to differ in
             assert min(norms) > CLIP  # and the clip was in force
+
+
+def states(model, optimizer, scheduler, sharding, is_loading):
+    metadata = {"distrib_optim_sharding_type": sharding}
+    sharded = model.sharded_state_dict(metadata=metadata)
+    return {
+        "model": sharded,
+        "optimizer": optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata),
+        "scheduler": scheduler.state_dict(),
+        **host.checkpoint_state(section()),
+    }
+
+
+def group_values(optimizer):
+    keys = ("lr_mult", "lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "eps", "betas", "default_config")
+    return [{key: group[key] for key in keys} for group in optimizer.param_groups]
+
+
+def interrupt_and_resume(folder, sharding, sharded):
+    """Weights of six steps, and of three, a checkpoint and three more; and every group before and after it."""
+    from megatron.core import dist_checkpointing
+
+    def start():
+        model = build(section())
+        ddp = wrap(model, sharded)
+        optimizer = host.build_optimizer(optimizer_config(sharded), [ddp], section())
+        return model, ddp, optimizer, scheduler_of(optimizer)
+
+    model, ddp, optimizer, scheduler = start()
+    for step in range(3):
+        train_step(ddp, optimizer, scheduler, step)
+    dist_checkpointing.save(states(model, optimizer, scheduler, sharding, False), folder)
+    saved = group_values(optimizer)
+    for step in range(3, 6):
+        train_step(ddp, optimizer, scheduler, step)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    model, ddp, optimizer, scheduler = start()
+    state = dist_checkpointing.load(states(model, optimizer, scheduler, sharding, True), folder)
+    host.check_checkpoint_state(state, section())
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    host.check_groups(optimizer, [ddp], section())
+    loaded = group_values(optimizer)
+    for step in range(3, 6):
+        train_step(ddp, optimizer, scheduler, step)
+    return [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])], saved, loaded
+
+
+FORMATS = ("dp_zero_gather_scatter", "dp_reshardable", "fully_reshardable")
+
+
+@pytest.mark.parametrize("sharding", [*FORMATS, None])
+def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, sharding):
+    for different, saved, loaded in workers(2).run(interrupt_and_resume, str(tmp_path), sharding, sharding is not None):
+        assert different == []
+        assert loaded == saved
