@@ -5,12 +5,15 @@ ranks. Each method's large state is in files of its own. The manifest and every 
 belong to. Everything is on disk before DeepSpeed's ``latest`` names the tag.
 """
 
+import argparse
 import json
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 
@@ -47,11 +50,14 @@ def save(plugin: "Plugin", folder: Path) -> None:
             write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0]), indent=1))
 
 
-def check(plugin: "Plugin", folder: Path, *, same_model: bool = True, same_run: bool = True) -> dict[str, Any] | None:
+def check(
+    plugin: "Plugin", folder: Path, *, same_model: bool = True, same_run: bool = True, universal: bool = False
+) -> dict[str, Any] | None:
     """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
 
     ``same_model=False`` leaves the parameters' shapes to the host (a custom or lenient load); ``same_run=False`` leaves
-    out what only a resume needs. Rank 0 reads, so that all ranks see the same.
+    out what only a resume needs. ``universal``: DeepSpeed's converter leaves the manifest behind, and without it the
+    param groups' settings are lost, so there must be one. Rank 0 reads, so that all ranks see the same.
 
     Raises:
         CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
@@ -62,11 +68,18 @@ def check(plugin: "Plugin", folder: Path, *, same_model: bool = True, same_run: 
     with together():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
+        if text is None and universal:
+            raise CheckpointError(
+                f"{path} is missing: DeepSpeed's converter leaves it behind; copy it from the folder that was "
+                "converted, or convert with ds_plugin.checkpoint.to_universal(folder, target)"
+            )
         if text is not None:
             try:
                 manifest = json.loads(text)
                 assert manifest is not None
                 _compare(plugin, manifest, path, same_model=same_model, same_run=same_run)
+                if universal:
+                    _compare_universal(plugin, manifest, path)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
@@ -105,10 +118,50 @@ def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> Non
                 plugin.averager.reset()
 
 
-def latest_tag(load_dir: str | Path) -> str | None:
-    """The tag DeepSpeed would load from ``load_dir``, or None when nothing is there. Every rank calls it; rank 0 "
-    "reads."""
-    path = Path(load_dir) / "latest"
+def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:
+    """Convert the checkpoint in a tag folder with DeepSpeed's ``ds_to_universal``, and take the manifest along.
+
+    megatron-core's layers save an extra state that is None, on which the converter fails under ZeRO 1/2. It passes over
+    what is there already, so an empty file stands in for each of them meanwhile.
+
+    Raises:
+        CheckpointError: there is no manifest in ``folder``.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    folder, target = Path(folder), Path(target)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} holds no {MANIFEST}; give the tag folder of a checkpoint saved with a method on"
+        )
+    empty = {
+        name
+        for path in folder.glob("mp_rank_*_model_states.pt")
+        for name, value in torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"].items()
+        if value is None
+    }
+    for name in empty:
+        (target / "zero" / name).mkdir(parents=True)
+        (target / "zero" / name / "fp32.pt").touch()
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(folder),
+            output_folder=str(target),
+            num_extract_workers=workers,
+            num_merge_workers=workers,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,  # what it asks for describes tensor parallelism only
+        )
+    )
+    for name in empty:
+        shutil.rmtree(target / "zero" / name)
+    shutil.copy2(folder / MANIFEST, target)
+
+
+def latest_tag(load_dir: str | Path, *, universal: bool = False) -> str | None:
+    """The tag DeepSpeed would load from ``load_dir``, or None when there is none. Every rank calls it, rank 0 reads."""
+    path = Path(load_dir) / ("latest_universal" if universal else "latest")
     return _from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
 
 
@@ -128,6 +181,8 @@ def _manifest(plugin: "Plugin", save_id: str) -> dict[str, Any]:
         state["sequence_length_warmup"] = plugin.warmup.state()
     if plugin.averager is not None:
         state["weight_averaging"] = {"steps": plugin.averager.steps}
+    if plugin.completep is not None:
+        state["completep"] = plugin.completep.state()
     return {
         "format": FORMAT,
         "save_id": save_id,
@@ -173,3 +228,18 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_mod
                     f"{path}: the averaging window was saved with {key} {manifest[key]}, this run has {value}; resume "
                     f"with {key} {manifest[key]}"
                 )
+
+
+def _compare_universal(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+    """DeepSpeed's universal checkpoints of ZeRO 1/2 and of ZeRO 3 hold different things under the same names."""
+    saved, here = manifest["zero_stage"], int(plugin.engine.zero_optimization_stage())
+    if (saved == 3) != (here == 3):
+        raise CheckpointError(
+            f"{path}: a universal checkpoint of zero_optimization.stage {saved} cannot be resumed with stage {here}; "
+            f"write stage {saved}"
+        )
+    if plugin.completep is not None and "completep" not in manifest["state"]:
+        raise CheckpointError(
+            f"{path} was saved by a version that did not keep the param groups' settings; resume from an ordinary "
+            "checkpoint on the same number of ranks, and save and convert again"
+        )

@@ -26,6 +26,16 @@ ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group
 ZERO3_PERSISTENT = "persistent_parameters"  # small parameters that stay gathered on every rank
 ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
 
+# -- the gradient norm that clipping uses ----------------------------------------------------------------------------
+ZERO12_NORM = "get_grad_norm_direct"  # (gradients, params): once for each param group
+ZERO12_OFFLOAD_NORM = "complete_grad_norm_calculation_for_cpu_offload"  # (params): the same with optimizer offload
+ZERO12_NORM_PARAMS = "params_in_partition"  # the very lists that are given to them as params
+ZERO3_NORMS = "_get_norm_groups"  # (): one norm for each sub-group, with and without offload
+ZERO3_GROUP_OF_SUB_GROUP = "sub_group_to_group_id"
+BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose norm is taken, or that are clipped
+BF16_GRADIENTS = "fp32_groups_gradients"  # [group][parameter], the same tensors
+FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the norm of the parameters' own gradients
+
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
 UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
 

@@ -1,16 +1,22 @@
-"""CompleteP on DeepSpeed: the param groups of any optimizer it builds, and schedulers that keep them apart.
+"""CompleteP on DeepSpeed: the optimizer's param groups, schedulers that keep them apart, and the built engine's part.
 
-The method itself is in `megatron_patches.completep`.
+The method itself is in `megatron_patches.completep`. `set_up` runs before DeepSpeed builds the engine, `CompleteP` is
+what stays on it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ds_plugin.errors import ConfigError
-from ds_plugin.group_lr import expand_scheduler
-from megatron_patches.completep import build_param_groups, finished_roles, ratios_of
+from ds_plugin import compat
+from ds_plugin.errors import CheckpointError, ConfigError
+from ds_plugin.group_lr import expand_scheduler, refuse_flattened
+from megatron_patches.completep import build_param_groups, describe, finished_roles, ratios_of
 from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.rules import Role
+
+_FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
 
 
 def set_up(
@@ -20,26 +26,230 @@ def set_up(
     optimizer: Any,
     model_parameters: Any,
     lr_scheduler: Any,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Finish the model and build its param groups; returns them, and the config with the scheduler's scalars expanded.
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Finish the model and build its param groups.
+
+    The base hyperparameters are those of the JSON or, where an optimizer is given that is built already, its own: its
+    groups are replaced in place by one for each role.
+
+    Returns what to give to ``deepspeed.initialize``: the groups (None with a built optimizer), the optimizer or a
+    checked function, the scheduler as a checked function, and the config with the scheduler's scalars expanded.
 
     Raises:
-        ConfigError: the model was not prepared, the optimizer is no AdamW or has groups already, or the scheduler would
-            flatten them.
+        ConfigError: the model was not prepared, the optimizer is no AdamW or not over the model's parameters, or the
+            scheduler would flatten the groups.
     """
-    if model_parameters is not None:
-        raise ConfigError("completep: builds the optimizer's param groups itself; do not give model_parameters=")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            f"completep: the optimizer {type(optimizer).__name__} is built already, with param groups of its own; "
-            'describe it in the JSON ("optimizer") or give a function of the param groups: optimizer=lambda groups: '
-            "MyAdam(groups)"
-        )
+    _check_model_parameters(model, model_parameters)
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError(
             "completep: lr_scheduler is built already, on other param groups; describe it in the JSON or give a "
-            "function"
+            "function of the optimizer: lr_scheduler=lambda optimizer: MyScheduler(optimizer)"
         )
+    built = isinstance(optimizer, torch.optim.Optimizer)
+    base = _base_of(optimizer, model) if built else _base_of_json(host_config, optimizer)
+    groups = build_param_groups(
+        model, finished_roles(model, section), ratios_of(model.config, section), section, **base
+    )
+    if host_config.get("scheduler"):
+        ratios = [group["lr"] / base["lr"] for group in groups]
+        host_config = {**host_config, "scheduler": expand_scheduler(host_config["scheduler"], ratios)}
+    if built:
+        kept = {key: value for key, value in optimizer.param_groups[0].items() if key != "param_names"}
+        optimizer.param_groups[:] = [{**kept, **group} for group in groups]
+        return None, optimizer, _checked_scheduler(lr_scheduler), host_config
+    return groups, _checked_optimizer(optimizer, section), _checked_scheduler(lr_scheduler), host_config
+
+
+class CompleteP:
+    """The method on a built engine: what its checkpoints hold of the groups, and the gradient norm in folded mode."""
+
+    def __init__(self, engine: Any, section: CompletePConfig):
+        """
+        Raises:
+            ConfigError: folded mode with clipping, in an optimizer wrapper whose norm cannot be corrected.
+            StateError: this DeepSpeed lacks a name that correcting it needs.
+        """
+        self.engine, self.section = engine, section
+        self._roles = [group["role"] for group in self._groups]
+        self._shadowed: list[tuple[Any, str]] = []
+        ratios = ratios_of(engine.module.config, section)
+        factors = [section.fold_factor(Role(role), ratios) for role in self._roles]
+        if any(factor != 1.0 for factor in factors):
+            self._weigh_norm(factors)
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.engine.basic_optimizer.param_groups
+        return groups
+
+    def describe(self) -> str:
+        """The ratios and multipliers in one line."""
+        return describe(self.engine.module, self.section)
+
+    def remove(self) -> None:
+        """Give the engine its own gradient norm back."""
+        for owner, name in self._shadowed:
+            delattr(owner, name)
+        self._shadowed = []
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state(self) -> list[dict[str, Any]]:
+        """Every group's settings in JSON types. The host's own checkpoints hold them too; loading one that was
+        converted to a universal checkpoint loses them under ZeRO 3."""
+        names = ("lr", "initial_lr", "weight_decay", "eps")
+        return [
+            {"role": g["role"], "betas": [float(b) for b in g["betas"]], **{k: float(g[k]) for k in names if k in g}}
+            for g in self._groups
+        ]
+
+    def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Stamp saved settings on the groups, after the host has loaded a universal checkpoint.
+
+        ZeRO 3 gives every group the first one's there; and one step counter to all, which each group would advance.
+
+        Raises:
+            CheckpointError: the groups are not those that were saved.
+        """
+        saved = [group["role"] for group in state]
+        if saved != self._roles:
+            raise CheckpointError(
+                f"completep: the checkpoint has param groups for the roles {', '.join(saved)}, this run for "
+                f"{', '.join(self._roles)}; freeze the same parameters"
+            )
+        for group, settings in zip(self._groups, state, strict=True):
+            group.update(settings, betas=tuple(settings["betas"]))
+        for moments in self.engine.basic_optimizer.state.values():
+            if torch.is_tensor(moments.get("step")):
+                moments["step"] = moments["step"].clone()
+
+    # -- the gradient norm in folded mode ----------------------------------------------------------------------------
+
+    def _weigh_norm(self, factors: Sequence[float]) -> None:
+        """Multiply each group's part of the gradient norm by its factor, so that it is the forward mode's.
+
+        Clipping and `get_global_grad_norm` use it. One multiplication of a scalar per group: no collective, no sync.
+        """
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        wrapper = self.engine.optimizer
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            self._weigh_zero3(wrapper, factors)
+        elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+            self._weigh_zero12(wrapper, factors)
+        elif isinstance(wrapper, BF16_Optimizer):
+            self._weigh_bf16(wrapper, factors)
+        elif wrapper is self.engine.basic_optimizer:
+            self._weigh_fp32(factors)
+        elif self.engine.gradient_clipping():
+            raise ConfigError(
+                f'completep.residual: "folded" with gradient_clipping {self.engine.gradient_clipping()} is not '
+                f"supported under DeepSpeed's {type(wrapper).__name__}, which would clip by another norm; write "
+                'zero_optimization.stage 1, or "residual": "forward"'
+            )
+
+    def _shadow(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        compat.need(owner, name)
+        setattr(owner, name, wrap(getattr(owner, name)))
+        self._shadowed.append((owner, name))
+
+    def _weigh_zero12(self, wrapper: Any, factors: Sequence[float]) -> None:
+        compat.need(wrapper, compat.ZERO12_NORM_PARAMS)
+        lists = getattr(wrapper, compat.ZERO12_NORM_PARAMS)  # one per group, empty on a rank that holds padding only
+
+        def wrap(host_norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+                params = kwargs.get("params", args[-1] if args else None)
+                factor = next(c for own, c in zip(lists, factors, strict=True) if own is params)
+                return _weighed(host_norm(*args, **kwargs), factor)
+
+            return norm
+
+        for name in (compat.ZERO12_NORM, compat.ZERO12_OFFLOAD_NORM):
+            self._shadow(wrapper, name, wrap)
+
+    def _weigh_zero3(self, wrapper: Any, factors: Sequence[float]) -> None:
+        compat.need(wrapper, compat.ZERO3_GROUP_OF_SUB_GROUP)
+        group_of = getattr(wrapper, compat.ZERO3_GROUP_OF_SUB_GROUP)
+
+        def wrap(host_norms: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
+            return lambda: [_weighed(norm, factors[group_of[i]]) for i, norm in enumerate(host_norms())]
+
+        self._shadow(wrapper, compat.ZERO3_NORMS, wrap)
+
+    def _weigh_bf16(self, wrapper: Any, factors: Sequence[float]) -> None:
+        compat.need(wrapper, compat.BF16_GRADIENTS)
+        factor_of = {
+            id(gradient): factor
+            for gradients, factor in zip(getattr(wrapper, compat.BF16_GRADIENTS), factors, strict=True)
+            for gradient in gradients
+            if factor != 1.0
+        }
+
+        def wrap(host_gradients: Callable[..., Any]) -> Callable[..., Any]:
+            def gradients(for_clipping: bool = False) -> Any:
+                found = host_gradients(for_clipping=for_clipping)
+                if for_clipping:
+                    return found
+                dense, experts = found  # a tensor's weighed norm stands in for it: the norm of norms is the norm
+                return [_norm(g) * factor_of[id(g)] if id(g) in factor_of else g for g in dense], experts
+
+            return gradients
+
+        self._shadow(wrapper, compat.BF16_NORM_GRADIENTS, wrap)
+
+    def _weigh_fp32(self, factors: Sequence[float]) -> None:
+        """Stage 0 in fp32: the gradients are the forward mode's while the host clips them."""
+        folded = [(group["params"], factor) for group, factor in zip(self._groups, factors, strict=True) if factor != 1]
+
+        def scale(power: int) -> None:
+            for params, factor in folded:
+                gradients = [p.grad for p in params if p.grad is not None]
+                if gradients:
+                    torch._foreach_mul_(gradients, factor**power)
+
+        def wrap(host_clip: Callable[[], Any]) -> Callable[[], Any]:
+            def clip() -> None:
+                scale(1)
+                host_clip()
+                scale(-1)
+
+            return clip
+
+        self._shadow(self.engine, compat.FP32_CLIP, wrap)
+
+
+def _weighed(norm: torch.Tensor, factor: float) -> torch.Tensor:
+    """A group's norm times its factor; the host marks a norm that is not finite by -1."""
+    return norm if factor == 1.0 else torch.where(norm >= 0, norm * factor, norm)
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+
+
+# -- what the caller of initialize() gives ---------------------------------------------------------------------------
+
+
+def _check_model_parameters(model: Any, given: Any) -> None:
+    """All of the model's parameters (with or without its frozen ones) say nothing new; anything else is refused."""
+    if given is None:
+        return
+    listed = list(given)
+    names = {id(p): name for name, p in model.named_parameters()}
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if not ({id(p) for p in listed} <= names.keys() and trainable <= {id(p) for p in listed}):
+        what = "param groups" if any(isinstance(p, Mapping) for p in listed) else "other than all of the model's"
+        raise ConfigError(
+            f"completep: model_parameters= are {what}, and the method builds the optimizer's param groups itself; do "
+            "not give model_parameters=, or give model.parameters()"
+        )
+
+
+def _base_of_json(host_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The base model's hyperparameters from the JSON's ``optimizer``."""
     described = host_config.get("optimizer") or {}
     params = described.get("params") or {}
     if optimizer is None and str(described.get("type")).lower() not in ("adam", "adamw"):
@@ -52,23 +262,138 @@ def set_up(
             "hold for decoupled weight decay, remove it"
         )
     for name, example in (("lr", 0.001), ("weight_decay", 0.1)):  # implementations differ in their default decay
-        value = params.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
-            found = "missing" if name not in params else f"{value!r}, which is not a usable number"
+        found = "missing" if name not in params else _not_usable(name, params[name])
+        if found:
             raise ConfigError(f"completep: optimizer.params.{name} is {found}; write the base model's, e.g. {example}")
-    base_lr = params["lr"]
-    roles = finished_roles(model, section)
-    groups = build_param_groups(
-        model,
-        roles,
-        ratios_of(model.config, section),
-        section,
-        lr=base_lr,
-        weight_decay=params["weight_decay"],
-        eps=params.get("eps", 1e-8),
-        betas=params.get("betas", (0.9, 0.999)),
-    )
-    if host_config.get("scheduler"):
-        ratios = [group["lr"] / base_lr for group in groups]
-        host_config = {**host_config, "scheduler": expand_scheduler(host_config["scheduler"], ratios)}
-    return groups, host_config
+    return {
+        "lr": params["lr"],
+        "weight_decay": params["weight_decay"],
+        "eps": params.get("eps", 1e-8),
+        "betas": params.get("betas", (0.9, 0.999)),
+    }
+
+
+def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
+    """The base model's hyperparameters from an optimizer that is built already and has done nothing yet.
+
+    Weight decay may be zero on some of its groups: which parameters decay is Table 1's to say.
+    """
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    if not _is_adam(optimizer):
+        raise ConfigError(
+            f"completep: the optimizer {kind} is built already and is no Adam, whose param groups could be replaced; "
+            f'describe AdamW in the JSON ("optimizer"), or {_FUNCTION}'
+        )
+    if optimizer.state:
+        raise ConfigError(
+            f"completep: the optimizer {kind} has state for {len(optimizer.state)} parameters; give one that has not "
+            "stepped or loaded anything, and load checkpoints through the engine"
+        )
+    if any("initial_lr" in group for group in groups):
+        raise ConfigError(
+            f"completep: a learning rate scheduler is built on the optimizer {kind} already, for other param groups; "
+            "describe it in the JSON or give a function: lr_scheduler=lambda optimizer: MyScheduler(optimizer)"
+        )
+    _check_covers(optimizer, model)
+    for name in sorted({key for group in groups for key in group} - {"params", "param_names", "weight_decay"}):
+        values = [group.get(name) for group in groups]
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"completep: the optimizer {kind} has groups with {name} {values[0]!r} and "
+                f"{next(v for v in values if v != values[0])!r}; give all the base model's, the method sets the roles'"
+            )
+    decays = sorted({group["weight_decay"] for group in groups if group["weight_decay"] != 0})
+    if len(decays) > 1:
+        raise ConfigError(
+            f"completep: the optimizer {kind} has groups with weight_decay {decays[0]!r} and {decays[1]!r}; give all "
+            "the base model's (or 0): Table 1 decides which parameters decay"
+        )
+    if decays and not _decoupled(optimizer):
+        raise ConfigError(
+            f"completep: the optimizer {kind} adds weight_decay {decays[0]!r} to the gradient; the rules hold for "
+            "decoupled weight decay, give AdamW"
+        )
+    base = {name: groups[0][name] for name in ("lr", "eps", "betas")} | {"weight_decay": decays[0] if decays else 0.0}
+    for name in ("lr", "weight_decay"):
+        if found := _not_usable(name, base[name]):
+            raise ConfigError(f"completep: {name} of the optimizer {kind} is {found}; give the base model's")
+    return base
+
+
+def _check_covers(optimizer: torch.optim.Optimizer, model: Any) -> None:
+    """Every trainable parameter of the model is in the optimizer, and nothing else but frozen ones."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    remedy = "build it from model.parameters()"
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in names:
+                raise ConfigError(
+                    f"completep: the optimizer {type(optimizer).__name__} has a parameter of shape {list(p.shape)} in "
+                    f"group {i} that is not the model's; {remedy}"
+                )
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in given:
+            raise ConfigError(
+                f"completep: the optimizer {type(optimizer).__name__} lacks the parameter {name}; {remedy}, or freeze "
+                "the parameter"
+            )
+
+
+def _not_usable(name: str, value: Any) -> str | None:
+    """What is wrong with a learning rate or weight decay, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
+        return f"{value!r}, which is not a usable number"
+    return None
+
+
+def _is_adam(optimizer: Any) -> bool:
+    """torch's Adam and AdamW; DeepSpeed's, apex's and TransformerEngine's by name, so that none is imported here."""
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    return isinstance(optimizer, torch.optim.Adam) or bool(names & {"FusedAdam", "DeepSpeedCPUAdam"})
+
+
+def _decoupled(optimizer: Any) -> bool:
+    """Whether an Adam decays weights apart from the gradient: torch says so in its groups, the others on themselves."""
+    groups = optimizer.param_groups
+    return bool(getattr(optimizer, "adam_w_mode", all(g.get("decoupled_weight_decay") for g in groups)))
+
+
+# -- functions that the caller gives, checked when DeepSpeed calls them ----------------------------------------------
+
+
+def _checked_optimizer(function: Any, section: CompletePConfig) -> Any:
+    if function is None:
+        return None
+
+    def build(groups: list[dict[str, Any]]) -> Any:
+        expected = [group["role"] for group in groups]
+        optimizer = function(groups)
+        kind, found = type(optimizer).__name__, [group.get("role") for group in optimizer.param_groups]
+        if found != expected:
+            raise ConfigError(
+                f"completep: the optimizer {kind} that the given function returned has {len(found)} param groups that "
+                f"are not the {len(expected)} it was given; {_FUNCTION}"
+            )
+        decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+        if section.residual == "folded" and not (_is_adam(optimizer) and (_decoupled(optimizer) or not decays)):
+            raise ConfigError(
+                f'completep.residual: "folded" holds for Adam with decoupled weight decay, the given function returned '
+                f'{kind}; return AdamW, or write "residual": "forward"'
+            )
+        return optimizer
+
+    return build
+
+
+def _checked_scheduler(function: Any) -> Any:
+    if function is None:
+        return None
+
+    def build(optimizer: Any) -> Any:
+        before = [group["lr"] for group in optimizer.param_groups]
+        scheduler = function(optimizer)
+        refuse_flattened(scheduler, before, [group["lr"] for group in optimizer.param_groups])
+        return scheduler
+
+    return build

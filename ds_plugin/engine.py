@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import checkpoint, compat, completep
+from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.zero_shards import find_shards
-from megatron_patches.completep import describe
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
 
@@ -40,18 +40,17 @@ class Plugin:
         self.config = config
         self.warmup: SequenceLengthWarmup | None = None
         self.averager: WeightAverager | None = None
+        self.completep: CompleteP | None = None
         self._replaced: list[str] = []
         self._window_open = False  # a micro-batch has been accumulated that no step has used yet
         _refuse_pipeline(config, compat.is_pipeline(engine))
-        if config != PluginConfig() and engine.load_universal_checkpoint():
-            raise ConfigError(
-                "checkpoint.load_universal: universal checkpoints carry neither the methods' state nor, under ZeRO 3, "
-                "the param groups of CompleteP; resume from an ordinary checkpoint on the same number of ranks"
-            )
+        _refuse_universal(config, engine)
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
             self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
+        if config.completep is not None:
+            self.completep = CompleteP(engine, config.completep)
         if self.warmup is not None or self.averager is not None:
             self._replace("backward", self._backward)
             self._replace("step", self._step)
@@ -79,8 +78,8 @@ class Plugin:
         lines = []
         if self.warmup is not None:
             lines.append(self.warmup.describe())
-        if self.config.completep is not None:
-            lines.append(describe(self.engine.module, self.config.completep))
+        if self.completep is not None:
+            lines.append(self.completep.describe())
         if self.averager is not None:
             lines.append(self.averager.describe())
         return lines
@@ -111,9 +110,11 @@ class Plugin:
         self._refuse_while_swapped("detach()")
         if self.warmup is not None:
             self.warmup.remove()
+        if self.completep is not None:
+            self.completep.remove()
         for name in self._replaced:
             delattr(self.engine, name)
-        self._replaced, self.warmup, self.averager = [], None, None
+        self._replaced, self.warmup, self.averager, self.completep = [], None, None, None
 
     # -- the engine's methods, wrapped -------------------------------------------------------------------------------
 
@@ -171,17 +172,25 @@ class Plugin:
         call = inspect.signature(self._host_load_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
         call.apply_defaults()
         tag, root = call.arguments["tag"], Path(call.arguments["load_dir"])
-        tag = str(tag) if tag is not None else checkpoint.latest_tag(root)
+        universal = bool(self.engine.load_universal_checkpoint())
+        tag = str(tag) if tag is not None else checkpoint.latest_tag(root, universal=universal)
         if tag is None:  # nothing to load; the host says so in its own way
             return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         weights_only = call.arguments["load_module_only"]
         own_loader = call.arguments["custom_load_fn"] is not None or not call.arguments["load_module_strict"]
-        manifest = checkpoint.check(self, root / tag, same_model=not own_loader, same_run=not weights_only)
+        manifest = checkpoint.check(
+            self, root / tag, same_model=not own_loader, same_run=not weights_only, universal=universal
+        )
+        groups = self.completep.state() if self.completep is not None else []
         call.arguments["tag"] = tag
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         if result[0] is None:
             return result
         self._window_open = False
+        if universal and self.completep is not None:
+            assert manifest is not None  # check() insists on one
+            resumed = call.arguments["load_optimizer_states"] and not weights_only
+            self.completep.load_state(manifest["state"]["completep"] if resumed else groups)
         if weights_only:
             self._start_afresh()  # the host starts at step 0: another run
         else:
@@ -235,7 +244,7 @@ def initialize(
     host_config, sections = split_config(given[0])
     _refuse_conflicts(host_config, sections, model)
     if sections.completep is not None:
-        model_parameters, host_config = completep.set_up(
+        model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
             model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
         )
     host_args = copy.copy(args)
@@ -316,6 +325,22 @@ def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, mo
         raise ConfigError(
             "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both set "
             "the length; remove one of the two"
+        )
+
+
+def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
+    """What DeepSpeed's universal checkpoints cannot restore, with any method on."""
+    if sections == PluginConfig() or not engine.load_universal_checkpoint():
+        return
+    if sections.weight_averaging is not None:
+        raise ConfigError(
+            "checkpoint.load_universal: the window of weight_averaging is kept by rank, and a universal checkpoint has "
+            'none; resume from an ordinary checkpoint on the same number of ranks, or write "enabled": false'
+        )
+    if engine.zero_optimization_stage() == 0:
+        raise ConfigError(
+            "checkpoint.load_universal: DeepSpeed loads no weights from universal checkpoints with "
+            "zero_optimization.stage 0; write stage 1, 2 or 3"
         )
 
 

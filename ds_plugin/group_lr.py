@@ -5,6 +5,7 @@ CompleteP in silence. Scalars are expanded to one value per group before DeepSpe
 that offers no such setting is refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,3 +52,26 @@ def expand_scheduler(scheduler: Mapping[str, Any], ratios: Sequence[float]) -> d
             continue
         params[key] = [value * ratio for ratio in ratios]
     return {**scheduler, "params": params}
+
+
+def refuse_flattened(scheduler: Any, before: Sequence[float], after: Sequence[float]) -> None:
+    """Check a scheduler that a user's function has built: it must scale all groups' learning rates alike.
+
+    ``before``, ``after``: each group's learning rate before and after the scheduler was built. Only what shows there,
+    and ``eta_min``, is seen.
+
+    Raises:
+        ConfigError: the scheduler has flattened the groups, or will.
+    """
+    kind = type(scheduler).__name__
+    factors = [new / old for old, new in zip(before, after, strict=True)]
+    if not all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors):
+        raise ConfigError(
+            f'lr_scheduler: {kind} has set the learning rates of the param groups of "completep" to {list(after)}, '
+            "which undoes their ratios; use one that scales each group's own, such as LambdaLR"
+        )
+    if getattr(scheduler, "eta_min", 0):
+        raise ConfigError(
+            f"lr_scheduler: {kind} has eta_min {scheduler.eta_min!r}, one floor for all param groups of "
+            '"completep"; leave it at 0, or use LambdaLR'
+        )
