@@ -3,6 +3,8 @@
 import concurrent.futures
 import math
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +84,7 @@ def sweep(
         for shape, lr, seed in wanted:
             if (run := done.get((shape.same_as(base), lr, seed))) is not None:
                 kept[shape, lr, seed] = replace(run, recipe=shape.recipe)
-        return list(kept.values())
+        return sorted(kept.values(), key=lambda r: (r.recipe, r.width, r.depth, r.seed, r.lr))
 
     missing = [job for job in jobs if job not in done]
     finished = _trained(missing, base, steps, text, workers)
@@ -109,7 +111,7 @@ def _trained(
         return
     # Fresh processes: a world of ranks does not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=trial.start_host) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
         pending = {
             pool.submit(train, shape, base, seed=seed, steps=steps, lr=lr, text=text): (shape, lr, seed)
             for shape, lr, seed in jobs
@@ -120,6 +122,16 @@ def _trained(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _start_worker() -> None:
+    def leave_with(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    # A sweep that is killed must not leave workers that train on.
+    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    trial.start_host()
 
 
 def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
