@@ -153,26 +153,50 @@ def test_betas_follow_the_batch_and_token_ratios():
         scaled_betas((0.9, 0.95), 20)
 
 
+LAYER = "decoder.layers.11."
+# TransformerEngine's layers, which need a GPU to be built; test_completep_parity.py builds the local ones.
 NAMES = {
     "embedding.word_embeddings.weight": Role.EMBEDDING,
     "embedding.position_embeddings.weight": Role.EMBEDDING,
-    "decoder.layers.0.input_layernorm.weight": Role.BLOCK_NORM,
-    "decoder.layers.11.pre_mlp_layernorm.bias": Role.BLOCK_NORM,
-    "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
-    "decoder.layers.3.mlp.linear_fc1.layer_norm_bias": Role.BLOCK_NORM,
-    "decoder.layers.3.self_attention.q_layernorm.weight": Role.QK_NORM,
-    "decoder.layers.3.self_attention.linear_qkv.weight": Role.HIDDEN,
-    "decoder.layers.3.self_attention.linear_proj.weight": Role.HIDDEN,
-    "decoder.layers.3.mlp.linear_fc2.weight": Role.HIDDEN,
-    "decoder.layers.3.mlp.linear_fc2.bias": Role.BLOCK_BIAS,
+    LAYER + "self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
+    LAYER + "self_attention.linear_qkv.layer_norm_bias": Role.BLOCK_NORM,
+    LAYER + "self_attention.linear_qkv.weight": Role.HIDDEN,
+    LAYER + "self_attention.linear_qkv.bias": Role.BLOCK_BIAS,
+    LAYER + "self_attention.q_layernorm.weight": Role.QK_NORM,
+    LAYER + "self_attention.q_layernorm.bias": Role.QK_NORM,
+    LAYER + "self_attention.k_layernorm.weight": Role.QK_NORM,
+    LAYER + "self_attention.k_layernorm.bias": Role.QK_NORM,
+    LAYER + "self_attention.linear_proj.weight": Role.HIDDEN,
+    LAYER + "self_attention.linear_proj.bias": Role.BLOCK_BIAS,
+    LAYER + "mlp.linear_fc1.layer_norm_weight": Role.BLOCK_NORM,
+    LAYER + "mlp.linear_fc1.layer_norm_bias": Role.BLOCK_NORM,
+    LAYER + "mlp.linear_fc1.weight": Role.HIDDEN,
+    LAYER + "mlp.linear_fc1.bias": Role.BLOCK_BIAS,
+    LAYER + "mlp.linear_fc2.weight": Role.HIDDEN,
+    LAYER + "mlp.linear_fc2.bias": Role.BLOCK_BIAS,
     "decoder.final_layernorm.weight": Role.FINAL_NORM,
+    "decoder.final_layernorm.bias": Role.FINAL_NORM,
     "output_layer.weight": Role.UNEMBEDDING,
 }
+# the copy of the word embedding that a pipeline's last stage holds
+TIED_NAMES = NAMES | {"output_layer.weight": Role.EMBEDDING}
+_ENDS_OF_BRANCHES = {
+    LAYER + "self_attention.linear_proj.weight": Role.BRANCH_OUT,
+    LAYER + "self_attention.linear_proj.bias": Role.BRANCH_OUT_BIAS,
+    LAYER + "mlp.linear_fc2.weight": Role.BRANCH_OUT,
+    LAYER + "mlp.linear_fc2.bias": Role.BRANCH_OUT_BIAS,
+}
+FOLDED_NAMES = NAMES | _ENDS_OF_BRANCHES
+FOLDED_TIED_NAMES = TIED_NAMES | _ENDS_OF_BRANCHES
+FOLDED_TIED_NAMES |= {f"decoder.final_layernorm.{kind}": Role.LOGIT_NORM for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize(("name", "role"), NAMES.items())
-def test_roles(name, role):
-    assert role_of(name) is role
+@pytest.mark.parametrize(
+    ("folded", "tied", "names"),
+    [(False, False, NAMES), (False, True, TIED_NAMES), (True, False, FOLDED_NAMES), (True, True, FOLDED_TIED_NAMES)],
+)
+def test_roles(folded, tied, names):
+    assert {name: role_of(name, folded=folded, tied=tied) for name in names} == names
 
 
 @pytest.mark.parametrize(
