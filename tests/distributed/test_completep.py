@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ds_plugin
+from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError
 from megatron_patches import cpu_host, gpt
 from megatron_patches.completep import finish, prepare
@@ -257,6 +258,11 @@ def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel
 
 
 def _refusals():
+    cpu_host.enable()
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules
+    from megatron.core.transformer.attention import CrossAttention
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
     messages = {}
 
     def attempt(name, function):
@@ -273,7 +279,7 @@ def _refusals():
     attempt(
         "groups",
         lambda: ds_plugin.initialize(
-            model=prepared, config=host_config(section()), model_parameters=prepared.parameters()
+            model=prepared, config=host_config(section()), model_parameters=[{"params": prepared.parameters()}]
         ),
     )
     attempt(
@@ -295,11 +301,27 @@ def _refusals():
         ("multi_latent_attention", True),
         ("mtp_num_layers", 1),
         ("softmax_scale", 0.1),
+        ("use_mup", True),
+        ("is_hybrid_model", True),
+        ("inference_fuse_tp_communication", True),
+        ("apply_query_key_layer_scaling", True),
+        ("experimental_attention_variant", "gated_delta_net"),
+        ("heterogeneous_block_specs", True),
+        ("enable_hyper_connections", True),
     ):
         cfg = gpt.GPTConfig.model_validate(SIZE)
         config = gpt.transformer_config(cfg, torch.float32)
         setattr(config, name, value)
         attempt(name, lambda config=config, cfg=cfg: prepare(config, gpt.layer_spec(cfg), section()))
+    config = gpt.transformer_config(cfg, torch.float32)
+    mamba, crossed = gpt.layer_spec(cfg), gpt.layer_spec(cfg)
+    mamba.submodules = MambaStackSubmodules()
+    attempt("mamba", lambda: prepare(config, mamba, section()))
+    crossed.submodules.cross_attention = ModuleSpec(module=CrossAttention)
+    attempt("cross-attention", lambda: prepare(config, crossed, section()))
+    prepared = build(section(), finished=False)
+    prepared.output_layer.weight = torch.nn.Parameter(prepared.output_layer.weight.to("meta"))
+    attempt("meta", lambda: finish(prepared, section()))
     return messages
 
 
@@ -315,7 +337,57 @@ EXPECTED = {
     "multi_latent_attention": ["multi_latent_attention", "True"],
     "mtp_num_layers": ["mtp_num_layers", "1"],
     "softmax_scale": ["softmax_scale", "0.1"],
+    "use_mup": ["use_mup", "True", "leave it at False"],
+    "is_hybrid_model": ["is_hybrid_model"],
+    "inference_fuse_tp_communication": ["inference_fuse_tp_communication"],
+    "apply_query_key_layer_scaling": ["apply_query_key_layer_scaling"],
+    "experimental_attention_variant": ["gated_delta_net"],
+    "heterogeneous_block_specs": ["heterogeneous_block_specs"],
+    "enable_hyper_connections": ["enable_hyper_connections"],
+    "mamba": ["MambaStackSubmodules", "self_attn_bda"],
+    "cross-attention": ["CrossAttention", "decoder-only"],
+    "meta": ["output_layer.weight", "device meta"],
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"base_width": 0}, ["base_width", "0"]),
+        ({"base_width": -64}, ["base_width", "-64"]),
+        ({"base_depth": "two"}, ["base_depth", "two"]),
+        ({"base_depth": 2.5}, ["base_depth", "2.5"]),
+        ({"base_width": None}, ["base_width", "None"]),
+        ({"alpha": 0.4}, ["alpha", "0.4"]),
+        ({"alpha": 1.5}, ["alpha", "1.5"]),
+        ({"alpha": "one"}, ["alpha", "one"]),
+        ({"base_head_dim": 5}, ["base_head_dim", "5 does not divide base_width 16"]),
+        ({"base_head_dim": -8}, ["base_head_dim", "-8"]),
+        ({"recipe": "sp"}, ["recipe", "sp", "standard"]),
+        ({"residual": "fold"}, ["residual", "fold", "folded"]),
+        ({"batch_ratio": 2.0}, ["batch_ratio", "completed_p"]),
+        ({"base_widht": 64}, ["base_widht", "base_width"]),
+    ],
+)
+def test_a_wrong_section_is_refused_in_one_line(changes, parts):
+    with pytest.raises(ConfigError) as caught:
+        PluginConfig.from_dict({"completep": {**BASE, **changes}})
+    message = str(caught.value)
+    assert all(part in message for part in parts) and "\n" not in message, message
+
+
+def _smaller_than_the_base():
+    """m_N = 1/4, m_L = 1/4: ratios below one are as good as any."""
+    completep = section(base_width=256, base_depth=32, base_head_dim=16)
+    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    losses = train(engine)
+    return losses, {g["role"]: (g["lr"], g["weight_decay"], g["eps"]) for g in engine.optimizer.param_groups}
+
+
+def test_a_model_smaller_than_its_base_trains(workers):
+    losses, groups = workers(1).run(_smaller_than_the_base)[0]
+    assert all(3 < loss < 6 for loss in losses)
+    assert groups["hidden"] == pytest.approx((LR * 4, DECAY / 4, EPS * 16))
 
 
 def test_refusals(workers):
