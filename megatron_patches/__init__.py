@@ -1,9 +1,23 @@
 """The NVIDIA Megatron side of the plugin.
 
-Importing this package is cheap: it imports neither megatron nor deepspeed. `active()` lists every change the plugin has
-made to the host in this process and `revert()` undoes them all.
+Importing this package is cheap: it imports neither megatron nor deepspeed, nor torch. `apply(section)` gives a script
+that builds its own model and optimizer the CompleteP recipe, `active()` lists every change the plugin has made to the
+host in this process and `revert()` undoes them all.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from megatron_patches.patch import active, revert
 
-__all__ = ["active", "revert"]
+if TYPE_CHECKING:
+    from megatron_patches.script_hooks import apply
+
+__all__ = ["active", "apply", "revert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "apply":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megatron_patches.script_hooks import apply
+
+    return apply

@@ -4,15 +4,23 @@ The model has m_N = m_L = 2, so every multiplier is a power of two and the forwa
 to the last bits.
 """
 
+import subprocess
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+import megatron_patches
+from ds_plugin.errors import CheckpointError, ConfigError, StateError
 from megatron_patches import cpu_host, gpt
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.completep import megatron as host
 from megatron_patches.completep.config import CompletePConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, STEPS, MICRO_BATCHES, MICRO_SIZE = 64, 8, 10, 4, 2
 SIZE = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "seq_length": LENGTH}
 LR, MIN_LR, DECAY, EPS, CLIP = 0.01, 0.001, 0.1, 1e-4, 0.2  # an eps and a clip that matter, so that they are seen
@@ -229,9 +237,11 @@ def group_values(optimizer):
     return [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
 
-def interrupt_and_resume(folder, sharding, sharded):
-    """Weights of six steps, and of three, a checkpoint and three more; and every group before and after it."""
+def interrupt_and_resume(folder, shardings):
+    """Per format: the weights in which six steps differ from three, a checkpoint and three; whether groups are equal."""
     from megatron.core import dist_checkpointing
+
+    sharded = shardings != [None]
 
     def start():
         model = build(section())
@@ -239,33 +249,260 @@ def interrupt_and_resume(folder, sharding, sharded):
         optimizer = host.build_optimizer(optimizer_config(sharded), [ddp], section())
         return model, ddp, optimizer, scheduler_of(optimizer)
 
+    def go_on(ddp, optimizer, scheduler):
+        for step in range(3, 6):
+            train_step(ddp, optimizer, scheduler, step)
+
     model, ddp, optimizer, scheduler = start()
     for step in range(3):
         train_step(ddp, optimizer, scheduler, step)
-    dist_checkpointing.save(states(model, optimizer, scheduler, sharding, False), folder)
+    for sharding in shardings:
+        target = Path(folder, str(sharding))
+        target.mkdir(exist_ok=True)
+        dist_checkpointing.save(states(model, optimizer, scheduler, sharding, False), str(target))
     saved = group_values(optimizer)
-    for step in range(3, 6):
-        train_step(ddp, optimizer, scheduler, step)
+    go_on(ddp, optimizer, scheduler)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    model, ddp, optimizer, scheduler = start()
-    state = dist_checkpointing.load(states(model, optimizer, scheduler, sharding, True), folder)
-    host.check_checkpoint_state(state, section())
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    host.check_groups(optimizer, [ddp], section())
-    loaded = group_values(optimizer)
-    for step in range(3, 6):
-        train_step(ddp, optimizer, scheduler, step)
-    return [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])], saved, loaded
+    results = []
+    for sharding in shardings:
+        model, ddp, optimizer, scheduler = start()
+        source = str(Path(folder, str(sharding)))
+        state = dist_checkpointing.load(states(model, optimizer, scheduler, sharding, True), source)
+        host.check_checkpoint_state(state, section())
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        host.check_groups(optimizer, [ddp], section())
+        loaded = group_values(optimizer)
+        go_on(ddp, optimizer, scheduler)
+        different = [name for name, p in model.named_parameters() if not torch.equal(p, expected[name])]
+        results.append((sharding, different, loaded == saved))
+    return results
 
 
-FORMATS = ("dp_zero_gather_scatter", "dp_reshardable", "fully_reshardable")
+# The distributed optimizer's formats that this host can write at all (it refuses fully_sharded_model_space).
+FORMATS = ["dp_zero_gather_scatter", "dp_reshardable", "fully_reshardable"]
 
 
-@pytest.mark.parametrize("sharding", [*FORMATS, None])
-def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, sharding):
-    for different, saved, loaded in workers(2).run(interrupt_and_resume, str(tmp_path), sharding, sharding is not None):
-        assert different == []
-        assert loaded == saved
+@pytest.mark.parametrize("shardings", [FORMATS, [None]], ids=["distributed", "plain"])
+def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, shardings):
+    for results in workers(2).run(interrupt_and_resume, str(tmp_path), shardings):
+        assert results == [(sharding, [], True) for sharding in shardings]
+
+
+# lr, min lr, wd, eps of the base: 0.01, 0.001, 0.1, 1e-4; m_N = m_L = 2, alpha 1.
+GROUPS = {
+    "embedding": (0.01, 0.001, 0.1, 1e-4),
+    "hidden": (0.005, 0.0005, 0.2, 2.5e-5),
+    "block_norm": (0.01, 0.001, 0.0, 2.5e-5),
+    "block_bias": (0.01, 0.001, 0.0, 2.5e-5),
+    "final_norm": (0.01, 0.001, 0.0, 1e-4),
+    "unembedding": (0.01, 0.001, 0.1, 1e-4),
+}
+# The branches' last layers hold half the weights, the output layer too: lr and min lr / 2, wd and eps x 2.
+FOLDED_GROUPS = {
+    **GROUPS,
+    "branch_out": (0.0025, 0.00025, 0.4, 5e-5),
+    "branch_out_bias": (0.005, 0.0005, 0.0, 5e-5),
+    "unembedding": (0.005, 0.0005, 0.2, 2e-4),
+}
+# batch_ratio 2, token_ratio 8: lr and wd / 2, eps x 2, 1 - beta / 4; embeddings' eps / m_N; logits absorbed.
+COMPLETED_GROUPS = {
+    "embedding": (0.005, 0.0005, 0.05, 1e-4),
+    "hidden": (0.0025, 0.00025, 0.1, 5e-5),
+    "block_norm": (0.005, 0.0005, 0.0, 5e-5),
+    "block_bias": (0.005, 0.0005, 0.0, 5e-5),
+    "final_norm": (0.005, 0.0005, 0.0, 2e-4),
+    "unembedding": (0.0025, 0.00025, 0.1, 2e-4),
+}
+
+
+def groups_of(layout, changes, dtype=torch.float32):
+    """Before the scheduler exists, and at its peak; all betas; the groups whose learning rate the host logs."""
+    from megatron.core.transformer.module import Float16Module
+
+    model = build(section(**changes), **layout)
+    if dtype is torch.bfloat16:
+        model.config.bf16 = True
+        model = Float16Module(model.config, model)
+    found = []
+    for sharded in (False, True):
+        optimizer = host.build_optimizer(
+            optimizer_config(sharded, bf16=dtype is torch.bfloat16), [wrap(model, sharded)], section(**changes)
+        )
+        start = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
+        scheduler_of(optimizer).step(WARMUP)
+        peak = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
+        betas = {g["betas"] for g in optimizer.param_groups}
+        logged = [g["lr_mult"] for g in optimizer.param_groups if g["default_config"]]
+        found.append((start, peak, betas, logged))
+    return found
+
+
+def same_groups(found, expected, betas=(0.9, 0.999)):
+    for start, peak, found_betas, logged in found:
+        for groups in (start, peak):
+            assert groups.keys() == expected.keys()
+            for role, values in expected.items():
+                assert groups[role] == pytest.approx(values, rel=1e-12), role
+        assert [pytest.approx(betas)] == list(found_betas)
+        assert logged == ["embedding"]
+
+
+@pytest.mark.parametrize("layout", [{"tensor_parallel": 2}, {"pipeline_parallel": 2}], ids=["tensor", "pipeline"])
+def test_every_role_has_its_group_on_every_rank(workers, layout):
+    for found in workers(2).run(groups_of, layout, {}):
+        same_groups(found, GROUPS)
+
+
+def test_groups_of_half_precision_and_other_recipes(workers):
+    same_groups(workers(1).run(groups_of, {}, {}, torch.bfloat16)[0], GROUPS)
+    same_groups(workers(1).run(groups_of, {}, {"residual": "folded"})[0], FOLDED_GROUPS)
+    completed = {"recipe": "completed_p", "batch_ratio": 2.0, "token_ratio": 8.0}
+    same_groups(workers(1).run(groups_of, {}, completed)[0], COMPLETED_GROUPS, (0.975, 0.99975))
+
+
+def modes(tied):
+    return [
+        [train(section(residual=mode), sharded=sharded, tied=tied, config={"log_num_zeros_in_grad": True})
+         for mode in ("forward", "folded")]
+        for sharded in (False, True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_folded_mode_is_clipped_as_the_forward_mode(workers, tied):
+    for results in workers(2).run(modes, tied):
+        for (forward_losses, forward_norms), (folded_losses, folded_norms) in results:
+            assert min(forward_norms) > CLIP
+            assert folded_losses == pytest.approx(forward_losses, abs=1e-6)
+            assert folded_norms == pytest.approx(forward_norms, rel=1e-5)
+            assert forward_losses[0] - forward_losses[-1] > 0.05
+
+
+def refusals():
+    messages = {}
+
+    def attempt(name, function):
+        try:
+            function()
+        except (ConfigError, CheckpointError, StateError) as error:
+            messages[name] = f"{type(error).__name__}: {error}"
+
+    ddp = wrap(build(section()), False)
+    for name, value in CONFIG_REFUSALS.items():
+        config = optimizer_config(False)
+        setattr(config, name, value)
+        attempt(name, lambda config=config: host.build_optimizer(config, [ddp], section()))
+    optimizer = host.build_optimizer(optimizer_config(False), [ddp], section())
+    attempt("init_lr", lambda: scheduler_of(optimizer, init_lr=1e-5))
+    attempt("other section", lambda: host.build_optimizer(optimizer_config(False), [ddp], section(alpha=0.5)))
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    plain = get_megatron_optimizer(optimizer_config(False), [ddp])
+    attempt("plain groups", lambda: host.check_groups(plain, [ddp], section()))
+    optimizer.param_groups[1]["eps"] *= 2
+    attempt("eps", lambda: host.check_groups(optimizer, [ddp], section()))
+    stored = host.checkpoint_state(section())
+    host.check_checkpoint_state(stored, section())
+    attempt("checkpoint", lambda: host.check_checkpoint_state(stored, section(base_width=32)))
+    attempt("no state", lambda: host.check_checkpoint_state({}, section()))
+    ddp.module.extra = torch.nn.Linear(2, 2)
+    attempt("no role", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
+    return messages
+
+
+CONFIG_REFUSALS = {
+    "optimizer": "sgd", "lr": None, "min_lr": None, "decoupled_weight_decay": False, "decoupled_lr": 0.1,
+    "apply_wd_to_qk_layernorm": True,
+}  # fmt: skip
+EXPECTED = {
+    **{name: ["ConfigError", f"OptimizerConfig.{name} is {value!r}"] for name, value in CONFIG_REFUSALS.items()},
+    "init_lr": ["ConfigError", "init_lr is 1e-05", "0.0"],
+    "other section": ["ConfigError", "alpha 0.5", "alpha 1.0"],
+    "plain groups": ["ConfigError", "'embedding.word_embeddings.weight'", "lr_mult 1.0", "'embedding'"],
+    "eps": ["ConfigError", "decoder.layers.0.", "eps"],
+    "checkpoint": ["CheckpointError", "base_width 16 there, 32 here"],
+    "no state": ["CheckpointError", "written without it"],
+    "no role": ["ConfigError", "extra.weight"],
+}
+
+
+def test_refusals(workers):
+    messages = workers(1).run(refusals)[0]
+    for name, parts in EXPECTED.items():
+        assert name in messages, f"{name} was not refused"
+        assert all(part in messages[name] for part in parts), messages[name]
+
+
+def script(folded):
+    """A script's own calls of the host, under apply(); then reverted, as its importers see it."""
+    import megatron.core.optimizer as optimizers
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    completep = section(residual="folded" if folded else "forward")
+    main, training = sys.modules["__main__"], types.ModuleType("megatron.training")
+    mine = types.ModuleType("somebodys_training")
+    for module in (main, training, mine):
+        module.get_megatron_optimizer = optimizers.get_megatron_optimizer
+        sys.modules[module.__name__] = module
+    before = optimizers.get_megatron_optimizer, GPTModel.__init__, OptimizerParamScheduler.__init__
+    megatron_patches.apply(None)
+    untouched = megatron_patches.active() == []
+    cpu_host.enable()
+    megatron_patches.apply(completep)
+    megatron_patches.apply(section(residual="folded" if folded else "forward"))
+    names = [change.name for change in megatron_patches.active() if "completep" in change.reason]
+
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    gpt.initialize_parallel(cfg, 1234)
+    config = gpt.transformer_config(cfg, torch.float32)
+    model = GPTModel(config, gpt.layer_spec(cfg), VOCAB, LENGTH)
+    ddp = wrap(model, True)
+    groups = []
+    for module in (main, training, mine):
+        for overrides in (None, optimizers.get_standard_config_overrides(optimizer_config(True))):
+            optimizer = module.get_megatron_optimizer(optimizer_config(True), [ddp], overrides)
+            groups.append({group["lr_mult"] for group in optimizer.param_groups})
+    messages = []
+    for attempt in (
+        lambda: megatron_patches.apply(section(alpha=0.5)),
+        lambda: main.get_megatron_optimizer(
+            optimizer_config(True), [ddp], {optimizers.ParamKey(name="*"): {"wd_mult": 2.0}}
+        ),
+        lambda: scheduler_of(optimizer, init_lr=1e-5),
+    ):
+        try:
+            attempt()
+        except (ConfigError, StateError) as error:
+            messages.append(str(error))
+    scheduler = scheduler_of(optimizer)
+    losses = [train_step(ddp, optimizer, scheduler, step)[0] for step in range(3)]
+
+    kept = main.get_megatron_optimizer
+    megatron_patches.revert()
+    cpu_host.enable()
+    after = optimizers.get_megatron_optimizer, GPTModel.__init__, OptimizerParamScheduler.__init__
+    restored = before == after and {m.get_megatron_optimizer for m in (main, training, mine)} == {before[0]}
+    plain = [group["lr_mult"] for group in kept(optimizer_config(True), [ddp]).param_groups]
+    return untouched, names, groups, messages, losses, restored, plain
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["forward", "folded"])
+def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, folded):
+    untouched, names, groups, messages, losses, restored, plain = workers(1).run(script, folded)[0]
+    assert untouched and restored and len(names) == 3
+    assert groups == [set(FOLDED_GROUPS if folded else GROUPS)] * 6
+    assert set(plain) == {1.0}  # what a late importer kept is the host's own again
+    for message, parts in zip(messages, (["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"]), strict=True):
+        assert all(part in message for part in parts), message
+    expected = workers(1).run(train, section(), sharded=True, steps=3)[0][0]
+    assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_importing_the_package_is_cheap():
+    code = "import megatron_patches, sys; assert not {'torch', 'megatron'} & set(sys.modules); megatron_patches.apply"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,109 @@
+"""CompleteP in a script that builds its own objects: the host's builders, rebound.
+
+    megatron_patches.apply(section)      # before the model is built
+    ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
+    megatron_patches.revert()
+
+Where a script can be changed, prefer `completep.prepare`, `finish` and `completep.megatron.build_optimizer`: they use
+the host's own extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
+
+The file is not called apply.py: a submodule of that name would take the place of the function in the package.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from ds_plugin.errors import ConfigError, PluginError, StateError
+from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.layers import finish, prepare
+from megatron_patches.completep.megatron import build_optimizer, check_scheduler
+from megatron_patches.patch import Patch
+
+_OPTIMIZERS = "megatron.core.optimizer"
+
+_applied: tuple[CompletePConfig, tuple[Patch, ...]] | None = None
+
+
+def apply(section: CompletePConfig | None) -> None:
+    """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
+
+    Without a section (the method is off) nothing is changed. `megatron_patches.revert()` undoes it, in every module
+    that holds one of the host's names.
+
+    Raises:
+        StateError: another section is in force.
+        PluginError: this megatron-core lacks a symbol that has to be rebound; nothing is changed.
+    """
+    global _applied
+    if section is None:
+        return
+    if _applied is not None and any(patch.applied for patch in _applied[1]):
+        if _applied[0] != section:
+            raise StateError(
+                f"megatron_patches.apply: {_applied[0]!r} is in force, {section!r} was asked for; one recipe holds in "
+                "a process, call megatron_patches.revert() between two"
+            )
+        return
+    patches = _patches(section)
+    try:
+        for patch in patches:
+            patch.apply()
+    except PluginError:
+        for patch in reversed(patches):
+            patch.revert()
+        raise
+    _applied = section, patches
+
+
+def _patches(section: CompletePConfig) -> tuple[Patch, ...]:
+    def build_model(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
+        config, transformer_layer_spec = prepare(config, transformer_layer_spec, section)
+        model.original(self, config, transformer_layer_spec, *args, **kwargs)
+        finish(self, section)
+
+    def get_megatron_optimizer(
+        config: Any,
+        model_chunks: Any,
+        config_overrides: Any = None,
+        use_gloo_process_groups: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        kwargs["use_gloo_process_groups"] = use_gloo_process_groups
+        if not optimizer.applied:  # a module imported in the meantime may have kept this function
+            host = importlib.import_module(_OPTIMIZERS).get_megatron_optimizer
+            return host(config, model_chunks, config_overrides, **kwargs)
+        if config_overrides and config_overrides != _standard_overrides(config):
+            raise ConfigError(
+                f"completep: the script gives get_megatron_optimizer config_overrides of its own, "
+                f"{list(config_overrides)}; the recipe sets the same quantities for every parameter, remove them"
+            )
+        return build_optimizer(config, model_chunks, section, get_optimizer=optimizer.original, **kwargs)
+
+    def build_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
+        scheduler.original(self, *args, **kwargs)
+        check_scheduler(self)
+
+    # A class stays the host's own object, whoever holds it. The function may be bound in any module, a script's too,
+    # and a binding that is missed would train with the base model's groups.
+    everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
+    model = Patch(
+        "megatron.core.models.gpt.gpt_model.GPTModel.__init__", build_model, reason="completep: init and forward pass"
+    )
+    optimizer = Patch(
+        f"{_OPTIMIZERS}.get_megatron_optimizer",
+        get_megatron_optimizer,
+        reason="completep: param groups",
+        prefixes=everywhere,
+    )
+    scheduler = Patch(
+        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.__init__",
+        build_scheduler,
+        reason="completep: warmup starts at 0",
+    )
+    return model, optimizer, scheduler
+
+
+def _standard_overrides(config: Any) -> Any:
+    """What Megatron-LM's training loop always gives: no weight decay on vectors, which the recipe says as well."""
+    return importlib.import_module(_OPTIMIZERS).get_standard_config_overrides(config)
