@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--base-depth", type=int, default=2)
         command.add_argument("--head-dim", type=int, default=16, help="head size of every model; divides the widths")
         command.add_argument("--alpha", type=float, default=1.0, help="depth exponent of completep")
+        command.add_argument("--init-std", type=float, default=0.02, help="the base model's, before it is scaled")
     args = parser.parse_args(arguments)
     run = {"rules": show_rules, "coord-check": coordinate_check, "lr-transfer": learning_rate_transfer}
     try:
@@ -145,7 +146,8 @@ def _start(args: argparse.Namespace, widths: Sequence[int], **changes: Any) -> t
     for width in widths:
         if width % args.head_dim:
             raise ConfigError(f"width {width} is not divisible by --head-dim {args.head_dim}; write a multiple of it")
-    base = trial.Base(args.base_width, args.base_depth, head_dim=args.head_dim, alpha=args.alpha, **changes)
+    shared = {"head_dim": args.head_dim, "alpha": args.alpha, "init_std": args.init_std, **changes}
+    base = trial.Base(args.base_width, args.base_depth, **shared)
     trial.start_host()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -37,13 +37,11 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
     """
     if folded and (found := _BRANCH_OUT.fullmatch(name)):
         return Role.BRANCH_OUT if found[2] == "weight" else Role.BRANCH_OUT_BIAS
-    if tied and folded and name.startswith("decoder.final_layernorm."):
-        return Role.LOGIT_NORM
     if tied and name == "output_layer.weight":
         return Role.EMBEDDING
     for pattern, role in _COMPILED:
         if pattern.fullmatch(name):
-            return role
+            return Role.LOGIT_NORM if role is Role.FINAL_NORM and folded and tied else role
     raise ConfigError(
         f"completep: parameter {name!r} has no role in Table 1 (dense megatron-core GPT models are supported: no MoE, "
         'MLA, MTP or Mamba layers); disable "completep" or build the model from supported layers'
