@@ -125,11 +125,13 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     what is there already, so an empty file stands in for each of them meanwhile.
 
     Raises:
-        CheckpointError: there is no manifest in ``folder``.
+        CheckpointError: there is no manifest in ``folder``, or ``target`` exists already.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     folder, target = Path(folder), Path(target)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; give a new folder for the universal checkpoint")
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{folder} holds no {MANIFEST}; give the tag folder of a checkpoint saved with a method on"

@@ -128,7 +128,8 @@ class CompleteP:
     def _weigh_norm(self, factors: Sequence[float]) -> None:
         """Multiply each group's part of the gradient norm by its factor, so that it is the forward mode's.
 
-        Clipping and `get_global_grad_norm` use it. One multiplication of a scalar per group: no collective, no sync.
+        Clipping and `get_global_grad_norm` use it. One multiplication of a scalar per group: no collective, no sync. A
+        norm that is not finite is a negative number to the host, and stays one.
         """
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -157,25 +158,25 @@ class CompleteP:
 
     def _weigh_zero12(self, wrapper: Any, factors: Sequence[float]) -> None:
         compat.need(wrapper, compat.ZERO12_NORM_PARAMS)
-        lists = getattr(wrapper, compat.ZERO12_NORM_PARAMS)  # one per group, empty on a rank that holds padding only
+        # told by the lists themselves: one is empty on a rank that holds nothing but the group's padding
+        lists = getattr(wrapper, compat.ZERO12_NORM_PARAMS)
+        factor_of = {id(params): factor for params, factor in zip(lists, factors, strict=True)}
 
-        def wrap(host_norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-            def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
-                params = kwargs.get("params", args[-1] if args else None)
-                factor = next(c for own, c in zip(lists, factors, strict=True) if own is params)
-                return _weighed(host_norm(*args, **kwargs), factor)
+        def wrap_direct(host_norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            return lambda gradients, params: host_norm(gradients, params) * factor_of[id(params)]
 
-            return norm
+        def wrap_offloaded(host_norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            return lambda params: host_norm(params) * factor_of[id(params)]
 
-        for name in (compat.ZERO12_NORM, compat.ZERO12_OFFLOAD_NORM):
-            self._shadow(wrapper, name, wrap)
+        self._shadow(wrapper, compat.ZERO12_NORM, wrap_direct)
+        self._shadow(wrapper, compat.ZERO12_OFFLOAD_NORM, wrap_offloaded)
 
     def _weigh_zero3(self, wrapper: Any, factors: Sequence[float]) -> None:
         compat.need(wrapper, compat.ZERO3_GROUP_OF_SUB_GROUP)
         group_of = getattr(wrapper, compat.ZERO3_GROUP_OF_SUB_GROUP)
 
         def wrap(host_norms: Callable[[], list[torch.Tensor]]) -> Callable[[], list[torch.Tensor]]:
-            return lambda: [_weighed(norm, factors[group_of[i]]) for i, norm in enumerate(host_norms())]
+            return lambda: [norm * factors[group_of[i]] for i, norm in enumerate(host_norms())]
 
         self._shadow(wrapper, compat.ZERO3_NORMS, wrap)
 
@@ -219,11 +220,6 @@ class CompleteP:
             return clip
 
         self._shadow(self.engine, compat.FP32_CLIP, wrap)
-
-
-def _weighed(norm: torch.Tensor, factor: float) -> torch.Tensor:
-    """A group's norm times its factor; the host marks a norm that is not finite by -1."""
-    return norm if factor == 1.0 else torch.where(norm >= 0, norm * factor, norm)
 
 
 def _norm(gradient: torch.Tensor) -> torch.Tensor:

@@ -230,12 +230,17 @@ def _refusals():
         c = small(residual="folded")
         config = host_config(c, bf16={"enabled": True}, gradient_clipping=clipping)
         messages[name] = refusal(lambda c=c, config=config: engine_of(c, config))  # type: ignore[misc]
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    del DeepSpeedZeroOptimizer.get_grad_norm_direct
+    messages["another DeepSpeed"] = refusal(lambda: engine_of(c, host_config(c, 1)))
     return messages
 
 
 def test_what_cannot_work_is_refused_on_every_rank(workers):
     first, second = workers(2).run(_refusals)
     assert first == second
+    assert "DeepSpeedZeroOptimizer has no attribute 'get_grad_norm_direct'" in first.pop("another DeepSpeed")
     assert first.pop("folded bf16") == "nothing was refused"
     clipped = first.pop("folded bf16 clipped")
     assert "gradient_clipping 1.0" in clipped and "FP16_UnfusedOptimizer" in clipped and "stage 1" in clipped
@@ -384,8 +389,10 @@ def _both_modes(zero, changes, steps):
             for name, weight in unfolded.items():
                 if "linear_proj" in name or "linear_fc2" in name or "output_layer" in name:
                     weight.mul_(4)
-        found.append((losses, norms, unfolded))
         ds_plugin.detach(engine)
+        assert "clip_fp32_gradients" not in vars(engine)
+        train(engine, 1, first=steps)
+        found.append((losses, norms, unfolded, engine.get_global_grad_norm()))
     return found
 
 
@@ -410,12 +417,12 @@ def test_folded_mode_clips_as_the_forward_mode_does(workers, mode):
     if "offload" in mode:  # without DeepSpeed's own CPU Adam, which would have to be compiled
         changes = {**changes, "zero_force_ds_cpu_optimizer": False}
     for forward, folded in workers(2).run(_both_modes, zero, changes, STEPS if tolerance < 1e-3 else 5):
-        print(mode, max(abs(a - b) for a, b in zip(forward[0], folded[0], strict=True)))
         assert folded[0] == pytest.approx(forward[0], abs=tolerance)
         if mode == "stage 0":  # the host keeps no norm there
             assert forward[1] == folded[1] == [None] * STEPS
         else:
             assert folded[1] == pytest.approx(forward[1], rel=max(1e-5, tolerance))
             assert min(forward[1]) > 2 * CLIP  # it bites
+            assert folded[3] > 2 * forward[3]  # after detach() it is the host's own
         for name, weight in forward[2].items():
             assert torch.allclose(folded[2][name], weight, rtol=0, atol=tolerance), name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
-from ds_plugin.group_lr import expand_scheduler
+from ds_plugin.group_lr import expand_scheduler, refuse_flattened
 
 RATIOS = [1.0, 0.25]
 
@@ -75,3 +75,30 @@ def test_ratios_hold_at_every_step_in_the_hosts_schedulers(kind):
         rates.append(first)
         assert second == pytest.approx(first * RATIOS[1], rel=1e-12, abs=0)
     assert max(rates) > 0
+
+
+def rates_around(function):
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.008 * ratio} for ratio in RATIOS], lr=0.008
+    )
+    before = [group["lr"] for group in optimizer.param_groups]
+    return function(optimizer), before, [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0),  # a warmup from zero
+        lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9),
+    ],
+)
+def test_functions_whose_schedulers_scale_pass(function):
+    refuse_flattened(*rates_around(function))
+
+
+def test_a_functions_scheduler_that_flattens_is_refused():
+    with pytest.raises(ConfigError, match=r"OneCycleLR has set .* \[0.004\d*, 0.004\d*\]"):
+        refuse_flattened(*rates_around(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9)))
+    with pytest.raises(ConfigError, match="CosineAnnealingLR has eta_min 0.0001"):
+        refuse_flattened(*rates_around(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9, eta_min=1e-4)))
