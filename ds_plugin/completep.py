@@ -129,7 +129,8 @@ class CompleteP:
         """Multiply each group's part of the gradient norm by its factor, so that it is the forward mode's.
 
         Clipping and `get_global_grad_norm` use it. One multiplication of a scalar per group: no collective, no sync. A
-        norm that is not finite is a negative number to the host, and stays one.
+        norm that is not finite is a negative number to the host, and stays one. Wrappers not known here report their
+        own norm, and are refused where they would clip by it.
         """
         from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3

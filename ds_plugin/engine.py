@@ -227,6 +227,10 @@ def initialize(
     Reads ``sequence_length_warmup``, ``completep`` and ``weight_averaging`` from the same JSON, strips them before
     DeepSpeed sees it, and wires the enabled methods to the engine. With none enabled the engine is exactly DeepSpeed's.
 
+    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam built
+    over the model's parameters: the base model's hyperparameters are taken from it, and its groups replaced by those of
+    the roles. ``lr_scheduler`` is absent or a function of the optimizer.
+
     ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
 
     Raises:

@@ -117,31 +117,33 @@ BUILT = {
 }
 
 
-def _built(kind, zero):
+def _built(kinds, zero):
     plain = host_config(small(), zero)
     plain["optimizer"]["params"]["betas"] = [0.8, 0.9]
-    expected = train(engine_of(small(), plain), 2)
-    model = model_of(small())
-    optimizer = BUILT[kind](model)
-    config = {key: value for key, value in host_config(small(), zero).items() if key != "optimizer"}
-    if kind == "fused":
-        config["zero_allow_untested_optimizer"] = True
-    engine = engine_of(small(), config, model, optimizer=optimizer, model_parameters=model.parameters())
-    assert engine.basic_optimizer is optimizer
-    kept = {key: optimizer.param_groups[1].get(key) for key in ("foreach", "bias_correction", "param_names")}
-    return groups(engine), kept, train(engine, 2), expected
+    expected, found = train(engine_of(small(), plain), 2), {}
+    for kind in kinds:
+        model = model_of(small())
+        optimizer = BUILT[kind](model)
+        config = {key: value for key, value in host_config(small(), zero).items() if key != "optimizer"}
+        engine = engine_of(small(), config, model, optimizer=optimizer, model_parameters=model.parameters())
+        assert engine.basic_optimizer is optimizer
+        kept = {key: optimizer.param_groups[1].get(key) for key in ("foreach", "bias_correction", "param_names")}
+        found[kind] = groups(engine), kept, train(engine, 2)
+    return found, expected
 
 
-@pytest.mark.parametrize(("kind", "zero"), [(kind, 0) for kind in BUILT] + [("one group", 3)])
-def test_a_built_optimizer_gets_the_groups_of_the_roles(workers, kind, zero):
-    for found, kept, losses, expected in workers(2).run(_built, kind, zero):
-        assert [group["role"] for group in found] == list(ROWS)
-        for group in found:
-            assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx(ROWS[group["role"]], rel=1e-12)
-            assert tuple(group["betas"]) == (0.8, 0.9)
-        assert kept["foreach"] is (False if kind == "one group" else None) and kept["param_names"] is None
-        assert kept["bias_correction"] is (True if kind == "fused" else None)
-        assert losses == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize(("kinds", "zero"), [(list(BUILT), 0), (["one group"], 3)])
+def test_a_built_optimizer_gets_the_groups_of_the_roles(workers, kinds, zero):
+    for results, expected in workers(2).run(_built, kinds, zero):
+        for kind, (found, kept, losses) in results.items():
+            assert [group["role"] for group in found] == list(ROWS)
+            for group in found:
+                values = group["lr"], group["weight_decay"], group["eps"]
+                assert values == pytest.approx(ROWS[group["role"]], rel=1e-12)
+                assert tuple(group["betas"]) == (0.8, 0.9)
+            assert kept["foreach"] is (False if kind == "one group" else None) and kept["param_names"] is None
+            assert kept["bias_correction"] is (True if kind == "fused" else None)
+            assert losses == pytest.approx(expected, abs=1e-6)
 
 
 def _stepped(model):
@@ -298,22 +300,17 @@ def assert_same(found, expected, tolerance=0.0):
         assert torch.allclose(found[2][name], weight, rtol=0, atol=tolerance), name
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-def test_interrupted_and_resumed_is_uninterrupted(workers, tmp_path, zero):
-    expected = workers(2).run(_uninterrupted, zero, str(tmp_path), small())
-    resumed = workers(2).run(_resumed, zero, str(tmp_path), small(), False, "half")
-    for found, wanted in zip(resumed, expected, strict=True):
-        assert_same(found, wanted)
-
-
 def _convert(folder):
     checkpoint.to_universal(f"{folder}/half", f"{folder}/universal")
 
 
 @pytest.mark.parametrize(("zero", "ranks"), [(1, 2), (1, 1), (3, 2), (3, 1)])
-def test_a_universal_checkpoint_goes_on_with_any_number_of_ranks(workers, tmp_path, zero, ranks):
+def test_interrupted_and_resumed_is_uninterrupted(workers, tmp_path, zero, ranks):
+    """Bit for bit from the checkpoint and from its universal form; on another number of ranks sums are rounded."""
     expected = workers(ranks).run(_uninterrupted, zero, str(tmp_path), small())[0]
     workers(1).run(_convert, str(tmp_path))
+    for found in workers(ranks).run(_resumed, zero, str(tmp_path), small(), False, "half"):
+        assert_same(found, expected)
     for other, tolerance in ((ranks, 0.0), (3 - ranks, 1e-6)):
         for found in workers(other).run(_resumed, zero, str(tmp_path), small(), True, None):
             assert_same(found, expected, tolerance)
@@ -405,7 +402,11 @@ MODES = {
     "stage 2": (2, {}, 1e-6),
     "stage 3": (3, {}, 1e-6),
     "stage 1 offload": (1, {"zero_optimization": {"stage": 1, "offload_optimizer": OFFLOAD}}, 1e-6),
-    "stage 3 offload": (3, {"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD}}, 1e-6),
+    "stage 3 offload": (
+        3,
+        {"zero_optimization": {"stage": 3, "offload_optimizer": OFFLOAD, "sub_group_size": 2000}},
+        1e-6,
+    ),
     "stage 1 bf16": (1, BF16, 1e-2),
     "BF16_Optimizer": (1, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, 1e-2),
 }
