@@ -136,12 +136,11 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
         raise CheckpointError(
             f"{folder} holds no {MANIFEST}; give the tag folder of a checkpoint saved with a method on"
         )
-    empty = {
-        name
+    states = (
+        torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
         for path in folder.glob("mp_rank_*_model_states.pt")
-        for name, value in torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"].items()
-        if value is None
-    }
+    )
+    empty = {name for state in states for name, value in (state or {}).items() if value is None}  # None in a pipeline's
     for name in empty:
         (target / "zero" / name).mkdir(parents=True)
         (target / "zero" / name / "fp32.pt").touch()
