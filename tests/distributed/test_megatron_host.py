@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_patches
-from ds_plugin.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches import cpu_host, gpt
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.completep import megatron as host
@@ -31,22 +31,26 @@ def section(**changes):
     return CompletePConfig.model_validate({"enabled": True, "base_width": 16, "base_depth": 2, **changes})
 
 
-def build(completep, *, tied=False, tensor_parallel=1, pipeline_parallel=1, weights=None):
-    """This rank's stage of the model; `weights` are those of the whole model, by name."""
+def build(completep, *, tied=False, tensor_parallel=1, pipeline_parallel=1, vp_stage=None, weights=None):
+    """This rank's stage of the model, or one of its two chunks; `weights` are those of the whole model, by name."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     cpu_host.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, "tie_embeddings": tied, "tensor_parallel": tensor_parallel})
+    virtual = None if vp_stage is None else 2
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel, virtual)
     gpt.initialize_parallel(cfg, 1234)
     config = gpt.transformer_config(cfg, torch.float32)
     config.pipeline_model_parallel_size, config.pipeline_dtype = pipeline_parallel, torch.float32
+    config.virtual_pipeline_model_parallel_size = virtual
     config, spec = prepare(config, gpt.layer_spec(cfg), completep)
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = GPTModel(
-        config, spec, VOCAB, LENGTH, share_embeddings_and_output_weights=tied,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        config, spec, VOCAB, LENGTH, share_embeddings_and_output_weights=tied, vp_stage=vp_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
     )  # fmt: skip
     finish(model, completep)
     if weights is not None:
@@ -238,7 +242,7 @@ def group_values(optimizer):
 
 
 def interrupt_and_resume(folder, shardings):
-    """Per format: the weights in which six steps differ from three, a checkpoint and three; whether groups are equal."""
+    """Per format: weights in which six steps differ from three, a checkpoint and three; whether groups are equal."""
     from megatron.core import dist_checkpointing
 
     sharded = shardings != [None]
@@ -322,15 +326,17 @@ def groups_of(layout, changes, dtype=torch.float32):
     """Before the scheduler exists, and at its peak; all betas; the groups whose learning rate the host logs."""
     from megatron.core.transformer.module import Float16Module
 
-    model = build(section(**changes), **layout)
-    if dtype is torch.bfloat16:
-        model.config.bf16 = True
-        model = Float16Module(model.config, model)
+    half = dtype is torch.bfloat16
+    chunks = [{**layout, "vp_stage": stage} for stage in (0, 1)] if "pipeline_parallel" in layout else [layout]
+    models = [build(section(**changes), **chunk) for chunk in chunks]
+    if half:
+        for model in models:
+            model.config.bf16 = True
+        models = [Float16Module(model.config, model) for model in models]
     found = []
     for sharded in (False, True):
-        optimizer = host.build_optimizer(
-            optimizer_config(sharded, bf16=dtype is torch.bfloat16), [wrap(model, sharded)], section(**changes)
-        )
+        wrapped = [wrap(model, sharded) for model in models]
+        optimizer = host.build_optimizer(optimizer_config(sharded, bf16=half), wrapped, section(**changes))
         start = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
         scheduler_of(optimizer).step(WARMUP)
         peak = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
@@ -387,7 +393,7 @@ def refusals():
     def attempt(name, function):
         try:
             function()
-        except (ConfigError, CheckpointError, StateError) as error:
+        except PluginError as error:
             messages[name] = f"{type(error).__name__}: {error}"
 
     ddp = wrap(build(section()), False)
@@ -408,6 +414,10 @@ def refusals():
     host.check_checkpoint_state(stored, section())
     attempt("checkpoint", lambda: host.check_checkpoint_state(stored, section(base_width=32)))
     attempt("no state", lambda: host.check_checkpoint_state({}, section()))
+    attempt("other host", lambda: host.clip_as_unfolded(types.SimpleNamespace(), [ddp], section(residual="folded")))
+    ddp.ddp_config.use_megatron_fsdp = True
+    attempt("fsdp", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
+    ddp.ddp_config.use_megatron_fsdp = False
     ddp.module.extra = torch.nn.Linear(2, 2)
     attempt("no role", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
     return messages
@@ -425,6 +435,8 @@ EXPECTED = {
     "eps": ["ConfigError", "decoder.layers.0.", "eps"],
     "checkpoint": ["CheckpointError", "base_width 16 there, 32 here"],
     "no state": ["CheckpointError", "written without it"],
+    "other host": ["PluginError", "SimpleNamespace.get_main_grads_for_grad_norm", "megatron-core 0."],
+    "fsdp": ["ConfigError", "use_megatron_fsdp=False"],
     "no role": ["ConfigError", "extra.weight"],
 }
 
@@ -502,7 +514,24 @@ def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, folded):
     assert losses == pytest.approx(expected, abs=1e-6)
 
 
-def test_importing_the_package_is_cheap():
-    code = "import megatron_patches, sys; assert not {'torch', 'megatron'} & set(sys.modules); megatron_patches.apply"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+FRESH = """
+import sys
+import megatron_patches
+assert not {"torch", "megatron"} & set(sys.modules), "importing the package must be cheap"
+from megatron_patches import cpu_host
+cpu_host.enable()
+assert "megatron" not in sys.modules
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+mended = DistributedOptimizer.state_dict
+assert mended.__module__ == "megatron_patches.cpu_host", mended
+cpu_host.disable()
+assert DistributedOptimizer.state_dict.__module__ == DistributedOptimizer.__module__
+assert megatron_patches.active() == []
+cpu_host.enable()
+assert DistributedOptimizer.state_dict is mended
+"""
+
+
+def test_the_host_imported_after_it_was_enabled_is_mended():
+    done = subprocess.run([sys.executable, "-c", FRESH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
