@@ -253,10 +253,10 @@ def _base_of_json(host_config: Mapping[str, Any], optimizer: Any) -> dict[str, A
         raise ConfigError(
             f'completep: optimizer.type is {described.get("type")!r}; the rules hold for AdamW, write "AdamW"'
         )
-    if params.get("adam_w_mode") is False:
+    if not params.get("adam_w_mode", True):
         raise ConfigError(
-            "completep: optimizer.params.adam_w_mode is False, which adds weight decay to the gradient; the rules "
-            "hold for decoupled weight decay, remove it"
+            f"completep: optimizer.params.adam_w_mode is {params['adam_w_mode']!r}, which adds weight decay to the "
+            "gradient; the rules hold for decoupled weight decay, remove it"
         )
     for name, example in (("lr", 0.001), ("weight_decay", 0.1)):  # implementations differ in their default decay
         found = "missing" if name not in params else _not_usable(name, params[name])
