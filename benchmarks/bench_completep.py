@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     trial.start_host()
     steps = {name: build(name, args) for name in VARIANTS}
-    found = {"time": times(steps, args.rounds), "memory": {name: peak_memory(step) for name, step in steps.items()}}
+    found: dict[str, dict[str, Any]] = {
+        "time": times(steps, args.rounds),
+        "memory": {name: peak_memory(step) for name, step in steps.items()},
+    }
     for name in VARIANTS[1:]:
         ratio, low, high = found["time"][name]
         memory = found["memory"][name] / found["memory"]["unpatched"]

@@ -246,7 +246,7 @@ def initialize(
             f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
         )
     host_config, sections = split_config(given[0])
-    _refuse_conflicts(host_config, sections, model)
+    _refuse_conflicts(host_config, sections, model, mpu)
     if sections.completep is not None:
         model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
             model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
@@ -292,7 +292,7 @@ def attach(
             "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
             'deepspeed.initialize(), or write "enabled": false'
         )
-    _refuse_conflicts(host_config, sections, engine.module)
+    _refuse_conflicts(host_config, sections, engine.module, engine.mpu)
     return _register(engine, sections, shorten)
 
 
@@ -321,7 +321,7 @@ def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> P
     return plugin
 
 
-def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, model: Any) -> None:
+def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, model: Any, mpu: Any) -> None:
     from deepspeed.pipe import PipelineModule
 
     _refuse_pipeline(sections, isinstance(model, PipelineModule))
@@ -329,6 +329,13 @@ def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, mo
         raise ConfigError(
             "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both set "
             "the length; remove one of the two"
+        )
+    ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
+    if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
+        raise ConfigError(
+            f"qk_layernorm with tensor parallelism {ranks}: each rank sees the gradients of its own heads only, and "
+            "DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use tensor parallelism 1 "
+            "or megatron-core's own training loop"
         )
 
 

@@ -1,6 +1,7 @@
 """CompleteP on megatron-core through DeepSpeed, against the plain-torch model written from Table 1."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,6 +295,9 @@ def _refusals():
             model=prepared, config={**host_config(section()), "scheduler": {"type": "OneCycle", "params": {}}}
         ),
     )
+    two = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)
+    normed = build(section(), qk_norm=True)
+    attempt("qk_norm", lambda: ds_plugin.initialize(model=normed, config=host_config(section()), mpu=two))
     prepared.extra = torch.nn.Linear(2, 2)
     attempt("unknown parameter", lambda: finish(prepared, section()))
     for name, value in (
@@ -332,6 +336,7 @@ EXPECTED = {
     "groups": ["model_parameters"],
     "optimizer": ["SGD", "lambda groups"],
     "scheduler": ["OneCycle"],
+    "qk_norm": ["qk_layernorm with tensor parallelism 2"],
     "unknown parameter": ["extra.weight"],
     "num_moe_experts": ["num_moe_experts", "4"],
     "multi_latent_attention": ["multi_latent_attention", "True"],

@@ -1,11 +1,14 @@
 """CompleteP on DeepSpeed: built optimizers, resuming, universal checkpoints, and the clipping norm in folded mode."""
 
+import contextlib
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin import checkpoint
+from ds_plugin.__main__ import main
 from ds_plugin.errors import PluginError
 from megatron_patches import gpt
 from tests.distributed.test_completep import BASE, DECAY, EPS, LR, VOCAB, build, section
@@ -309,14 +312,19 @@ def assert_same(found, expected, tolerance=0.0):
 
 
 def _convert(folder):
-    checkpoint.to_universal(f"{folder}/half", f"{folder}/universal")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        done = main(["to-universal", f"{folder}/half", f"{folder}/universal"])
+        again = main(["to-universal", f"{folder}/half", f"{folder}/universal"])
+    return done, again, printed.getvalue()
 
 
 @pytest.mark.parametrize(("zero", "ranks"), [(1, 2), (1, 1), (3, 2), (3, 1)])
 def test_interrupted_and_resumed_is_uninterrupted(workers, tmp_path, zero, ranks):
     """Bit for bit from the checkpoint and from its universal form; on another number of ranks sums are rounded."""
     expected = workers(ranks).run(_uninterrupted, zero, str(tmp_path), small())[0]
-    workers(1).run(_convert, str(tmp_path))
+    [(done, again, printed)] = workers(1).run(_convert, str(tmp_path))
+    assert (done, again) == (0, 2) and "load_universal" in printed and "universal exists already" in printed
     for found in workers(ranks).run(_resumed, zero, str(tmp_path), small(), False, "half"):
         assert_same(found, expected)
     for other, tolerance in ((ranks, 0.0), (3 - ranks, 1e-6)):
