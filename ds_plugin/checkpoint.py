@@ -73,6 +73,11 @@ def check(
                 f"{path} is missing: DeepSpeed's converter leaves it behind; copy it from the folder that was "
                 "converted, or convert with ds_plugin.checkpoint.to_universal(folder, target)"
             )
+        if text is None and plugin.completep is not None:
+            raise CheckpointError(
+                f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin, whose weights belong to "
+                'another parametrization; resume without "completep", or start a new run'
+            )
         if text is not None:
             try:
                 manifest = json.loads(text)
@@ -214,7 +219,9 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_mod
                 "a new run"
             )
     recipe, ours = manifest["sections"].get("completep"), plugin.config.to_dict().get("completep")
-    if recipe != ours:
+    section = plugin.config.completep
+    same = recipe == ours if recipe is None or section is None else not section.differences(recipe)
+    if not same:
         raise CheckpointError(
             f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
             "same section"

@@ -11,7 +11,7 @@ import torch
 
 from ds_plugin.errors import CheckpointError, ConfigError
 from ds_plugin.gradient_norm import FoldedNorm
-from ds_plugin.group_lr import expand_scheduler, refuse_flattened
+from ds_plugin.group_lr import check_peak, expand_scheduler, refuse_flattened
 from megatron_patches.completep import build_param_groups, describe, finished_roles, ratios_of
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.rules import Role
@@ -51,6 +51,7 @@ def set_up(
         model, finished_roles(model, section), ratios_of(model.config, section), section, **base
     )
     if host_config.get("scheduler"):
+        check_peak(host_config["scheduler"], base["lr"])
         ratios = [group["lr"] / base["lr"] for group in groups]
         host_config = {**host_config, "scheduler": expand_scheduler(host_config["scheduler"], ratios)}
     if built:
@@ -91,10 +92,11 @@ class CompleteP:
         """Every group's settings in JSON types. The host's own checkpoints hold them too; loading one that was
         converted to a universal checkpoint loses them under ZeRO 3."""
         names = ("lr", "initial_lr", "weight_decay", "eps")
-        return [
-            {"role": g["role"], "betas": [float(b) for b in g["betas"]], **{k: float(g[k]) for k in names if k in g}}
-            for g in self._groups
-        ]
+        settings = [{"role": g["role"], **{k: float(g[k]) for k in names if k in g}} for g in self._groups]
+        for kept, group in zip(settings, self._groups, strict=True):
+            if "betas" in group:
+                kept["betas"] = [float(beta) for beta in group["betas"]]
+        return settings
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Stamp saved settings on the groups, after the host has loaded a universal checkpoint.
@@ -111,7 +113,9 @@ class CompleteP:
                 f"{', '.join(self._roles)}; freeze the same parameters"
             )
         for group, settings in zip(self._groups, state, strict=True):
-            group.update(settings, betas=tuple(settings["betas"]))
+            group.update(settings)
+            if "betas" in settings:
+                group["betas"] = tuple(settings["betas"])
         for moments in self.engine.basic_optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()

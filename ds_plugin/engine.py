@@ -181,7 +181,7 @@ class Plugin:
         manifest = checkpoint.check(
             self, root / tag, same_model=not own_loader, same_run=not weights_only, universal=universal
         )
-        groups = self.completep.state() if self.completep is not None else []
+        groups = self.completep.state() if universal and self.completep is not None else []
         call.arguments["tag"] = tag
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         if result[0] is None:
@@ -356,8 +356,8 @@ def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
 
 
 def _refuse_pipeline(sections: PluginConfig, is_pipeline: bool) -> None:
-    """A pipeline's step is `train_batch`, which none of our wrappers sees: warmup and averaging would do nothing."""
-    for name in ("sequence_length_warmup", "weight_averaging"):
+    """A pipeline's step is `train_batch`, which none of our wrappers sees, and its module is no GPTModel."""
+    for name in ("sequence_length_warmup", "weight_averaging", "completep"):
         if is_pipeline and getattr(sections, name) is not None:
             raise ConfigError(
                 f'{name}: DeepSpeed\'s pipeline engine is not supported by this version; write "enabled": false, or '

@@ -54,11 +54,28 @@ def expand_scheduler(scheduler: Mapping[str, Any], ratios: Sequence[float]) -> d
     return {**scheduler, "params": params}
 
 
+def check_peak(scheduler: Mapping[str, Any], lr: float) -> None:
+    """Refuse a scheduler whose own largest learning rate is another than the optimizer's: the scheduler's would win.
+
+    Raises:
+        ConfigError: with both values.
+    """
+    kind, params = str(scheduler.get("type")), scheduler.get("params") or {}
+    default = _ABSOLUTE.get(kind, {}).get("warmup_max_lr")
+    peak = params.get("warmup_max_lr", default) if kind in _ABSOLUTE else None
+    if isinstance(peak, (int, float)) and peak != lr:
+        said = "" if "warmup_max_lr" in params else ", DeepSpeed's default"
+        raise ConfigError(
+            f"scheduler.params.warmup_max_lr: {peak}{said}, and optimizer.params.lr is {lr}; the scheduler would train "
+            "with its own, write the base model's learning rate in both"
+        )
+
+
 def refuse_flattened(scheduler: Any, before: Sequence[float], after: Sequence[float]) -> None:
     """Check a scheduler that a user's function has built: it must scale all groups' learning rates alike.
 
     ``before``, ``after``: each group's learning rate before and after the scheduler was built. Only what shows there,
-    and ``eta_min``, is seen.
+    and in the scheduler's ``eta_min``, ``min_lrs`` and ``max_lrs``, is seen.
 
     Raises:
         ConfigError: the scheduler has flattened the groups, or will.
@@ -70,6 +87,14 @@ def refuse_flattened(scheduler: Any, before: Sequence[float], after: Sequence[fl
             f'lr_scheduler: {kind} has set the learning rates of the param groups of "completep" to {list(after)}, '
             "which undoes their ratios; use one that scales each group's own, such as LambdaLR"
         )
+    for name in ("min_lrs", "max_lrs"):  # DeepSpeed's warmup schedulers and torch's plateaus
+        values = getattr(scheduler, name, None) or []
+        shares = [value / old for value, old in zip(values, before, strict=False)]
+        if not all(math.isclose(share, shares[0], rel_tol=1e-6) for share in shares):
+            raise ConfigError(
+                f'lr_scheduler: {kind} has {name} {list(values)} for param groups of "completep" with learning rates '
+                f"{list(before)}, which undoes their ratios; describe it in the JSON, which scales them for each group"
+            )
     if getattr(scheduler, "eta_min", 0):
         raise ConfigError(
             f"lr_scheduler: {kind} has eta_min {scheduler.eta_min!r}, one floor for all param groups of "

@@ -1,5 +1,6 @@
 """The ``completep`` section of the JSON."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -38,6 +39,19 @@ class CompletePConfig(SectionConfig):
         "table",
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
     )
+
+    def differences(self, stored: object) -> list[tuple[str, object, object]]:
+        """(setting, value there, value here) wherever the section of a checkpoint is another one.
+
+        A setting that the checkpoint's version did not have counts as its default.
+        """
+        here = self.model_dump()
+        try:
+            there = CompletePConfig.model_validate(stored).model_dump()
+        except ValueError:  # of another version, or no section at all
+            there = dict(stored) if isinstance(stored, Mapping) else {}
+        names = sorted({*there, *here})
+        return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
 
     def ratios(self, width: int, depth: int) -> Ratios:
         """The ratios of a model of this hidden size and number of layers against the base model."""

@@ -22,6 +22,8 @@ from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
 
 _MARK = "completep_applied"  # on the TransformerConfig by prepare(), on the model by finish()
+#: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
+_INFERENCE_SCALE = "softmax_scale"
 
 
 def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
@@ -54,6 +56,8 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=embedding_std)
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
+    if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
+        config.pipeline_dtype = torch.float32  # what a stage sends to the next is the stream
     setattr(config, _MARK, section)
 
     _check_spec(layer_spec)
@@ -67,7 +71,8 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
 
 def _layers(layer_spec: Any) -> list[Any]:
     """The layer specs inside a block's spec, or the one given."""
-    return getattr(layer_spec.submodules, "layer_specs", None) or [layer_spec]
+    block = getattr(layer_spec, "submodules", layer_spec)
+    return getattr(block, "layer_specs", None) or [layer_spec]
 
 
 def _check_spec(layer_spec: Any) -> None:
@@ -148,6 +153,10 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         logits = rules.logit_multiplier(ratios, section.recipe, tied=_tied(model))
         if logits != 1.0:
             output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
+    host: Any = model
+    if host.config.softmax_scale is not None:
+        for layer in host.decoder.layers:
+            setattr(layer.self_attention, _INFERENCE_SCALE, host.config.softmax_scale)
     setattr(model, _MARK, True)
     return roles
 
@@ -198,6 +207,13 @@ def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
             "completep: TransformerConfig.layernorm_zero_centered_gamma is True: its gains are 1 + weight, into which "
             'nothing can be folded; leave it False or write "residual": "forward"'
         )
+    for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
+        method = getattr(config, name)
+        if getattr(method, "func", None) is not torch.nn.init.normal_:
+            raise ConfigError(
+                f"completep: TransformerConfig.{name} is {method!r}; the rules scale normal distributions, leave it "
+                "unset and write init_method_std"
+            )
     refused = {
         "num_moe_experts": None,
         "multi_latent_attention": False,

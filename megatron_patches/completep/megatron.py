@@ -49,6 +49,8 @@ def build_optimizer(
 ) -> Any:
     """``get_megatron_optimizer`` with the groups of the section's recipe, checked, and clipping that knows the mode.
 
+    The groups are checked again whenever the optimizer loads a state.
+
     ``optimizer_config`` holds the base model's values. ``model_chunks``: as the host wants them (wrapped in its
     DistributedDataParallel), built and finished under `prepare` and `finish`. ``get_optimizer``: the host's function,
     where its name is bound to another; ``host_arguments`` go to it. Collective.
@@ -66,6 +68,13 @@ def build_optimizer(
     with together():
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
+    host_load = optimizer.load_state_dict
+
+    def load_state_dict(*args: Any, **kwargs: Any) -> None:
+        host_load(*args, **kwargs)
+        check_groups(optimizer, model_chunks, section)  # groups come with the state, an eps of another base's too
+
+    optimizer.load_state_dict = load_state_dict
     return optimizer
 
 
@@ -186,15 +195,14 @@ def check_checkpoint_state(state: Mapping[str, Any], section: CompletePConfig) -
     Raises:
         CheckpointError: it has none (the run that wrote it had no CompleteP), or another.
     """
-    stored, ours = state.get(_STATE_KEY), section.model_dump()
+    stored = state.get(_STATE_KEY)
     if stored is None:
         raise CheckpointError(
             "completep: the checkpoint was written without it, its weights belong to another parametrization; resume "
             'without "completep", or start anew'
         )
-    different = [name for name in sorted({*stored, *ours}) if stored.get(name) != ours.get(name)]
-    if different:
-        values = ", ".join(f"{name} {stored.get(name)!r} there, {ours.get(name)!r} here" for name in different)
+    if different := section.differences(stored):
+        values = ", ".join(f"{name} {there!r} there, {here!r} here" for name, there, here in different)
         raise CheckpointError(f"completep: the checkpoint belongs to another recipe: {values}; resume with its values")
 
 

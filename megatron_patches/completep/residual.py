@@ -2,10 +2,10 @@
 
     residual + multiplier * dropout(x + bias)
 
-It costs what the host's costs: the multiplier rides on the addition's own kernel, and where the host fuses
-(``bias_dropout_fusion``) the same compiler fuses this. The sum has the residual's dtype, also with an fp32 residual
-stream under 16-bit layers (``fp32_residual_connection``), which the host's own function rounds down: at alpha = 1 a
-branch is a 1/L-th of the stream, and 16 bits would lose it.
+The multiplier rides on the addition's own kernel, and where the host fuses (``bias_dropout_fusion``) the same compiler
+fuses this. Unfused, the backward pass has one multiplication more. The sum has the residual's dtype, also with an fp32
+residual stream under 16-bit layers (``fp32_residual_connection``), which megatron-core 0.16's own function rounds down:
+at alpha = 1 a branch is a 1/L-th of the stream, and 16 bits would lose it.
 """
 
 import functools
@@ -38,11 +38,11 @@ def _add(
     multiplier: float,
 ) -> torch.Tensor:
     x, bias = x_with_bias
+    if x.dtype != residual.dtype:
+        x = x.to(residual.dtype)
     if bias is not None:
         x = x + bias
     x = torch.nn.functional.dropout(x, p=prob, training=training)
-    if x.dtype != residual.dtype:
-        x = x.to(residual.dtype)
     return torch.add(residual, x, alpha=multiplier)
 
 

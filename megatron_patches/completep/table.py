@@ -7,6 +7,7 @@ from typing import Any
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.config_model import parse_section
 from ds_plugin.errors import ConfigError
+from ds_plugin.group_lr import check_peak
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.param_groups import scaled_betas
@@ -46,6 +47,7 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     params = (config.get("optimizer") or {}).get("params") or {}
     if "lr" not in params:
         raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
+    check_peak(config.get("scheduler") or {}, params["lr"])
     return "\n".join(_lines(model, section, params, config.get("scheduler") or {}))
 
 
@@ -56,7 +58,9 @@ def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
         case None | "WarmupLR":
             return 1.0
         case "WarmupDecayLR":
-            return params.get("warmup_min_lr", 0.0) / params.get("warmup_max_lr", 0.001)
+            least, most = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", 0.001)
+            numbers = isinstance(least, (int, float)) and isinstance(most, (int, float))
+            return least / most if numbers else None  # lists, one value for each group
         case "WarmupCosineLR":
             return params.get("cos_min_ratio", 0.0001)
     return None

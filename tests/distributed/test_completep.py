@@ -228,6 +228,44 @@ def test_a_checkpoint_of_another_recipe_is_refused(workers, tmp_path):
     assert error.type == "CheckpointError" and '"alpha": 1.0' in error.message and '"alpha": 0.5' in error.message
 
 
+def _save_plain(folder):
+    engine, *_ = ds_plugin.initialize(model=build(None), config=host_config(None), mpu=gpt.DeepSpeedMPU())
+    engine.save_checkpoint(folder)
+
+
+def test_a_checkpoint_without_the_plugin_is_refused(workers, tmp_path):
+    workers(1).run(_save_plain, str(tmp_path))
+    error = workers(1).run(_load, str(tmp_path), section(), expect="errors")[0]
+    assert error.type == "CheckpointError" and "another parametrization" in error.message
+
+
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
+    stored = {k: v for k, v in section().model_dump().items() if k != "residual"}
+    assert section().differences(stored) == []
+    assert section(residual="folded").differences(stored) == [("residual", "forward", "folded")]
+    assert section(alpha=0.5).differences(stored) == [("alpha", 1.0, 0.5)]
+    assert ("base_width", None, 16) in section().differences(None)
+
+
+def _sgd(folder):
+    def momentum(groups):
+        return torch.optim.SGD([{k: v for k, v in group.items() if k != "eps"} for group in groups])
+
+    engine, *_ = ds_plugin.initialize(
+        model=build(section()),
+        config={**host_config(section()), "zero_allow_untested_optimizer": True},
+        optimizer=momentum,
+        mpu=gpt.DeepSpeedMPU(),
+    )
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    return [group["role"] for group in engine.optimizer.param_groups]
+
+
+def test_an_optimizer_without_betas_saves_and_loads(workers, tmp_path):
+    assert workers(1).run(_sgd, str(tmp_path)) == [[group[0] for group in GROUPS]]
+
+
 def _stage_losses(zero, tensor_parallel):
     completep = section()
     model = build(completep, tensor_parallel=tensor_parallel)
@@ -260,6 +298,7 @@ def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel
 
 def _refusals():
     cpu_host.enable()
+    from deepspeed.pipe import PipelineModule
     from megatron.core.ssm.mamba_block import MambaStackSubmodules
     from megatron.core.transformer.attention import CrossAttention
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -321,6 +360,13 @@ def _refusals():
     mamba, crossed = gpt.layer_spec(cfg), gpt.layer_spec(cfg)
     mamba.submodules = MambaStackSubmodules()
     attempt("mamba", lambda: prepare(config, mamba, section()))
+    xavier = gpt.transformer_config(cfg, torch.float32)
+    xavier.init_method = torch.nn.init.xavier_uniform_
+    attempt("xavier", lambda: prepare(xavier, gpt.layer_spec(cfg), section()))
+    pipeline = PipelineModule([torch.nn.Linear(2, 2)], num_stages=1)
+    attempt("pipeline", lambda: ds_plugin.initialize(model=pipeline, config=host_config(section())))
+    low = {**host_config(section()), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}
+    attempt("peak", lambda: ds_plugin.initialize(model=build(section()), config=low))
     crossed.submodules.cross_attention = ModuleSpec(module=CrossAttention)
     attempt("cross-attention", lambda: prepare(config, crossed, section()))
     prepared = build(section(), finished=False)
@@ -351,6 +397,9 @@ EXPECTED = {
     "enable_hyper_connections": ["enable_hyper_connections"],
     "mamba": ["MambaStackSubmodules", "self_attn_bda"],
     "cross-attention": ["CrossAttention", "decoder-only"],
+    "xavier": ["init_method", "xavier_uniform_", "init_method_std"],
+    "pipeline": ["pipeline engine", "completep"],
+    "peak": ["warmup_max_lr: 0.001, DeepSpeed's default", "0.01"],
     "meta": ["output_layer.weight", "device meta"],
 }
 

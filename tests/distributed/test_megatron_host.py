@@ -295,6 +295,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, shardings):
         assert results == [(sharding, [], True) for sharding in shardings]
 
 
+def load_another_bases_state():
+    """At alpha 1 learning rates do not depend on the depth ratio: the host finds every group, with another eps."""
+
+    def started(completep):
+        optimizer = host.build_optimizer(optimizer_config(False), [wrap(build(completep), False)], completep)
+        return optimizer, optimizer.state_dict()
+
+    _, state = started(section())
+    optimizer, _ = started(section(base_depth=1))
+    try:
+        optimizer.load_state_dict(state)
+    except ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_a_state_of_another_base_is_refused(workers):
+    message = workers(1).run(load_another_bases_state)[0]
+    assert "eps 2.5e-05, expected 1.25e-05" in message, message
+
+
 # lr, min lr, wd, eps of the base: 0.01, 0.001, 0.1, 1e-4; m_N = m_L = 2, alpha 1.
 GROUPS = {
     "embedding": (0.01, 0.001, 0.1, 1e-4),

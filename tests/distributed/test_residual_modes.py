@@ -203,6 +203,48 @@ class MixedNorm(torch.nn.Module):
         return normed.to(self.weight.dtype)
 
 
+def _prepared(residual, fp32_stream):
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    config, spec = gpt.transformer_config(cfg, torch.bfloat16), gpt.layer_spec(cfg)
+    config.fp32_residual_connection, config.pipeline_dtype = fp32_stream, torch.bfloat16
+    return str(prepare(config, spec, section(residual))[0].pipeline_dtype)
+
+
+def test_pipeline_stages_send_the_stream_as_it_is(workers):
+    """A stage that receives in another dtype than the one before it sends would hang or read garbage."""
+    assert workers(1).run(_prepared, "forward", True) == ["torch.float32"]
+    assert workers(1).run(_prepared, "forward", False) == ["torch.bfloat16"]
+    assert workers(1).run(_prepared, "folded", True) == ["torch.bfloat16"]  # the host's own add, and its own dtype
+
+
+def _block_specs():
+    """A block's submodules in place of a layer's spec, as `get_gpt_decoder_block_spec` returns."""
+    cpu_host.enable()
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    layers = [gpt.layer_spec(cfg) for _ in range(SIZE["num_layers"])]
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=layers[0].submodules.input_layernorm)
+    _, prepared = prepare(gpt.transformer_config(cfg, torch.float32), block, section("forward"))
+    scaled = [layer.submodules.mlp_bda for layer in prepared.layer_specs]
+    return sum(found is not layer.submodules.mlp_bda for found, layer in zip(scaled, layers, strict=True))
+
+
+def test_every_layer_of_a_blocks_spec_is_scaled(workers):
+    assert workers(1).run(_block_specs) == [SIZE["num_layers"]]
+
+
+def _inference_scale():
+    changed = section("forward", base_head_dim=4)  # heads of 8 here: sqrt(4) / 8
+    return [build(changed)[0].decoder.layers[0].self_attention.softmax_scale, 4**0.5 / 8]
+
+
+def test_inference_finds_the_attention_scale(workers):
+    found, expected = workers(1).run(_inference_scale)[0]
+    assert found == expected
+
+
 def _stream_dtypes(base_depth):
     def edit(config, spec):
         config.fp32_residual_connection = True

@@ -1,10 +1,12 @@
 """Scalars of DeepSpeed's schedulers, expanded per param group."""
 
+import re
+
 import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
-from ds_plugin.group_lr import expand_scheduler, refuse_flattened
+from ds_plugin.group_lr import check_peak, expand_scheduler, refuse_flattened
 
 RATIOS = [1.0, 0.25]
 
@@ -77,6 +79,26 @@ def test_ratios_hold_at_every_step_in_the_hosts_schedulers(kind):
     assert max(rates) > 0
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ({"type": "WarmupLR", "params": {"warmup_max_lr": 0.002}}, "warmup_max_lr: 0.002, and optimizer.params.lr is"),
+        ({"type": "WarmupDecayLR", "params": {}}, "0.001, DeepSpeed's default, and optimizer.params.lr is 0.01"),
+    ],
+)
+def test_two_peaks_are_refused(scheduler, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_peak(scheduler, 0.01)
+
+
+def test_one_peak_passes():
+    check_peak({}, 0.01)
+    check_peak({"type": "WarmupLR", "params": {}}, 0.01)
+    check_peak({"type": "WarmupLR", "params": {"warmup_max_lr": [0.01, 0.0025]}}, 0.01)
+    check_peak({"type": "WarmupDecayLR", "params": {"warmup_max_lr": 0.01}}, 0.01)
+    check_peak({"type": "WarmupCosineLR", "params": {"total_num_steps": 9}}, 0.01)
+
+
 def rates_around(function):
     optimizer = torch.optim.SGD(
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.008 * ratio} for ratio in RATIOS], lr=0.008
@@ -100,5 +122,11 @@ def test_functions_whose_schedulers_scale_pass(function):
 def test_a_functions_scheduler_that_flattens_is_refused():
     with pytest.raises(ConfigError, match=r"OneCycleLR has set .* \[0.004\d*, 0.004\d*\]"):
         refuse_flattened(*rates_around(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9)))
+    from deepspeed.runtime import lr_schedules
+
+    for kind in ("WarmupLR", "WarmupDecayLR"):  # they set every rate to zero when they are built
+        settings = {"warmup_max_lr": 0.1, **({"total_num_steps": 9} if kind == "WarmupDecayLR" else {})}
+        with pytest.raises(ConfigError, match=rf"{kind} has max_lrs \[0.1, 0.1\]"):
+            refuse_flattened(*rates_around(lambda o, k=kind, s=settings: getattr(lr_schedules, k)(o, **s)))
     with pytest.raises(ConfigError, match="CosineAnnealingLR has eta_min 0.0001"):
         refuse_flattened(*rates_around(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9, eta_min=1e-4)))
