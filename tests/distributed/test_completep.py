@@ -395,7 +395,7 @@ EXPECTED = {
     "experimental_attention_variant": ["gated_delta_net"],
     "heterogeneous_block_specs": ["heterogeneous_block_specs"],
     "enable_hyper_connections": ["enable_hyper_connections"],
-    "mamba": ["MambaStackSubmodules", "self_attn_bda"],
+    "mamba": ["StackSubmodules", "self_attn_bda"],  # Mamba- or Hybrid-, by the version of megatron-core
     "cross-attention": ["CrossAttention", "decoder-only"],
     "xavier": ["init_method", "xavier_uniform_", "init_method_std"],
     "pipeline": ["pipeline engine", "completep"],
