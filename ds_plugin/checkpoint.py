@@ -39,6 +39,7 @@ def save(plugin: "Plugin", folder: Path) -> None:
     engine = plugin.engine
     save_id = [uuid.uuid4().hex]
     dist.broadcast_object_list(save_id, src=0)
+    state = _state(plugin)
     with together():
         folder.mkdir(parents=True, exist_ok=True)
         if plugin.averager is not None:
@@ -47,7 +48,7 @@ def save(plugin: "Plugin", folder: Path) -> None:
             )
         writes = engine.local_rank == 0 if engine.use_node_local_storage() else dist.get_rank() == 0
         if writes:
-            write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0]), indent=1))
+            write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0], state), indent=1))
 
 
 def check(
@@ -181,7 +182,8 @@ def _from_rank_0(read: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def _manifest(plugin: "Plugin", save_id: str) -> dict[str, Any]:
+def _state(plugin: "Plugin") -> dict[str, Any]:
+    """The small state, equal on all ranks. Every rank calls it: some of it is brought together first."""
     state: dict[str, Any] = {}
     if plugin.warmup is not None:
         state["sequence_length_warmup"] = plugin.warmup.state()
@@ -189,6 +191,10 @@ def _manifest(plugin: "Plugin", save_id: str) -> dict[str, Any]:
         state["weight_averaging"] = {"steps": plugin.averager.steps}
     if plugin.completep is not None:
         state["completep"] = plugin.completep.state()
+    return state
+
+
+def _manifest(plugin: "Plugin", save_id: str, state: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "save_id": save_id,
@@ -226,6 +232,8 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_mod
             f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
             "same section"
         )
+    if same_run and plugin.warmup is not None and "sequence_length_warmup" in manifest["state"]:
+        plugin.warmup.check_state(manifest["state"]["sequence_length_warmup"])
     if same_run and plugin.averager is not None and "weight_averaging" in manifest["state"]:
         for key, value in (
             ("world_size", dist.get_world_size()),

@@ -90,9 +90,77 @@ def sequence_parallel_size(engine: Any) -> int:
     return int(engine.seq_dp_world_size) // int(engine.dp_world_size)
 
 
-def has_curriculum(config: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed config switches on DeepSpeed's own curriculum learning."""
-    efficiency = config.get("data_efficiency") or {}
-    sampling = efficiency.get("data_sampling") or {}
-    curriculum = sampling.get("curriculum_learning") or {}
-    return all(bool(section.get("enabled")) for section in (efficiency, sampling, curriculum))
+def has_curriculum(engine: Any) -> bool:
+    """Whether the engine reads its batches through DeepSpeed's own curriculum learning."""
+    return is_on(engine, "curriculum_learning_enabled")
+
+
+# -- Adam's second moments -------------------------------------------------------------------------------------------
+OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
+ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
+ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: steps the sub-groups left on the device
+
+
+def adam_variances(engine: Any) -> list[torch.Tensor]:
+    """This rank's second moments of Adam, the live tensors; some may be empty, and ZeRO's padding in them is zero.
+
+    None at all before the first step (FP16_UnfusedOptimizer has zeros then), from an optimizer without them, or where
+    they are not in this process's memory between two steps (NVMe offload, SuperOffload, ZenFlow).
+    """
+    optimizer = engine.optimizer
+    elsewhere = is_nvme_offloaded(engine) or any(is_on(engine, name) for name in UPDATES_OUTSIDE_STEP)
+    if optimizer is None or elsewhere:
+        return []
+    need(optimizer, OPTIMIZER_STATE)
+    # by the state, not the param groups: ZeRO 3 leaves those empty between two steps
+    states = [getattr(optimizer, OPTIMIZER_STATE)]
+    second = getattr(optimizer, ZERO3_SECOND_OPTIMIZER, None)
+    if second is not None:
+        states.append(second.state)
+    return [entry[ADAM_VARIANCE].detach() for state in states for entry in state.values() if ADAM_VARIANCE in entry]
+
+
+def optimizer_state_copies(engine: Any) -> int:
+    """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it, else the data-parallel
+    size."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        return 1
+    need(engine, "seq_dp_world_size")
+    return int(engine.seq_dp_world_size)
+
+
+# -- the pipeline engine ---------------------------------------------------------------------------------------------
+PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
+PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
+PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
+PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
+PIPELINE_COMPUTE_LOSS = "_compute_loss"
+#: what running a schedule leaves on the engine; some are there only after the first
+PIPELINE_SCRATCH = (
+    PIPELINE_COMPUTE_LOSS,
+    "loss",
+    "total_loss",
+    "total_additional_losses",
+    "fwd_outputs",
+    "_exec_instr",
+    "_unmanaged_backward_count",
+)
+
+
+def forward_backward(micro_batches: int, stages: int, stage: int) -> Any:
+    """One stage's instructions for the forward and backward passes of a step, without what makes a step of them."""
+    from deepspeed.runtime.pipe import schedule
+
+    left_out = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+    need(schedule, "TrainSchedule", *left_out)
+
+    class ForwardBackward(schedule.TrainSchedule):  # type: ignore[misc]
+        def steps(self) -> Any:
+            for commands in super().steps():
+                yield [command for command in commands if type(command).__name__ not in left_out]
+
+    return ForwardBackward(micro_batches=micro_batches, stages=stages, stage_id=stage)

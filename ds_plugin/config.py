@@ -5,7 +5,9 @@ Each model lives with its method; this module only composes them.
 
 import copy
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from ds_plugin.config_model import SectionConfig, nearest, parse_section
 from ds_plugin.errors import ConfigError
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.translate import translate
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from megatron_patches.completep.config import CompletePConfig
 
@@ -22,11 +25,7 @@ SECTIONS: dict[str, type[SectionConfig]] = {
     "weight_averaging": WeightAveragingConfig,
 }
 
-_REMOVED_SECTION = (
-    "curriculum_learning: DeepSpeed 0.19.8 removed this top-level section (value {value!r}); write "
-    '"sequence_length_warmup": {{"enabled": true, "start_length": 8, "end_length": 1024, '
-    '"duration": {{"steps": 1000}}}} instead and delete "curriculum_learning"'
-)
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,14 @@ class PluginConfig:
     def from_dict(cls, raw: Mapping[str, Any]) -> "PluginConfig":
         """Read the three sections of a DeepSpeed config; other keys are DeepSpeed's and are left to it.
 
+        DeepSpeed's own sequence length curricula are read as ``sequence_length_warmup``, which the log says once.
+
         Raises:
-            ConfigError: a wrong field in one of the sections, a misspelt section name, or a section DeepSpeed removed.
+            ConfigError: a wrong field in one of the sections, a misspelt section name, or a curriculum of DeepSpeed's
+                that cannot be translated.
         """
-        if "curriculum_learning" in raw:
-            raise ConfigError(_REMOVED_SECTION.format(value=raw["curriculum_learning"]))
+        raw, notes = translate(raw)
+        _say_once(notes)
         for key in raw:
             guess = nearest(key, SECTIONS) if key not in SECTIONS else None
             # "completion" is 0.6-close to "completep"; only a near-identical name is a misspelling for certain.
@@ -80,6 +82,8 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config file {str(source)!r} cannot be read ({error.strerror}); give an existing JSON file"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {str(source)!r} is not UTF-8 text: {error}; give a JSON file") from None
     try:
         config = json.loads(text, object_pairs_hook=_no_repeated_keys)
     except json.JSONDecodeError as error:
@@ -90,10 +94,23 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], PluginConfig]:
-    """Separate our sections from DeepSpeed's: ``(config for deepspeed.initialize, validated sections)``."""
-    config = load_json(source)
+    """Separate our sections from DeepSpeed's: ``(config for deepspeed.initialize, validated sections)``.
+
+    Raises:
+        ConfigError: as `load_json` and `PluginConfig.from_dict` do.
+    """
+    config, notes = translate(load_json(source))
+    _say_once(notes)
     plugin = PluginConfig.from_dict(config)
     return {key: value for key, value in config.items() if key not in SECTIONS}, plugin
+
+
+def _say_once(notes: Iterable[str]) -> None:
+    """Log on rank 0 (as launchers number ranks: nothing is initialized yet), each text once in a process."""
+    for note in notes:
+        if os.environ.get("RANK", "0") == "0" and note not in _said:
+            _said.add(note)
+            logging.getLogger("ds_plugin").warning("%s", note)
 
 
 def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

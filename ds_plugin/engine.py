@@ -25,6 +25,9 @@ from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup.batch import Shorten
+from ds_plugin.sequence_length_warmup.batches import Source
+from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
+from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.zero_shards import find_shards
@@ -42,6 +45,7 @@ class Plugin:
         self.averager: WeightAverager | None = None
         self.completep: CompleteP | None = None
         self._replaced: list[str] = []
+        self._pipeline: PipelineLengths | None = None
         self._window_open = False  # a micro-batch has been accumulated that no step has used yet
         _refuse_pipeline(config, compat.is_pipeline(engine))
         _refuse_universal(config, engine)
@@ -51,7 +55,18 @@ class Plugin:
             self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
         if config.completep is not None:
             self.completep = CompleteP(engine, config.completep)
-        if self.warmup is not None or self.averager is not None:
+        if self.warmup is not None:
+            self._replace("set_train_batch_size", self._refuse_other_batch)
+            self._replace("set_train_micro_batch_size", self._refuse_other_batch)
+            if self.warmup.config.learning_rate.by == "tokens":
+                warmup = self.warmup
+                engine.lr_scheduler = TokenScheduler(engine.lr_scheduler, warmup.batches_trained)
+        if self.warmup is not None and compat.is_pipeline(engine):
+            self._pipeline = PipelineLengths(engine, self.warmup)
+            self._replace("train_batch", self._train_batch)
+            self._replace("eval_batch", self._eval_batch)
+            self._replace("set_batch_fn", self._pipeline.set_batch_fn)
+        elif self.warmup is not None or self.averager is not None:
             self._replace("backward", self._backward)
             self._replace("step", self._step)
         if config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
@@ -67,6 +82,16 @@ class Plugin:
     def ledger(self) -> Ledger | None:
         """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup."""
         return self.warmup.ledger if self.warmup is not None else None
+
+    def batches(self, source: Source) -> Iterator[Any]:
+        """This rank's micro-batches, each of its step's length; without sequence length warmup, all of them whole.
+
+        ``source(n)`` returns an iterator over full-length micro-batches from the n-th of the run on. The carry mode
+        needs them to be read here, other modes can; after a checkpoint was loaded it goes on from the right one.
+        """
+        if self.warmup is not None and self.warmup.config.mode != "mask":
+            return self.warmup.batches(source)
+        return _from_step(self.engine, source)
 
     @property
     def has_average(self) -> bool:
@@ -110,6 +135,10 @@ class Plugin:
         self._refuse_while_swapped("detach()")
         if self.warmup is not None:
             self.warmup.remove()
+            if isinstance(self.engine.lr_scheduler, TokenScheduler):
+                self.engine.lr_scheduler = self.engine.lr_scheduler.scheduler
+        if self._pipeline is not None:
+            self._pipeline.remove()
         if self.completep is not None:
             self.completep.remove()
         for name in self._replaced:
@@ -131,8 +160,31 @@ class Plugin:
                 "block first"
             )
 
+    def _refuse_other_batch(self, size: int) -> None:
+        raise StateError(
+            f"sequence_length_warmup: the batch size cannot be changed (to {size}) during the run: batch-size ramp-up "
+            "and sequence length warmup both change how many tokens a step has; use one of the two"
+        )
+
+    def _train_batch(self, data_iter: Any = None) -> Any:
+        assert self.warmup is not None and self._pipeline is not None
+        before = self.engine.global_steps
+        with self._pipeline.training(data_iter):
+            loss = self._host_train_batch()  # type: ignore[attr-defined]
+        if self.engine.global_steps != before:
+            self.warmup.record(loss)  # the mean over micro-batches and data-parallel ranks already
+            self.warmup.after_step(self.engine.was_step_applied())
+        return loss
+
+    def _eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._pipeline is not None
+        self._pipeline.before_evaluation()
+        return self._host_eval_batch(*args, **kwargs)  # type: ignore[attr-defined]
+
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.backward()")
+        if self.warmup is not None:
+            self.warmup.record(args[0] if args else kwargs.get("loss"))
         self._window_open = True
         return self._host_backward(*args, **kwargs)  # type: ignore[attr-defined]
 
@@ -204,6 +256,11 @@ class Plugin:
             self.averager.reset()
 
 
+def _from_step(engine: Any, source: Source) -> Iterator[Any]:
+    """``source`` from the engine's step on, found out when the first is asked for: a checkpoint is loaded by then."""
+    yield from source(engine.global_steps * engine.gradient_accumulation_steps())
+
+
 def initialize(
     args: Any = None,
     model: torch.nn.Module | None = None,
@@ -246,7 +303,7 @@ def initialize(
             f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
         )
     host_config, sections = split_config(given[0])
-    _refuse_conflicts(host_config, sections, model, mpu)
+    _refuse_conflicts(sections, model, mpu)
     if sections.completep is not None:
         model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
             model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
@@ -272,7 +329,7 @@ def initialize(
     if hasattr(args, "local_rank"):
         args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
     _register(engine, sections, shorten)
-    return (engine, *rest)  # type: ignore[return-value]
+    return (engine, *rest[:-1], engine.lr_scheduler)  # type: ignore[return-value]
 
 
 def attach(
@@ -286,13 +343,18 @@ def attach(
         ConfigError: a wrong setting, or ``completep`` enabled: its param groups must exist before the engine does.
         StateError: the engine already has a plugin.
     """
-    host_config, sections = ({}, config) if isinstance(config, PluginConfig) else split_config(config)
+    sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
     if sections.completep is not None:
         raise ConfigError(
             "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
             'deepspeed.initialize(), or write "enabled": false'
         )
-    _refuse_conflicts(host_config, sections, engine.module, engine.mpu)
+    if sections.sequence_length_warmup is not None and compat.has_curriculum(engine):
+        raise ConfigError(
+            "sequence_length_warmup: the engine was built with data_efficiency.data_sampling.curriculum_learning "
+            "enabled, and both set the length; remove one of the two"
+        )
+    _refuse_conflicts(sections, engine.module, engine.mpu)
     return _register(engine, sections, shorten)
 
 
@@ -321,15 +383,10 @@ def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> P
     return plugin
 
 
-def _refuse_conflicts(host_config: Mapping[str, Any], sections: PluginConfig, model: Any, mpu: Any) -> None:
+def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
     from deepspeed.pipe import PipelineModule
 
     _refuse_pipeline(sections, isinstance(model, PipelineModule))
-    if sections.sequence_length_warmup is not None and compat.has_curriculum(dict(host_config)):
-        raise ConfigError(
-            "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is enabled too, and both set "
-            "the length; remove one of the two"
-        )
     ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
     if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
         raise ConfigError(
@@ -356,8 +413,8 @@ def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
 
 
 def _refuse_pipeline(sections: PluginConfig, is_pipeline: bool) -> None:
-    """A pipeline's step is `train_batch`, which none of our wrappers sees, and its module is no GPTModel."""
-    for name in ("sequence_length_warmup", "weight_averaging", "completep"):
+    """A pipeline's stages hold parts of a model, which is no GPTModel, and its shards are not known to averaging."""
+    for name in ("weight_averaging", "completep"):
         if is_pipeline and getattr(sections, name) is not None:
             raise ConfigError(
                 f'{name}: DeepSpeed\'s pipeline engine is not supported by this version; write "enabled": false, or '

@@ -66,7 +66,7 @@ def loss_of(engine: Any, batch: Batch) -> torch.Tensor:
 def build_data(
     run: settings.Settings, text: corpus.Corpus, engine: Any, cache: Path
 ) -> tuple[Callable[[int], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
-    """Two functions: this rank's training micro-batches from a step on, and those of an evaluation, always the same."""
+    """Two functions: this rank's training micro-batches from the n-th on, and an evaluation's, always the same."""
     cfg, mpu, micro = run.training, gpt.DeepSpeedMPU(), engine.train_micro_batch_size_per_gpu()
     ranks = mpu.get_data_parallel_world_size()
     count = -(-cfg.eval_samples // (micro * ranks))
@@ -82,10 +82,10 @@ def build_data(
     assert validation is not None  # eval_samples is at least 1
     batches = partial(data.batches, micro_batch=micro, dp_rank=mpu.get_data_parallel_rank(), dp_size=ranks)
 
-    def from_step(step: int) -> Iterator[Batch]:
-        yield from batches(training, start_sample=step * engine.train_batch_size(), num_workers=cfg.data_workers)
+    def from_micro_batch(n: int) -> Iterator[Batch]:
+        return batches(training, start_sample=n * micro * ranks, num_workers=cfg.data_workers)
 
-    return from_step, lambda: islice(batches(validation, start_sample=0), count)
+    return from_micro_batch, lambda: islice(batches(validation, start_sample=0), count)
 
 
 @torch.no_grad()
@@ -111,9 +111,9 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
     record = Recorder(engine, run, folder, text, progress)
     if args.resume:
         record.resume(args.tag)
-    batches = training_batches(engine.global_steps)
+    batches = plugin.batches(training_batches)  # (*) of each step's length, from the step the engine is at
     engine.train()
-    while engine.global_steps < cfg.steps:
+    while not record.finished:
         record.before_step()
         for _ in range(engine.gradient_accumulation_steps()):
             loss = loss_of(engine, next(batches))
@@ -122,13 +122,13 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
             record.loss(loss)
         record.after_step()
         step = engine.global_steps
-        if step % cfg.eval_interval == 0 or step == cfg.steps:
+        if step % cfg.eval_interval == 0 or record.finished:
             record.evaluation(evaluate(engine, evaluation_batches()))
             if plugin.has_average:
                 with plugin.averaged_weights():  # (*)
                     record.averaged_evaluation(evaluate(engine, evaluation_batches()))
         record.write()
-        if step % cfg.save_interval == 0 or step == cfg.steps:
+        if step % cfg.save_interval == 0 or record.finished:
             record.save()
     if cpu_host.enabled():
         cpu_host.check_replicas(engine.module)  # what tensor-parallel ranks hold alike must have stayed alike

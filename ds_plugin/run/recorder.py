@@ -18,9 +18,11 @@ from ds_plugin.errors import CheckpointError, together
 from ds_plugin.run import env, report, rng
 from ds_plugin.run.corpus import Corpus
 from ds_plugin.run.export import export_weights, parameter_count
+from ds_plugin.run.flops import Flops
 from ds_plugin.run.folder import RunFolder, read_metrics
 from ds_plugin.run.progress import Progress
 from ds_plugin.run.settings import Settings
+from ds_plugin.sequence_length_warmup.plan import plan
 
 _MONITORED = (
     "length",
@@ -30,7 +32,12 @@ _MONITORED = (
     "eval_loss_averaged",
     "tokens_trained",
     "tokens_read",
+    "tokens_carried",
     "tokens_per_second",
+    "flops",
+    "loss_ratio",
+    "adam_variance_l1",
+    "adam_variance_max",
 )
 
 
@@ -50,16 +57,29 @@ class Recorder:
         self._unread: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss is still on the device
         self._rows: list[dict[str, Any]] = []  # rows with their loss, not written yet; the last may be the step's own
         self._row: dict[str, Any] = {}
+        self._flops, self._per_token = 0.0, Flops(engine.module, run.model)
+        self._trained_before = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its steps or all its tokens."""
+        cfg = self.run.training
+        return self.engine.global_steps >= cfg.steps or (cfg.tokens is not None and self._tokens()[0] >= cfg.tokens)
 
     def _shortfalls(self) -> list[str]:
         """What this run is too short for."""
         steps, lines = self.run.training.steps, []
         warmup, averager = self.plugin.warmup, self.plugin.averager
-        if warmup is not None and warmup.config.duration.steps > steps:
-            lines.append(
-                f"note: {steps} steps end the run within the sequence length warmup of {warmup.config.duration.steps}; "
-                f"it reaches {warmup.scheduler.length_at(steps)} of {warmup.config.end_length} tokens"
-            )
+        if warmup is not None:
+            batch = self.engine.train_batch_size()
+            planned = plan(warmup.scheduler, batch, steps=steps)
+            last = steps if warmup.config.duration.unit == "steps" else planned.trained
+            if last < warmup.config.duration.total:
+                lines.append(
+                    f"note: {steps} steps end the run within the sequence length warmup of "
+                    f"{warmup.config.duration.total:,} {warmup.config.duration.unit}; it reaches "
+                    f"{warmup.scheduler.length_at(last)} of {warmup.config.end_length} tokens"
+                )
         if averager is not None and averager.first_step() > steps:
             lines.append(
                 f"note: {steps} steps end the run before the first snapshot, at step {averager.first_step()}: nothing "
@@ -74,6 +94,7 @@ class Recorder:
         if not self._unread:
             self._window_started, self._window_tokens = time.monotonic(), self._tokens()[0]
         self._losses = []
+        self._trained_before = self._tokens()[0]
         self._row = {
             "length": self.plugin.length or self.run.model.seq_length,
             "lr": self.engine.get_lr()[0],
@@ -87,9 +108,18 @@ class Recorder:
         """Close the step's row, before it is evaluated; read the losses that wait when it is time."""
         trained, read = self._tokens()
         step, cfg = self.engine.global_steps, self.run.training
-        self._row |= {"step": step, "tokens_trained": trained, "tokens_read": read}
+        length = self._row["length"] if not self._full_length() else self.run.model.seq_length
+        self._flops += (trained - self._trained_before) * self._per_token.per_token(length)
+        self._row |= {"step": step, "tokens_trained": trained, "tokens_read": read, "flops": self._flops}
+        if self.plugin.ledger is not None:
+            self._row["tokens_carried"] = self.plugin.ledger.carried
+        warmup = self.plugin.warmup
+        if warmup is not None and warmup.report is not None and warmup.report.step == step:
+            self._row["loss_ratio"] = warmup.report.loss_ratio
+            self._row["adam_variance_l1"] = warmup.report.variance_l1
+            self._row["adam_variance_max"] = warmup.report.variance_max
         self._unread.append((self._row, torch.stack(self._losses).mean().float()))
-        if step == cfg.steps or any(step % n == 0 for n in (cfg.log_interval, cfg.eval_interval, cfg.save_interval)):
+        if self.finished or any(step % n == 0 for n in (cfg.log_interval, cfg.eval_interval, cfg.save_interval)):
             self._read()
 
     def evaluation(self, loss: float) -> None:
@@ -129,6 +159,10 @@ class Recorder:
             ]
             self.engine.monitor.write_events(events)
 
+    def _full_length(self) -> bool:
+        """Whether samples are trained whole: no warmup, or one that only confines attention."""
+        return self.plugin.warmup is None or self.plugin.warmup.config.mode == "mask"
+
     def _tokens(self) -> tuple[int, int]:
         """Tokens trained and read so far, all data-parallel ranks together."""
         if self.plugin.ledger is not None:
@@ -147,7 +181,8 @@ class Recorder:
             path.mkdir(parents=True, exist_ok=True)
             rng.save(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
             if self.first:
-                state = {**self._identity(), "steps": self.run.training.steps, "seconds": self._seconds()}
+                state = {**self._identity(), "steps": self.run.training.steps}
+                state |= {"seconds": self._seconds(), "flops": self._flops}
                 atomic_write(path / "run.json", lambda p: p.write_text(json.dumps(state, indent=1)))
         self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
 
@@ -191,6 +226,7 @@ class Recorder:
                 "passed a different number of times)"
             )
         self._earlier_seconds = saved["seconds"]
+        self._flops = saved.get("flops", 0.0)
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run: its model and its samples."""
@@ -213,6 +249,8 @@ class Recorder:
     def finish(self) -> None:
         """Write the averaged weights, summary.json and report.png."""
         averaged: list[Path] = []
+        if self.plugin.warmup is not None:
+            self.plugin.warmup.monitor.report()  # the steps since the last one; every rank calls it
         if self.plugin.has_average:
             with self.plugin.averaged_weights():
                 averaged = export_weights(self.engine, self.folder.path / "averaged.safetensors")
@@ -223,10 +261,15 @@ class Recorder:
     def _write_results(self, averaged: list[Path]) -> None:
         metrics = read_metrics(self.folder.metrics)
         trained, read = self._tokens()
+        ledger, warmup = self.plugin.ledger, self.plugin.warmup
         summary = {
             "steps": self.engine.global_steps,
             "tokens_trained": trained,
             "tokens_read": read,
+            "tokens_carried": ledger.carried if ledger is not None else 0,
+            "tokens_discarded": ledger.discarded if ledger is not None else read - trained,
+            "flops": self._flops,
+            "stability": warmup.monitor.summary() if warmup is not None else None,
             "train_loss": metrics["train_loss"][-1],
             "eval_loss": metrics["eval_loss"][-1],
             "eval_loss_averaged": metrics["eval_loss_averaged"][-1],

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ds_plugin.config import PluginConfig, load_json, split_config
 from ds_plugin.config_model import SectionConfig, nearest, parse_section
 from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.plan import Plan, plan
+from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
 from megatron_patches.gpt import GPTConfig
 
 
 class TrainingConfig(SectionConfig):
     """The ``training`` section: how long, on what, what is measured along the way. Intervals are in optimizer steps."""
 
-    steps: int = Field(ge=1, description="optimizer steps in all, e.g. 300")
+    steps: int = Field(0, ge=0, description="optimizer steps in all, e.g. 300")
+    tokens: int | None = Field(None, ge=1, description="trained tokens in all, in place of steps or as another end")
     seed: int = Field(1234, ge=1, description="seed of the weights and of the sample order")
     data: str = Field("stdlib", description="a text file, a folder of text files, a .bin/.idx prefix, or stdlib")
     tokenizer: str | None = Field(None, description="a Hugging Face tokenizers file; null for bytes")
@@ -34,6 +38,15 @@ class TrainingConfig(SectionConfig):
     save_interval: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
     log_interval: int = Field(5, ge=1, description="steps between two reads of the training loss")
     data_workers: int = Field(0, ge=0, description="processes that load data, per rank")
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainingConfig":
+        if self.steps == 0 and self.tokens is None:
+            raise ValueError(
+                "training.steps: missing; write the optimizer steps in all, e.g. 300, or the trained tokens as "
+                '"tokens": 10000000'
+            )
+        return self
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -62,6 +75,7 @@ class Settings:
 #: flag -> where it goes in the JSON
 _OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "steps": ("training", "steps"),
+    "tokens": ("training", "tokens"),
     "seed": ("training", "seed"),
     "data": ("training", "data"),
     "tokenizer": ("training", "tokenizer"),
@@ -89,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # some launchers add it
     p.add_argument("--data", help="a text file, a folder of text files, or the prefix of a .bin/.idx dataset")
     p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json")
-    for flag in ("steps", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
+    for flag in ("steps", "tokens", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
         p.add_argument(f"--{flag}", type=int)
     for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "zero-stage"):
         p.add_argument(f"--{flag}", type=int)
@@ -126,17 +140,61 @@ def load_settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f'{args.config}: section "{name}" is missing; {hint}')
     model = parse_section(GPTConfig, "model", config.pop("model"))
     training = parse_section(TrainingConfig, "training", config.pop("training"))
-    _fill_auto(config, training)
     plugin = split_config(config)[1]
+    training = _with_steps(config, training, model, plugin)
+    _fill_auto(config, training, model, plugin)
     _check_together(config, model, plugin)
     return Settings(config, model, training, plugin)
 
 
-def _fill_auto(config: dict[str, Any], training: TrainingConfig) -> None:
-    """``"auto"`` for the scheduler's length means the run's own, so that the two cannot disagree."""
+def _batch(config: Mapping[str, Any], model: GPTConfig) -> int:
+    """Samples of an optimizer step, all ranks together; 0 when the JSON does not say."""
+    if "train_batch_size" in config:
+        return int(config["train_batch_size"])
+    ranks = dist.get_world_size() // model.tensor_parallel if dist.is_initialized() else 1
+    return (
+        int(config.get("train_micro_batch_size_per_gpu", 0)) * int(config.get("gradient_accumulation_steps", 1)) * ranks
+    )
+
+
+def _planned(
+    config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig, steps: int | None, tokens: int | None
+) -> Plan:
+    """What a run of so many steps or tokens comes to."""
+    batch, warmup = max(1, _batch(config, model)), plugin.sequence_length_warmup
+    if warmup is None:
+        count = steps if steps is not None else -(-(tokens or 0) // (batch * model.seq_length))
+        return Plan(count, count * batch * model.seq_length, count * batch * model.seq_length)
+    scheduler = SequenceLengthScheduler(warmup)
+    return plan(scheduler, batch, steps=steps, tokens=tokens)
+
+
+def _with_steps(
+    config: Mapping[str, Any], training: TrainingConfig, model: GPTConfig, plugin: PluginConfig
+) -> TrainingConfig:
+    """The settings with the steps that ``tokens`` take filled in. Held lengths take more: then they are a bound."""
+    if training.tokens is None:
+        return training
+    warmup = plugin.sequence_length_warmup
+    steps = _planned(config, model, plugin, None, training.tokens).steps
+    if warmup is not None and warmup.pacing == "adaptive":  # at worst the length is held for ever
+        steps = -(-training.tokens // (max(1, _batch(config, model)) * warmup.start_length))
+    return training.model_copy(update={"steps": min(training.steps or steps, steps)})
+
+
+def _fill_auto(config: dict[str, Any], training: TrainingConfig, model: GPTConfig, plugin: PluginConfig) -> None:
+    """``"auto"`` for the scheduler's length means the run's own, so that the two cannot disagree.
+
+    A scheduler that follows tokens counts full-length batches.
+    """
     params = (config.get("scheduler") or {}).get("params") or {}
-    if params.get("total_num_steps") == "auto":
-        params["total_num_steps"] = training.steps
+    if params.get("total_num_steps") != "auto":
+        return
+    params["total_num_steps"] = training.steps
+    warmup = plugin.sequence_length_warmup
+    if warmup is not None and warmup.learning_rate.by == "tokens":
+        tokens = training.tokens or _planned(config, model, plugin, training.steps, None).trained
+        params["total_num_steps"] = -(-tokens // (max(1, _batch(config, model)) * model.seq_length))
 
 
 def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig) -> None:

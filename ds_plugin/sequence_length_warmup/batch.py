@@ -18,14 +18,15 @@ TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "inputs", "x", "ids")
 COMPANION_NAMES = ("labels", "targets", "target", "y", "position_ids", "loss_mask", "token_type_ids", "segment_ids")
 #: [batch, sequence] or [..., sequence, sequence]
 MASK_NAMES = ("attention_mask", "mask")
+POSITIONS = "position_ids"
 
 #: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments. A user
 #: gives one as ``shorten=`` for a model whose arguments are not recognised below.
 Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
 
 
-def shorten_arguments(arguments: Mapping[str, Any], length: int) -> tuple[dict[str, Any], int, int]:
-    """Cut named arguments to their first ``length`` positions.
+def shorten_arguments(arguments: Mapping[str, Any], length: int, offset: int = 0) -> tuple[dict[str, Any], int, int]:
+    """Cut named arguments to ``length`` positions from ``offset`` on; position ids begin at 0 again.
 
     Returns:
         the cut arguments (views: no copy, contiguous only along the batch) and the number of tokens before and after.
@@ -48,20 +49,22 @@ def shorten_arguments(arguments: Mapping[str, Any], length: int) -> tuple[dict[s
             "(args, kwargs, length) and returns (args, kwargs, tokens before, tokens after)"
         )
     batch, full = arguments[names[0]].shape[:2]
-    if full < length:
+    if full < offset + length:
         raise ConfigError(
-            f"sequence_length_warmup.end_length: the step asks for {length} tokens but {names[0]} holds samples of "
-            f"{full}; write an end_length of at most {full}, or read longer samples"
+            f"sequence_length_warmup.end_length: the step asks for {offset + length} tokens but {names[0]} holds "
+            f"samples of {full}; write an end_length of at most {full}, or read longer samples"
         )
     cut: dict[str, Any] = {}
     for name, value in arguments.items():
         if not torch.is_tensor(value) or value.dim() < 2:
             cut[name] = value
         elif name in MASK_NAMES:
-            cut[name] = _cut_mask(value, batch, full, length)
+            cut[name] = _cut_mask(value, batch, full, length, offset)
         elif name in TOKEN_NAMES or name in COMPANION_NAMES:
             # [batch or 1, sequence, ...]; anything else under these names (class labels, say) has no sequence to cut
-            cut[name] = value[:, :length] if value.shape[1] == full else value
+            cut[name] = value[:, offset : offset + length] if value.shape[1] == full else value
+            if name == POSITIONS and offset and value.shape[1] == full:
+                cut[name] = restarted(cut[name])
         elif tuple(value.shape[:2]) == (batch, full):
             raise ConfigError(
                 f"sequence_length_warmup: the model's argument {name!r} has the tokens' shape {list(value.shape)} but "
@@ -73,10 +76,15 @@ def shorten_arguments(arguments: Mapping[str, Any], length: int) -> tuple[dict[s
     return cut, batch * full, batch * length
 
 
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that ``forward`` takes by position, in order."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional]
+
+
 def by_name(forward: Callable[..., Any]) -> Shorten:
     """The `Shorten` of a model whose ``forward`` names its arguments; the signature is read once."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional]
+    names = argument_names(forward)
 
     def shorten(
         args: tuple[Any, ...], kwargs: dict[str, Any], length: int
@@ -92,7 +100,16 @@ def by_name(forward: Callable[..., Any]) -> Shorten:
     return shorten
 
 
-def _cut_mask(mask: torch.Tensor, batch: int, full: int, length: int) -> torch.Tensor:
+def restarted(positions: torch.Tensor) -> torch.Tensor:
+    """Position ids [batch, length] of a stretch from within a sample, counted from the stretch's first token.
+
+    Where a document begins within the stretch, and its positions at 0 with it, they stay.
+    """
+    count = torch.arange(positions.shape[1], device=positions.device)
+    return torch.where(positions - positions[:, :1] == count, count, positions)
+
+
+def _cut_mask(mask: torch.Tensor, batch: int, full: int, length: int, offset: int) -> torch.Tensor:
     """[batch, sequence] padding masks lose their last positions; [..., sequence, sequence] ones are cut both ways."""
     if mask.dim() == 2 and mask.shape == (batch, full):
         if batch == full:
@@ -101,10 +118,10 @@ def _cut_mask(mask: torch.Tensor, batch: int, full: int, length: int) -> torch.T
                 "tokens is either one row per sample or one row per query; give it as [1, 1, sequence, sequence] or "
                 "another batch"
             )
-        return mask[:, :length]
+        return mask[:, offset : offset + length]
     for dim in (-1, -2):
         if mask.shape[dim] == full:
-            mask = mask.narrow(dim, 0, length)
+            mask = mask.narrow(dim, offset, length)
     return mask
 
 

@@ -1,14 +1,69 @@
-"""Pacing functions: which length a step trains at. Pure integer arithmetic; nothing here knows a host."""
+"""Pacing functions: which length comes at which point of the warmup. Pure; nothing here knows a host.
+
+A position is the ordinal of what comes next: optimizer step ``global_steps + 1``, or token ``tokens trained + 1``. The
+arithmetic is in integers throughout, so that every rank and every machine computes the same length.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+#: a user's schedule: (share of the duration in [0, 1], start length, end length) -> length in tokens
+Custom = Callable[[float, int, int], float]
 
 
-def linear(step: int, *, start: int, end: int, duration: int, multiple_of: int) -> int:
-    """Length in tokens of optimizer step ``step`` (the first step is 1).
+def linear(position: int, *, start: int, end: int, duration: int) -> int:
+    """``start + (end - start) * min(position / duration, 1)``, rounded down (arXiv 2108.06084, section 4)."""
+    return start + (end - start) * _clamped(position, duration) // duration
 
-    ``start + (end - start) * min(step / duration, 1)``, floored to ``multiple_of``, never below the first multiple
-    at or above ``start`` and never above ``end`` (arXiv 2108.06084, section 4). The division is an integer one, so
-    that every rank and every machine computes the same length.
+
+def root(position: int, *, start: int, end: int, duration: int, degree: int) -> int:
+    """``start + (end - start) * min(position / duration, 1) ** (1 / degree)``, rounded down; grows faster at first.
+
+    The largest n with ``n / (end - start) <= (position / duration) ** (1 / degree)``, found without a float.
     """
-    progressed = min(max(step, 0), duration)
-    exact = start + (end - start) * progressed // duration
-    floor = -(-start // multiple_of) * multiple_of
-    return min(max(exact // multiple_of * multiple_of, floor), end)
+    span, progressed = end - start, _clamped(position, duration)
+    low, high = 0, span
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle**degree * duration <= span**degree * progressed:
+            low = middle
+        else:
+            high = middle - 1
+    return start + low
+
+
+def discrete(position: int, *, lengths: Sequence[int], boundaries: Sequence[int]) -> int:
+    """``lengths[i]`` up to and including position ``boundaries[i]``; the last length after the last boundary."""
+    return next((length for length, last in zip(lengths, boundaries, strict=False) if position <= last), lengths[-1])
+
+
+def custom(position: int, *, start: int, end: int, duration: int, function: Custom) -> int:
+    """A user's function of the share that is done, rounded down.
+
+    Raises:
+        ValueError: it returned something that is not a finite number.
+    """
+    value = function(_clamped(position, duration) / duration, start, end)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"returned {value!r}, which is not a finite number of tokens")
+    return math.floor(value)
+
+
+def floored(length: int, *, start: int, end: int, multiple_of: int) -> int:
+    """``length`` rounded down to a multiple, never below the first multiple at or above ``start``, never above ``end``.
+
+    ``end`` must be a multiple itself, or the full length would never be reached.
+    """
+    lowest = -(-start // multiple_of) * multiple_of
+    return min(max(length // multiple_of * multiple_of, lowest), end)
+
+
+def levels(*, start: int, end: int, multiple_of: int, count: int) -> list[int]:
+    """At most ``count`` lengths from the first to the full one, evenly spaced: all that a bounded schedule uses."""
+    lowest = floored(start, start=start, end=end, multiple_of=multiple_of)
+    exact = (lowest + (end - lowest) * i // (count - 1) for i in range(count))
+    return sorted({floored(length, start=start, end=end, multiple_of=multiple_of) for length in exact})
+
+
+def _clamped(position: int, duration: int) -> int:
+    return min(max(position, 0), duration)

@@ -1,103 +1,332 @@
-"""Sequence length warmup on a DeepSpeed engine: shortens each training forward pass and counts the tokens."""
+"""Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from ds_plugin import compat
-from ds_plugin.errors import ConfigError, StateError
-from ds_plugin.sequence_length_warmup.batch import Shorten, by_name
-from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.sequence_length_warmup import preflight
+from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, Shorten, argument_names, by_name
+from ds_plugin.sequence_length_warmup.batches import Batches, Source
+from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch
+from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.confine import Confiner, check_model
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler, layout_multiple
+from ds_plugin.sequence_length_warmup.stability import Report, StabilityMonitor
 
 
 @dataclass
 class Ledger:
-    """Tokens over all data-parallel ranks since the start of training; ``read - trained`` is what truncation cut.
+    """What became of the tokens since the start of training, over all data-parallel ranks.
 
     ``trained`` leaves out steps the host skipped (an fp16 overflow): their tokens were read and had no effect.
     """
 
     read: int = 0
     trained: int = 0
+    carried: int = 0  # read, and to be trained later
+
+    @property
+    def discarded(self) -> int:
+        """Tokens that were read and will not be trained: cut off, or in a skipped step."""
+        return self.read - self.trained - self.carried
 
 
 class SequenceLengthWarmup:
-    """The method's state on one engine: the scheduler, the ledger and the forward hook.
+    """The method's state on one engine.
 
-    The hook sits on the engine, outside the module, so that ``torch.compile`` never traces the schedule. It reads
+    Batches are shortened by a hook on the engine, outside the module, so that ``torch.compile`` never traces the
+    schedule; in pipelines by the engine's batch function; or by `Batches` where they are read. All of them look at
     shapes only: no host sync, no collective.
     """
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
         """
         Raises:
-            ConfigError: the engine is one whose batches cannot be shortened here, or the layout does not divide the
-                length.
+            ConfigError: the layout does not divide the lengths, the model cannot do what the mode asks for, or ranks
+                were given different sections.
         """
-        if compat.sequence_parallel_size(engine) > 1:
-            raise ConfigError(
-                f"sequence_length_warmup: sequence_parallel_size is {compat.sequence_parallel_size(engine)}: each rank "
-                "holds a part of every sample, so a prefix cannot be cut on one rank; write sequence_parallel_size 1"
-            )
-        context = getattr(getattr(engine.module, "config", None), "context_parallel_size", 1)
-        if context > 1:
-            raise ConfigError(
-                f"sequence_length_warmup: context_parallel_size is {context}: each rank holds a part of every sample, "
-                "so a prefix cannot be cut on one rank; write context_parallel_size 1"
-            )
-        self.engine = engine
-        self.config = config
-        self.scheduler = SequenceLengthScheduler(config, layout_multiple=layout_multiple(engine.module))
+        self.engine, self.config, self.full = engine, config, config.end_length
+        self.parts = _parts(engine)
+        self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
+        self._same_on_all_ranks()
         self.ledger = Ledger()
-        self._shorten = shorten or by_name(engine.module.forward)
+        self.monitor = StabilityMonitor(engine, config.report_interval, self._equal_on_all_ranks)
+        self.report: Report | None = None  # the newest
+        self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
+        self.order: CarryOrder | None = None
+        if config.mode == "carry":
+            self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
+        self._stretch: Stretch | None = None
+        self._batches: list[Batches] = []
         self._window = Ledger()  # this rank's tokens in the accumulation window that is open
-        self._handle = engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self._flown = not config.preflight
+        self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
+        self._handle: Any = None
+        if compat.is_pipeline(engine):
+            self._refuse_in_pipelines(shorten)
+        else:
+            self._shorten = shorten or self._default_shorten()
+            self._handle = engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+
+    # -- which length ------------------------------------------------------------------------------------------------
+
+    @property
+    def stretch(self) -> Stretch:
+        """What each sample of the optimizer step that comes next, or runs, is trained on; constant within it."""
+        if self._stretch is None:
+            length = self.scheduler.update_difficulty(self.position)
+            if self.order is not None:
+                self._stretch = self.order.next(length)
+            else:
+                self._stretch = Stretch(self.engine.global_steps, 0, length)
+        return self._stretch
 
     @property
     def length(self) -> int:
-        """Length in tokens of the optimizer step that comes next (constant within its accumulation window)."""
-        return self.scheduler.update_difficulty(self.engine.global_steps + 1)
+        """Length in tokens of the optimizer step that comes next, or runs; in the mask mode, of a fragment."""
+        return self.stretch.length
+
+    @property
+    def position(self) -> int:
+        """Where the schedule stands: the step or token that comes next, less what adaptive pacing has held."""
+        done = self.engine.global_steps if self.config.duration.unit == "steps" else self.ledger.trained
+        return done + 1 - self.held
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step on this rank."""
+        return int(self.engine.gradient_accumulation_steps())
+
+    @property
+    def open_windows(self) -> list[int]:
+        """Windows the carry mode will come back to."""
+        return [window for window, _ in self.order.open] if self.order is not None else []
+
+    def batches_trained(self, *, with_open_step: bool) -> float:
+        """Tokens trained, in full-length batches; what learning rates by tokens follow."""
+        tokens = self.ledger.trained + (self._tokens_of(self.stretch)[1] if with_open_step else 0)
+        return tokens / (self.engine.train_batch_size() * self.full)
 
     def describe(self) -> str:
         """The schedule in one line."""
-        lengths = [self.scheduler.length_at(step) for step in range(1, self.config.duration.steps + 2)]
-        return (
-            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {self.config.duration.steps} steps, in "
-            f"{len(set(lengths))} lengths, multiples of {self.scheduler.multiple_of}"
+        c, lengths = self.config, self.scheduler.lengths()
+        text = (
+            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} "
+            f"{c.duration.unit}, in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}, {c.schedule}, "
+            f"mode {c.mode}"
         )
+        text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
+        text += ", held while unstable" if c.pacing == "adaptive" else ""
+        return text
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    def batches(self, source: Source) -> Batches:
+        """This rank's micro-batches, each cut to its step's length: see `Batches`."""
+        if self.config.mode == "mask":
+            raise ConfigError(
+                'sequence_length_warmup.mode: "mask" trains full-length samples; give them to engine(...) as they are'
+            )
+        self._batches.append(Batches(self, source))
+        return self._batches[-1]
 
     def remove(self) -> None:
         """Take the hook off the engine."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _before_forward(
         self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.engine.module.training:
             return None  # evaluation is always at full length
-        args, kwargs, read, trained = self._shorten(args, kwargs, self.length)
-        self._window.read += read
-        self._window.trained += trained
+        stretch = self.stretch
+        if self._batches:
+            self._check_cut(args, kwargs, stretch.length)
+            whole = args, kwargs
+            # booked after the step, from the stretch itself
+            self._window.read += 1
+        elif self.config.mode == "carry" or self.parts > 1:
+            what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
+            raise StateError(
+                f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
+                "ds_plugin.attached(engine).batches(from_micro_batch), where from_micro_batch(n) returns an iterator "
+                "over full-length micro-batches from the n-th on"
+            )
+        else:
+            whole = args, kwargs
+            args, kwargs, read, trained = self._shorten(args, kwargs, stretch.length)
+            self._window.read += read
+            self._window.trained += trained
+        if not self._flown:
+            self._flown = True
+            self._preflight(whole, stretch.length)
         return args, kwargs
+
+    def _check_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in TOKEN_NAMES:
+            value = given.get(name)
+            if torch.is_tensor(value) and value.dim() >= 2 and value.shape[1] * self.parts != length:
+                raise StateError(
+                    f"sequence_length_warmup: {name} has {value.shape[1]} tokens a sample on this rank and the step "
+                    f"trains {length} over {self.parts} rank(s); give engine(...) the batches of plugin.batches(...)"
+                )
+
+    def _preflight(self, whole: tuple[tuple[Any, ...], dict[str, Any]], length: int) -> None:
+        """Once, before the first short step: will the longest fit?"""
+        if length == self.full or self.config.mode == "mask":
+            return  # the step itself is as large as any
+        args, kwargs = whole
+        if self._batches:
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            grown = preflight.lengthened(given, length // self.parts, self.full // self.parts)
+            args = tuple(grown.pop(name) for name in self._names[: len(args)])
+            kwargs = grown
+        preflight.run(self.engine, args, kwargs)
+
+    def _default_shorten(self) -> Shorten:
+        if self.config.mode == "mask":
+            check_model(self.engine.module)
+            return Confiner(self._names)
+        return by_name(self.engine.module.forward)
+
+    def _refuse_in_pipelines(self, shorten: Shorten | None) -> None:
+        if self.config.mode == "mask":
+            raise ConfigError(
+                'sequence_length_warmup.mode: "mask" is not supported in DeepSpeed\'s pipeline engine, whose stages '
+                'pass on what the model defines; write "truncate" or "carry"'
+            )
+        if shorten is not None:
+            raise ConfigError(
+                "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...), "
+                "or read them from ds_plugin.attached(engine).batches(...)"
+            )
+
+    # -- the end of a step -------------------------------------------------------------------------------------------
+
+    def record(self, loss: Any) -> None:
+        """Note a micro-batch's loss, which stays on the device."""
+        if torch.is_tensor(loss):
+            self.monitor.record(loss)
 
     def after_step(self, applied: bool) -> None:
         """Close an accumulation window: the host has finished an optimizer step, applied or skipped."""
-        if self._window.read == 0:
+        trained_before = self.ledger.trained
+        self._book(self.stretch, applied)
+        self._stretch = None
+        report = self.monitor.close_step()
+        if report is not None:
+            self.report = report
+            if self.config.pacing == "adaptive":
+                self.holding = _unstable(report, self.config.adaptive or Adaptive())
+        if self.holding:  # the next step stands where this one stood
+            steps = self.config.duration.unit == "steps"
+            self.held += 1 if steps else self.ledger.trained - trained_before
+            self._stretch = None  # the report has asked for the length already
+
+    def _equal_on_all_ranks(self) -> dict[str, int]:
+        return {"length": self.length, "tokens_read": self.ledger.read, "tokens_trained": self.ledger.trained}
+
+    def _tokens_of(self, stretch: Stretch) -> tuple[int, int]:
+        """Tokens read for and trained by the step that runs or has just run, over all data-parallel ranks."""
+        if self._batches or compat.is_pipeline(self.engine):
+            samples = self.engine.train_batch_size()
+            return (samples * self.full if stretch.offset == 0 else 0), samples * stretch.length
+        ranks = self.engine.dp_world_size
+        return self._window.read * ranks, self._window.trained * ranks
+
+    def _book(self, stretch: Stretch, applied: bool) -> None:
+        if self._window.read == 0 and not compat.is_pipeline(self.engine):
             raise StateError(
                 "sequence_length_warmup: an optimizer step ended without a forward pass through the engine, so "
                 "nothing was shortened; call engine(...) in training mode, not engine.module(...)"
             )
-        ranks = self.engine.dp_world_size
-        self.ledger.read += self._window.read * ranks
-        self.ledger.trained += self._window.trained * ranks if applied else 0
+        read, trained = self._tokens_of(stretch)
         self._window = Ledger()
+        self.ledger.read += read
+        self.ledger.trained += trained if applied else 0
+        if self.order is not None:
+            self.order.take(stretch)
+            self.ledger.carried = self.order.carried * self.engine.train_batch_size()
+
+    # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs: the ledger. The length follows from the host's step counter."""
-        return {"ledger": asdict(self.ledger)}
+        """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
+        return {
+            "ledger": asdict(self.ledger),
+            "mode": self.config.mode,
+            "train_batch_size": int(self.engine.train_batch_size()),
+            "held": self.held,
+            "holding": self.holding,
+            "order": self.order.state() if self.order is not None else None,
+            "stability": self.monitor.state(),
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that this run cannot go on from.
+
+        Raises:
+            CheckpointError: carried tokens of another mode or batch size.
+        """
+        order = state.get("order")
+        here = {"mode": self.config.mode, "train_batch_size": int(self.engine.train_batch_size())}
+        for name, value in here.items():
+            if (order and order["open"] or self.order is not None) and state.get(name) != value:
+                raise CheckpointError(
+                    f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
+                    f"{value!r}, and carried tokens are counted in such batches; resume with {state.get(name)!r}"
+                )
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a saved state; None (a checkpoint without one) starts the ledger at zero."""
+        """Take over a saved state; None (a checkpoint without one) starts everything but the step at zero."""
         self.ledger = Ledger(**state["ledger"]) if state else Ledger()
         self._window = Ledger()
+        self.held = state.get("held", 0) if state else 0
+        self.holding = state.get("holding", False) if state else False
+        if self.order is not None:
+            self.order.load_state(state.get("order") if state else None)
+        self.monitor.load_state(state.get("stability") if state else None)
+        self.report = None
+        self._stretch = None
+        for batches in self._batches:
+            batches.forget()
+
+    def _same_on_all_ranks(self) -> None:
+        """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""
+        if not dist.is_initialized():
+            return
+        mine = {"section": self.config.model_dump(mode="json"), "lengths": self.scheduler.lengths()}
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        for rank, theirs in enumerate(every):
+            for name, value in theirs.items():
+                if value != every[0][name]:
+                    raise ConfigError(
+                        f"sequence_length_warmup: ranks disagree: the {name} of rank {rank} is {value}, of rank 0 "
+                        f"{every[0][name]}; give every rank the same JSON, and a schedule without chance in it"
+                    )
+
+
+def _unstable(report: Report, bounds: Adaptive) -> bool:
+    ratio, variance = report.max_loss_ratio, report.variance_max
+    if ratio is not None and ratio > bounds.loss_ratio:
+        return True
+    return bounds.variance_max is not None and variance is not None and variance > bounds.variance_max
+
+
+def _parts(engine: Any) -> int:
+    """Over how many ranks each sample is divided before the engine sees it."""
+    context = getattr(getattr(engine.module, "config", None), "context_parallel_size", 1)
+    return int(context) * compat.sequence_parallel_size(engine)
+
+
+def _layout(engine: Any) -> int:
+    return math.lcm(layout_multiple(engine.module), compat.sequence_parallel_size(engine))

@@ -20,6 +20,18 @@ def without(section, key):
     return changed
 
 
+def without_section(name):
+    return {k: v for k, v in config().items() if k != name}
+
+
+CURRICULUM = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 8,
+    "max_difficulty": 32,
+    "schedule_type": "custom",
+}
+
 CASES = {
     # name: (config, flags, what the message must hold)
     "unknown key": (config(weight_averaging__windw=3), (), ["weight_averaging.windw", "3", '"window"']),
@@ -32,11 +44,11 @@ CASES = {
     "base width missing": (without("completep", "base_width"), (), ["completep.base_width", "missing", "256"]),
     "window 0": (config(weight_averaging__window=0), (), ["weight_averaging.window", "0"]),
     "removed section": (
-        {**config(), "curriculum_learning": {"enabled": True}},
+        {**without_section("sequence_length_warmup"), "curriculum_learning": CURRICULUM},
         (),
-        ["curriculum_learning", "True", "sequence_length_warmup"],
+        ["curriculum_learning.schedule_type", "'custom'", "package.module:function", "sequence_length_warmup"],
     ),
-    "section missing": ({k: v for k, v in config().items() if k != "model"}, (), ['"model"', "quickstart.json"]),
+    "section missing": (without_section("model"), (), ['"model"', "quickstart.json"]),
     "heads do not divide": (config(model__num_attention_heads=5), (), ["num_attention_heads = 5", "hidden_size = 32"]),
     "fp16 on a CPU": (config(), ("--precision", "fp16"), ["fp16", "bf16"]),
     "wrong clipping norm": (

@@ -20,6 +20,7 @@ def test_a_run_that_is_too_short_is_told(steps, parts):
     warmup = SequenceLengthWarmupConfig.model_validate({"end_length": 64, "duration": {"steps": 20}})
     averaging = WeightAveragingConfig.model_validate({"interval": 4, "start_step": 10})
     record = Recorder.__new__(Recorder)
+    record.engine = SimpleNamespace(train_batch_size=lambda: 2)
     record.run = SimpleNamespace(training=SimpleNamespace(steps=steps))
     record.plugin = SimpleNamespace(
         warmup=SimpleNamespace(config=warmup, scheduler=SequenceLengthScheduler(warmup)),

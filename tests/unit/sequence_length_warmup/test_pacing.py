@@ -3,8 +3,8 @@
 import pytest
 
 from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup import pacing
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
-from ds_plugin.sequence_length_warmup.pacing import linear
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
 
 TABLE = [
@@ -28,6 +28,11 @@ TABLE = [
     # multiple 1: 1 + 9 t / 10
     (1, 10, 10, 1, {1: 1, 2: 2, 5: 5, 9: 9, 10: 10}),
 ]
+
+
+def linear(position, *, start, end, duration, multiple_of):
+    length = pacing.linear(position, start=start, end=end, duration=duration)
+    return pacing.floored(length, start=start, end=end, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize(("start", "end", "duration", "multiple", "expected"), TABLE)
@@ -68,3 +73,96 @@ def test_layout_joins_multiple_of():
     assert SequenceLengthScheduler(config(), layout_multiple=16).length_at(3) == 32
     with pytest.raises(ConfigError, match="64 is not divisible by 24.*3 parts"):
         SequenceLengthScheduler(config(), layout_multiple=3)
+
+
+def test_root_is_exact():
+    # 8 + 56 * sqrt(t / 16): t=1 -> 8 + 14 = 22, t=4 -> 36, t=9 -> 50, t=16 -> 64
+    found = [pacing.root(t, start=8, end=64, duration=16, degree=2) for t in (1, 4, 9, 16, 17)]
+    assert found == [22, 36, 50, 64, 64]
+    # 56 * (t / 27) ** (1/3): t=1 -> 18.67, t=8 -> 37.3, t=27 -> 56; in floats 27 ** (1/3) is 3.0000000000000004 or less
+    assert [pacing.root(t, start=8, end=64, duration=27, degree=3) for t in (0, 1, 8, 27)] == [8, 26, 45, 64]
+    # degree 1 is the linear schedule
+    for t in range(40):
+        span = {"start": 8, "end": 256, "duration": 37}
+        assert pacing.root(t, **span, degree=1) == pacing.linear(t, **span)
+
+
+def test_discrete():
+    lengths, boundaries = [8, 32, 64], [5, 10]
+    assert [pacing.discrete(t, lengths=lengths, boundaries=boundaries) for t in (1, 5, 6, 10, 11, 99)] == [
+        8, 8, 32, 32, 64, 64,
+    ]  # fmt: skip
+
+
+def squared(share, start, end):
+    return start + (end - start) * share**2
+
+
+def test_a_users_schedule():
+    name = f"{__name__}:squared"
+    import sys
+
+    sys.modules.setdefault(__name__, sys.modules[squared.__module__])
+    scheduler = SequenceLengthScheduler(config(schedule=name, duration={"steps": 4}))
+    # 8 + 56 * (t/4)^2 = 11.5, 22, 39.5, 64
+    assert [scheduler.length_at(t) for t in (1, 2, 3, 4, 5)] == [8, 16, 32, 64, 64]
+
+
+def not_a_number(share, start, end):
+    return float("nan")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parts"),
+    [
+        ("no.such.module:f", ["'no.such.module:f'", "cannot be imported", "package.module:function"]),
+        ("math:nothing", ["'math:nothing'", "cannot be imported"]),
+        ("math:pi", ["'math:pi'", "not a function", "3.14"]),
+        ("math:sqrt", ["'math:sqrt'", "one argument", "start_length, end_length"]),
+        (f"{__name__}:not_a_number", ["nan", "not a finite number"]),
+    ],
+)
+def test_a_users_schedule_that_cannot_be_used(schedule, parts):
+    import sys
+
+    sys.modules.setdefault(__name__, sys.modules[squared.__module__])
+    with pytest.raises(ConfigError) as caught:
+        SequenceLengthScheduler(config(schedule=schedule))
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_few_distinct_lengths():
+    # 8 to 64 in three: 8, 36 -> 32, 64; each length is floored to one of them
+    scheduler = SequenceLengthScheduler(config(max_distinct_lengths=3))
+    assert scheduler.lengths() == [8, 32, 64]
+    assert [scheduler.length_at(t) for t in range(1, 8)] == [8, 8, 32, 32, 32, 32, 64]
+    assert SequenceLengthScheduler(config(max_distinct_lengths=2)).lengths() == [8, 64]
+    assert SequenceLengthScheduler(config(max_distinct_lengths=99)).lengths() == list(range(16, 65, 8))
+
+
+def test_tokens_count_from_one():
+    scheduler = SequenceLengthScheduler(config(duration={"tokens": 7000}))
+    # 8 + 56 * token / 7000: 16 from token 1000 on
+    assert [scheduler.length_at(token) for token in (1, 999, 1000, 6999, 7000)] == [8, 8, 16, 56, 64]
+
+
+PLANS = [
+    # lengths of config(): 16, 24, 32, 40, 48, 56, 64, 64, ... with 10 samples a step
+    ({}, {"steps": 3}, (3, 720, 1920)),
+    ({}, {"steps": 9}, (9, 4080, 5760)),
+    ({}, {"tokens": 721}, (4, 1120, 2560)),
+    ({}, {"tokens": 4080}, (9, 4080, 5760)),
+    ({"mode": "mask"}, {"steps": 3}, (3, 1920, 1920)),
+    # 16 of window 0, 24 of window 1 (64 in three of 24, 24, 16), 32 of window 2
+    ({"mode": "carry"}, {"steps": 3}, (3, 720, 1920)),
+    # a duration in tokens: 8, then 8 + 56 * 81 / 700 = 14.5 -> 8, 8 + 56 * 161 / 700 = 20.9 -> 16
+    ({"duration": {"tokens": 700}}, {"steps": 3}, (3, 320, 1920)),
+]
+
+
+@pytest.mark.parametrize(("changes", "end", "expected"), PLANS)
+def test_a_run_planned(changes, end, expected):
+    from ds_plugin.sequence_length_warmup.plan import plan
+
+    found = plan(SequenceLengthScheduler(config(**changes)), 10, **end)
+    assert (found.steps, found.trained, found.read) == expected

@@ -1,0 +1,75 @@
+"""The carry mode's order: which tokens of which samples a step trains, so that every token read is trained once.
+
+What a step reads, its *window*, is as many full-length samples as a plain step has. A window is trained in several
+steps, each taking the same next stretch of all its samples; what is left is carried. Several windows are open at a
+time and take turns, so that consecutive steps do not see the same samples. A stretch never spans two samples: whatever
+a sample's boundaries mean to the model, they are respected.
+
+The order is a function of the lengths asked for: nothing is drawn, nothing depends on a rank, and a handful of numbers
+resumes it.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one optimizer step trains: tokens ``offset`` to ``offset + length`` of all samples of window ``window``."""
+
+    window: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The token after the last."""
+        return self.offset + self.length
+
+
+class CarryOrder:
+    """Hands out stretches. ``next`` is pure; ``take`` makes its result the past."""
+
+    def __init__(self, *, full: int, multiple_of: int, interleave: int):
+        """``full``: length of a sample in tokens; ``interleave``: how many windows may be open at a time."""
+        self.full, self.multiple_of, self.interleave = full, multiple_of, interleave
+        self.windows_read = 0
+        self.open: deque[tuple[int, int]] = deque()  # (window, tokens trained of each sample), the next in turn first
+
+    def next(self, length: int) -> Stretch:
+        """The stretch of the step that comes next when the schedule asks for ``length``; it is never longer.
+
+        What is left of a window is divided evenly: a last stretch of a few tokens would be a noisy step. Once the full
+        length is reached, what is open is trained before anything new is read.
+        """
+        new = not self.open or (len(self.open) < self.interleave and length < self.full)
+        window, offset = (self.windows_read, 0) if new else self.open[0]
+        left = self.full - offset
+        steps = -(-left // length)
+        even = -(-left // steps)
+        return Stretch(window, offset, min(-(-even // self.multiple_of) * self.multiple_of, left))
+
+    def take(self, stretch: Stretch) -> None:
+        """Book the stretch that `next` returned, after it has been trained."""
+        if stretch.offset == 0:
+            self.windows_read += 1
+        else:
+            self.open.popleft()
+        if stretch.end < self.full:
+            self.open.append((stretch.window, stretch.end))
+
+    @property
+    def carried(self) -> int:
+        """Tokens read and not yet trained, of one sample of each open window."""
+        return sum(self.full - offset for _, offset in self.open)
+
+    def state(self) -> dict[str, Any]:
+        """JSON types only."""
+        return {"windows_read": self.windows_read, "open": [list(entry) for entry in self.open]}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a saved state; None starts afresh."""
+        self.windows_read = state["windows_read"] if state else 0
+        self.open = deque((window, offset) for window, offset in state["open"]) if state else deque()

@@ -1,0 +1,68 @@
+"""One forward and backward pass at full length before the first step, so that an out-of-memory shows at once.
+
+A warmup's first steps are small: without this, the first step that does not fit comes hours later.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ds_plugin.run import rng
+from ds_plugin.sequence_length_warmup.batch import COMPANION_NAMES, MASK_NAMES, TOKEN_NAMES
+
+
+def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call ``engine.module`` and differentiate the mean of its output by its parameters; the result is dropped.
+
+    Gradients are asked for by `torch.autograd.grad`, which leaves ``.grad`` and the hooks alone that the host reduces
+    gradients in. Buffers and random streams are put back: the run that follows is bit for bit the run without it.
+    """
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    with _untouched(engine.module):
+        output = engine.module(*args, **kwargs)
+        means = [tensor.float().mean() for tensor in _floating(output) if tensor.requires_grad]
+        if means:
+            torch.autograd.grad(torch.stack(means).sum(), parameters, allow_unused=True)
+
+
+def lengthened(arguments: Mapping[str, Any], length: int, full: int) -> dict[str, Any]:
+    """A short micro-batch's arguments, repeated along the sequence until they are ``full`` long."""
+    times = -(-full // length)
+    grown = {}
+    for name, value in arguments.items():
+        if torch.is_tensor(value) and value.dim() >= 2:
+            if name in MASK_NAMES:
+                for dim in (-1, -2):
+                    if value.shape[dim] == length:
+                        value = torch.cat([value] * times, dim=dim).narrow(dim, 0, full)
+            elif name in TOKEN_NAMES + COMPANION_NAMES and value.shape[1] == length:
+                value = torch.cat([value] * times, dim=1)[:, :full]
+        grown[name] = value
+    return grown
+
+
+@contextlib.contextmanager
+def _untouched(module: torch.nn.Module) -> Iterator[None]:
+    streams = rng.capture()
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        rng.restore(streams)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _floating(output: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(output):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floating(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floating(value)

@@ -1,0 +1,57 @@
+"""Learning rates by tokens: the JSON's scheduler, moved by what has been trained instead of by the count of steps.
+
+A short step trains few tokens, so a schedule that follows steps would have decayed before the model has seen its data
+(arXiv 2108.06084, section 4). One scheduler step is here a full-length batch's worth of tokens; all the scheduler's
+settings keep their meaning, and a run without warmup is unchanged.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ds_plugin.errors import ConfigError
+
+#: DeepSpeed's schedulers: step(position) computes the learning rates of that position, whole or not
+_BY_POSITION = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
+
+
+class TokenScheduler:
+    """Stands in for the engine's LR scheduler; what it does not define is the wrapped scheduler's."""
+
+    def __init__(self, scheduler: Any, trained: Callable[..., float]):
+        """``trained(with_open_step=...)``: tokens trained so far in full-length batches, the step that has just ended
+        left out or not. DeepSpeed's schedulers count from -1, so that the host's count lags one step behind; torch's
+        count from 0.
+
+        Raises:
+            ConfigError: there is no scheduler, or its learning rates cannot be asked for by position.
+        """
+        kind = type(scheduler).__name__
+        if scheduler is None:
+            raise ConfigError(
+                'sequence_length_warmup.learning_rate.by: "tokens", but there is no scheduler that could follow them; '
+                'add a "scheduler" to the JSON, or write "by": "steps"'
+            )
+        torchs = hasattr(scheduler, "_get_closed_form_lr") or isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+        if kind not in _BY_POSITION and not torchs:
+            raise ConfigError(
+                f'sequence_length_warmup.learning_rate.by: "tokens" and the scheduler is {kind}, whose learning rates '
+                f"follow from the ones before, not from a position; write one of {', '.join(_BY_POSITION)}, LambdaLR "
+                'or CosineAnnealingLR, or "by": "steps"'
+            )
+        self.scheduler = scheduler
+        self._trained = trained
+        self._counts_from_0 = kind not in _BY_POSITION
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """The host's call after an applied step; its own arguments, a count of steps, are put aside."""
+        with warnings.catch_warnings():  # torch's schedulers say that they would rather count themselves
+            warnings.simplefilter("ignore")
+            self.scheduler.step(self._trained(with_open_step=self._counts_from_0))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # while unpickling or copying, before __init__
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)

@@ -1,0 +1,478 @@
+"""Sequence length warmup on the plain engine, past truncation: carry, tokens, mask, preflight, instruments."""
+
+import json
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_plugin
+from ds_plugin.sequence_length_warmup.stability import LossRatio
+from megatron_patches import cpu_host, gpt
+from tests.distributed import plain
+
+MICROS = 3  # accumulation steps
+# 4 + 12 * t / 8, floored to 4: 4 4 8 8 8 12 12 16; then full
+
+
+def section(**changes):
+    return {"sequence_length_warmup": {**plain.WARMUP, **changes}}
+
+
+def source(first):
+    """This rank's full-length micro-batches from the ``first``-th on; every token is a number of its own."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    micro = first
+    while True:
+        sample = (micro * ranks + rank) * plain.MICRO + torch.arange(plain.MICRO)
+        numbers = sample[:, None] * plain.LENGTH + torch.arange(plain.LENGTH)
+        yield {"input_ids": numbers % plain.VOCAB, "labels": numbers}
+        micro += 1
+
+
+def run(engine, batches, steps, crash_after=None):
+    """Train; every step's length, the loss of each micro-batch, and the number of every token that was trained."""
+    plugin, rows = ds_plugin.attached(engine), []
+    engine.train()
+    for _ in range(steps):
+        length, seen, losses = plugin.length, [], []
+        for _ in range(engine.gradient_accumulation_steps()):
+            batch = next(batches)
+            assert batch["input_ids"].shape == (plain.MICRO, length)
+            seen += batch["labels"].flatten().tolist()
+            loss = engine(batch["input_ids"], batch["labels"] % plain.VOCAB)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        ledger = plugin.ledger
+        rows.append((length, losses, seen, ledger.read, ledger.trained, ledger.carried, engine.get_lr()[0]))
+    return rows
+
+
+def carry(zero=0, **changes):
+    changes = {"mode": "carry", "interleave": 2, "learning_rate": {"by": "tokens"}, **changes}
+    engine = plain.make(plain.host_config(zero, accumulation=MICROS, **section(**changes)))
+    return engine, ds_plugin.attached(engine).batches(source)
+
+
+def _carried_run(steps):
+    return run(*carry(), steps)
+
+
+def _killed_and_resumed(folder, zero, before, steps):
+    """``before`` steps, a checkpoint, two steps that a crash loses; then an engine of its own goes on."""
+    engine, batches = carry(zero)
+    rows = run(engine, batches, before)
+    engine.save_checkpoint(folder)
+    run(engine, batches, 2)
+    engine, batches = carry(zero)
+    engine.load_checkpoint(folder)
+    rows += run(engine, batches, steps - before)
+    # once more, into an engine that has been training: what it held must be forgotten
+    engine.load_checkpoint(folder)
+    assert run(engine, batches, steps - before) == rows[before:]
+    return rows
+
+
+def _whole(zero, steps):
+    return run(*carry(zero), steps)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_token_read_is_trained_exactly_once(workers, ranks):
+    by_rank = workers(ranks).run(_carried_run, 24)
+    samples = ranks * plain.MICRO * MICROS
+    trained = sorted(token for rows in by_rank for _, _, seen, *_ in rows for token in seen)
+    _, _, _, read, booked, carried, _ = by_rank[0][-1]
+    assert carried == 0 and read == booked == len(trained)  # the warmup is over, nothing is left
+    assert trained == list(range(read))
+    lengths = [rows[0] for rows in by_rank[0]]
+    assert lengths[0] == 4 and lengths[-1] == 16 and len(set(lengths)) >= 3
+    total = 0
+    for length, _, seen, read, booked, carried, _ in by_rank[0]:
+        total += length * samples
+        assert len(seen) == length * plain.MICRO * MICROS
+        assert booked == total and read - booked == carried and read % (samples * plain.LENGTH) == 0
+    assert [[row[0] for row in rows] for rows in by_rank] == [lengths] * ranks
+
+
+@pytest.mark.parametrize(("zero", "before"), [(0, 1), (1, 4), (3, 7), (2, 12)])
+def test_killed_and_resumed_it_trains_the_same(workers, tmp_path, zero, before):
+    pool = workers(2)
+    resumed = pool.run(_killed_and_resumed, str(tmp_path), zero, before, 16)
+    assert resumed == pool.run(_whole, zero, 16)
+
+
+def _engine_without_batches():
+    engine, _ = carry()
+    engine.train()
+    ds_plugin.attached(engine).warmup._batches.clear()
+    engine(*plain.micro_batch(0))
+
+
+def _own_batches():
+    engine, _ = carry()
+    engine.train()
+    engine(*plain.micro_batch(0))
+
+
+def _reads_ahead():
+    engine, batches = carry()
+    for _ in range(MICROS + 1):
+        next(batches)
+
+
+def _short_samples():
+    engine, _ = carry()
+    batches = ds_plugin.attached(engine).batches(lambda n: iter([{"input_ids": torch.zeros(2, 12).long()}] * 9))
+    next(batches)
+
+
+def _grows():
+    engine, _ = carry()
+    engine.set_train_batch_size(48)
+
+
+def _no_scheduler():
+    config = plain.host_config(**section(learning_rate={"by": "tokens"}))
+    del config["scheduler"]
+    plain.make(config)
+
+
+def _other_mode(folder):
+    engine, batches = carry()
+    run(engine, batches, 2)
+    engine.save_checkpoint(folder)
+    plain.make(plain.host_config(accumulation=MICROS, **section())).load_checkpoint(folder)
+
+
+def _rank_dependent():
+    plain.make(plain.host_config(**section(start_length=4 + 4 * dist.get_rank())))
+
+
+def _nested_ulysses():
+    engine = plain.make(plain.host_config(**section()))
+    ds_plugin.attached(engine).warmup.parts = 2
+    engine.train()
+    engine(*plain.micro_batch(0))
+
+
+REFUSED = {
+    "batches not read through us": (_engine_without_batches, "StateError", ["'carry'", "batches(from_micro_batch)"]),
+    "batches of another length": (_own_batches, "StateError", ["16 tokens", "trains 4", "plugin.batches"]),
+    "read ahead": (_reads_ahead, "StateError", ["micro-batch 4", "step of 3", "ahead"]),
+    "short samples": (_short_samples, "ConfigError", ["end_length", "16", "12"]),
+    "batch ramp-up": (_grows, "StateError", ["48", "ramp-up", "one of the two"]),
+    "no scheduler": (_no_scheduler, "ConfigError", ["learning_rate.by", '"tokens"', "no scheduler"]),
+    "carried tokens of another mode": (_other_mode, "CheckpointError", ["mode", "'carry'", "'truncate'"]),
+    "ranks that disagree": (_rank_dependent, "ConfigError", ["ranks disagree", "section", "rank 1"]),
+    "samples divided over ranks": (_nested_ulysses, "StateError", ["divided over 2 ranks", "batches("]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_on_every_rank(workers, tmp_path, case):
+    function, kind, parts = REFUSED[case]
+    arguments = [str(tmp_path)] if function is _other_mode else []
+    for error in workers(2).run(function, *arguments, expect="errors"):
+        assert error.type == kind and all(part in error.message for part in parts), error
+
+
+# -- learning rates by tokens -----------------------------------------------------------------------------------------
+
+
+def _rates(by, scheduler, steps):
+    config = plain.host_config(**section(learning_rate={"by": by}))
+    if scheduler is not None:
+        config["scheduler"] = scheduler
+    engine = plain.make(config)
+    rates, tokens = [], []
+    plain.train(engine, steps, lambda e: (rates.append(e.get_lr()[0]), tokens.append(ds_plugin.attached(e).ledger)))
+    return rates, engine.lr_scheduler.state_dict(), [group["lr"] for group in engine.optimizer.param_groups]
+
+
+LINEAR = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4, "warmup_type": "linear"}}
+
+
+def test_learning_rates_follow_tokens(workers):
+    rates, state, groups = workers(2).run(_rates, "tokens", LINEAR, 12)[0]
+    lengths = [4, 4, 8, 8, 8, 12, 12, 16, 16, 16, 16, 16]  # of steps 1 to 12
+    before = [sum(lengths[:n]) / plain.LENGTH for n in range(12)]  # full batches trained before step n + 1
+    assert rates == pytest.approx([0.01 * min(done / 4, 1.0) for done in before], rel=1e-12)
+    assert state["last_batch_iteration"] == before[-1] and groups[0] == rates[-1]
+
+
+def test_learning_rates_by_steps_are_the_hosts(workers):
+    assert workers(2).run(_rates, "steps", LINEAR, 6)[0][0] == pytest.approx([0.01 * min(n / 4, 1) for n in range(6)])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 2}},
+        {"type": "WarmupDecayLR", "params": {"total_num_steps": 9, "warmup_num_steps": 2, "warmup_max_lr": 0.01}},
+        {"type": "CosineAnnealingLR", "params": {"T_max": 9}},
+    ],
+)
+def test_at_full_length_both_are_one(workers, scheduler):
+    def rates(by):
+        return workers(1).run(_full_length_rates, by, scheduler)[0]
+
+    assert rates("tokens") == pytest.approx(rates("steps"), rel=1e-9)
+
+
+def _full_length_rates(by, scheduler):
+    config = plain.host_config(**section(learning_rate={"by": by}, start_length=plain.LENGTH))
+    engine = plain.make({**config, "scheduler": scheduler})
+    rates = []
+    plain.train(engine, 9, lambda e: rates.append(e.get_lr()[0]))
+    return rates
+
+
+# -- preflight --------------------------------------------------------------------------------------------------------
+
+
+class Dropping(plain.TinyLM):
+    """With dropout and a buffer that every forward pass changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input_ids, labels):
+        self.calls += 1
+        self.lengths = [*getattr(self, "lengths", []), input_ids.shape[1]]
+        hidden = torch.nn.functional.dropout(self.embedding(input_ids), 0.2, self.training)
+        x = hidden + self.positions[: input_ids.shape[1]]
+        x = x + self.outer(torch.nn.functional.gelu(self.inner(self.norm(x))))
+        return torch.nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
+
+
+def _trained(zero, precision, preflight, mode):
+    torch.manual_seed(7)
+    changes = {"preflight": preflight, "mode": mode}
+    engine = ds_plugin.initialize(model=Dropping(), config=plain.host_config(zero, precision, **section(**changes)))[0]
+    torch.manual_seed(8)
+    if mode == "carry":
+        batches = ds_plugin.attached(engine).batches(source)
+        engine.train()
+        losses = []
+        for _ in range(5):
+            batch = next(batches)
+            loss = engine(batch["input_ids"], batch["labels"] % plain.VOCAB)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    else:
+        losses = plain.train(engine, 5)
+    return losses, engine.module.calls.item(), engine.module.lengths, torch.rand(3).tolist()
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "mode"),
+    [(0, "fp32", "truncate"), (1, "bf16", "truncate"), (2, "fp32", "carry"), (3, "fp32", "truncate")],
+)
+def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, precision, mode):
+    pool = workers(2)
+    for with_it, without in zip(
+        pool.run(_trained, zero, precision, True, mode), pool.run(_trained, zero, precision, False, mode), strict=True
+    ):
+        assert with_it[0] == without[0] and with_it[1] == without[1] == 5 and with_it[3] == without[3]
+        assert with_it[2] == [plain.LENGTH, *without[2]] and plain.LENGTH not in without[2]
+
+
+# -- the instruments and adaptive pacing ------------------------------------------------------------------------------
+
+
+def _reported(folder):
+    """Losses of every micro-batch, the reports, and what a resume in the middle of an interval goes on to."""
+    engine = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4)))
+    warmup, reports = ds_plugin.attached(engine).warmup, []
+    after = lambda e: reports.append(warmup.report if warmup.report and warmup.report.step == e.global_steps else None)  # noqa: E731
+    losses = plain.train(engine, 6, after)
+    engine.save_checkpoint(folder)
+    losses += plain.train(engine, 6, after)
+    summary = warmup.monitor.summary()
+    again = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4)))
+    again.load_checkpoint(folder)
+    plain.train(again, 6)
+    assert ds_plugin.attached(again).warmup.report == warmup.report
+    assert ds_plugin.attached(again).warmup.monitor.summary() == summary
+    return losses, reports, summary
+
+
+def test_reports_hold_the_global_loss_ratio(workers, tmp_path):
+    (mine, reports, summary), (other, *_) = workers(2).run(_reported, str(tmp_path))
+    micro = torch.tensor([mine, other], dtype=torch.float64).view(2, 12, 2)
+    expected = LossRatio()
+    ratios = [expected.feed(loss) for loss in micro.mean(dim=(0, 2)).tolist()]
+    assert [report is not None for report in reports] == [step % 4 == 0 for step in range(1, 13)]
+    assert [report.loss_ratio for report in reports if report] == pytest.approx([ratios[3], ratios[7], ratios[11]])
+    assert summary["max_loss_ratio"] == pytest.approx(max(ratios[1:]))
+    assert all(report.variance_l1 > 0 for report in reports if report)
+
+
+def spiking(steps):
+    """Losses that go down, but for steps 5 to 8."""
+    return [3.0 if 5 <= step <= 8 else 2.0 - 0.01 * step for step in range(1, steps + 1)]
+
+
+def _held(unit, folder):
+    duration = {"steps": 8} if unit == "steps" else {"tokens": 8 * 4 * plain.MICRO}
+    changes = {"pacing": "adaptive", "report_interval": 1, "duration": duration}
+
+    def make():
+        return plain.make(plain.host_config(**section(**changes)))
+
+    def go(engine, steps):
+        lengths, plugin = [], ds_plugin.attached(engine)
+        record = plugin.warmup.monitor.record
+        plugin.warmup.record = lambda loss: record(torch.tensor(spiking(20)[engine.global_steps]))
+        for _ in range(steps):
+            lengths.append(plugin.length)
+            plain.train(engine, 1)
+        return lengths
+
+    engine = make()
+    lengths = go(engine, 6)
+    engine.save_checkpoint(folder)
+    lengths += go(engine, 10)
+    resumed = make()
+    resumed.load_checkpoint(folder)
+    assert go(resumed, 10) == lengths[6:]
+    return lengths
+
+
+def test_adaptive_pacing_holds_the_length_while_the_loss_spikes(workers, tmp_path):
+    # steps 5 to 8 spike: after each of them the next step stands where it stood, at position 5 (length 8)
+    lengths = workers(1).run(_held, "steps", str(tmp_path))[0]
+    assert lengths == [4, 4, 8, 8, 8, 8, 8, 8, 8, 12, 12, 16, 16, 16, 16, 16]
+    # in tokens: the spike's own tokens do not move the schedule
+    by_tokens = workers(1).run(_held, "tokens", str(tmp_path / "tokens"))[0]
+    assert len(set(by_tokens[4:9])) == 1 and by_tokens[9] >= by_tokens[8] and by_tokens[-1] == 16
+
+
+def _counted(enabled):
+    """Host syncs and collectives of steps 3 to 8, preflight and reports aside."""
+    config = plain.host_config(0, **(section(report_interval=1000) if enabled else {}))
+    engine = plain.make(config, initialize=ds_plugin.initialize if enabled else deepspeed.initialize)
+    batches = [plain.micro_batch(n) for n in range(8)]
+    lengths = [4, 4, 8, 8, 8, 12, 12, 16]
+    counts = {"sync": 0, "collective": 0}
+
+    def counting(owner, name, kind):
+        original = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            counts[kind] += 1
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapper)
+
+    engine.train()
+    for step, (tokens, labels) in enumerate(batches):
+        if step == 2:
+            for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+                counting(torch.Tensor, name, "sync")
+            for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "all_gather_object"):
+                counting(dist, name, "collective")
+        if not enabled:
+            tokens, labels = tokens[:, : lengths[step]], labels[:, : lengths[step]]
+        engine.backward(engine(tokens, labels))
+        engine.step()
+    return counts
+
+
+def test_a_step_adds_no_host_sync_and_no_collective(workers):
+    pool = workers(2)
+    assert pool.run(_counted, True) == pool.run(_counted, False)
+
+
+# -- the mask mode ----------------------------------------------------------------------------------------------------
+
+SIZE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 32, "position_embedding": "rope"}
+
+
+def _gpt(**changes):
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
+    gpt.initialize_parallel(cfg, 5)
+    config = gpt.transformer_config(cfg, torch.float32)
+    return gpt.build_gpt(cfg, 64, config, gpt.layer_spec(cfg))
+
+
+def _masked():
+    model = _gpt()
+    warmup = {
+        "enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}, "mode": "mask",
+        "schedule": "discrete", "lengths": [8, 16, 32], "boundaries": [2, 4],
+    }  # fmt: skip
+    host = {**plain.host_config(), "sequence_length_warmup": warmup}
+    engine = ds_plugin.initialize(model=model, config=host)[0]
+    plugin, checks = ds_plugin.attached(engine), []
+    engine.train()
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 64, (2, 33), generator=generator)
+        tokens, labels = tokens[:, :-1], tokens[:, 1:]
+        positions = torch.arange(32).expand(2, -1)
+        length = plugin.length
+        with torch.no_grad():  # rotary positions are relative: a fragment alone is a sample of its own
+            rows = [part.reshape(-1, length) for part in (tokens, positions, labels)]
+            alone = model(rows[0], rows[1], None, labels=rows[2]).reshape(2, 32)
+        loss = engine(tokens, positions, None, labels=labels)
+        checks.append((length, (loss - alone).abs().max().item()))
+        engine.backward(loss.mean())
+        engine.step()
+    return checks, plugin.ledger.read, plugin.ledger.trained
+
+
+def test_masked_fragments_are_samples_of_their_own(workers):
+    checks, read, trained = workers(1).run(_masked)[0]
+    assert [length for length, _ in checks] == [8, 8, 16, 16, 32]
+    for length, difference in checks:
+        assert difference < 1e-5, (length, difference)
+    assert read == trained == 5 * 2 * 32
+
+
+def _mask_refused(what):
+    host = {**plain.host_config(), **section(mode="mask")}
+    if what == "plain":
+        plain.make(host)
+    engine = ds_plugin.initialize(model=_gpt(), config={**host, **section(mode="mask", end_length=32)})[0]
+    if what == "batches":
+        ds_plugin.attached(engine).warmup.batches(lambda n: iter(()))
+    tokens = torch.zeros(2, 32).long()
+    engine.train()
+    engine(tokens, tokens, torch.zeros(1, 1, 32, 32).bool(), labels=tokens)
+
+
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("plain", ["mask", "TinyLM", "shorten"]),
+        ("batches", ["mask", "full-length"]),
+        ("own mask", ["attention_mask of its own", "None"]),
+    ],
+)
+def test_mask_mode_is_refused_where_it_would_not_confine(workers, what, parts):
+    error = workers(1).run(_mask_refused, what, expect="errors")[0]
+    assert error.type == "ConfigError" and all(part in error.message for part in parts), error
+
+
+def test_manifest_holds_what_a_resume_needs(workers, tmp_path):
+    workers(1).run(_saved, str(tmp_path))
+    manifest = json.loads((tmp_path / "global_step3" / "ds_plugin.json").read_text())
+    state = manifest["state"]["sequence_length_warmup"]
+    samples = plain.MICRO * MICROS
+    # 4 of window 0, 4 of window 1, 8 of window 0
+    assert state["ledger"] == {"read": 32 * samples, "trained": 16 * samples, "carried": 16 * samples}
+    assert state["order"] == {"windows_read": 2, "open": [[1, 4], [0, 12]]}
+    assert state["train_batch_size"] == samples and state["mode"] == "carry"
+
+
+def _saved(folder):
+    engine, batches = carry()
+    run(engine, batches, 3)
+    engine.save_checkpoint(folder)

@@ -1,0 +1,67 @@
+"""Cutting a stretch out of a micro-batch, by name and nested; the mask of fragments; lengthening for the preflight."""
+
+import pytest
+import torch
+
+from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.batches import cut_batch
+from ds_plugin.sequence_length_warmup.confine import fragment_mask
+from ds_plugin.sequence_length_warmup.preflight import lengthened
+
+TOKENS = torch.arange(100, 112).view(2, 6)
+LABELS = TOKENS + 1
+POSITIONS = torch.arange(6).expand(2, -1)
+
+
+def test_a_stretch_of_named_arguments():
+    mask = torch.arange(36).view(1, 1, 6, 6)
+    batch = {"tokens": TOKENS, "labels": LABELS, "position_ids": POSITIONS, "attention_mask": mask, "scale": 2}
+    cut = cut_batch(batch, 6, 2, 3)
+    assert cut["tokens"].tolist() == [[102, 103, 104], [108, 109, 110]]
+    assert cut["labels"].tolist() == [[103, 104, 105], [109, 110, 111]]
+    assert cut["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert cut["attention_mask"].tolist() == [[[[14, 15, 16], [20, 21, 22], [26, 27, 28]]]]
+    assert cut["scale"] == 2
+
+
+def test_positions_that_restart_with_a_document_stay():
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
+    cut = cut_batch({"tokens": TOKENS, "position_ids": positions}, 6, 1, 4)
+    assert cut["position_ids"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
+
+
+def test_a_stretch_of_a_pipelines_micro_batch():
+    weights = torch.ones(2, 6)
+    (tokens, positions, mask), (labels, weights) = cut_batch(
+        ((TOKENS, POSITIONS, torch.ones(2, 1, 6, 6)), [LABELS, weights]), 6, 4, 2
+    )
+    assert tokens.tolist() == [[104, 105], [110, 111]] and labels.tolist() == [[105, 106], [111, 112]]
+    assert positions.tolist() == [[0, 1], [0, 1]]  # they count from 0 in every row: positions
+    assert mask.shape == (2, 1, 2, 2) and weights.shape == (2, 2)
+
+
+def test_samples_of_another_length_are_refused():
+    with pytest.raises(ConfigError, match="end_length: 8.*with 6"):
+        cut_batch({"tokens": TOKENS}, 8, 0, 4)
+    with pytest.raises(ConfigError, match=r"end_length: 8.*\[2, 6\]"):
+        cut_batch((TOKENS, LABELS), 8, 0, 4)
+
+
+def test_fragments_see_themselves_and_what_came_before():
+    # five tokens in fragments of two, the last one shorter; 1: masked out
+    assert fragment_mask(5, 2)[0, 0].int().tolist() == [
+        [0, 1, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+        [1, 1, 0, 1, 1],
+        [1, 1, 0, 0, 1],
+        [1, 1, 1, 1, 0],
+    ]
+
+
+def test_lengthened_arguments_have_the_full_shape():
+    short = {"tokens": TOKENS[:, :4], "attention_mask": torch.ones(2, 1, 4, 4), "labels": LABELS[:, :4], "k": None}
+    grown = lengthened(short, 4, 6)
+    assert {name: list(value.shape) for name, value in grown.items() if value is not None} == {
+        "tokens": [2, 6], "attention_mask": [2, 1, 6, 6], "labels": [2, 6],
+    }  # fmt: skip
+    assert grown["tokens"][0].tolist() == [100, 101, 102, 103, 100, 101]

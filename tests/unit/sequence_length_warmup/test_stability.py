@@ -1,0 +1,96 @@
+"""Loss ratios worked out by hand, the running correlation against numpy, and exact states."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from ds_plugin.sequence_length_warmup.stability import Correlation, LossRatio
+
+INF, NAN = math.inf, math.nan
+
+TABLE = [
+    # losses, ratios (None: there is none), highest, steps above 1.2, steps above 1.5
+    ([4.0], [None], None, 0, 0),
+    # 2/4, 3/2, 2.4/2, 1/2, 1.5/1, 4/1: 1.5 and 1.2 themselves are not above
+    ([4.0, 2.0, 3.0, 2.4, 1.0, 1.5, 4.0], [None, 0.5, 1.5, 1.2, 0.5, 1.5, 4.0], 4.0, 3, 1),
+    # a step is compared with the lowest, not with the one before it: 3/2, 2.5/2
+    ([2.0, 3.0, 2.5], [None, 1.5, 1.25], 1.5, 2, 0),
+    # not finite: infinite, counted, never the lowest (-inf would be)
+    ([2.0, NAN, 1.0, -INF, 2.0, INF], [None, INF, 0.5, INF, 2.0, INF], INF, 4, 4),
+    ([NAN, 2.0, 1.0], [INF, None, 0.5], INF, 1, 1),
+    # not known, zero and negative: no ratio, and the lowest stays
+    ([2.0, None, 1.0, 0.0, -3.0, 2.0], [None, None, 0.5, None, None, 2.0], 2.0, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("losses", "ratios", "highest", "above_12", "above_15"), TABLE)
+def test_loss_ratio(losses, ratios, highest, above_12, above_15):
+    meter = LossRatio()
+    assert [meter.feed(loss) for loss in losses] == ratios
+    assert meter.highest == highest and meter.last == ratios[-1]
+    assert meter.above == [above_12, above_15]
+
+
+@pytest.mark.parametrize("cut", range(7))
+@pytest.mark.parametrize("losses", [TABLE[1][0], [2.0, NAN, 1 / 3, None, 0.7, 0.1, 0.3]])
+def test_loss_ratio_resumes_exactly(losses, cut):
+    whole, first, second = LossRatio(), LossRatio(), LossRatio()
+    expected = [whole.feed(loss) for loss in losses]
+    found = [first.feed(loss) for loss in losses[:cut]]
+    second.load_state(json.loads(json.dumps(first.state())))
+    found += [second.feed(loss) for loss in losses[cut:]]
+    assert found == expected and second.state() == whole.state()
+
+
+def pairs(n, seed=0, offset=0.0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=n)
+    return x + offset, 0.3 * x + generator.normal(size=n) + offset
+
+
+def correlate(x, y):
+    correlation = Correlation()
+    for a, b in zip(x, y, strict=True):
+        correlation.add(float(a), float(b))
+    return correlation
+
+
+@pytest.mark.parametrize(("n", "offset"), [(2, 0.0), (3, 0.0), (50, 0.0), (1000, 1e6)])
+def test_correlation_is_numpys(n, offset):
+    """The offset makes sums of squares cancel: 1e12 beside variances of 1."""
+    x, y = pairs(n, offset=offset)
+    assert correlate(x, y).value == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-8)
+
+
+def test_correlation_by_hand():
+    # means 2 and 4: products (-1)(-2) + 0 * 1 + 1 * 1 = 3; squares 2 and 6; 3 / sqrt(12)
+    assert correlate([1, 2, 3], [2, 5, 5]).value == pytest.approx(3 / math.sqrt(12), rel=1e-15)
+    assert correlate([1, 2, 3], [6, 4, 2]).value == pytest.approx(-1, rel=1e-15)
+
+
+@pytest.mark.parametrize(("x", "y"), [([], []), ([1.0], [2.0]), ([0.1] * 5, [1, 2, 3, 4, 5]), ([1, 2, 3], [0.3] * 3)])
+def test_correlation_is_undefined(x, y):
+    assert correlate(x, y).value is None
+
+
+def test_pairs_that_are_not_finite_are_left_out():
+    x, y = pairs(20)
+    expected = correlate(x, y)
+    for at, (a, b) in zip((0, 5, 9, 20), [(INF, 1.0), (1.0, NAN), (None, 1.0), (1.0, None)], strict=True):
+        x, y = np.insert(x.astype(object), at, a), np.insert(y.astype(object), at, b)
+    found = Correlation()
+    for a, b in zip(x, y, strict=True):
+        found.add(a, b)
+    assert found.count == 20 and found.state() == expected.state()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 13, 30])
+def test_correlation_resumes_exactly(cut):
+    x, y = pairs(30)
+    resumed = Correlation()
+    resumed.load_state(json.loads(json.dumps(correlate(x[:cut], y[:cut]).state())))
+    for a, b in zip(x[cut:], y[cut:], strict=True):
+        resumed.add(float(a), float(b))
+    assert resumed.state() == correlate(x, y).state() and resumed.count == 30
