@@ -23,6 +23,7 @@ setup(
         "tokenizers",
         "matplotlib",
         "rich",
+        "psutil",
     ],
     extras_require={
         "monitor": ["tensorboard"],

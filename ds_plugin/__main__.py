@@ -2,15 +2,20 @@
 
 env                              what this installation consists of
 to-universal FOLDER TARGET       convert a checkpoint to DeepSpeed's universal format, for another number of ranks
+translate-config OLD.json        DeepSpeed's curriculum_learning as sequence_length_warmup: the new file
+tune-warmup --config FILE        find the warmup's start length and duration with short runs
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
+    from ds_plugin.sequence_length_warmup import tune
+
     parser = argparse.ArgumentParser(
         prog="python -m ds_plugin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -20,8 +25,16 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("folder", type=Path, help="the tag folder, e.g. checkpoints/global_step100")
     convert.add_argument("target", type=Path, help="a new folder, e.g. checkpoints/global_step100_universal")
     convert.add_argument("--workers", type=int, default=1, help="processes of DeepSpeed's converter")
+    translator = commands.add_parser("translate-config", help="curriculum_learning as sequence_length_warmup")
+    translator.add_argument("config", type=Path, metavar="OLD.json", help="a DeepSpeed config; it is not changed")
+    translator.add_argument("--out", type=Path, metavar="FILE", help="write the new config here, not to stdout")
+    tune.add_arguments(commands.add_parser("tune-warmup", help="find start length and duration with short runs"))
     args = parser.parse_args(arguments)
-    return show_environment() if args.command == "env" else to_universal(args)
+    if args.command == "tune-warmup":
+        return tune.command(args)
+    if args.command == "env":
+        return show_environment()
+    return to_universal(args) if args.command == "to-universal" else translate_config(args)
 
 
 def to_universal(args: argparse.Namespace) -> int:
@@ -38,6 +51,32 @@ def to_universal(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f'{args.target}: resume with "checkpoint": {{"load_universal": true}} in the JSON')
+    return 0
+
+
+def translate_config(args: argparse.Namespace) -> int:
+    """Print (or write) the config as it is read, and on stderr what changed and why."""
+    from ds_plugin.atomic import atomic_write
+    from ds_plugin.config import PluginConfig, load_json
+    from ds_plugin.errors import ConfigError
+    from ds_plugin.sequence_length_warmup.translate import translate
+
+    try:
+        config, notes = translate(load_json(args.config))
+        PluginConfig.from_dict(config)  # what is printed is a config that works
+        text = json.dumps(config, indent=2) + "\n"
+        if args.out is not None:
+            atomic_write(args.out, lambda path: path.write_text(text, encoding="utf-8"))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out {str(args.out)!r} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    if args.out is None:
+        print(text, end="")
+    for note in notes or ["nothing to translate"]:
+        print(f"note: {note}", file=sys.stderr)
     return 0
 
 

@@ -230,8 +230,9 @@ class Plugin:
             return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         weights_only = call.arguments["load_module_only"]
         own_loader = call.arguments["custom_load_fn"] is not None or not call.arguments["load_module_strict"]
+        same_model = not own_loader and self._pipeline is None  # the manifest has rank 0's stage; the host compares
         manifest = checkpoint.check(
-            self, root / tag, same_model=not own_loader, same_run=not weights_only, universal=universal
+            self, root / tag, same_model=same_model, same_run=not weights_only, universal=universal
         )
         groups = self.completep.state() if universal and self.completep is not None else []
         call.arguments["tag"] = tag

@@ -154,9 +154,16 @@ def test_bf16_trains(workers, folder, zero):
     assert summary(folder, "bf16")["precision"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("zero", "dropout"), [(1, 0.0), (1, 0.1), (3, 0.0)])
-def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, folder, zero, dropout):
+CARRY = {"mode": "carry", "interleave": 3, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 1500}}
+HELD = {"pacing": "adaptive", "adaptive": {"loss_ratio": 1.001}, "report_interval": 3}
+
+
+@pytest.mark.parametrize(
+    ("zero", "dropout", "warmup"), [(1, 0.0, {}), (1, 0.1, {**CARRY, **HELD}), (3, 0.0, {**CARRY})]
+)
+def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, folder, zero, dropout, warmup):
     pool, settings = workers(2), config(zero_optimization__stage=zero, model__dropout=dropout)
+    settings["sequence_length_warmup"] |= warmup
     pool.run(run_script, str(folder), "whole", settings)
     # what an interruption after step 13 leaves: the checkpoint of step 10 and three rows more
     pool.run(run_script, str(folder), "cut", settings)
@@ -167,9 +174,47 @@ def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, fold
     (cut / "metrics.csv").write_text("".join(lines[: 1 + 13]))
     pool.run(run_script, str(folder), "cut", settings, "--resume")
     assert metrics(folder, "cut") == metrics(folder, "whole")
-    assert summary(folder, "cut")["averaged_steps"] == summary(folder, "whole")["averaged_steps"]
+    for key in ("averaged_steps", "stability", "flops", "tokens_carried", "tokens_discarded"):
+        assert summary(folder, "cut")[key] == summary(folder, "whole")[key], key
     first, second = (load_file(folder / "runs" / name / "averaged.safetensors") for name in ("whole", "cut"))
     assert all((first[name] == second[name]).all() for name in first)
+
+
+def _by_tokens(mode):
+    settings = config(sequence_length_warmup__mode=mode, sequence_length_warmup__learning_rate={"by": "tokens"})
+    del settings["training"]["steps"]
+    settings["training"]["tokens"] = 3000
+    settings["scheduler"]["params"] |= {"warmup_num_steps": 2, "warmup_type": "linear"}
+    return settings
+
+
+def test_a_run_that_ends_by_tokens(workers, folder):
+    workers(2).run(run_script, str(folder), "a", _by_tokens("truncate"))
+    found, rows = summary(folder, "a"), metrics(folder, "a")
+    # 8 samples a step: 1472 tokens in the 11 steps below full length, then 256 a step until 3000 are reached
+    assert found["steps"] == 17 and found["tokens_trained"] == 1472 + 6 * 256
+    assert found["tokens_discarded"] == 17 * 256 - 3008 and found["tokens_carried"] == 0
+    # "auto": 3000 tokens are 12 full batches; two of them warm up, and the host lags a step behind
+    before = [0, *rows["tokens_trained"][:-1]]
+    full = [tokens / 256 for tokens in [0, *before[:-1]]]
+    expected = [0.0] + [0.01 * (p / 2 if p < 2 else max(0.0, (12 - p) / 10)) for p in full[1:]]
+    assert rows["lr"] == pytest.approx(expected, rel=1e-9)
+    # 12,704 parameters a layer, 64 of the last norm, 256 x 32 of the unembedding; attention 12 x 2 x 32 a token
+    done = [b - a for a, b in zip(before, rows["tokens_trained"], strict=True)]
+    flops = sum(n * (6 * 33664 + 768 * length) for n, length in zip(done, rows["length"], strict=True))
+    assert found["flops"] == rows["flops"][-1] == flops
+    reported = [step for step, value in zip(rows["step"], rows["adam_variance_l1"], strict=True) if value is not None]
+    assert reported == [10] and set(found["stability"]) >= {"max_loss_ratio", "pearson_variance_max"}
+
+
+def test_a_run_that_throws_nothing_away(workers, folder):
+    workers(2).run(run_script, str(folder), "a", _by_tokens("carry"))
+    found, rows = summary(folder, "a"), metrics(folder, "a")
+    assert found["tokens_discarded"] == 0 and 3000 <= found["tokens_trained"] < 3256
+    for trained, read, carried in zip(rows["tokens_trained"], rows["tokens_read"], rows["tokens_carried"], strict=True):
+        assert read == trained + carried
+    assert rows["length"][-1] == 32 and rows["tokens_carried"][-1] == 0
+    assert rows["train_loss"][0] - rows["train_loss"][-1] > 0.5
 
 
 def test_methods_off(workers, folder):

@@ -476,3 +476,38 @@ def _saved(folder):
     engine, batches = carry()
     run(engine, batches, 3)
     engine.save_checkpoint(folder)
+
+
+def _with_skipped_steps():
+    """Steps 2 and 3 are skipped, as fp16 skips them when gradients overflow: the counter goes on, nothing else does."""
+    changes = {"duration": {"tokens": 8 * 2 * plain.MICRO}, "learning_rate": {"by": "tokens"}}
+    engine = plain.make({**plain.host_config(**section(**changes)), "scheduler": LINEAR})
+    plugin, rows, host = ds_plugin.attached(engine), [], engine._take_model_step
+
+    def skipping(lr_kwargs, *args, **kwargs):
+        if engine.global_steps in (1, 2):
+            engine._step_applied = False
+            engine.optimizer.zero_grad()
+            engine.skipped_steps += 1
+            engine.global_steps += 1
+        else:
+            host(lr_kwargs, *args, **kwargs)
+
+    engine._take_model_step = skipping
+    for _ in range(4):
+        length = plugin.length
+        plain.train(engine, 1)
+        ledger = plugin.ledger
+        rows.append((length, ledger.read, ledger.trained, ledger.discarded, engine.get_lr()[0]))
+    return rows
+
+
+def test_skipped_steps_are_read_and_not_trained(workers):
+    rows = workers(1).run(_with_skipped_steps)[0]
+    whole = plain.MICRO * plain.LENGTH
+    # 32 tokens of warmup: step 1 trains 8, steps 2 and 3 none: position 9 (4 + 12 * 9 / 32 = 7.4) stays
+    assert [row[0] for row in rows] == [4, 4, 4, 4]
+    assert [row[1] for row in rows] == [whole, 2 * whole, 3 * whole, 4 * whole]
+    assert [row[2] for row in rows] == [8, 8, 8, 16]
+    assert [row[3] for row in rows] == [whole - 8, 2 * whole - 8, 3 * whole - 8, 4 * whole - 16]
+    assert [row[4] for row in rows] == pytest.approx([0.0, 0.0, 0.0, 0.01 * (8 / 32) / 4])
