@@ -4,8 +4,8 @@
 
 Four DeepSpeed engines train the same model: two without the plugin on batches that are already short ("host", and
 "host again", which says what the measurement is good for), one whose hook cuts full-length batches ("truncate"), one
-that reads through `plugin.batches` ("carry"). A round is ten steps of each, in an order that rotates, so that the
-instruments' report every ten steps is in it; the figure is the median over rounds of the time over the host's of the
+that reads through `plugin.batches` ("carry"). A round is twenty steps of each, in an order that rotates, so that the
+instruments' report every twenty steps is in it; the figure is the median over rounds of the time over the host's of the
 same round, with the middle half of the rounds beside it. Time is the process's CPU time without a GPU, and from CUDA
 events with one.
 """
@@ -30,7 +30,7 @@ from megatron_patches import gpt
 from megatron_patches.completep import trial
 
 VARIANTS = ("host", "host again", "truncate", "carry")
-ROUND = 10  # steps; the instruments report once in so many
+ROUND = 20  # steps; the instruments report once in so many
 _VOCAB = 256
 
 
@@ -127,7 +127,7 @@ def build(variant: str, args: argparse.Namespace, lengths: list[int]) -> Callabl
 
 
 def times(steps: dict[str, Callable[[int], None]], rounds: int, length: int) -> dict[str, tuple[float, float, float]]:
-    """By variant: median and quartiles over the rounds of ten steps' time over the host's. One round more warms up."""
+    """By variant: median and quartiles over the rounds of their time over the host's. One round more warms up."""
     names = list(steps)
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):

@@ -94,8 +94,8 @@ def check(
                 ) from None
     if manifest is None and dist.get_rank() == 0:
         logger.warning(
-            f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin. The length follows from its "
-            "step; token counts start at zero and the averaging window starts empty."
+            f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin. Its steps count "
+            "as steps at full length, and the averaging window starts empty."
         )
     return manifest
 
@@ -231,6 +231,12 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_mod
         raise CheckpointError(
             f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
             "same section"
+        )
+    left = (manifest["state"].get("sequence_length_warmup") or {}).get("order") or {"open": []}
+    if same_run and plugin.warmup is None and left["open"]:
+        raise CheckpointError(
+            f"{path}: the checkpoint carries tokens of {len(left['open'])} batches that were read and not trained yet, "
+            "and this run has no sequence_length_warmup to train them; give the same section"
         )
     if same_run and plugin.warmup is not None and "sequence_length_warmup" in manifest["state"]:
         plugin.warmup.check_state(manifest["state"]["sequence_length_warmup"])

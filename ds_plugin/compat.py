@@ -164,3 +164,10 @@ def forward_backward(micro_batches: int, stages: int, stage: int) -> Any:
                 yield [command for command in commands if type(command).__name__ not in left_out]
 
     return ForwardBackward(micro_batches=micro_batches, stages=stages, stage_id=stage)
+
+
+def autocast(engine: Any) -> Any:
+    """The context in which the engine calls its module: torch's autocast, if the JSON asks for it."""
+    from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+    return autocast_if_enabled(engine)

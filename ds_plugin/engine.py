@@ -5,7 +5,7 @@ backward   refused while the average is swapped in                   weight_aver
 step       refused while the average is swapped in                   weight_averaging
            the host's step; when it closed an accumulation window:
              1. the window's tokens are booked                       sequence_length_warmup
-             2. if the step was applied and one is due: a snapshot   weight_averaging
+             2. if it was applied, finite and one is due: a snapshot weight_averaging
 save       our files first, then the host's, then ``latest``
 load       our manifest is checked first, then the host loads, then our state
 """
@@ -15,7 +15,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,12 @@ from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup.batch import Shorten
-from ds_plugin.sequence_length_warmup.batches import Source
+from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
 from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
+from ds_plugin.weight_averaging import checkpoint as averaging_files
+from ds_plugin.weight_averaging import finite, restart
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.zero_shards import find_shards
 
@@ -52,7 +54,9 @@ class Plugin:
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
-            self.averager = WeightAverager(config.weight_averaging, find_shards(engine))
+            shards = find_shards(engine)
+            finite.refuse_unknown(engine)
+            self.averager = WeightAverager(config.weight_averaging, shards)
         if config.completep is not None:
             self.completep = CompleteP(engine, config.completep)
         if self.warmup is not None:
@@ -91,7 +95,7 @@ class Plugin:
         """
         if self.warmup is not None and self.warmup.config.mode != "mask":
             return self.warmup.batches(source)
-        return _from_step(self.engine, source)
+        return WholeBatches(self.engine, source)
 
     @property
     def has_average(self) -> bool:
@@ -110,14 +114,43 @@ class Plugin:
         return lines
 
     @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
         """Inside the ``with`` block the model computes with the averaged weights; after it, all is bitwise as before.
 
         Every rank enters it, between optimizer steps. Backward passes, steps and checkpoints are refused inside.
+        ``horizon``: which of the averages, in mode ema; the first of ``horizons`` if not given.
 
         Raises:
-            StateError: averaging is off, there is no snapshot yet, or an accumulation window is open.
+            StateError: averaging is off, there is no snapshot yet or no such horizon, or an accumulation window is
+                open.
         """
+        averager = self._between_steps()
+        with averager.averaged_weights(horizon):
+            yield
+
+    def restart_from_average(self, moments: Literal["keep", "reset"] = "keep", horizon: int | None = None) -> None:
+        """Make the average the training weights, as after a loss spike. Every rank calls it, between optimizer steps.
+
+        Masters and the copies the model computes with are replaced; nothing brings the old weights back. The snapshots
+        are forgotten: they are of the path that was left, and the next average begins with the next snapshot. The step
+        count, learning rate schedule and data go on. ``moments``: Adam's (or another momentum's) are kept, or start
+        again at zero with its step count, as in a new optimizer; ``horizon``: as in `averaged_weights`.
+
+        Raises:
+            StateError: as `averaged_weights` does, or the average is swapped in, or the optimizer has a state that
+                cannot be reset. Nothing has changed then.
+            ConfigError: ``moments`` is neither.
+        """
+        averager = self._between_steps()
+        if moments not in ("keep", "reset"):
+            raise ConfigError(f"restart_from_average: moments={moments!r}; give 'keep' or 'reset'")
+        with together():
+            states = restart.moments(self.engine) if moments == "reset" else []
+        averager.restart(horizon)
+        restart.zero_(states)
+
+    def _between_steps(self) -> WeightAverager:
+        """The averager, if the weights may be exchanged now."""
         if self.averager is None:
             raise StateError(
                 'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
@@ -127,8 +160,7 @@ class Plugin:
                 "weight_averaging: the averaged weights can be swapped in between optimizer steps only, not within an "
                 "accumulation window; finish the window first"
             )
-        with self.averager.averaged_weights():
-            yield
+        return self.averager
 
     def detach(self) -> None:
         """Leave the engine as plain DeepSpeed made it (param groups and the model excepted); the window is dropped."""
@@ -198,7 +230,7 @@ class Plugin:
             if self.warmup is not None:
                 self.warmup.after_step(applied)
             if self.averager is not None and applied and self.averager.due(self.engine.global_steps):
-                self.averager.snapshot(self.engine.global_steps)
+                self.averager.snapshot(self.engine.global_steps, finite=finite.step_was_finite(self.engine))
         return result
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,6 +266,8 @@ class Plugin:
         manifest = checkpoint.check(
             self, root / tag, same_model=same_model, same_run=not weights_only, universal=universal
         )
+        if self.averager is not None and manifest is not None and not weights_only:
+            averaging_files.compare(manifest["sections"].get("weight_averaging", {}), self.averager.config, root / tag)
         groups = self.completep.state() if universal and self.completep is not None else []
         call.arguments["tag"] = tag
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
@@ -255,11 +289,6 @@ class Plugin:
             self.warmup.load_state(None)
         if self.averager is not None:
             self.averager.reset()
-
-
-def _from_step(engine: Any, source: Source) -> Iterator[Any]:
-    """``source`` from the engine's step on, found out when the first is asked for: a checkpoint is loaded by then."""
-    yield from source(engine.global_steps * engine.gradient_accumulation_steps())
 
 
 def initialize(

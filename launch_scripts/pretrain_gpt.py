@@ -83,7 +83,8 @@ def build_data(
     batches = partial(data.batches, micro_batch=micro, dp_rank=mpu.get_data_parallel_rank(), dp_size=ranks)
 
     def from_micro_batch(n: int) -> Iterator[Batch]:
-        return batches(training, start_sample=n * micro * ranks, num_workers=cfg.data_workers)
+        start = n * micro * ranks
+        return batches(training, start_sample=start, num_workers=cfg.data_workers, loop=run.open_ended)
 
     return from_micro_batch, lambda: islice(batches(validation, start_sample=0), count)
 

@@ -63,8 +63,9 @@ class Recorder:
     @property
     def finished(self) -> bool:
         """Whether the run has all its steps or all its tokens."""
-        cfg = self.run.training
-        return self.engine.global_steps >= cfg.steps or (cfg.tokens is not None and self._tokens()[0] >= cfg.tokens)
+        tokens, limit = self.run.training.tokens, self.run.step_limit
+        enough = tokens is not None and self._tokens()[0] >= tokens
+        return enough or (limit is not None and self.engine.global_steps >= limit)
 
     def _shortfalls(self) -> list[str]:
         """What this run is too short for."""

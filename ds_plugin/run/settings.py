@@ -62,6 +62,13 @@ class Settings:
     model: GPTConfig
     training: TrainingConfig
     plugin: PluginConfig
+    step_limit: int | None = None  # where the run ends at the latest; training.steps is what it should come to
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the run may take more steps than planned: it ends by tokens, and lengths may be held."""
+        warmup = self.plugin.sequence_length_warmup
+        return self.training.tokens is not None and warmup is not None and warmup.pacing == "adaptive"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,27 +148,35 @@ def load_settings(args: argparse.Namespace) -> Settings:
     model = parse_section(GPTConfig, "model", config.pop("model"))
     training = parse_section(TrainingConfig, "training", config.pop("training"))
     plugin = split_config(config)[1]
+    limit = training.steps or None
     training = _with_steps(config, training, model, plugin)
     _fill_auto(config, training, model, plugin)
     _check_together(config, model, plugin)
-    return Settings(config, model, training, plugin)
+    return Settings(config, model, training, plugin, limit)
 
 
 def _batch(config: Mapping[str, Any], model: GPTConfig) -> int:
-    """Samples of an optimizer step, all ranks together; 0 when the JSON does not say."""
-    if "train_batch_size" in config:
-        return int(config["train_batch_size"])
+    """Samples of an optimizer step, all ranks together; 1 when the JSON does not say, which is refused elsewhere.
+
+    Raises:
+        ConfigError: a number is none, "auto" for instance.
+    """
+    parts = {name: config[name] for name in (*_DEEPSPEED_BATCH, "gradient_accumulation_steps") if name in config}
+    for name, value in parts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: {value!r} is not a number of samples (or steps); write 1 or more")
+    if "train_batch_size" in parts:
+        return parts["train_batch_size"]
     ranks = dist.get_world_size() // model.tensor_parallel if dist.is_initialized() else 1
-    return (
-        int(config.get("train_micro_batch_size_per_gpu", 0)) * int(config.get("gradient_accumulation_steps", 1)) * ranks
-    )
+    micro, steps = parts.get("train_micro_batch_size_per_gpu", 1), parts.get("gradient_accumulation_steps", 1)
+    return max(1, micro * steps * ranks)
 
 
 def _planned(
     config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig, steps: int | None, tokens: int | None
 ) -> Plan:
     """What a run of so many steps or tokens comes to."""
-    batch, warmup = max(1, _batch(config, model)), plugin.sequence_length_warmup
+    batch, warmup = _batch(config, model), plugin.sequence_length_warmup
     if warmup is None:
         count = steps if steps is not None else -(-(tokens or 0) // (batch * model.seq_length))
         return Plan(count, count * batch * model.seq_length, count * batch * model.seq_length)
@@ -172,13 +187,10 @@ def _planned(
 def _with_steps(
     config: Mapping[str, Any], training: TrainingConfig, model: GPTConfig, plugin: PluginConfig
 ) -> TrainingConfig:
-    """The settings with the steps that ``tokens`` take filled in. Held lengths take more: then they are a bound."""
+    """The settings with the steps that ``tokens`` take filled in, if nothing is held."""
     if training.tokens is None:
         return training
-    warmup = plugin.sequence_length_warmup
     steps = _planned(config, model, plugin, None, training.tokens).steps
-    if warmup is not None and warmup.pacing == "adaptive":  # at worst the length is held for ever
-        steps = -(-training.tokens // (max(1, _batch(config, model)) * warmup.start_length))
     return training.model_copy(update={"steps": min(training.steps or steps, steps)})
 
 
@@ -194,7 +206,7 @@ def _fill_auto(config: dict[str, Any], training: TrainingConfig, model: GPTConfi
     warmup = plugin.sequence_length_warmup
     if warmup is not None and warmup.learning_rate.by == "tokens":
         tokens = training.tokens or _planned(config, model, plugin, training.steps, None).trained
-        params["total_num_steps"] = -(-tokens // (max(1, _batch(config, model)) * model.seq_length))
+        params["total_num_steps"] = -(-tokens // (_batch(config, model) * model.seq_length))
 
 
 def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig) -> None:

@@ -36,6 +36,7 @@ class Batches(Iterator[Any]):
         self._next_window = 0  # what the iterator gives next
         self._held: dict[int, list[Any]] = {}  # windows that are open, by number
         self._step, self._pulled = -1, 0
+        self._closed = False
 
     def __next__(self) -> Any:
         """The next micro-batch of the step that runs.
@@ -51,12 +52,19 @@ class Batches(Iterator[Any]):
         """The same micro-batches as `__next__` gives, in the same turn, before they are cut."""
         return map(lambda _: self._next_whole(), itertools.repeat(None))
 
+    def close(self) -> None:
+        """The method was taken off the engine: there are no lengths any more."""
+        self._closed = True
+        self.forget()
+
     def forget(self) -> None:
         """A checkpoint was loaded: read anew."""
         self._iterator, self._held, self._step = None, {}, -1
 
     def _next_whole(self) -> Any:
         warmup = self._warmup
+        if self._closed:
+            raise StateError("sequence_length_warmup: the method was detached from the engine; read the batches anew")
         if self._step != warmup.engine.global_steps:
             self._step, self._pulled = warmup.engine.global_steps, 0
         if self._pulled == warmup.micro_batches:
@@ -80,6 +88,23 @@ class Batches(Iterator[Any]):
                 self._next_window += 1
             self._held = {number: read for number, read in self._held.items() if number in wanted}
         return self._held[window]
+
+
+class WholeBatches(Iterator[Any]):
+    """Full-length micro-batches from the engine's step on; it goes back (or ahead) when a checkpoint was loaded."""
+
+    def __init__(self, engine: Any, source: Source):
+        self._engine, self._source = engine, source
+        self._iterator: Iterator[Any] | None = None
+        self._step = -1  # the engine's, when the last was read
+
+    def __next__(self) -> Any:
+        """The next micro-batch. Reading ahead of the step is allowed: every step is of the same length."""
+        step = self._engine.global_steps
+        if self._iterator is None or step not in (self._step, self._step + 1):
+            self._iterator = self._source(step * self._engine.gradient_accumulation_steps())
+        self._step = step
+        return next(self._iterator)
 
 
 def cut_batch(batch: Any, full: int, offset: int, length: int) -> Any:

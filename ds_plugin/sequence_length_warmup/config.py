@@ -73,7 +73,7 @@ class SequenceLengthWarmupConfig(SectionConfig):
     learning_rate: LearningRate = LearningRate()
     pacing: Literal["schedule", "adaptive"] = "schedule"
     adaptive: Adaptive | None = None
-    report_interval: int = Field(10, ge=1, description="steps between two readings of the stability instruments")
+    report_interval: int = Field(20, ge=1, description="steps between two readings of the stability instruments")
     preflight: bool = True
 
     @model_validator(mode="after")
@@ -115,6 +115,13 @@ class SequenceLengthWarmupConfig(SectionConfig):
                     )
         if self.schedule == "discrete":
             self._check_discrete()
+        bounded = {"discrete": self.schedule == "discrete", "carry": self.mode == "carry"}
+        for what in (name for name, chosen in bounded.items() if chosen and self.max_distinct_lengths is not None):
+            raise ValueError(
+                f"sequence_length_warmup.max_distinct_lengths: {self.max_distinct_lengths} and {what!r}, whose lengths "
+                "follow otherwise; remove it, and write a discrete schedule of lengths that divide end_length: the "
+                "carry mode keeps to those"
+            )
         if self.interleave is not None and self.mode != "carry":
             raise ValueError(
                 f"sequence_length_warmup.interleave: {self.interleave} is of the carry mode and mode is {self.mode!r}; "

@@ -37,6 +37,14 @@ def check_model(module: torch.nn.Module) -> None:
                 f'sequence_length_warmup.mode: "mask" and the model\'s core attention is {type(core).__name__}, which '
                 'takes no mask beside its causal one; use the local layer spec, or write "truncate" or "carry"'
             )
+    config = getattr(module, "config", None)
+    fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)  # type: ignore
+    for name, bad in (("window_size", getattr(config, "window_size", None)), ("masked_softmax_fusion", fused)):
+        if bad:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "mask" and the model\'s {name} is {bad}, with which its attention makes '
+                f'a mask of its own and drops ours; leave {name} out, or write "truncate" or "carry"'
+            )
     if not found:
         raise ConfigError(
             f'sequence_length_warmup.mode: "mask" and {type(module).__name__} is no megatron-core GPT, so it is not '

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from deepspeed.utils import logger
 
+from ds_plugin import compat
 from ds_plugin.run import rng
 from ds_plugin.sequence_length_warmup.batch import COMPANION_NAMES, MASK_NAMES, TOKEN_NAMES
 
@@ -17,14 +19,28 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call ``engine.module`` and differentiate the mean of its output by its parameters; the result is dropped.
 
     Gradients are asked for by `torch.autograd.grad`, which leaves ``.grad`` and the hooks alone that the host reduces
-    gradients in. Buffers and random streams are put back: the run that follows is bit for bit the run without it.
+    gradients in, and each is let go as soon as it is there, as ZeRO does. Buffers and random streams are put back: the
+    run that follows is bit for bit the run without it. Reentrant activation checkpointing can only be run backward into
+    ``.grad``: there the forward pass has to do, which the log says.
     """
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
-    with _untouched(engine.module):
-        output = engine.module(*args, **kwargs)
-        means = [tensor.float().mean() for tensor in _floating(output) if tensor.requires_grad]
-        if means:
-            torch.autograd.grad(torch.stack(means).sum(), parameters, allow_unused=True)
+    hooks = [p.register_hook(lambda grad: grad.new_zeros(()).expand_as(grad)) for p in parameters]
+    try:
+        with _untouched(engine.module), compat.autocast(engine):
+            output = engine.module(*args, **kwargs)
+            means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
+            if means:
+                torch.autograd.grad(torch.stack(means).sum(), parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "compatible with .grad()" not in str(error):
+            raise
+        logger.warning(
+            "sequence length warmup: the preflight ran the full length forward only, because activations are "
+            "recomputed by a reentrant checkpoint"
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def lengthened(arguments: Mapping[str, Any], length: int, full: int) -> dict[str, Any]:

@@ -49,7 +49,15 @@ class TokenScheduler:
         """The host's call after an applied step; its own arguments, a count of steps, are put aside."""
         with warnings.catch_warnings():  # torch's schedulers say that they would rather count themselves
             warnings.simplefilter("ignore")
-            self.scheduler.step(self._trained(with_open_step=self._counts_from_0))
+            self.scheduler.step(self._position())
+
+    def _position(self) -> float:
+        position = self._trained(with_open_step=self._counts_from_0)
+        # DeepSpeed's logarithmic warmup reaches its peak at the last whole step before its end, and would go beyond it
+        last = getattr(self.scheduler, "warmup_num_steps", 0) - 1
+        if getattr(self.scheduler, "warmup_type", None) == "log" and last < position < last + 1:
+            return float(last)
+        return position
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # while unpickling or copying, before __init__

@@ -1,6 +1,7 @@
 """Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import compat
-from ds_plugin.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.errors import CheckpointError, ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup import preflight
 from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, Shorten, argument_names, by_name
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
@@ -53,7 +54,8 @@ class SequenceLengthWarmup:
         """
         self.engine, self.config, self.full = engine, config, config.end_length
         self.parts = _parts(engine)
-        self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
+        with together():  # a user's schedule may be importable on some ranks only
+            self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
         self._same_on_all_ranks()
         self.ledger = Ledger()
         self.monitor = StabilityMonitor(engine, config.report_interval, self._equal_on_all_ranks)
@@ -63,11 +65,14 @@ class SequenceLengthWarmup:
         if config.mode == "carry":
             self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
         self._stretch: Stretch | None = None
-        self._batches: list[Batches] = []
+        self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
+        self._reads = False  # whether batches are cut where they are read
+        self._recorded = False  # a loss, in the window that is open
         self._window = Ledger()  # this rank's tokens in the accumulation window that is open
         self._flown = not config.preflight
         self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
         self._handle: Any = None
+        self._start_at_the_engines_step()
         if compat.is_pipeline(engine):
             self._refuse_in_pipelines(shorten)
         else:
@@ -133,13 +138,17 @@ class SequenceLengthWarmup:
             raise ConfigError(
                 'sequence_length_warmup.mode: "mask" trains full-length samples; give them to engine(...) as they are'
             )
-        self._batches.append(Batches(self, source))
-        return self._batches[-1]
+        self._reads = True
+        batches = Batches(self, source)
+        self._batches.add(batches)
+        return batches
 
     def remove(self) -> None:
         """Take the hook off the engine."""
         if self._handle is not None:
             self._handle.remove()
+        for batches in self._batches:
+            batches.close()
 
     def _before_forward(
         self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,7 +156,7 @@ class SequenceLengthWarmup:
         if not self.engine.module.training:
             return None  # evaluation is always at full length
         stretch = self.stretch
-        if self._batches:
+        if self._reads:
             self._check_cut(args, kwargs, stretch.length)
             whole = args, kwargs
             # booked after the step, from the stretch itself
@@ -184,11 +193,13 @@ class SequenceLengthWarmup:
         if length == self.full or self.config.mode == "mask":
             return  # the step itself is as large as any
         args, kwargs = whole
-        if self._batches:
+        if self._reads:
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
             grown = preflight.lengthened(given, length // self.parts, self.full // self.parts)
             args = tuple(grown.pop(name) for name in self._names[: len(args)])
             kwargs = grown
+        else:  # samples may be longer than the longest that is trained
+            args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
         preflight.run(self.engine, args, kwargs)
 
     def _default_shorten(self) -> Shorten:
@@ -215,9 +226,16 @@ class SequenceLengthWarmup:
         """Note a micro-batch's loss, which stays on the device."""
         if torch.is_tensor(loss):
             self.monitor.record(loss)
+            self._recorded = True
 
     def after_step(self, applied: bool) -> None:
         """Close an accumulation window: the host has finished an optimizer step, applied or skipped."""
+        if self.config.pacing == "adaptive" and not self._recorded and not compat.is_pipeline(self.engine):
+            raise StateError(
+                'sequence_length_warmup.pacing: "adaptive" and no loss came through engine.backward(loss) in this '
+                'step, so that nothing could be held; call it in place of loss.backward(), or write "schedule"'
+            )
+        self._recorded = False
         trained_before = self.ledger.trained
         self._book(self.stretch, applied)
         self._stretch = None
@@ -236,7 +254,7 @@ class SequenceLengthWarmup:
 
     def _tokens_of(self, stretch: Stretch) -> tuple[int, int]:
         """Tokens read for and trained by the step that runs or has just run, over all data-parallel ranks."""
-        if self._batches or compat.is_pipeline(self.engine):
+        if self._reads or compat.is_pipeline(self.engine):
             samples = self.engine.train_batch_size()
             return (samples * self.full if stretch.offset == 0 else 0), samples * stretch.length
         ranks = self.engine.dp_world_size
@@ -263,7 +281,8 @@ class SequenceLengthWarmup:
         return {
             "ledger": asdict(self.ledger),
             "mode": self.config.mode,
-            "train_batch_size": int(self.engine.train_batch_size()),
+            **self._counted_in(),
+            "unit": self.config.duration.unit,
             "held": self.held,
             "holding": self.holding,
             "order": self.order.state() if self.order is not None else None,
@@ -277,27 +296,50 @@ class SequenceLengthWarmup:
             CheckpointError: carried tokens of another mode or batch size.
         """
         order = state.get("order")
-        here = {"mode": self.config.mode, "train_batch_size": int(self.engine.train_batch_size())}
-        for name, value in here.items():
+        for name, value in {"mode": self.config.mode, **self._counted_in()}.items():
             if (order and order["open"] or self.order is not None) and state.get(name) != value:
                 raise CheckpointError(
                     f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
                     f"{value!r}, and carried tokens are counted in such batches; resume with {state.get(name)!r}"
                 )
+        unit = self.config.duration.unit
+        if self.config.pacing == "adaptive" and state.get("held") and state.get("unit", unit) != unit:
+            raise CheckpointError(
+                f"sequence_length_warmup.duration: the checkpoint's length has been held for {state['held']} "
+                f"{state['unit']}, and this run's duration is in {unit}; resume with a duration in {state['unit']}"
+            )
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a saved state; None (a checkpoint without one) starts everything but the step at zero."""
-        self.ledger = Ledger(**state["ledger"]) if state else Ledger()
-        self._window = Ledger()
-        self.held = state.get("held", 0) if state else 0
-        self.holding = state.get("holding", False) if state else False
+        """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
+        self._window, self._recorded = Ledger(), False
+        adaptive = state if self.config.pacing == "adaptive" else None
+        self.held, self.holding = (adaptive["held"], adaptive["holding"]) if adaptive else (0, False)
         if self.order is not None:
-            self.order.load_state(state.get("order") if state else None)
+            self.order.load_state(state["order"] if state else None)
+        if state:
+            self.ledger = Ledger(**state["ledger"])
+        else:
+            self._start_at_the_engines_step()
         self.monitor.load_state(state.get("stability") if state else None)
         self.report = None
         self._stretch = None
         for batches in self._batches:
             batches.forget()
+
+    def _start_at_the_engines_step(self) -> None:
+        """Take the steps an engine has made without us for ones at full length, read and trained."""
+        steps, batch = int(self.engine.global_steps), int(self.engine.train_batch_size()) * self.full
+        self.ledger = Ledger(read=steps * batch, trained=(steps - int(self.engine.skipped_steps)) * batch)
+        if self.order is not None:
+            self.order.windows_read = steps
+
+    def _counted_in(self) -> dict[str, int]:
+        """What carried tokens are counted in."""
+        return {
+            "train_batch_size": int(self.engine.train_batch_size()),
+            "end_length": self.full,
+            "multiple_of": self.scheduler.multiple_of,
+        }
 
     def _same_on_all_ranks(self) -> None:
         """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""

@@ -1,10 +1,46 @@
-"""The arithmetic of averaging, in place, on lists of tensors. Nothing here knows a host."""
+"""The arithmetic of averaging, in place, on lists of fp32 tensors. Nothing here knows a host.
 
-from collections.abc import Sequence
+Every function works element by element, in an order that is fixed, and never leaves a product and a sum to one kernel:
+a fused multiply-add rounds once, plain code twice, and a kernel may use one in the middle of a tensor and the other at
+its end. So each element's bits do not depend on which rank holds it or where its shard begins.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
 Tensors = Sequence[torch.Tensor]
+
+#: elements worked on at a time: 1 MiB of fp32 stays in the cache while every snapshot is added to them, so that a mean
+#: reads each snapshot once and writes the result once; much smaller pieces would spend their time in Python
+PIECE = 256 * 1024
+
+
+def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
+    """Relative weights of ``count`` snapshots, oldest first; `weighted_mean_` divides by their sum.
+
+    ``"uniform"``: 1, 1, ... ``"linear"``: 1, 2, ..., count: the newer the heavier.
+
+    ``"1-sqrt"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a constant
+    learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval before
+    snapshot i added. A mean with weights c_j that add up to 1 is ``x_0 + sum_i (c_i + ... + c_{k-1}) d_i``: interval i
+    enters scaled by ``w_i = c_i + ... + c_{k-1}``, as under a learning rate decayed by w_i, as long as the decay would
+    not have changed the gradients. Turned around, ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0. The decay
+    ``w_i = 1 - sqrt(i / k)`` gives ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``: the oldest is the heaviest, since the
+    decay falls steeply at first. (The linear decay ``w_i = 1 - i / k`` gives the uniform mean.)
+
+    A sequence of numbers: the last belongs to the newest snapshot; while there are fewer snapshots, its last ``count``
+    are used. The named kinds are worked out for the snapshots there are.
+    """
+    if kind == "uniform":
+        return [1.0] * count
+    if kind == "linear":
+        return [float(i + 1) for i in range(count)]
+    if kind == "1-sqrt":
+        return [math.sqrt((i + 1) / count) - math.sqrt(i / count) for i in range(count)]
+    assert not isinstance(kind, str), kind
+    return list(kind[-count:])
 
 
 def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
@@ -13,11 +49,55 @@ def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
     The order is fixed - add oldest to newest, then divide once - so that every sharding of the same weights gives the
     same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights.
     """
-    for index, target in enumerate(out):
-        target.copy_(snapshots[0][index])
-        for snapshot in snapshots[1:]:
-            target.add_(snapshot[index])
-        target.div_(len(snapshots))
+    for target, *sources in _pieces(out, *snapshots):
+        if len(sources) == 1:
+            target.copy_(sources[0])
+            continue
+        torch.add(sources[0], sources[1], out=target)
+        for source in sources[2:]:
+            target.add_(source)
+        target.div_(len(sources))
+
+
+def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
+    """`mean_` with relative weights: add ``snapshot * weight`` oldest to newest, then divide once by their sum.
+
+    Equal weights of 1 give the bits of `mean_`.
+    """
+    for target, *sources in _pieces(out, *snapshots):
+        target.copy_(sources[0]).mul_(weights[0])
+        for source, weight in zip(sources[1:], weights[1:], strict=True):
+            target.add_(source * weight)
+        target.div_(math.fsum(weights))
+
+
+def add_(total: Tensors, snapshot: Tensors) -> None:
+    """Add a snapshot to a running sum."""
+    for target, source in _pieces(total, snapshot):
+        target.add_(source)
+
+
+def mean_of_sum_(out: Tensors, total: Tensors, count: int) -> None:
+    """Write a running sum of ``count`` snapshots, divided once, into ``out`` (which may be ``total``)."""
+    for target, source in _pieces(out, total):
+        torch.div(source, count, out=target)
+
+
+def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
+    """Move a running average towards a snapshot: ``average + (snapshot - average) / divisor``."""
+    for target, source in _pieces(average, snapshot):
+        target.add_((source - target).div_(divisor))
+
+
+def copy_(out: Tensors, source: Tensors) -> None:
+    """Copy tensor by tensor, across devices if need be."""
+    for target, tensor in zip(out, source, strict=True):
+        target.copy_(tensor)
+
+
+def all_finite(tensors: Tensors) -> bool:
+    """Whether no element is infinite or NaN. One pass: a sum cannot be finite if an element is not."""
+    return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def exchange_(left: Tensors, right: Tensors, scratch: torch.Tensor) -> None:
@@ -38,3 +118,14 @@ def exchange_(left: Tensors, right: Tensors, scratch: torch.Tensor) -> None:
             piece.copy_(flat_a[start:end])
             flat_a[start:end].copy_(flat_b[start:end])
             flat_b[start:end].copy_(piece)
+
+
+def _pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The lists' tensors side by side, cut into pieces that fit the cache (whole, if one of them has strides)."""
+    for tensors in zip(*lists, strict=True):
+        if not all(t.is_contiguous() for t in tensors):
+            yield tensors
+            continue
+        flat = [t.view(-1) for t in tensors]
+        for start in range(0, flat[0].numel(), PIECE):
+            yield tuple(t[start : start + PIECE] for t in flat)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import ds_plugin
 from ds_plugin.errors import StateError
+from ds_plugin.weight_averaging.finite import step_was_finite
 from tests.distributed import plain
 from tests.reference import averaging as reference
 
@@ -167,8 +168,8 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def _count_collectives():
-    engine = plain.make(plain.host_config(1, weight_averaging=plain.AVERAGING))
+def _count_collectives(zero, section):
+    engine = plain.make(plain.host_config(zero, weight_averaging={**plain.AVERAGING, **section}))
     plain.train(engine, 1)
     averager = ds_plugin.attached(engine).averager
     calls = []
@@ -176,7 +177,7 @@ def _count_collectives():
     for name, original in originals.items():
         setattr(dist, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
     try:
-        averager.snapshot(1)
+        averager.snapshot(1, finite=step_was_finite(engine))
         snapshot_calls = list(calls)
         dist.barrier()
     finally:
@@ -185,8 +186,10 @@ def _count_collectives():
     return snapshot_calls, calls
 
 
-def test_a_snapshot_makes_no_collective(workers):
-    for snapshot_calls, calls in workers(2).run(_count_collectives):
+@pytest.mark.parametrize("zero", [0, 1, 3])
+@pytest.mark.parametrize("section", [{}, {"mode": "block"}, {"mode": "ema", "window": 5, "horizons": [2]}], ids=str)
+def test_a_snapshot_makes_no_collective(workers, zero, section):
+    for snapshot_calls, calls in workers(2).run(_count_collectives, zero, section):
         assert snapshot_calls == []
         assert calls == ["barrier"]  # the counter counts
 

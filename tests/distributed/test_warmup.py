@@ -107,7 +107,7 @@ def test_killed_and_resumed_it_trains_the_same(workers, tmp_path, zero, before):
 def _engine_without_batches():
     engine, _ = carry()
     engine.train()
-    ds_plugin.attached(engine).warmup._batches.clear()
+    ds_plugin.attached(engine).warmup._reads = False  # as if batches() had not been called
     engine(*plain.micro_batch(0))
 
 
@@ -147,6 +147,48 @@ def _other_mode(folder):
     plain.make(plain.host_config(accumulation=MICROS, **section())).load_checkpoint(folder)
 
 
+def _section_removed(folder):
+    engine, batches = carry()
+    run(engine, batches, 2)
+    engine.save_checkpoint(folder)
+    plain.make(plain.host_config(accumulation=MICROS, weight_averaging=plain.AVERAGING)).load_checkpoint(folder)
+
+
+def _other_end(folder):
+    engine, batches = carry()
+    run(engine, batches, 2)
+    engine.save_checkpoint(folder)
+    carry(end_length=8)[0].load_checkpoint(folder)
+
+
+def _held_in_other_units(folder):
+    changes = {"pacing": "adaptive", "report_interval": 1}
+    engine = plain.make(plain.host_config(**section(**changes)))
+    plain.train(engine, 2)
+    ds_plugin.attached(engine).warmup.held = 3
+    engine.save_checkpoint(folder)
+    plain.make(plain.host_config(**section(**changes, duration={"tokens": 99}))).load_checkpoint(folder)
+
+
+def _detached():
+    engine, batches = carry()
+    run(engine, batches, 1)
+    ds_plugin.detach(engine)
+    next(batches)
+
+
+def _own_backward():
+    engine = plain.make(plain.host_config(1, **section(pacing="adaptive")))
+    engine.train()
+    engine(*plain.micro_batch(0)).backward()
+    engine.step()
+
+
+def _broken_on_one_rank():
+    schedule = "math:floor" if dist.get_rank() else "no.such.module:f"
+    plain.make(plain.host_config(**section(schedule=schedule)))
+
+
 def _rank_dependent():
     plain.make(plain.host_config(**section(start_length=4 + 4 * dist.get_rank())))
 
@@ -166,6 +208,12 @@ REFUSED = {
     "batch ramp-up": (_grows, "StateError", ["48", "ramp-up", "one of the two"]),
     "no scheduler": (_no_scheduler, "ConfigError", ["learning_rate.by", '"tokens"', "no scheduler"]),
     "carried tokens of another mode": (_other_mode, "CheckpointError", ["mode", "'carry'", "'truncate'"]),
+    "the section removed": (_section_removed, "CheckpointError", ["carries tokens of 2 batches", "same section"]),
+    "another full length": (_other_end, "CheckpointError", ["end_length", "16", "8"]),
+    "held in other units": (_held_in_other_units, "CheckpointError", ["3 steps", "duration in steps", "tokens"]),
+    "read after detach": (_detached, "StateError", ["detached"]),
+    "losses that are not seen": (_own_backward, "StateError", ['"adaptive"', "engine.backward(loss)"]),
+    "a schedule broken on one rank": (_broken_on_one_rank, "ConfigError", ["'no.such.module:f'", "cannot be imported"]),
     "ranks that disagree": (_rank_dependent, "ConfigError", ["ranks disagree", "section", "rank 1"]),
     "samples divided over ranks": (_nested_ulysses, "StateError", ["divided over 2 ranks", "batches("]),
 }
@@ -174,7 +222,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_on_every_rank(workers, tmp_path, case):
     function, kind, parts = REFUSED[case]
-    arguments = [str(tmp_path)] if function is _other_mode else []
+    arguments = [str(tmp_path)] if function.__code__.co_argcount else []
     for error in workers(2).run(function, *arguments, expect="errors"):
         assert error.type == kind and all(part in error.message for part in parts), error
 
@@ -282,6 +330,110 @@ def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, pr
         assert with_it[2] == [plain.LENGTH, *without[2]] and plain.LENGTH not in without[2]
 
 
+class Checkpointing(plain.TinyLM):
+    def forward(self, input_ids, labels):
+        self.lengths = [*getattr(self, "lengths", []), input_ids.shape[1]]
+        x = self.embedding(input_ids) + self.positions[: input_ids.shape[1]]
+        x = torch.utils.checkpoint.checkpoint(lambda h: h + self.outer(self.inner(h)), x, use_reentrant=True)
+        return torch.nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
+
+
+def _checkpointing(preflight):
+    torch.manual_seed(7)
+    config = plain.host_config(1, **section(preflight=preflight))
+    engine = ds_plugin.initialize(model=Checkpointing(), config=config)[0]
+    return plain.train(engine, 4), engine.module.lengths
+
+
+def test_preflight_with_a_reentrant_checkpoint_runs_forward(workers):
+    (with_it, lengths), (without, _) = (workers(1).run(_checkpointing, flag)[0] for flag in (True, False))
+    assert with_it == without and lengths[0] == plain.LENGTH
+
+
+def _longer_samples():
+    engine = plain.make(plain.host_config(**section(end_length=12)))  # read 16, never train more than 12
+    seen = []
+    engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    plain.train(engine, 9)
+    return seen, ds_plugin.attached(engine).ledger.discarded
+
+
+def test_the_longest_sample_is_the_longest_that_is_trained(workers):
+    seen, discarded = workers(1).run(_longer_samples)[0]
+    assert seen[0] == 12 and max(seen) == 12 and discarded == sum(16 - n for n in seen[1:]) * plain.MICRO
+
+
+# -- starting from a state that is not ours ---------------------------------------------------------------------------
+
+
+def _joined_late(folder):
+    engine = plain.make(plain.host_config(accumulation=MICROS), initialize=deepspeed.initialize)
+    plain.train(engine, 3)
+    engine.save_checkpoint(folder)
+    engine, batches = carry()
+    engine.load_checkpoint(folder)
+    ledger = ds_plugin.attached(engine).ledger
+    rate = ds_plugin.attached(engine).warmup.batches_trained(with_open_step=False)
+    before = (ledger.read, ledger.trained)
+    rows = run(engine, batches, 1)
+    late = plain.make(plain.host_config(accumulation=MICROS), initialize=deepspeed.initialize)
+    plain.train(late, 2)
+    attached = ds_plugin.attach(late, section()).ledger
+    return before, rate, rows, (attached.read, attached.trained)
+
+
+def test_earlier_steps_count_as_full_length_ones(workers, tmp_path):
+    before, rate, rows, attached = workers(1).run(_joined_late, str(tmp_path))[0]
+    step = plain.MICRO * MICROS * plain.LENGTH
+    assert before == (3 * step, 3 * step) and rate == 3 and attached == (2 * step, 2 * step)
+    length, _, seen, *_ = rows[0]
+    assert length == 8 and min(seen) == 3 * step  # position 4 of the schedule, and the fourth step's samples
+
+
+def _unheld(folder):
+    def make(pacing):
+        return plain.make(plain.host_config(**section(pacing=pacing, report_interval=1)))
+
+    engine = make("adaptive")
+    plain.train(engine, 2)
+    warmup = ds_plugin.attached(engine).warmup
+    warmup.held, warmup.holding = 1, True
+    engine.save_checkpoint(folder)
+    engine = make("schedule")
+    engine.load_checkpoint(folder)
+    lengths = []
+    plain.train(engine, 7, lambda e: lengths.append(ds_plugin.attached(e).length))
+    return lengths
+
+
+def test_a_hold_ends_with_adaptive_pacing(workers, tmp_path):
+    assert workers(1).run(_unheld, str(tmp_path))[0] == [8, 8, 12, 12, 16, 16, 16]  # of steps 4 to 10
+
+
+def _whole_batches(folder):
+    engine = plain.make(plain.host_config(weight_averaging=plain.AVERAGING))
+    batches, seen = ds_plugin.attached(engine).batches(source), []
+
+    def train(steps):
+        for _ in range(steps):
+            batch = next(batches)
+            seen.append(batch["labels"][0, 0].item() // plain.LENGTH // plain.MICRO)
+            engine.backward(engine(batch["input_ids"], batch["labels"] % plain.VOCAB))
+            engine.step()
+
+    engine.train()
+    train(2)
+    engine.save_checkpoint(folder)
+    train(3)
+    engine.load_checkpoint(folder)
+    train(2)
+    return seen
+
+
+def test_whole_batches_go_back_with_a_checkpoint(workers, tmp_path):
+    assert workers(1).run(_whole_batches, str(tmp_path))[0] == [0, 1, 2, 3, 4, 2, 3]
+
+
 # -- the instruments and adaptive pacing ------------------------------------------------------------------------------
 
 
@@ -328,7 +480,7 @@ def _held(unit, folder):
     def go(engine, steps):
         lengths, plugin = [], ds_plugin.attached(engine)
         record = plugin.warmup.monitor.record
-        plugin.warmup.record = lambda loss: record(torch.tensor(spiking(20)[engine.global_steps]))
+        plugin.warmup.monitor.record = lambda loss: record(torch.tensor(spiking(20)[engine.global_steps]))
         for _ in range(steps):
             lengths.append(plugin.length)
             plain.train(engine, 1)

@@ -40,3 +40,28 @@ def mean(snapshots):
             total = total + snapshot[name]
         result[name] = total / len(snapshots)
     return result
+
+
+def weighted_mean(snapshots, weights):
+    """The weighted mean of whole snapshots: add oldest to newest, each times its weight, divide once by their sum."""
+    result = {}
+    for name in snapshots[0]:
+        total = torch.zeros_like(snapshots[0][name])
+        for snapshot, weight in zip(snapshots, weights, strict=True):
+            total = total + snapshot[name] * weight
+        result[name] = total / sum(weights)
+    return result
+
+
+def last_block(snapshots, window):
+    """The mean of the last whole block of ``window`` snapshots; of what there is, before the first is whole."""
+    end = len(snapshots) // window * window
+    return mean(snapshots[end - window : end] if end else snapshots)
+
+
+def ema(snapshots, horizon):
+    """The running average: the n-th snapshot moves it by 1 / min(n, horizon) of the way."""
+    average = dict(snapshots[0])
+    for n, snapshot in enumerate(snapshots[1:], start=2):
+        average = {name: a + (snapshot[name] - a) / min(n, horizon) for name, a in average.items()}
+    return average

@@ -1,14 +1,21 @@
 """The averager on a stand-in for a host: uneven, empty and non-contiguous shards."""
 
+import json
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ds_plugin.errors import CheckpointError, ConfigError, StateError
 from ds_plugin.weight_averaging import averager as averager_module
-from ds_plugin.weight_averaging import checkpoint
+from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.window import exchange_
+from tests.reference import averaging as reference
 
 
 class Host:
@@ -36,7 +43,8 @@ class Host:
 
 
 def make(host, **changes):
-    settings = {"enabled": True, "window": 3, "interval": 2, **changes}
+    size = {} if changes.get("mode") == "ema" else {"window": 3}
+    settings = {"enabled": True, "interval": 2, **size, **changes}
     return WeightAverager(WeightAveragingConfig.model_validate(settings), host)
 
 
@@ -139,6 +147,169 @@ def test_refusals():
         make(Host(torch.bfloat16))
 
 
+# -- modes -----------------------------------------------------------------------------------------------------------
+
+BLOCK, EMA = {"mode": "block"}, {"mode": "ema", "horizons": [2, 4]}
+
+
+def named(tensors):
+    return dict(enumerate(tensors))
+
+
+def read(averager, host, horizon=None):
+    with averager.averaged_weights(horizon):
+        return named(host.copy())
+
+
+def same(left, right):
+    return all(torch.equal(left[key], right[key]) for key in right)
+
+
+def test_blocks_do_not_overlap():
+    """Steps 2, 4, 6 are the first block, 8, 10, 12 the second."""
+    host = Host()
+    averager = make(host, **BLOCK)
+    held = []
+    for step in range(1, 15):
+        history = run(averager, host, 1, start=step)
+        if step % 2 == 0:
+            held.append(named(history[step]))
+            assert same(read(averager, host), reference.last_block(held, 3)), step
+            first, second = ([2, 4, 6], [8, 10, 12])
+            assert averager.steps == (second if step >= 12 else first[: step // 2])
+
+
+def test_a_bank_of_horizons():
+    host = Host()
+    averager = make(host, **EMA)
+    held = []
+    for step in range(1, 15):
+        history = run(averager, host, 1, start=step)
+        if step % 2 == 0:
+            held.append(named(history[step]))
+            for horizon in (2, 4):
+                assert same(read(averager, host, horizon), reference.ema(held, horizon)), (step, horizon)
+            assert same(read(averager, host), reference.ema(held, 2))  # the first is the default
+    assert averager.steps == [2, 14]
+    plain_mean = reference.mean(held[:4])  # up to its horizon an average is the plain mean, but for rounding
+    assert all(torch.allclose(reference.ema(held[:4], 4)[key], plain_mean[key], atol=1e-6) for key in plain_mean)
+
+
+@pytest.mark.parametrize(
+    ("weights", "used"),
+    [("linear", {2: [1, 2], 3: [1, 2, 3]}), ([0.0, 1.0, 3.0], {2: [1, 3], 3: [0, 1, 3]})],
+)
+def test_weights_at_read_time(weights, used):
+    host = Host()
+    averager = make(host, weights=weights)
+    history = run(averager, host, 4)
+    assert same(read(averager, host), reference.weighted_mean([named(history[s]) for s in (2, 4)], used[2]))
+    history |= run(averager, host, 4, start=5)
+    assert same(read(averager, host), reference.weighted_mean([named(history[s]) for s in (4, 6, 8)], used[3]))
+
+
+def test_horizons_that_are_not_there():
+    host = Host()
+    for changes, part in ((EMA, r"\[2, 4\]"), (BLOCK, "'block'")):
+        averager = make(host, **changes)
+        run(averager, host, 2)
+        with pytest.raises(StateError, match=f"no horizon 3.*{part}"), averager.averaged_weights(3):
+            pass
+
+
+@pytest.mark.parametrize("changes", [{}, BLOCK, EMA])
+def test_what_is_not_finite_is_left_out(changes, caplog):
+    host = Host()
+    averager = make(host, **changes)
+    run(averager, host, 3)
+    expected = read(averager, host)
+    with caplog.at_level(logging.WARNING, "ds_plugin"):
+        averager.snapshot(4, finite=False)  # the gradient norm said so
+        host.masters[2][1, 1] = torch.nan
+        averager.snapshot(6)  # nobody said anything
+        averager.snapshot(8)
+    assert set(averager.steps) == {2} and caplog.text.count("step 4 is not finite") == 1 == len(caplog.records)
+    assert same(read(averager, host), expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "verdict"),
+    [(None, None), (1.5, True), (0.0, True), (float("nan"), False), (float("inf"), False), (torch.tensor(-1.0), False)],
+)
+def test_the_norm_says_whether_a_step_was_finite(norm, verdict):
+    assert finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm)) is verdict
+
+
+def test_zero_without_a_norm_is_refused():
+    engine = SimpleNamespace(optimizer=SimpleNamespace(compute_grad_norm=False))
+    with pytest.raises(ConfigError, match="compute_grad_norm is false.*write true"):
+        finite.refuse_unknown(engine)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "copies"), [({}, 4), (BLOCK, 3), (EMA, 3), ({"window": 9}, 10)])
+def test_memory_is_worked_out_and_allocated(changes, copies, monkeypatch):
+    """22 elements in three shards."""
+    allocated = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(t := empty(*a, **k)) or t)
+    host = Host()
+    del allocated[:]
+    averager = make(host, **changes)
+    assert averager.memory.rank == copies * 22 * 4 == sum(t.nbytes for t in allocated)
+    assert f"{averager.memory.rank / 1e6:.1f} MB of host memory on this rank" in averager.describe()
+
+
+def test_pinned_memory_is_rounded_up():
+    assert memory.needed([torch.empty(7), torch.empty(0), torch.empty(16)], 2, pinned=True) == 2 * (32 + 64)
+
+
+def test_too_little_memory_is_refused_before_any_is_allocated(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=351))
+    monkeypatch.setattr(WeightAverager, "_allocate", lambda self: pytest.fail("allocated"))
+    with pytest.raises(ConfigError, match=r'1 rank.* need 0.0 MB.*available; write a smaller "window"'):
+        make(Host())
+
+
+# -- restart ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, BLOCK, EMA])
+def test_a_restart_replaces_the_weights_and_forgets(changes):
+    host = Host()
+    averager = make(host, **changes)
+    with pytest.raises(StateError, match="no snapshot"):
+        averager.restart()
+    run(averager, host, 5)
+    expected, refreshed = read(averager, host), host.refreshed
+    with averager.averaged_weights(), pytest.raises(StateError, match="already swapped in"):
+        averager.restart()
+    averager.restart()
+    assert same(named(host.masters), expected) and host.refreshed == refreshed + 3
+    assert averager.steps == []
+    history = run(averager, host, 2, start=6)
+    assert same(read(averager, host), named(history[6]))
+
+
+def test_moments_start_again():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], amsgrad=True)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    engine = SimpleNamespace(optimizer=optimizer)
+    state = optimizer.state[parameter]
+    restart.zero_(restart.moments(engine))
+    assert len(state) == 4 and all(not value.any() for value in state.values())
+    state["step"] = 5  # as DeepSpeed's own Adams count
+    restart.zero_(restart.moments(engine))
+    assert state["step"] == 0
+    state["worker_error"] = torch.ones(3)
+    with pytest.raises(StateError, match="worker_error.*moments='keep'"):
+        restart.moments(engine)
+
+
 # -- on disk ---------------------------------------------------------------------------------------------------------
 
 IDENTITY = {"rank": 0, "world_size": 2, "save_id": "abc"}
@@ -177,6 +348,73 @@ def test_another_window_keeps_the_newest(tmp_path):
     larger = make(Host(), window=9)
     checkpoint.load(tmp_path, larger, **IDENTITY)
     assert larger.steps == [2, 4, 6]
+
+
+@pytest.mark.parametrize("changes", [BLOCK, EMA], ids=["block", "ema"])
+@pytest.mark.parametrize("before", [1, 4, 6, 9])  # nothing, an open block, a finished one, both
+def test_other_modes_resume_bitwise(tmp_path, changes, before):
+    host = Host()
+    averager = make(host, **changes)
+    run(averager, host, before)
+    checkpoint.save(tmp_path, averager, **IDENTITY)
+    other_host = Host()
+    other = make(other_host, **changes)
+    run(other, other_host, 5)  # what it holds gives way
+    checkpoint.load(tmp_path, other, **IDENTITY)
+    assert other.steps == averager.steps
+    window.copy_(other_host.masters, host.masters)
+    state = torch.get_rng_state()
+    for steps in range(4):
+        torch.set_rng_state(state)
+        run(averager, host, steps, start=before + 1)
+        torch.set_rng_state(state)
+        run(other, other_host, steps, start=before + 1)
+        if averager.steps:
+            assert same(read(averager, host), read(other, other_host))
+        state = torch.get_rng_state()
+        before += steps
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "resumed_as", "parts"),
+    [
+        ({}, BLOCK, ["mode", "'sliding'", "'block'"]),
+        (EMA, {}, ["mode", "'ema'", "'sliding'"]),
+        (BLOCK, {**BLOCK, "window": 2}, ["window", "3", "2"]),
+        (EMA, {**EMA, "horizons": [4, 2]}, ["horizons", "[2, 4]", "[4, 2]"]),
+    ],
+)
+def test_another_mode_is_refused(tmp_path, saved_as, resumed_as, parts):
+    saved(tmp_path, **saved_as)
+    averager = make(Host(), **resumed_as)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(tmp_path, averager, **IDENTITY)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert averager.steps == []
+
+
+def test_altered_weights_are_noticed(tmp_path):
+    saved(tmp_path)
+    path = tmp_path / checkpoint.shard_name(0)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="rank_00000.*not those that were saved"):
+        checkpoint.load(tmp_path, make(Host()), **IDENTITY)
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    _, averager = saved(tmp_path)
+    path = tmp_path / checkpoint.shard_name(0)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    for key in ("mode", "state", "sha256"):
+        del metadata[key]
+    assert json.loads(metadata["steps"]) == [2, 4, 6]
+    save_file(load_file(path), path, metadata={**metadata, "format": "1"})
+    other = make(Host())
+    checkpoint.load(tmp_path, other, **IDENTITY)
+    assert all(equal(a, b) for a, b in zip(other.snapshots(), averager.snapshots(), strict=True))
 
 
 @pytest.mark.parametrize(

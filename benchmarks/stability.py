@@ -1,0 +1,545 @@
+"""What sequence length warmup is for: where a plain run spikes, does the same run with warmup, and how much sooner is
+it at the plain run's best loss?
+
+    python benchmarks/stability.py --out DIR --cache DIR [--workers 2]
+
+First a sweep: plain runs of one seed over learning rates, at the largest batch. Then plain, truncate and carry runs of
+every seed at the plain run's best learning rate, at 4x that rate, and at the lowest rate where the plain run spiked (a
+loss ratio above 1.5; none if none did). Last, of the first seed, all three at the rates beyond, and plain runs of the
+other batches at the rates above the best. All runs train the same number of tokens and have the same learning rate at
+the same trained token; runs that are to be compared train side by side.
+
+DIR gets stability.csv (a row per run), curves.csv (evaluations at full length), training_losses.csv (a line per run),
+reached.csv (when each run reached the best loss of the plain run of the best rate, and of its own) and a figure. Runs
+that are there are not repeated: use another DIR for another number of tokens.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import math
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import ds_plugin
+from ds_plugin.atomic import atomic_write
+from ds_plugin.run import corpus, data, startup
+from ds_plugin.run.optimizer import choose_optimizer, decay_groups
+from ds_plugin.sequence_length_warmup.stability import LossRatio
+from megatron_patches import gpt
+from megatron_patches.completep.records import read_records, write_records
+from megatron_patches.completep.trial import start_host
+
+ARMS = ("plain", "truncate", "carry")
+SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
+FACTOR = 4.0  # what warmup should allow: this times the plain run's best learning rate
+EVALUATIONS = 24
+_COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all runs share. ``tokens`` are trained tokens; a run ends with the first step that has trained them."""
+
+    tokens: int
+    layers: int = 4
+    width: int = 96
+    heads: int = 2
+    length: int = 256
+    start: int = 8
+    eval_samples: int = 64
+    data: str = corpus.STDLIB
+
+    def steps(self, batch: int) -> int:
+        """Steps of a plain run."""
+        return -(-self.tokens // (batch * self.length))
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """One run: plain, truncate or carry; ``batch`` in samples, ``lr`` the peak."""
+
+    batch: int
+    lr: float
+    seed: int
+    arm: str
+
+    def __str__(self) -> str:
+        return f"{self.arm} batch {self.batch} lr {self.lr:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of stability.csv. Seconds are of the training steps, data included and evaluations left out."""
+
+    arm: str
+    batch: int
+    lr: float
+    seed: int
+    steps: int
+    tokens_trained: int
+    tokens_read: int
+    max_loss_ratio: float
+    steps_above_1_2: int
+    steps_above_1_5: int
+    best_eval_loss: float
+    final_eval_loss: float
+    cpu_seconds: float
+    wall_seconds: float
+
+    @property
+    def setting(self) -> Setting:
+        """Which run it is."""
+        return Setting(self.batch, self.lr, self.seed, self.arm)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of curves.csv: an evaluation at full length."""
+
+    arm: str
+    batch: int
+    lr: float
+    seed: int
+    step: int
+    tokens: int
+    cpu_seconds: float
+    wall_seconds: float
+    eval_loss: float
+
+    @property
+    def setting(self) -> Setting:
+        """Which run it is of."""
+        return Setting(self.batch, self.lr, self.seed, self.arm)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A row of reached.csv: when a run reached the target, the best loss of the plain run of its seed and batch and of
+    learning rate ``against``. Infinite: never. The gains are over that plain run, when it reached that loss itself.
+    """
+
+    arm: str
+    batch: int
+    lr: float
+    seed: int
+    against: float
+    target: float
+    tokens: float
+    cpu_seconds: float
+    wall_seconds: float
+    gain_tokens: float
+    gain_cpu: float
+    gain_wall: float
+
+
+Result = tuple[Run, list[Point], list[float]]
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
+    """The run's JSON: plain or with the method, the same otherwise."""
+    steps = scale.steps(setting.batch)
+    config: dict[str, Any] = {
+        "train_batch_size": setting.batch,
+        "train_micro_batch_size_per_gpu": setting.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000,
+        "zero_optimization": {"stage": 0},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": setting.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": steps,
+                "warmup_num_steps": max(2, steps // 20),
+                "warmup_type": "linear",
+                "cos_min_ratio": 0.1,
+            },
+        },
+    }
+    if setting.arm != "plain":
+        config["sequence_length_warmup"] = {
+            "enabled": True,
+            "start_length": scale.start,
+            "end_length": scale.length,
+            # half of the plain run's steps, at half the length on average: about a quarter of the tokens
+            "duration": {"steps": max(1, steps // 2)},
+            "mode": setting.arm,
+            "learning_rate": {"by": "tokens"},
+            "preflight": False,
+        }
+    return config
+
+
+def train(setting: Setting, scale: Scale, cache: Path) -> Result:
+    """One training run in this process, which must be a world of one rank (`start_host`)."""
+    model_config = gpt.GPTConfig.model_validate(
+        {
+            "num_layers": scale.layers,
+            "hidden_size": scale.width,
+            "num_attention_heads": scale.heads,
+            "seq_length": scale.length,
+        }
+    )
+    gpt.initialize_parallel(model_config, setting.seed)
+    text = corpus.prepare(scale.data, tokenizer=None, cache_dir=cache)
+    model = gpt.build_gpt(
+        model_config,
+        text.vocab_size,
+        gpt.transformer_config(model_config, torch.float32),
+        gpt.layer_spec(model_config),
+    )
+    host, optimizer = choose_optimizer(json_of(setting, scale))
+    engine, *_ = ds_plugin.initialize(
+        model=model, config=host, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
+    )
+    plugin = ds_plugin.attached(engine)
+    source, evaluation = _datasets(setting, scale, text, cache)
+    batches = plugin.batches(source)
+
+    ratio = LossRatio()
+    losses: list[float] = []
+    points: list[Point] = []
+    full_batch = setting.batch * scale.length
+    trained, mark = 0, scale.tokens / EVALUATIONS
+    cpu = wall = 0.0
+    engine.train()
+    while trained < scale.tokens and (not losses or math.isfinite(losses[-1])):
+        started, started_wall = time.process_time(), time.perf_counter()
+        loss = _loss(engine, next(batches))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        cpu, wall = cpu + time.process_time() - started, wall + time.perf_counter() - started_wall
+        ratio.feed(losses[-1])
+        before = trained
+        trained = plugin.ledger.trained if plugin.ledger is not None else trained + full_batch
+        if trained // mark > before // mark or trained >= scale.tokens:
+            found = _evaluate(engine, evaluation)
+            at: dict[str, Any] = {"step": len(losses), "tokens": trained, "cpu_seconds": cpu, "wall_seconds": wall}
+            points.append(Point(**vars(setting), **at, eval_loss=round(found, 5)))
+    read = plugin.ledger.read if plugin.ledger is not None else trained
+    evaluated = [point.eval_loss for point in points if math.isfinite(point.eval_loss)]
+    run = Run(
+        **vars(setting),
+        steps=len(losses),
+        tokens_trained=trained,
+        tokens_read=read,
+        max_loss_ratio=round(ratio.highest if ratio.highest is not None else math.nan, 4),
+        steps_above_1_2=ratio.above[0],
+        steps_above_1_5=ratio.above[1],
+        best_eval_loss=min(evaluated, default=math.inf),
+        final_eval_loss=points[-1].eval_loss if points and math.isfinite(losses[-1]) else math.inf,
+        cpu_seconds=round(cpu, 2),
+        wall_seconds=round(wall, 2),
+    )
+    return run, points, losses
+
+
+def _datasets(setting: Setting, scale: Scale, text: corpus.Corpus, cache: Path) -> tuple[Any, list[Any]]:
+    """The training samples in the seed's order, and the evaluation's batches, the same for every run."""
+    # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
+    samples = 2 * scale.steps(setting.batch) * setting.batch
+    build = partial(data.build_datasets, text, sequence_length=scale.length, cache_dir=cache)
+    training, _ = build(train_samples=samples, valid_samples=scale.eval_samples, seed=setting.seed)
+    _, validation = build(train_samples=samples, valid_samples=scale.eval_samples, seed=1234)
+    assert validation is not None
+    read = partial(data.batches, dp_rank=0, dp_size=1)
+    evaluation = read(validation, start_sample=0, micro_batch=16)
+
+    def source(n: int) -> Iterator[Any]:
+        return read(training, start_sample=n * setting.batch, micro_batch=setting.batch)
+
+    return source, list(islice(evaluation, scale.eval_samples // 16))
+
+
+def _loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
+
+
+@torch.no_grad()
+def _evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    engine.eval()
+    found = mean(_loss(engine, batch).item() for batch in batches)
+    engine.train()
+    return found
+
+
+# -- the sweep -------------------------------------------------------------------------------------------------------
+
+
+class Sweep:
+    """The runs in a folder; trains those that are missing, in worker processes."""
+
+    def __init__(self, out: Path, scale: Scale, cache: Path, workers: int):
+        self.out, self.scale, self.cache, self.workers = out, scale, cache, workers
+        self.runs: list[Run] = []
+        self.points: list[Point] = []
+        self.losses: dict[Setting, list[float]] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "stability.csv").is_file():  # the last of the three that `_keep` writes
+            self.runs = read_records(Run, out / "stability.csv")
+            self.points = read_records(Point, out / "curves.csv")
+            self.losses = _read_losses(out / "training_losses.csv")
+
+    def train(self, settings: Iterable[Setting]) -> None:
+        """Train the settings that are missing, in the order given; one line of progress for each."""
+        known = {run.setting for run in self.runs}
+        missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
+        if not missing:
+            return
+        os.environ |= _MALLOC
+        # Fresh processes: a world of ranks does not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(self.workers, context, initializer=_start_worker) as pool:
+            futures = [pool.submit(train, setting, self.scale, self.cache) for setting in missing]
+            try:
+                for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
+                    run = self._keep(*future.result())
+                    print(
+                        f"[{number}/{len(missing)}] {run.setting}: evaluation loss {run.final_eval_loss:.4f}, largest "
+                        f"loss ratio {run.max_loss_ratio:.2f}, {run.steps} steps, {run.cpu_seconds:.0f} s of CPU time",
+                        flush=True,
+                    )
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _keep(self, run: Run, points: list[Point], losses: list[float]) -> Run:
+        setting = run.setting
+        # What an interrupted _keep has left of this run goes.
+        self.points = sorted((p for p in self.points if p.setting != setting), key=lambda p: (p.setting, p.step))
+        self.points = sorted([*self.points, *points], key=lambda p: (p.setting, p.step))
+        self.losses[setting] = losses
+        self.runs = sorted([*self.runs, run], key=lambda r: r.setting)
+        rounded = [Point(**vars(p) | {n: round(getattr(p, n), 3) for n in _SECONDS}) for p in self.points]
+        write_records(Point, rounded, self.out / "curves.csv")
+        _write_losses(self.losses, self.out / "training_losses.csv")
+        write_records(Run, self.runs, self.out / "stability.csv")
+        return run
+
+
+_SECONDS = ("cpu_seconds", "wall_seconds")
+
+
+# glibc gives large blocks back to the kernel at once and asks for them anew in the next layer, which was up to a third
+# of a full-length step's time and next to nothing of a short one's: left alone, it would flatter the warmup.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+
+
+def _start_worker() -> None:
+    def leave_with(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    # A sweep that is killed must not leave workers that train on.
+    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    prepare_process()
+
+
+def prepare_process() -> None:
+    """Make this process one that can `train`."""
+    startup.quiet()
+    torch.set_num_threads(1)
+    startup.skip_inference_kernel()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
+    start_host()
+
+
+def _write_losses(losses: dict[Setting, list[float]], path: Path) -> None:
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["arm", "batch", "lr", "seed", "losses"])
+            for s in sorted(losses):
+                writer.writerow([s.arm, s.batch, s.lr, s.seed, " ".join(f"{loss:.4g}" for loss in losses[s])])
+
+    atomic_write(path, write)
+
+
+def _read_losses(path: Path) -> dict[Setting, list[float]]:
+    with open(path, newline="") as stream:
+        return {
+            Setting(int(row["batch"]), float(row["lr"]), int(row["seed"]), row["arm"]): list(
+                map(float, row["losses"].split())
+            )
+            for row in csv.DictReader(stream)
+        }
+
+
+# -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def best_rate(runs: Iterable[Run], batch: int, seed: int) -> float:
+    """The learning rate of the plain run with the lowest evaluation loss."""
+    chosen = [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
+    return min(chosen, key=lambda run: run.best_eval_loss).lr
+
+
+def spiking_rate(runs: Iterable[Run], batch: int, seed: int) -> float | None:
+    """The lowest learning rate at which the plain run spiked; None when none did."""
+    chosen = [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
+    return min((run.lr for run in chosen if run.max_loss_ratio > SPIKE), default=None)
+
+
+def crossing(points: Sequence[Point], target: float) -> tuple[float, float, float]:
+    """Tokens, CPU and wall seconds at which a run's evaluation loss first was at ``target``, linear between points."""
+    previous: Point | None = None
+    for point in points:
+        if point.eval_loss <= target:
+            if previous is None:
+                return point.tokens, point.cpu_seconds, point.wall_seconds
+            share = (previous.eval_loss - target) / (previous.eval_loss - point.eval_loss)
+            a, b, c = (
+                getattr(previous, name) + share * (getattr(point, name) - getattr(previous, name))
+                for name in ("tokens", *_SECONDS)
+            )
+            return a, b, c
+        previous = point
+    return math.inf, math.inf, math.inf
+
+
+def reached(points: Iterable[Point], rate: float) -> list[Reached]:
+    """When each run reached the best loss of the plain run of its batch and seed at ``rate``."""
+    curves: dict[Setting, list[Point]] = {}
+    for point in points:
+        curves.setdefault(point.setting, []).append(point)
+    found = []
+    for setting, curve in sorted(curves.items()):
+        plain = curves.get(Setting(setting.batch, rate, setting.seed, "plain"))
+        if plain is None:
+            continue
+        target = min(point.eval_loss for point in plain)
+        base, mine = crossing(plain, target), crossing(curve, target)
+        gains = [round(theirs / ours, 3) for theirs, ours in zip(base, mine, strict=True)]
+        seconds = [round(value, 2) for value in mine[1:]]
+        key = setting.arm, setting.batch, setting.lr, setting.seed
+        found.append(Reached(*key, rate, target, mine[0], *seconds, *gains))
+    return found
+
+
+def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
+    """Markdown: a row per batch, learning rate and arm over its seeds. Gains over seeds that reached the target."""
+    rows: dict[tuple[int, float, int], list[Run]] = {}
+    for run in runs:
+        rows.setdefault((run.batch, run.lr, ARMS.index(run.arm)), []).append(run)
+    gains: dict[Setting, Reached] = {Setting(t.batch, t.lr, t.seed, t.arm): t for t in times}
+    lines = [
+        "| batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss | tokens to "
+        "target | gain in tokens | in CPU time | in wall time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (batch, lr, arm), chosen in sorted(rows.items()):
+        arrived = [gains[run.setting] for run in chosen if run.setting in gains]
+        there = [time for time in arrived if math.isfinite(time.tokens)]
+        cells = [f"{batch}", f"{lr:g}", ARMS[arm], f"{len(chosen)}"]
+        cells.append(", ".join(f"{run.max_loss_ratio:.2f}" for run in chosen))
+        cells.append(", ".join(f"{run.steps_above_1_2} / {run.steps_above_1_5}" for run in chosen))
+        cells += [f"{mean(r.final_eval_loss for r in chosen):.3f}", f"{mean(r.best_eval_loss for r in chosen):.3f}"]
+        if there:
+            missed = f" ({len(there)} of {len(arrived)} seeds)" if len(there) < len(arrived) else ""
+            cells.append(f"{mean(t.tokens for t in there) / 1e6:.2f} M{missed}")
+            for name in ("gain_tokens", "gain_cpu", "gain_wall"):
+                values = [getattr(t, name) for t in there]
+                cells.append(f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+        else:
+            cells += ["never" if arrived else "", "", "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
+    """A column per learning rate: training loss of the first seed; evaluation loss against tokens and CPU time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(3, len(rates), figsize=(4.4 * len(rates), 9), squeeze=False, sharey="row")
+    everything = [p for p in sweep.points if p.batch == batch and p.lr in rates and math.isfinite(p.eval_loss)]
+    floor = min(point.eval_loss for point in everything)
+    seed = min(point.seed for point in everything)
+    for column, lr in enumerate(rates):
+        top, middle, bottom = axes[:, column]
+        top.set_title(f"{batch} samples a step, lr {lr:g}", fontsize=11)
+        for arm in ARMS:
+            colour, label = _COLOURS[arm], arm
+            if (setting := Setting(batch, lr, seed, arm)) in sweep.losses:
+                top.plot(sweep.losses[setting], color=colour, linewidth=0.8, label=arm)
+            for one in sorted({point.seed for point in everything}):
+                curve = [p for p in everything if (p.arm, p.lr, p.seed) == (arm, lr, one)]
+                losses = [p.eval_loss for p in curve]
+                style = {"color": colour, "linewidth": 1.2, "alpha": 0.8, "label": label}
+                middle.plot([p.tokens / 1e6 for p in curve], losses, **style)
+                bottom.plot([p.cpu_seconds for p in curve], losses, **style)
+                label = "_"
+        for axis, name in ((top, "step"), (middle, "trained tokens (M)"), (bottom, "CPU seconds of training")):
+            axis.set_xlabel(name)
+            axis.grid(alpha=0.25)
+    for axis in axes[1:, 0]:
+        axis.set_ylim(floor * 0.98, floor * 1.5)
+        axis.set_ylabel("evaluation loss (nats per byte)")
+    axes[0][0].set_ylabel(f"training loss, seed {seed}")
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    pyplot.close(figure)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def _numbers(kind: type) -> Any:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sweep, compare, write what was found and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and figures")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
+    parser.add_argument("--batches", type=_numbers(int), default=[8, 32], help="samples a step")
+    parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    parser.add_argument("--seeds", type=_numbers(int), default=[1, 2, 3])
+    args = parser.parse_args(arguments)
+    sweep = Sweep(args.out, Scale(args.tokens), args.cache.absolute(), args.workers)
+    batch, first = max(args.batches), args.seeds[0]
+    sweep.train(Setting(batch, lr, first, "plain") for lr in sorted(args.rates))
+    best = best_rate(sweep.runs, batch, first)
+    rates = sorted({best, FACTOR * best, spiking_rate(sweep.runs, batch, first) or best})
+    print(f"batch {batch}: compared at learning rates {', '.join(f'{lr:g}' for lr in rates)}", flush=True)
+    sweep.train(Setting(batch, lr, seed, arm) for seed in args.seeds for lr in rates for arm in ARMS)
+    beyond = [Setting(batch, lr, first, arm) for lr in sorted(args.rates) if lr > rates[-1] for arm in ARMS]
+    others = [Setting(b, lr, first, "plain") for b in args.batches if b != batch for lr in rates if lr > best]
+    sweep.train([*beyond, *others])
+    times = reached([point for point in sweep.points if point.batch == batch], best)
+    same = [t for lr in rates if lr != best for t in reached(sweep.points, lr) if (t.batch, t.lr) == (batch, lr)]
+    write_records(Reached, [*times, *same], args.out / "reached.csv")
+    draw(sweep, batch, rates, args.out / "stability.png")
+    print("\n".join(table(sweep.runs, times)))
+    for row in same:
+        if row.arm != "plain":
+            print(f"{row.arm} lr {row.lr:g} seed {row.seed}: gain over the plain run of that rate {row.gain_cpu:.2f}x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

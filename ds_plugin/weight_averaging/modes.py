@@ -1,0 +1,221 @@
+"""What is kept of the snapshots, and what is read from it: a sliding window, blocks, or a bank of running averages.
+
+Each mode owns buffers in host memory of this rank's shape, allocated once. All of them fold a snapshot in without any
+communication, and read an average whose bits do not depend on the sharding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from ds_plugin.errors import CheckpointError
+from ds_plugin.weight_averaging import window
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+
+Tensors = list[torch.Tensor]
+
+
+class Mode(Protocol):
+    """What the averager needs of a mode."""
+
+    def steps(self) -> list[int]:
+        """Steps of the snapshots in the average that `read_` gives, oldest first (ema: the first and the latest)."""
+
+    def add(self, step: int, snapshot: Tensors) -> None:
+        """Fold in the masters as they are after ``step``; ``snapshot`` is read, never kept."""
+
+    def read_(self, out: Tensors, horizon: int | None) -> None:
+        """Write the average into ``out``. ``horizon``: which of the bank, in mode ema."""
+
+    def reset(self) -> None:
+        """Forget everything, as at the start of a run."""
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs beside the tensors, in JSON types."""
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """What is held, by name; ``<what>.<shard>``. The live buffers."""
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over a saved `state` and `tensors`, or raise and hold what it held before.
+
+        Raises:
+            CheckpointError: a tensor's size is not that of this rank's shard.
+        """
+
+
+class Sliding:
+    """The last ``window`` snapshots, whole. The mean is worked out from them when it is read, so it never drifts."""
+
+    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+        self._window, self._weights = config.window, config.weights
+        self._slots = [allocate() for _ in range(config.window)]
+        self._order: list[int] = []  # slots in use, oldest first
+        self._steps: list[int] = []  # their steps
+
+    def steps(self) -> list[int]:
+        return self._steps
+
+    def add(self, step: int, snapshot: Tensors) -> None:
+        full = len(self._order) == self._window
+        slot = self._order.pop(0) if full else len(self._order)
+        if full:
+            self._steps.pop(0)
+        window.copy_(self._slots[slot], snapshot)
+        self._order.append(slot)
+        self._steps.append(step)
+
+    def read_(self, out: Tensors, horizon: int | None) -> None:
+        snapshots = self.snapshots()
+        if self._weights == "uniform":
+            window.mean_(out, snapshots)
+        else:
+            window.weighted_mean_(out, snapshots, window.read_weights(self._weights, len(snapshots)))
+
+    def snapshots(self) -> list[Tensors]:
+        """The snapshots held, oldest first."""
+        return [self._slots[slot] for slot in self._order]
+
+    def reset(self) -> None:
+        self._steps, self._order = [], []
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        return {f"snapshot.{i}.{j}": t for i, snapshot in enumerate(self.snapshots()) for j, t in enumerate(snapshot)}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        steps = state["steps"]
+        newest = range(max(0, len(steps) - self._window), len(steps))  # all that a smaller window can hold
+        saved = [
+            _of_shape(self._slots[0], tensors, f"snapshot.{i}", f"the snapshot of step {steps[i]}") for i in newest
+        ]
+        self._steps, self._order = [steps[i] for i in newest], list(range(len(newest)))
+        for slot, snapshot in zip(self._order, saved, strict=True):
+            window.copy_(self._slots[slot], snapshot)
+
+
+class Block:
+    """Blocks of ``window`` snapshots that do not overlap, as in the code published with LAWA. Two buffers.
+
+    Read is the mean of the last finished block; before the first is finished, that of the open one so far. The sums
+    are of ``window`` numbers at most, so they do not drift.
+    """
+
+    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+        self._window = config.window
+        self._sum, self._mean = allocate(), allocate()  # of the open block, of the last finished one
+        self._open: list[int] = []
+        self._finished: list[int] = []
+
+    def steps(self) -> list[int]:
+        return self._finished or self._open
+
+    def add(self, step: int, snapshot: Tensors) -> None:
+        (window.add_ if self._open else window.copy_)(self._sum, snapshot)
+        self._open.append(step)
+        if len(self._open) == self._window:
+            window.mean_of_sum_(self._sum, self._sum, self._window)
+            self._sum, self._mean = self._mean, self._sum
+            self._open, self._finished = [], self._open
+
+    def read_(self, out: Tensors, horizon: int | None) -> None:
+        if self._finished:
+            window.copy_(out, self._mean)
+        else:
+            window.mean_of_sum_(out, self._sum, len(self._open))
+
+    def reset(self) -> None:
+        self._open, self._finished = [], []
+
+    def state(self) -> dict[str, Any]:
+        return {"window": self._window, "open": self._open, "finished": self._finished}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        held = {"open": self._sum if self._open else [], "finished": self._mean if self._finished else []}
+        return {f"{what}.{j}": t for what, tensors in held.items() for j, t in enumerate(tensors)}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        opened, finished = list(state["open"]), list(state["finished"])
+        total = _of_shape(self._sum, tensors, "open", "the open block") if opened else []
+        mean = _of_shape(self._mean, tensors, "finished", "the finished block") if finished else []
+        window.copy_(self._sum[: len(total)], total)
+        window.copy_(self._mean[: len(mean)], mean)
+        self._open, self._finished = opened, finished
+
+
+class Ema:
+    """A bank of exponential averages, one buffer for each horizon, all from the same snapshots.
+
+    The n-th snapshot moves the average of horizon h by ``1 / min(n, h)`` of the way: decay ``1 - 1/h`` in the long run.
+    Up to the h-th it is the plain mean of all snapshots, so that the first one weighs no more than the others (with the
+    final decay from the start it would, by a factor of h).
+    """
+
+    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+        assert config.horizons is not None
+        self._bank = {horizon: allocate() for horizon in config.horizons}
+        self._count = 0
+        self._steps: list[int] = []  # of the first and the latest
+
+    def steps(self) -> list[int]:
+        return self._steps
+
+    def add(self, step: int, snapshot: Tensors) -> None:
+        self._count += 1
+        for horizon, average in self._bank.items():
+            if self._count == 1:
+                window.copy_(average, snapshot)
+            else:
+                window.move_(average, snapshot, min(self._count, horizon))
+        self._steps = [*self._steps[:1], step]
+
+    def read_(self, out: Tensors, horizon: int | None) -> None:
+        window.copy_(out, self._bank[next(iter(self._bank)) if horizon is None else horizon])
+
+    def reset(self) -> None:
+        self._count, self._steps = 0, []
+
+    def state(self) -> dict[str, Any]:
+        return {"horizons": list(self._bank), "count": self._count, "steps": self._steps}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        bank = self._bank.items() if self._count else ()
+        return {f"ema.{horizon}.{j}": t for horizon, average in bank for j, t in enumerate(average)}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        count, steps = int(state["count"]), list(state["steps"])
+        saved = {
+            horizon: _of_shape(average, tensors, f"ema.{horizon}", f"the average of horizon {horizon}")
+            for horizon, average in self._bank.items()
+            if count
+        }
+        for horizon, average in saved.items():
+            window.copy_(self._bank[horizon], average)
+        self._count, self._steps = count, steps
+
+
+MODES: dict[str, Callable[[WeightAveragingConfig, Callable[[], Tensors]], Mode]] = {
+    "sliding": Sliding,
+    "block": Block,
+    "ema": Ema,
+}
+
+
+def buffers(config: WeightAveragingConfig) -> int:
+    """How many copies of this rank's masters a mode allocates."""
+    return {"sliding": config.window, "block": 2, "ema": len(config.horizons or ())}[config.mode]
+
+
+def _of_shape(kept: Tensors, saved: Mapping[str, torch.Tensor], name: str, what: str) -> Tensors:
+    """The shards of a saved ``name``, which must have the shapes of the buffer they go into."""
+    found = [saved[f"{name}.{j}"] for j in range(len(kept))]
+    for j, (buffer, tensor) in enumerate(zip(kept, found, strict=True)):
+        if tensor.shape != buffer.shape:
+            raise CheckpointError(
+                f"weight_averaging: {what} holds a shard {j} of {list(tensor.shape)} elements, this rank's has "
+                f"{list(buffer.shape)}; resume with the model, ZeRO stage and ranks it was saved with"
+            )
+    return found

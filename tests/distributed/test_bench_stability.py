@@ -1,0 +1,83 @@
+"""The stability benchmark: its arithmetic by hand, and a miniature of it. Losses and times are for the real one."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "stability.py"
+
+
+def _benchmark():
+    spec = importlib.util.spec_from_file_location("bench_stability", BENCHMARK)
+    module = sys.modules["bench_stability"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _sweep(out, text, cache):
+    """Every arm for 10 full-length batches, and a second time from the files; the rows as plain values."""
+    bench = _benchmark()
+    bench.prepare_process()
+    scale = bench.Scale(10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
+    sweep = bench.Sweep(Path(out), scale, Path(cache), workers=1)
+    settings = [bench.Setting(4, 1e-2, 1, arm) for arm in bench.ARMS]
+    for setting in settings:
+        sweep._keep(*bench.train(setting, scale, Path(cache)))
+    again = bench.Sweep(Path(out), scale, Path(cache), workers=1)
+    again.train(settings)  # nothing is missing: it would take a pool of processes
+    assert again.runs == sweep.runs
+    times = bench.reached(again.points, 1e-2)
+    bench.draw(again, 4, [1e-2], Path(out) / "figure.png")
+    losses = {setting.arm: found for setting, found in again.losses.items()}
+    points = [(point.arm, point.tokens) for point in again.points]
+    return [vars(run) for run in again.runs], points, losses, [vars(t) for t in times], bench.table(again.runs, times)
+
+
+def test_all_arms_train_the_same_tokens(workers, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} squared is {i * i}\n" for i in range(5000)))
+    [(runs, points, losses, times, lines)] = workers(1).run(
+        _sweep, str(tmp_path / "out"), str(text), str(tmp_path / "cache")
+    )
+    by_arm = {run["arm"]: run for run in runs}
+    # 4 samples a step; duration 5 steps of lengths 8 + 24 * t / 5, floored to multiples of 8: 8, 16, 16, 24, 32
+    assert (
+        by_arm["plain"]["steps"] == 10 and by_arm["plain"]["tokens_trained"] == by_arm["plain"]["tokens_read"] == 1280
+    )
+    assert by_arm["truncate"]["tokens_trained"] == 4 * (8 + 16 + 16 + 24 + 8 * 32) == 1280
+    assert by_arm["truncate"]["steps"] == 12 and by_arm["truncate"]["tokens_read"] == 12 * 128
+    assert 1280 <= by_arm["carry"]["tokens_trained"] < 1280 + 128
+    assert by_arm["carry"]["tokens_read"] - by_arm["carry"]["tokens_trained"] < 128
+    for arm, run in by_arm.items():
+        assert len(losses[arm]) == run["steps"] and all(map(math.isfinite, losses[arm]))
+        assert [tokens for name, tokens in points if name == arm][-1] == run["tokens_trained"]
+    assert {time["arm"]: time["gain_tokens"] for time in times}["plain"] == 1.0
+    assert len(lines) == 2 + 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "stability.csv",
+        "curves.csv",
+        "training_losses.csv",
+        "figure.png",
+    }
+
+
+def test_target_is_reached_between_two_evaluations():
+    bench = _benchmark()
+
+    def curve(arm, losses, seconds):
+        return [
+            bench.Point(arm, 4, 0.1, 1, step, 100 * step, seconds * step, 2 * seconds * step, loss)
+            for step, loss in enumerate(losses, start=1)
+        ]
+
+    plain = curve("plain", [4.0, 3.0, 2.5, 2.6], 1.0)
+    warm = curve("truncate", [3.5, 2.75, 2.25, 2.0], 0.5)
+    never = curve("carry", [3.5, 3.0, 2.9, 2.8], 0.5)
+    found = {time.arm: time for time in bench.reached([*plain, *warm, *never], 0.1)}
+    # the target is 2.5, half-way between warm's second and third evaluation
+    assert found["truncate"].tokens == 250 and found["truncate"].cpu_seconds == pytest.approx(1.25)
+    assert (found["truncate"].gain_tokens, found["truncate"].gain_cpu) == (1.2, 2.4)
+    assert found["carry"].tokens == math.inf and found["carry"].gain_cpu == 0

@@ -1,0 +1,559 @@
+"""Merging safetensors folders and hand-made ZeRO files: against a naive mean, resumed, and refused."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ds_plugin.__main__ import main
+from ds_plugin.errors import CheckpointError, ConfigError, PluginError
+from ds_plugin.weight_averaging import merge_output
+from ds_plugin.weight_averaging.merge import merge, parse_weights
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def weights_of(seed, dtype=torch.float32):
+    """Two shards' tensors: several chunks, odd sizes, an empty one, a scalar, integers that differ."""
+    torch.manual_seed(seed)
+    chunk = merge_output.CHUNK
+    first = {"embed.weight": torch.randn(3, chunk // 2 + 1), "norm.weight": torch.randn(7), "none": torch.empty(0, 3)}
+    second = {"head.weight": torch.randn(11, 13), "scale": torch.randn(())}
+    shards = [{name: t.to(dtype) for name, t in shard.items()} for shard in (first, second)]
+    shards[1] |= {"positions": torch.arange(5) + seed, "mask": torch.tensor([True, seed % 2 == 0])}
+    return shards
+
+
+def write(folder, shards, metadata=None):
+    """A Hugging Face folder."""
+    folder.mkdir()
+    for name, shard in zip(SHARDS, shards, strict=True):
+        save_file(shard, folder / name, metadata=metadata or {"format": "pt"})
+    where = {tensor: name for name, shard in zip(SHARDS, shards, strict=True) for tensor in shard}
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (folder / "config.json").write_text('{"model_type": "tiny"}')
+    return folder
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    return [write(tmp_path / f"step{seed}", weights_of(seed)) for seed in (1, 2, 3)]
+
+
+def read(folder):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def naive(folders, weights):
+    """The weighted mean of whole checkpoints in fp32; integers are the last one's."""
+    loaded = [read(folder) for folder in folders]
+    result = dict(loaded[-1])
+    for name in (name for name, tensor in result.items() if tensor.is_floating_point()):
+        total = sum(one[name].float() * weight for one, weight in zip(loaded, weights, strict=True))
+        result[name] = (total / math.fsum(weights)).to(result[name].dtype)
+    return result
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    different = [n for n in expected if found[n].dtype != expected[n].dtype or not torch.equal(found[n], expected[n])]
+    assert different == []
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_naive_mean_bit_for_bit(tmp_path, dtype, workers):
+    folders = [
+        write(tmp_path / f"step{seed}", weights_of(seed, dtype), {"format": "pt", "a": "b"}) for seed in (1, 2, 3)
+    ]
+    merge(folders, tmp_path / "out", workers=workers)
+    same(read(tmp_path / "out"), naive(folders, [1, 1, 1]))
+
+
+def test_keeps_sharding_metadata_index_and_small_files(tmp_path, checkpoints):
+    (checkpoints[0] / "pytorch_model.bin").write_bytes(b"a pickle")
+    (checkpoints[0] / "tokenizer.json").write_text("{}")
+    merge(checkpoints, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {*SHARDS, INDEX, "config.json", "tokenizer.json", "merge.json"}
+    assert (tmp_path / "out" / INDEX).read_bytes() == (checkpoints[0] / INDEX).read_bytes()
+    for name in SHARDS:
+        with safe_open(tmp_path / "out" / name, "pt") as found, safe_open(checkpoints[0] / name, "pt") as before:
+            assert found.metadata() == before.metadata() and list(found.keys()) == list(before.keys())
+
+
+def test_another_dtype_rewrites_headers_and_index(tmp_path, checkpoints):
+    merge(checkpoints, tmp_path / "out", dtype="bf16")
+    expected = naive(checkpoints, [1, 1, 1])
+    expected = {n: t.bfloat16() if t.is_floating_point() else t for n, t in expected.items()}
+    same(read(tmp_path / "out"), expected)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+    assert index["weight_map"] == json.loads((checkpoints[0] / INDEX).read_text())["weight_map"]
+
+
+def test_fp64_is_averaged_in_fp64(tmp_path):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file({"a": torch.randn(9, dtype=torch.float64)}, tmp_path / f"{seed}.safetensors")
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    merge(files, tmp_path / "out")
+    first, second = (load_file(file)["a"] for file in files)
+    assert torch.equal(load_file(tmp_path / "out" / "1.safetensors")["a"], (first + second) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("uniform", [1, 1, 1]),
+        ("linear", [1, 2, 3]),
+        ("1-sqrt", [(1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]),
+        ("0.1,0,2", [0.1, 0, 2]),
+        ("0,0,2", [0, 0, 2]),
+    ],
+)
+def test_weights(tmp_path, checkpoints, text, expected):
+    assert parse_weights(text, 3) == pytest.approx(expected)
+    merge(checkpoints, tmp_path / "out", weights=text)
+    same(read(tmp_path / "out"), naive(checkpoints, parse_weights(text, 3)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.5,0.5", "2 numbers for 3 checkpoints"),
+        ("0.5,nan,1", "finite numbers"),
+        ("1,inf,1", "finite numbers"),
+        ("1,-1,1", "not negative"),
+        ("0,0,0", "one of them positive"),
+        ("newest", "uniform, linear, 1-sqrt"),
+    ],
+)
+def test_weights_refused(tmp_path, checkpoints, text, message):
+    with pytest.raises(ConfigError, match=message):
+        merge(checkpoints, tmp_path / "out", weights=text)
+    assert not (tmp_path / "out").exists()
+
+
+def altered(folder, shard, change):
+    """Rewrite one shard of a folder with its tensors changed in place by ``change``."""
+    tensors = load_file(folder / SHARDS[shard])
+    change(tensors)
+    save_file(tensors, folder / SHARDS[shard])
+
+
+def missing_shard(folder):
+    (folder / SHARDS[1]).unlink()
+
+
+def truncated_shard(folder):
+    os.truncate(folder / SHARDS[1], (folder / SHARDS[1]).stat().st_size - 1)
+
+
+def truncated_header(folder):
+    os.truncate(folder / SHARDS[1], 40)
+
+
+def damaged_header(folder):
+    content = bytearray((folder / SHARDS[1]).read_bytes())
+    content[10] = 0
+    (folder / SHARDS[1]).write_bytes(content)
+
+
+def index_without_map(folder):
+    (folder / INDEX).write_text("{}")
+
+
+def index_with_more(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lost"] = SHARDS[0]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def other_shape(folder):
+    altered(folder, 1, lambda tensors: tensors.update({"head.weight": torch.zeros(11, 12)}))
+
+
+def other_dtype(folder):
+    altered(folder, 1, lambda tensors: tensors.update({"head.weight": torch.zeros(11, 13).half()}))
+
+
+def other_names(folder):
+    (folder / INDEX).unlink()
+    altered(folder, 1, lambda tensors: tensors.update({"more": torch.zeros(1)}))
+
+
+def fewer_names(folder):
+    (folder / INDEX).unlink()
+    altered(folder, 0, lambda tensors: tensors.pop("norm.weight"))
+
+
+def twice_the_name(folder):
+    (folder / INDEX).unlink()
+    altered(folder, 0, lambda tensors: tensors.update({"scale": torch.zeros(())}))
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_shard, r"step2/model-00002-of-00002.safetensors is missing"),
+        (truncated_shard, r"step2/model-00002.* is truncated: \d+ bytes where its header asks for \d+"),
+        (truncated_header, r"step2/model-00002.* is truncated: 40 bytes do not hold its header"),
+        (damaged_header, r"step2/model-00002.* is damaged"),
+        (index_without_map, r"step2/model.safetensors.index.json is damaged"),
+        (index_with_more, r"step2/model-00001.* lacks tensor lost"),
+        (other_shape, r"head.weight is float32 \[11, 12\] in .*step2 and float32 \[11, 13\] in .*step1"),
+        (other_dtype, r"head.weight is float16 \[11, 13\] in .*step2 and float32 \[11, 13\] in .*step1"),
+        (other_names, r"tensor more is float32 \[1\] in .*step2 and absent in .*step1"),
+        (fewer_names, r"norm.weight is absent in .*step2 and float32 \[7\] in .*step1"),
+        (twice_the_name, r"model-00002.* holds tensor scale, which another file"),
+        (emptied, r"step2 holds neither"),
+    ],
+)
+def test_damaged_or_different_checkpoints_are_refused(tmp_path, checkpoints, damage, message):
+    damage(checkpoints[1])
+    with pytest.raises(CheckpointError, match=message):
+        merge(checkpoints, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_line_and_exit_code_2(tmp_path, checkpoints, capsys):
+    assert main(["merge", *map(str, checkpoints), "--out", str(tmp_path / "out"), "--weights", "1,2"]) == 2
+    assert capsys.readouterr().err == "error: --weights has 2 numbers for 3 checkpoints; give one for each\n"
+    assert main(["merge", str(tmp_path / "lost"), "--out", str(tmp_path / "out")]) == 2
+    assert "there is no checkpoint at" in capsys.readouterr().err
+    assert main(["merge", str(checkpoints[0]), "--out", str(tmp_path / "out"), "--dtype", "int8"]) == 2
+    assert "--dtype is 'int8'; write fp32, bf16, fp16" in capsys.readouterr().err
+
+
+def test_the_command(tmp_path, checkpoints, capsys):
+    arguments = ["merge", *map(str, checkpoints), "--out", str(tmp_path / "out"), "--workers", "2"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(name in line for line in lines) for name in SHARDS)
+    assert lines[-1] == f"{tmp_path / 'out'}: the mean of 3 checkpoints"
+    assert main(arguments) == 0
+    assert "2 of 2 shards were finished and are kept" in capsys.readouterr().out
+
+
+def test_an_output_folder_with_other_content_is_refused(tmp_path, checkpoints):
+    before = read(checkpoints[0])
+    with pytest.raises(ConfigError, match="step1 holds config.json and no merge.json"):
+        merge(checkpoints, checkpoints[0])
+    same(read(checkpoints[0]), before)
+    with pytest.raises(ConfigError, match="is a file"):
+        merge(checkpoints, checkpoints[0] / "config.json")
+    merge(checkpoints, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"its weights are \[1.0, 1.0, 1.0\], this command's \[1.0, 2.0, 3.0\]"):
+        merge(checkpoints, tmp_path / "out", weights="linear")
+    with pytest.raises(ConfigError, match="holds another merge: its checkpoints are"):
+        merge(checkpoints[::-1], tmp_path / "out")
+    with pytest.raises(ConfigError, match="holds another merge: its shards are"):
+        merge(checkpoints, tmp_path / "out", dtype="bf16")
+    (tmp_path / "out" / "merge.json").write_text("{")
+    with pytest.raises(ConfigError, match="merge.json is damaged"):
+        merge(checkpoints, tmp_path / "out")
+
+
+def test_finished_shards_are_verified_and_kept(tmp_path, checkpoints):
+    out, notes = tmp_path / "out", []
+    merge(checkpoints, out)
+    first, second = (out / name for name in SHARDS)
+    kept = first.stat().st_mtime_ns, first.stat().st_ino
+    content = bytearray(second.read_bytes())
+    content[-1] ^= 1
+    second.write_bytes(content)
+    (out / INDEX).unlink()
+    merge(checkpoints, out, note=notes.append)
+    assert (first.stat().st_mtime_ns, first.stat().st_ino) == kept
+    same(read(out), naive(checkpoints, [1, 1, 1]))
+    assert (out / INDEX).is_file()
+    assert "has been altered since" in notes[0] and "1 of 2 shards" in notes[1]
+
+
+SLOW = """
+import sys, time
+from ds_plugin.weight_averaging import merge, merge_output
+put = merge_output._Writer._put
+def slow(self, file, view):
+    put(self, file, view)
+    if {second!r} in str(file.name):
+        print("writing", file.name, flush=True)
+        time.sleep(600)
+merge_output._Writer._put = slow
+merge.merge({folders!r}, {out!r})
+"""
+
+
+def test_resumes_after_a_kill(tmp_path, checkpoints):
+    out = tmp_path / "out"
+    code = SLOW.format(second="model-00002", folders=[str(c) for c in checkpoints], out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert "model-00002" in process.stdout.readline()
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    names = sorted(path.name for path in out.iterdir())
+    assert names[0].endswith(".tmp.safetensors") and names[1:] == ["merge.json", SHARDS[0]]
+    kept = (out / SHARDS[0]).stat().st_ino
+    merge(checkpoints, out)
+    assert (out / SHARDS[0]).stat().st_ino == kept
+    assert {path.name for path in out.iterdir()} == {*SHARDS, INDEX, "config.json", "merge.json"}
+    same(read(out), naive(checkpoints, [1, 1, 1]))
+
+
+def test_a_full_disk_keeps_what_is_finished(tmp_path, checkpoints, monkeypatch):
+    out, put = tmp_path / "out", merge_output._Writer._put
+
+    def full(self, file, view):
+        if "model-00002" in str(file.name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        put(self, file, view)
+
+    monkeypatch.setattr(merge_output._Writer, "_put", full)
+    with pytest.raises(PluginError, match=r"out is full; what is finished is kept"):
+        merge(checkpoints, out)
+    assert sorted(path.name for path in out.iterdir()) == ["merge.json", SHARDS[0]]
+    monkeypatch.undo()
+    merge(checkpoints, out)
+    same(read(out), naive(checkpoints, [1, 1, 1]))
+
+
+def test_too_little_space_is_said_before_writing(tmp_path, checkpoints, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(merge_output.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(PluginError, match=r"needs [\d.]+ MB, its disk has 0.0 MB"):
+        merge(checkpoints, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
+
+
+def test_a_checkpoint_that_shrinks_meanwhile(tmp_path, checkpoints, monkeypatch):
+    put = merge_output._Writer._put
+
+    def shrink(self, file, view):
+        put(self, file, view)
+        os.truncate(checkpoints[1] / SHARDS[0], 5000)
+
+    monkeypatch.setattr(merge_output._Writer, "_put", shrink)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        merge(checkpoints, tmp_path / "out")
+
+
+class Evil:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def zero_folder(folder, shapes, partitions, world=None, **model):
+    """A ZeRO 1 tag folder of one group, by hand."""
+    folder.mkdir()
+    for rank, partition in enumerate(partitions):
+        state = {"single_partition_of_fp32_groups": [partition], "partition_count": [world or len(partitions)]}
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        torch.save({"optimizer_state_dict": state}, folder / name)
+    model = {"module": {}, "buffer_names": [], "shared_params": {}, "param_shapes": [shapes], **model}
+    torch.save(model, folder / "mp_rank_00_model_states.pt")
+    return folder
+
+
+SHAPES = {"a": torch.Size([2, 3]), "b": torch.Size([3])}
+
+
+def test_zero_by_hand(tmp_path):
+    """Two ranks, a parameter across the boundary, a buffer, a frozen weight, a tied name, several output shards."""
+    for step in (0, 1):
+        values = torch.arange(9.0) + step
+        module = {
+            "a": values[:6].view(2, 3).bfloat16(),
+            "b": torch.zeros(3).bfloat16(),
+            "tied": torch.zeros(3).bfloat16(),
+            "count": torch.tensor(step),
+            "frozen": torch.tensor([1.5 + step]).bfloat16(),
+        }
+        more = {"module": module, "buffer_names": ["count"], "shared_params": {"tied": "b"}}
+        zero_folder(tmp_path / f"step{step}", SHAPES, [values[:5], values[5:]], **more)
+    merge([tmp_path / "step0", tmp_path / "step1"], tmp_path / "out", shard_bytes=30)
+    expected = torch.arange(9.0) + 0.5
+    same(
+        read(tmp_path / "out"),
+        {
+            "a": expected[:6].view(2, 3),
+            "b": expected[6:],
+            "tied": expected[6:],
+            "count": torch.tensor(1),
+            "frozen": torch.tensor([2.5]),
+        },
+    )
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "out" / file)
+    assert index["metadata"]["total_size"] == 4 * 9 + 4 * 3 + 8 + 4 and len(set(index["weight_map"].values())) == 3
+
+
+def test_paddings_between_parameters_are_left_out(tmp_path):
+    """DeepSpeed 0.19 may align each parameter of ZeRO 1/2; only rank 0's file says by how much."""
+    flat = torch.tensor([0.0, 1, 2, 3, 4, 5, -1, -1, 6, 7, 8, -1])
+    folder = zero_folder(tmp_path / "step", SHAPES, [flat[:7], flat[7:]])
+    path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=True)
+    state["optimizer_state_dict"]["param_alignment_paddings"] = [[2, 1]]
+    torch.save(state, path)
+    merge([folder], tmp_path / "out")
+    same(read(tmp_path / "out"), {"a": flat[:6].view(2, 3), "b": flat[8:11]})
+
+
+def test_latest_names_the_tag(tmp_path):
+    zero_folder(tmp_path / "step1", SHAPES, [torch.arange(9.0)])
+    (tmp_path / "latest").write_text("step1")
+    merge([tmp_path], tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out")["b"], torch.tensor([6.0, 7.0, 8.0]))
+
+
+@pytest.mark.parametrize("file", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_a_foreign_class_is_named_and_never_loaded(tmp_path, file):
+    folder = zero_folder(tmp_path / "step", SHAPES, [torch.zeros(5), torch.zeros(4)])
+    content = torch.load(folder / file, weights_only=True)
+    torch.save({**content, "client": Evil(str(tmp_path / "was-run"))}, folder / file)
+    with pytest.raises(CheckpointError, match=rf"{file} holds (posix|nt).mkdir, which is not loaded"):
+        merge([folder], tmp_path / "out")
+    assert not (tmp_path / "was-run").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_bare_pickle_is_not_loaded(tmp_path):
+    folder = zero_folder(tmp_path / "step", SHAPES, [torch.zeros(9)])
+    (folder / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(Evil(str(tmp_path / "was-run"))))
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        merge([folder], tmp_path / "out")
+    assert not (tmp_path / "was-run").exists()
+
+
+def no_model(folder):
+    (folder / "mp_rank_00_model_states.pt").unlink()
+
+
+def no_rank(folder):
+    (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+
+
+def rank_too_many(folder):
+    path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.with_name("zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(path.read_bytes())
+
+
+def cut_rank(folder):
+    os.truncate(folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt", 700)
+
+
+def no_optimizers(folder):
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
+
+
+def tensor_parallel(folder):
+    (folder / "mp_rank_01_model_states.pt").touch()
+
+
+def pipeline(folder):
+    (folder / "layer_00-model_states.pt").touch()
+
+
+def experts(folder):
+    (folder / "layer_0_expert_1_mp_rank_00_model_states.pt").touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_model, "mp_rank_00_model_states.pt is missing"),
+        (no_rank, r"zero_pp_rank_0_mp_rank_00_optim_states.pt is missing, one of 2 ranks"),
+        (rank_too_many, r"holds 3 ranks' shards and was saved by 2"),
+        (cut_rank, r"zero_pp_rank_1_mp_rank_00_optim_states.pt is truncated or damaged"),
+        (no_optimizers, r"holds no \*_optim_states.pt"),
+        (tensor_parallel, "tensor-parallel run"),
+        (pipeline, "pipeline stages"),
+        (experts, "(experts|pipeline stages)"),
+    ],
+)
+def test_zero_files_refused(tmp_path, damage, message):
+    folders = [zero_folder(tmp_path / f"{n}", SHAPES, [torch.zeros(5), torch.zeros(4)]) for n in (1, 2)]
+    damage(folders[1])
+    with pytest.raises(CheckpointError, match=message):
+        merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_layouts_are_refused(tmp_path, checkpoints):
+    two = zero_folder(tmp_path / "two", SHAPES, [torch.zeros(5), torch.zeros(4)])
+    one = zero_folder(tmp_path / "one", SHAPES, [torch.zeros(9)])
+    with pytest.raises(CheckpointError, match="one is a checkpoint of ZeRO 1/2 on 1 ranks.* on 2 ranks"):
+        merge([two, one], tmp_path / "out")
+    with pytest.raises(CheckpointError, match="step1 is a safetensors checkpoint"):
+        merge([two, checkpoints[0]], tmp_path / "out")
+    short = zero_folder(tmp_path / "short", SHAPES, [torch.zeros(4), torch.zeros(2)])
+    with pytest.raises(CheckpointError, match="the partitions end within parameter b"):
+        merge([short], tmp_path / "out")
+    long = zero_folder(tmp_path / "long", SHAPES, [torch.zeros(14)])
+    with pytest.raises(CheckpointError, match="group 0 holds 14 elements, its parameters 9"):
+        merge([long], tmp_path / "out")
+
+
+# not getrusage: after vfork a process's ru_maxrss counts pytest's own peak, which it has never had
+PEAK = """
+import re, sys
+from ds_plugin.__main__ import main
+code = main(sys.argv[1:])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(code, int(peak) * 1024, "deepspeed" in sys.modules)
+"""
+
+
+def test_memory_stays_below_two_shards_and_300_mb(tmp_path):
+    """Six checkpoints, two workers, bf16 (which is widened); the host is never imported."""
+    megabytes = 24
+    names = [write(tmp_path / f"step{seed}", weights_of(seed)) for seed in (1, 2)]
+    for seed, folder in enumerate(names):
+        torch.manual_seed(seed)
+        for shard in (0, 1):
+            grown = torch.randn(megabytes * 10**6 // 2).bfloat16()
+            altered(folder, shard, lambda t, shard=shard, grown=grown: t.update({f"big{shard}": grown}))
+        (folder / INDEX).unlink()
+    arguments = ["merge", *map(str, names * 3), "--out", str(tmp_path / "out"), "--workers", "2"]
+    result = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True)
+    code, peak, host = result.stdout.splitlines()[-1].split()
+    assert code == "0" and host == "False"
+    assert int(peak) < 2 * megabytes * 10**6 + 300 * 10**6
+    # and far below it: nothing grows with the shards (torch itself takes some 230 MB)
+    assert int(peak) < 300 * 10**6
+
+
+def test_a_log_gets_few_lines(tmp_path, checkpoints, monkeypatch, capsys):
+    """No line for every chunk: one at the start, one per shard, and one when 5 seconds have passed."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 1000)
+    assert main(["merge", *map(str, checkpoints), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 4
