@@ -19,6 +19,13 @@ FUSED_MASTERS = "fp32_groups_flat"  # FP16_Optimizer: one flat tensor per param 
 FUSED_LOW_PRECISION = "fp16_groups_flat"
 ZERO12_MASTERS = "single_partition_of_fp32_groups"  # one flat partition per param group
 ZERO3_MASTERS = "fp32_partitioned_groups_flat"  # one flat partition per sub-group
+# -- and which parameters' elements they are ------------------------------------------------------------------------
+STAGE0_PARAMETERS = "fp16_groups"  # FP16_Optimizer and FP16_UnfusedOptimizer: [group][parameter], also in bf16
+BF16_PARAMETERS = "bf16_groups"  # [group][parameter]
+ZERO12_PARAMETERS = "bit16_groups"  # [group][parameter], also in fp32
+FRAGMENT = "_hp_mapping"  # of a parameter, ZeRO 1/2 and BF16_Optimizer: its part in this rank's partition, or None
+ZERO3_SUB_GROUPS = "fp16_groups"  # [sub-group][parameter]
+ZERO3_PARTITION_RANK = "ds_zero_partition_rank"  # of a parameter: which of its parts this rank holds
 # -- how the low-precision copies are refreshed from them ------------------------------------------------------------
 REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
 ZERO3_RELEASE = "_partition_all_parameters"  # drop gathered parameters, or they would keep their old values
@@ -67,6 +74,11 @@ def is_pipeline(engine: Any) -> bool:
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
     return isinstance(engine, PipelineEngine)
+
+
+def is_model_parallel(engine: Any) -> bool:
+    """Whether a model is cut over several ranks by other means than ZeRO: a pipeline, tensor parallelism."""
+    return int(engine.mp_world_size) > 1 or (is_pipeline(engine) and int(engine.num_stages) > 1)
 
 
 def is_nvme_offloaded(engine: Any) -> bool:

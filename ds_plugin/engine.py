@@ -65,11 +65,12 @@ class Plugin:
             if self.warmup.config.learning_rate.by == "tokens":
                 warmup = self.warmup
                 engine.lr_scheduler = TokenScheduler(engine.lr_scheduler, warmup.batches_trained)
-        if self.warmup is not None and compat.is_pipeline(engine):
-            self._pipeline = PipelineLengths(engine, self.warmup)
+        if compat.is_pipeline(engine) and (self.warmup is not None or self.averager is not None):
             self._replace("train_batch", self._train_batch)
-            self._replace("eval_batch", self._eval_batch)
-            self._replace("set_batch_fn", self._pipeline.set_batch_fn)
+            if self.warmup is not None:
+                self._pipeline = PipelineLengths(engine, self.warmup)
+                self._replace("eval_batch", self._eval_batch)
+                self._replace("set_batch_fn", self._pipeline.set_batch_fn)
         elif self.warmup is not None or self.averager is not None:
             self._replace("backward", self._backward)
             self._replace("step", self._step)
@@ -199,13 +200,17 @@ class Plugin:
         )
 
     def _train_batch(self, data_iter: Any = None) -> Any:
-        assert self.warmup is not None and self._pipeline is not None
+        self._refuse_while_swapped("engine.train_batch()")
         before = self.engine.global_steps
-        with self._pipeline.training(data_iter):
-            loss = self._host_train_batch()  # type: ignore[attr-defined]
+        if self._pipeline is None:
+            loss = self._host_train_batch(data_iter)  # type: ignore[attr-defined]
+        else:
+            with self._pipeline.training(data_iter):
+                loss = self._host_train_batch()  # type: ignore[attr-defined]
         if self.engine.global_steps != before:
-            self.warmup.record(loss)  # the mean over micro-batches and data-parallel ranks already
-            self.warmup.after_step(self.engine.was_step_applied())
+            if self.warmup is not None:
+                self.warmup.record(loss)  # the mean over micro-batches and data-parallel ranks already
+            self._close_step()
         return loss
 
     def _eval_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,12 +231,16 @@ class Plugin:
         result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
         if self.engine.global_steps != before:  # an accumulation window has closed
             self._window_open = False
-            applied = self.engine.was_step_applied()
-            if self.warmup is not None:
-                self.warmup.after_step(applied)
-            if self.averager is not None and applied and self.averager.due(self.engine.global_steps):
-                self.averager.snapshot(self.engine.global_steps, finite=finite.step_was_finite(self.engine))
+            self._close_step()
         return result
+
+    def _close_step(self) -> None:
+        applied, step = self.engine.was_step_applied(), self.engine.global_steps
+        if self.warmup is not None:
+            self.warmup.after_step(applied)
+        if self.averager is not None and applied and self.averager.due(step):
+            known = finite.step_was_finite(self.engine, self.averager.shards.tensors())
+            self.averager.snapshot(step, finite=known)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("save_checkpoint()")
@@ -443,10 +452,9 @@ def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
 
 
 def _refuse_pipeline(sections: PluginConfig, is_pipeline: bool) -> None:
-    """A pipeline's stages hold parts of a model, which is no GPTModel, and its shards are not known to averaging."""
-    for name in ("weight_averaging", "completep"):
-        if is_pipeline and getattr(sections, name) is not None:
-            raise ConfigError(
-                f'{name}: DeepSpeed\'s pipeline engine is not supported by this version; write "enabled": false, or '
-                "train without a PipelineModule"
-            )
+    """A pipeline's stages hold parts of a model, which is no GPTModel."""
+    if is_pipeline and sections.completep is not None:
+        raise ConfigError(
+            "completep: DeepSpeed's pipeline engine is not supported by this version; "
+            'write "enabled": false, or train without a PipelineModule'
+        )

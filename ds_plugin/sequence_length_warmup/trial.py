@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,8 +234,10 @@ def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
     Raises:
         ConfigError: there is no such command.
     """
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    env = {**os.environ, "PYTHONPATH": path}
+    modules = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    # This interpreter's own torchrun or deepspeed, also where its environment is not activated.
+    programs = os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]))
+    env = {**os.environ, "PYTHONPATH": modules, "PATH": programs}
     process = None
     try:
         try:

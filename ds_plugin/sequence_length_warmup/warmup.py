@@ -18,7 +18,7 @@ from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch
 from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.confine import Confiner, check_model
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler, layout_multiple
-from ds_plugin.sequence_length_warmup.stability import Report, StabilityMonitor
+from ds_plugin.stability import Report, StabilityMonitor
 
 
 @dataclass

@@ -1,9 +1,15 @@
-"""Whether the optimizer step that was just applied is fit for a snapshot, known without any communication."""
+"""Whether the optimizer step that was just applied is fit for a snapshot, known almost without communication."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from ds_plugin import compat
 from ds_plugin.errors import ConfigError
+from ds_plugin.weight_averaging import window
 
 
 def refuse_unknown(engine: Any) -> None:
@@ -19,15 +25,20 @@ def refuse_unknown(engine: Any) -> None:
         )
 
 
-def step_was_finite(engine: Any) -> bool | None:
-    """Whether the gradient norm of the last step was finite: one value, the same on all ranks. None: there is none.
+def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool | None:
+    """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
 
-    DeepSpeed has it under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless bf16's
-    ``check_grad_overflow`` is off under ZeRO 1/2. In fp32 without ZeRO it has none, and applies any step. The norm is a
-    scalar that may lie on the accelerator: reading it waits for the step, on the steps of a snapshot only.
+    DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: reading
+    it waits for the step, on the steps of a snapshot only. In fp32 without ZeRO it has none, and applies any step. If
+    the model is cut there, by a pipeline or tensor parallelism, its parts must hear of each other: 4 bytes.
     """
     norm = engine.get_global_grad_norm()
-    if norm is None:
+    if norm is not None:
+        value = float(norm)
+        return math.isfinite(value) and value >= 0  # DeepSpeed marks an invalid norm by -1
+    if not compat.is_model_parallel(engine):
         return None
-    value = float(norm)
-    return math.isfinite(value) and value >= 0  # DeepSpeed marks an invalid norm by -1
+    finite = torch.tensor([window.all_finite(masters)], dtype=torch.int32, device=engine.device)
+    dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite.item())

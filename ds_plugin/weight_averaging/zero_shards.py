@@ -3,12 +3,16 @@
 One small class per optimizer wrapper; `find_shards` picks it. The attribute names are in `ds_plugin.compat`.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 from ds_plugin import compat
 from ds_plugin.errors import ConfigError
+from ds_plugin.weight_averaging.fragments import Fragment, whole
+
+Names = Mapping[int, str]  # a parameter's id -> its name in the model
 
 
 class MasterShards(Protocol):
@@ -25,21 +29,30 @@ class MasterShards(Protocol):
     def refresh(self) -> None:
         """Make the model compute with the masters' present values. May hold collectives: every rank calls it."""
 
+    def fragments(self) -> list[Fragment]:
+        """Which parameters' elements lie where in `tensors`; the rest is padding."""
+
 
 class PlainShards:
     """Stage 0 in fp32: the parameters are the masters."""
 
     layout = "replicated"
 
-    def __init__(self, optimizer: Any):
+    def __init__(self, optimizer: Any, names: Names):
         compat.need(optimizer, "param_groups")
-        self.optimizer = optimizer
+        self.optimizer, self.names = optimizer, names
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def tensors(self) -> list[torch.Tensor]:
-        return [p.data for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.data for p in self._parameters()]
 
     def refresh(self) -> None:
         pass
+
+    def fragments(self) -> list[Fragment]:
+        return whole((self.names[id(p)], p.shape, shard, 0) for shard, p in enumerate(self._parameters()))
 
 
 class Stage0Shards:
@@ -47,9 +60,10 @@ class Stage0Shards:
 
     layout = "replicated"
 
-    def __init__(self, optimizer: Any, masters: str, low_precision: str):
-        compat.need(optimizer, masters, low_precision)
+    def __init__(self, optimizer: Any, masters: str, low_precision: str, names: Names):
+        compat.need(optimizer, masters, low_precision, compat.STAGE0_PARAMETERS)
         self.optimizer, self.masters, self.low_precision = optimizer, masters, low_precision
+        self.names = names
 
     def _flat(self, name: str) -> list[torch.Tensor]:
         groups = getattr(self.optimizer, name)
@@ -62,21 +76,43 @@ class Stage0Shards:
         for low, master in zip(self._flat(self.low_precision), self.tensors(), strict=True):
             low.copy_(master)
 
+    def fragments(self) -> list[Fragment]:
+        groups = getattr(self.optimizer, compat.STAGE0_PARAMETERS)
+        found, shard, offset, sizes = [], 0, 0, [t.numel() for t in self.tensors()]
+        for parameter in (p for group in groups for p in group):
+            if offset == sizes[shard]:  # a shard is one parameter, or a group's parameters end to end
+                shard, offset = shard + 1, 0
+            found.append((self.names[id(parameter)], parameter.shape, shard, offset))
+            offset += parameter.numel()
+        return whole(found)
+
 
 class PartitionedShards:
     """ZeRO 1/2 and BF16_Optimizer: one flat partition per param group; one ordinary parameter all-gather to refresh."""
 
     layout = "sharded"
 
-    def __init__(self, optimizer: Any, masters: str):
-        compat.need(optimizer, masters, compat.REFRESH)
-        self.optimizer, self.masters = optimizer, masters
+    def __init__(self, optimizer: Any, masters: str, parameters: str, names: Names):
+        compat.need(optimizer, masters, parameters, compat.REFRESH)
+        self.optimizer, self.masters, self.parameters, self.names = optimizer, masters, parameters, names
 
     def tensors(self) -> list[torch.Tensor]:
         return [t.data for t in getattr(self.optimizer, self.masters)]
 
     def refresh(self) -> None:
         getattr(self.optimizer, compat.REFRESH)()
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for shard, group in enumerate(getattr(self.optimizer, self.parameters)):
+            for p in group:
+                compat.need(p, compat.FRAGMENT)
+                if (link := getattr(p, compat.FRAGMENT)) is not None:  # None: all of it lies on other ranks
+                    here, there = link.lp_fragment_address, link.hp_fragment_address
+                    found.append(
+                        Fragment(self.names[id(p)], tuple(p.shape), here.start, here.numel, shard, there.start)
+                    )
+        return found
 
 
 class Zero3Shards:
@@ -87,10 +123,10 @@ class Zero3Shards:
 
     layout = "sharded"
 
-    def __init__(self, optimizer: Any):
+    def __init__(self, optimizer: Any, names: Names):
         compat.need(optimizer, compat.ZERO3_MASTERS, compat.ZERO3_RELEASE, compat.ZERO3_REASSIGN)
-        compat.need(optimizer, compat.ZERO3_PERSISTENT, compat.ZERO3_INVALIDATE)
-        self.optimizer = optimizer
+        compat.need(optimizer, compat.ZERO3_PERSISTENT, compat.ZERO3_INVALIDATE, compat.ZERO3_SUB_GROUPS)
+        self.optimizer, self.names = optimizer, names
 
     def tensors(self) -> list[torch.Tensor]:
         return [t.data for t in getattr(self.optimizer, compat.ZERO3_MASTERS)]
@@ -103,6 +139,19 @@ class Zero3Shards:
         if persistent:
             persistent[0].all_gather(persistent)
         getattr(self.optimizer, compat.ZERO3_INVALIDATE)()
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for shard, group in enumerate(getattr(self.optimizer, compat.ZERO3_SUB_GROUPS)):
+            offset = 0
+            for p in group:
+                part, shape = p.partition_numel(), tuple(compat.global_shape(p))
+                start = part * getattr(p, compat.ZERO3_PARTITION_RANK)
+                count = min(part, p.ds_numel - start)  # the last ranks' parts are padded, or padding altogether
+                if count > 0:
+                    found.append(Fragment(self.names[id(p)], shape, start, count, shard, offset))
+                offset += part
+        return found
 
 
 def find_shards(engine: Any) -> MasterShards:
@@ -132,18 +181,19 @@ def find_shards(engine: Any) -> MasterShards:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+    names = {id(p): name for name, p in engine.module.named_parameters()}
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return Zero3Shards(optimizer)
+        return Zero3Shards(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return PartitionedShards(optimizer, compat.ZERO12_MASTERS)
+        return PartitionedShards(optimizer, compat.ZERO12_MASTERS, compat.ZERO12_PARAMETERS, names)
     if isinstance(optimizer, BF16_Optimizer):
-        return PartitionedShards(optimizer, compat.BF16_MASTERS)
+        return PartitionedShards(optimizer, compat.BF16_MASTERS, compat.BF16_PARAMETERS, names)
     if isinstance(optimizer, FP16_UnfusedOptimizer):
-        return Stage0Shards(optimizer, compat.UNFUSED_MASTERS, compat.UNFUSED_LOW_PRECISION)
+        return Stage0Shards(optimizer, compat.UNFUSED_MASTERS, compat.UNFUSED_LOW_PRECISION, names)
     if isinstance(optimizer, FP16_Optimizer):
-        return Stage0Shards(optimizer, compat.FUSED_MASTERS, compat.FUSED_LOW_PRECISION)
+        return Stage0Shards(optimizer, compat.FUSED_MASTERS, compat.FUSED_LOW_PRECISION, names)
     if isinstance(optimizer, torch.optim.Optimizer):
-        return PlainShards(optimizer)
+        return PlainShards(optimizer, names)
     raise ConfigError(
         f"weight_averaging: the optimizer wrapper {type(optimizer).__module__}.{type(optimizer).__name__} is not "
         "supported; use ZeRO 0, 1, 2 or 3 with a torch or DeepSpeed optimizer"

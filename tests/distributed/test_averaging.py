@@ -7,6 +7,7 @@ import torch.distributed as dist
 import ds_plugin
 from ds_plugin.errors import StateError
 from ds_plugin.weight_averaging.finite import step_was_finite
+from ds_plugin.weight_averaging.fragments import check
 from tests.distributed import plain
 from tests.reference import averaging as reference
 
@@ -27,6 +28,7 @@ def _compare_with_gathered(zero, precision, extra):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     expected = {name: value.to(dtype) for name, value in reference.mean(snapshots[-3:]).items()}
     masters, parameters = reference.full_masters(engine), reference.full_parameters(engine)
+    laid_out = _by_fragments(plugin.averager.shards)
     raw = plain.evaluate(engine)
     with plugin.averaged_weights():
         during = reference.full_parameters(engine)
@@ -38,10 +40,27 @@ def _compare_with_gathered(zero, precision, extra):
         "after": _different(reference.full_parameters(engine), parameters)
         + _different(reference.full_masters(engine), masters),
         "losses": (raw, averaged, again),
+        "laid_out": _different(laid_out, masters),
         "steps": plugin.averager.steps,
         "parameters": len(parameters),
         "dtype": str(next(iter(during.values())).dtype),
     }
+
+
+def _by_fragments(shards):
+    """The whole masters put together from the ranks' fragments; each element is in one of them (or, alike, in all)."""
+    tensors, found = shards.tensors(), shards.fragments()
+    check(found, tensors)
+    ranks = [None] * dist.get_world_size()
+    mine = [(f, tensors[f.shard].reshape(-1)[f.offset : f.offset + f.count].clone()) for f in found]
+    dist.all_gather_object(ranks, mine)
+    parts = [part for rank in (ranks[:1] if shards.layout == "replicated" else ranks) for part in rank]
+    masters, covered = {f.name: torch.full(f.shape, float("nan")) for f, _ in parts}, 0
+    for f, values in parts:
+        masters[f.name].view(-1)[f.start : f.start + f.count] = values
+        covered += f.count
+    assert covered == sum(m.numel() for m in masters.values())
+    return masters
 
 
 def _different(found, expected):
@@ -73,6 +92,7 @@ def test_equals_the_mean_of_gathered_snapshots(workers, ranks, zero, precision, 
     for found in workers(ranks).run(_compare_with_gathered, zero, precision, extra):
         assert found["during"] == []
         assert found["after"] == []
+        assert found["laid_out"] == []
         assert found["moved"] >= found["parameters"] - 2  # the average is not the trained weights
         assert found["steps"] == [4, 6, 8]
         assert found["dtype"] == ("torch.float32" if precision == "fp32" else "torch.bfloat16")
@@ -135,6 +155,8 @@ def _bf16_optimizer():
     expected = {name: value.bfloat16() for name, value in reference.mean([snapshots[1], snapshots[3]]).items()}
     with ds_plugin.attached(engine).averaged_weights():
         wrong = _different(reference.full_parameters(engine), expected)
+        shards = ds_plugin.attached(engine).averager.shards
+        wrong += _different({n: m.bfloat16() for n, m in _by_fragments(shards).items()}, expected)
     return type(engine.optimizer).__name__, wrong, _different(reference.full_parameters(engine), before)
 
 

@@ -360,18 +360,13 @@ def _pipeline(section):
 
     model = PipelineModule([torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.functional.mse_loss)
     config = {**plain.host_config(), **section}
-    if "attach" in section:
-        section = config.pop("attach")
-        engine = deepspeed.initialize(model=model, config=config)[0]
-        ds_plugin.attach(engine, section)
     ds_plugin.initialize(model=model, config=config)
 
 
-def test_pipelines_are_refused(workers):
-    averaging = {"weight_averaging": plain.AVERAGING}
-    for section in [averaging, {"attach": averaging}]:
-        for error in workers(2).run(_pipeline, section, expect="errors"):
-            assert error.type == "ConfigError" and "pipeline engine is not supported" in error.message, error
+def test_completep_in_pipelines_is_refused(workers):
+    section = {"completep": {"enabled": True, "base_width": 4, "base_depth": 2}}
+    for error in workers(2).run(_pipeline, section, expect="errors"):
+        assert error.type == "ConfigError" and "completep: DeepSpeed's pipeline engine" in error.message, error
 
 
 def _two_configs():

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_plugin import stability
 from ds_plugin.errors import StateError
-from ds_plugin.sequence_length_warmup import stability
-from ds_plugin.sequence_length_warmup.stability import StabilityMonitor, adam_variance
+from ds_plugin.stability import StabilityMonitor, adam_variance
 from tests.distributed import plain
 from tests.reference import stability as reference
 
@@ -308,7 +308,8 @@ def _chunks():
 
 def test_reading_in_chunks_changes_nothing(workers):
     for whole, chunked in workers(2).run(_chunks):
-        assert chunked == pytest.approx(whole, rel=1e-12)
+        assert chunked[0] == pytest.approx(whole[0], rel=1e-6)  # in float32: another order rounds otherwise
+        assert chunked[1] == whole[1]
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------

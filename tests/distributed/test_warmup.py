@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.sequence_length_warmup.stability import LossRatio
+from ds_plugin.stability import LossRatio
 from megatron_patches import cpu_host, gpt
 from tests.distributed import plain
 

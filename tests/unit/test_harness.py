@@ -256,7 +256,8 @@ def test_what_cannot_be_sent_says_so(workers: WorkerPools) -> None:
 
 SCRIPT = """
 import os, sys, time
-print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[2:], flush=True)
+line = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} {sys.argv[2:]}\\n"
+os.write(1, line.encode())  # in one piece: the ranks' lines share a pipe
 if "--sleep" in sys.argv: time.sleep(600)
 sys.exit(3 if "--fail" in sys.argv and os.environ["RANK"] == "1" else 0)
 """

@@ -237,7 +237,7 @@ def test_what_is_not_finite_is_left_out(changes, caplog):
     [(None, None), (1.5, True), (0.0, True), (float("nan"), False), (float("inf"), False), (torch.tensor(-1.0), False)],
 )
 def test_the_norm_says_whether_a_step_was_finite(norm, verdict):
-    assert finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm)) is verdict
+    assert finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1)) is verdict
 
 
 def test_zero_without_a_norm_is_refused():

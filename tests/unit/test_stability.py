@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ds_plugin.sequence_length_warmup.stability import Correlation, LossRatio
+from ds_plugin.stability import Correlation, LossRatio
 
 INF, NAN = math.inf, math.nan
 

@@ -127,19 +127,25 @@ class Report:
     max_loss_ratio: float | None
     variance_l1: float | None
     variance_max: float | None
+    ratios: tuple[float | None, ...] = ()  # of every step since the report before, oldest first
 
 
 class StabilityMonitor:
     """The instruments on one engine, read every ``interval`` optimizer steps by one collective over all ranks."""
 
-    def __init__(self, engine: Any, interval: int, extra: Callable[[], Mapping[str, float]] = dict):
+    def __init__(
+        self, engine: Any, interval: int, extra: Callable[[], Mapping[str, float]] = dict, *, variance: bool = True
+    ):
         """``extra``: numbers that must be equal on all ranks, such as the length, by name; the same names on all ranks.
+        ``variance=False`` leaves Adam's state alone: the loss ratio only.
 
         Raises:
             StateError: this DeepSpeed keeps the optimizer's state in a way not known.
         """
         assert interval >= 1
-        compat.adam_variances(engine)  # so that it raises now and not at the first report
+        if variance:
+            compat.adam_variances(engine)  # so that it raises now and not at the first report
+        self.variance = variance
         self.engine = engine
         self.interval = interval
         self.extra = extra
@@ -175,9 +181,11 @@ class StabilityMonitor:
         """
         if not self._ratios and not self._closed:
             return None
-        l1, maximum = self._exchange(adam_variance(self.engine))
+        l1, maximum = self._exchange(adam_variance(self.engine) if self.variance else None)
         known = [ratio for ratio in self._ratios if ratio is not None]
-        report = Report(self.engine.global_steps, self._ratios[-1], max(known, default=None), l1, maximum)
+        report = Report(
+            self.engine.global_steps, self._ratios[-1], max(known, default=None), l1, maximum, tuple(self._ratios)
+        )
         self._ratios = []
         self.with_l1.add(report.loss_ratio, l1)
         self.with_max.add(report.loss_ratio, maximum)
@@ -243,7 +251,7 @@ class StabilityMonitor:
             rank = next((rank for rank, value in enumerate(values) if value != values[0]), None)
             if rank is not None:
                 raise StateError(
-                    f"sequence_length_warmup: {name} is {values[rank]:.17g} on rank {rank} and {values[0]:.17g} on "
+                    f"{name} is {values[rank]:.17g} on rank {rank} and {values[0]:.17g} on "
                     "rank 0, so they train different runs; give all ranks the same JSON and the same checkpoint"
                 )
         for slot in range(self._closed):

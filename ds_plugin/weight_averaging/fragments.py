@@ -1,0 +1,48 @@
+"""Which parameters' elements lie where in a rank's shards: what resharding and publishing need to know of a host."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ds_plugin.errors import StateError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements within one shard, both seen flat (row-major).
+
+    ``name`` is the model's own and ``shape`` the whole parameter's, on this tensor- and pipeline-parallel rank (before
+    data-parallel sharding). Elements ``start`` to ``start + count`` of it lie from ``offset`` on in
+    ``MasterShards.tensors()[shard]``. What no fragment covers is padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    shard: int
+    offset: int
+
+
+def whole(names: Iterable[tuple[str, torch.Size, int, int]]) -> list[Fragment]:
+    """Fragments of parameters that lie whole in a shard, from (name, shape, shard, offset)."""
+    return [Fragment(n, tuple(shape), 0, shape.numel(), shard, offset) for n, shape, shard, offset in names]
+
+
+def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None:
+    """Every fragment lies within its shard and its parameter, and no two overlap in a shard.
+
+    Raises:
+        StateError: one does not: the host is not laid out as this package knows it.
+    """
+    ends = [0] * len(shards)
+    for f in sorted(fragments, key=lambda f: (f.shard, f.offset)):
+        size = torch.Size(f.shape).numel()
+        fits = 0 <= f.start and f.start + f.count <= size and f.offset + f.count <= shards[f.shard].numel()
+        if not fits or f.offset < ends[f.shard]:
+            raise StateError(
+                f"weight_averaging: {f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps "
+                "another parameter; this version of the host lays out its shards in another way than the tested ones"
+            )
+        ends[f.shard] = f.offset + f.count
