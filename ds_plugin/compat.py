@@ -30,7 +30,6 @@ ZERO3_PARTITION_RANK = "ds_zero_partition_rank"  # of a parameter: which of its 
 REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
 ZERO3_RELEASE = "_partition_all_parameters"  # drop gathered parameters, or they would keep their old values
 ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group: masters -> low-precision partition
-ZERO3_PERSISTENT = "persistent_parameters"  # small parameters that stay gathered on every rank
 ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
 
 # -- the gradient norm that clipping uses ----------------------------------------------------------------------------

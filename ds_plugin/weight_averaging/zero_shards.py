@@ -118,14 +118,15 @@ class PartitionedShards:
 class Zero3Shards:
     """ZeRO 3: one flat partition per sub-group; parameters are gathered by the forward pass itself.
 
-    `refresh` does what the host's own step does after the optimizer, small persistent parameters included.
+    `refresh` does what the host's own step does after the optimizer, but for one thing: the small parameters that stay
+    gathered are left to the next forward pass, which gathers what is not there; so a swap makes no collective.
     """
 
     layout = "sharded"
 
     def __init__(self, optimizer: Any, names: Names):
         compat.need(optimizer, compat.ZERO3_MASTERS, compat.ZERO3_RELEASE, compat.ZERO3_REASSIGN)
-        compat.need(optimizer, compat.ZERO3_PERSISTENT, compat.ZERO3_INVALIDATE, compat.ZERO3_SUB_GROUPS)
+        compat.need(optimizer, compat.ZERO3_INVALIDATE, compat.ZERO3_SUB_GROUPS)
         self.optimizer, self.names = optimizer, names
 
     def tensors(self) -> list[torch.Tensor]:
@@ -135,9 +136,6 @@ class Zero3Shards:
         getattr(self.optimizer, compat.ZERO3_RELEASE)()
         for sub_group in range(len(self.tensors())):
             getattr(self.optimizer, compat.ZERO3_REASSIGN)(sub_group)
-        persistent = getattr(self.optimizer, compat.ZERO3_PERSISTENT)
-        if persistent:
-            persistent[0].all_gather(persistent)
         getattr(self.optimizer, compat.ZERO3_INVALIDATE)()
 
     def fragments(self) -> list[Fragment]:

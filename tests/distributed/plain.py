@@ -1,5 +1,7 @@
 """A plain torch language model of odd sizes, and one way to train it, shared by the tests of this folder."""
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -83,3 +85,11 @@ def evaluate(engine):
         loss = engine(*micro_batch(10**6)).item()
     engine.train()
     return loss
+
+
+def collectives(function):
+    """The collectives that `function` makes on this rank, whoever calls them and how: (name, elements of the input)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    found = [event for event in profile.events() if event.name.startswith("c10d::")]
+    return [(event.name, sum(math.prod(shape) for shape in event.input_shapes if shape)) for event in found]

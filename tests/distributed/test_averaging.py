@@ -184,36 +184,47 @@ def test_reading_the_average_changes_no_later_loss(workers, zero):
         assert with_reading == without
 
 
-COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "barrier", "broadcast",
-    "gather", "reduce", "reduce_scatter_tensor", "scatter", "send", "recv",
-)  # fmt: skip
+def _collectives(zero, section, extra):
+    config = plain.host_config(zero, weight_averaging={**plain.AVERAGING, **section})
+    config["zero_optimization"].update(extra)
+    engine = plain.make(config)
+    plain.train(engine, 3)
+    plugin = ds_plugin.attached(engine)
+    averager, shards = plugin.averager, plugin.averager.shards
+
+    def swap(inside=lambda: None):
+        with plugin.averaged_weights():
+            inside()
+
+    return {
+        "barrier": plain.collectives(dist.barrier),  # the counter counts
+        "snapshot": plain.collectives(lambda: averager.snapshot(4, finite=step_was_finite(engine, shards.tensors()))),
+        "evaluate": plain.collectives(lambda: plain.evaluate(engine)),
+        "swap": plain.collectives(swap),
+        "swap_and_evaluate": plain.collectives(lambda: swap(lambda: plain.evaluate(engine))),
+        "elements": sum(t.numel() for t in shards.tensors()),
+    }
 
 
-def _count_collectives(zero, section):
-    engine = plain.make(plain.host_config(zero, weight_averaging={**plain.AVERAGING, **section}))
-    plain.train(engine, 1)
-    averager = ds_plugin.attached(engine).averager
-    calls = []
-    originals = {name: getattr(dist, name) for name in COLLECTIVES}
-    for name, original in originals.items():
-        setattr(dist, name, lambda *a, _o=original, _n=name, **k: (calls.append(_n), _o(*a, **k))[1])
-    try:
-        averager.snapshot(1, finite=step_was_finite(engine))
-        snapshot_calls = list(calls)
-        dist.barrier()
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-    return snapshot_calls, calls
-
-
-@pytest.mark.parametrize("zero", [0, 1, 3])
 @pytest.mark.parametrize("section", [{}, {"mode": "block"}, {"mode": "ema", "window": 5, "horizons": [2]}], ids=str)
-def test_a_snapshot_makes_no_collective(workers, zero, section):
-    for snapshot_calls, calls in workers(2).run(_count_collectives, zero, section):
-        assert snapshot_calls == []
-        assert calls == ["barrier"]  # the counter counts
+@pytest.mark.parametrize(
+    ("zero", "extra"), [(0, {}), (1, {}), (2, {}), (3, {}), (3, {"stage3_param_persistence_threshold": 0})], ids=str
+)
+def test_a_snapshot_makes_no_collective_and_a_swap_one_refresh(workers, zero, section, extra):
+    for found in workers(2).run(_collectives, zero, section, extra):
+        assert [name for name, _ in found["barrier"]] == ["c10d::barrier"]
+        assert found["snapshot"] == []
+        if zero in (1, 2):  # the ordinary all-gather, there and back: the whole parameters, from this rank's part
+            refresh = ("c10d::_allgather_base_", 3 * found["elements"])
+            assert found["swap"] == found["swap_and_evaluate"] == [refresh, refresh]
+        else:
+            assert found["swap"] == []
+        if zero == 0:
+            assert found["swap_and_evaluate"] == []
+        if zero == 3 and extra:  # the forward's own and nothing else
+            assert found["swap_and_evaluate"] == found["evaluate"] != []
+        elif zero == 3:  # small parameters stay gathered; the average's are gathered once, by the forward
+            assert found["evaluate"] == [] != found["swap_and_evaluate"]
 
 
 def _refusals(tmp_path):
