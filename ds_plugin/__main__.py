@@ -5,6 +5,7 @@ to-universal FOLDER TARGET       convert a checkpoint to DeepSpeed's universal f
 translate-config OLD.json        DeepSpeed's curriculum_learning as sequence_length_warmup: the new file
 tune-warmup --config FILE        find the warmup's start length and duration with short runs
 merge CKPT... --out FOLDER       the weighted mean of checkpoints, as safetensors
+averaging-cost                   memory, traffic and time of weight averaging for a model and a number of ranks
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     from ds_plugin.sequence_length_warmup import tune
+    from ds_plugin.weight_averaging import cost
 
     parser = argparse.ArgumentParser(
         prog="python -m ds_plugin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,9 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     merging.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="shards made at a time")
     merging.add_argument("--dtype", help="fp32, bf16 or fp16; else that of the masters or the files read")
     merging.add_argument("--shard-gb", type=float, default=5.0, help="size of the shards made from ZeRO checkpoints")
+    cost.add_arguments(commands.add_parser("averaging-cost", help="what weight averaging takes, worked out on paper"))
     args = parser.parse_args(arguments)
     if args.command == "tune-warmup":
         return tune.command(args)
+    if args.command == "averaging-cost":
+        return cost.command(args)
     if args.command == "merge":
         from ds_plugin.weight_averaging import merge
 
