@@ -71,8 +71,8 @@ def table(sizes: Sequence[float], ranks: Sequence[int], **settings: float) -> st
         for count in ranks:
             c = cost(parameters, count, **settings)  # type: ignore[arg-type]
             lines.append(
-                f"| {parameters / 1e9:.3g}e9 | {count} | {size(c.memory)} ({size(c.node_memory)}) | {size(c.snapshot)} | "
-                f"{c.snapshot_seconds * 1e3:.3g} ms | {c.share:.2g} | {c.swap_seconds * 1e3:.3g} ms | "
+                f"| {parameters / 1e9:.3g}e9 | {count} | {size(c.memory)} ({size(c.node_memory)}) | "
+                f"{size(c.snapshot)} | {c.snapshot_seconds * 1e3:.3g} ms | {c.share:.2g} | {c.swap_seconds * 1e3:.3g} ms | "
                 f"{size(c.gathered)} |"
             )
     return "\n".join(lines)
