@@ -70,11 +70,10 @@ def table(sizes: Sequence[float], ranks: Sequence[int], **settings: float) -> st
     for parameters in sizes:
         for count in ranks:
             c = cost(parameters, count, **settings)  # type: ignore[arg-type]
-            lines.append(
-                f"| {parameters / 1e9:.3g}e9 | {count} | {size(c.memory)} ({size(c.node_memory)}) | "
-                f"{size(c.snapshot)} | {c.snapshot_seconds * 1e3:.3g} ms | {c.share:.2g} | {c.swap_seconds * 1e3:.3g} ms | "
-                f"{size(c.gathered)} |"
-            )
+            memory = f"{size(c.memory)} ({size(c.node_memory)})"
+            times = f"{c.snapshot_seconds * 1e3:.3g} ms", f"{c.share:.2g}", f"{c.swap_seconds * 1e3:.3g} ms"
+            row = [f"{parameters / 1e9:.3g}e9", str(count), memory, size(c.snapshot), *times, size(c.gathered)]
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
