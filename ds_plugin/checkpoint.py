@@ -6,16 +6,19 @@ belong to. Everything is on disk before DeepSpeed's ``latest`` names the tag.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
+from safetensors import SafetensorError
 
 from ds_plugin import compat
 from ds_plugin.atomic import atomic_write
@@ -39,26 +42,43 @@ def save(plugin: "Plugin", folder: Path) -> None:
     engine = plugin.engine
     save_id = [uuid.uuid4().hex]
     dist.broadcast_object_list(save_id, src=0)
-    state = _state(plugin)
-    with together():
+    state, model = _state(plugin), _shapes(plugin)
+    with together(), _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if plugin.averager is not None:
-            window_files.save(
-                folder, plugin.averager, rank=dist.get_rank(), world_size=dist.get_world_size(), save_id=save_id[0]
-            )
+            window_files.save(folder, plugin.averager, save_id=save_id[0], **_place(plugin))
         writes = engine.local_rank == 0 if engine.use_node_local_storage() else dist.get_rank() == 0
         if writes:
-            write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0], state), indent=1))
+            write_text(folder / MANIFEST, json.dumps(_manifest(plugin, save_id[0], model, state), indent=1))
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """What the file system refuses, as our own error. Nothing is half-written then (`atomic`)."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the methods' state cannot be written ({error}); make room or give another folder, and save "
+            "again: training can go on, and earlier checkpoints are as they were"
+        ) from error
 
 
 def check(
-    plugin: "Plugin", folder: Path, *, same_model: bool = True, same_run: bool = True, universal: bool = False
+    plugin: "Plugin",
+    folder: Path,
+    *,
+    same_model: bool = True,
+    same_run: bool = True,
+    same_optimizer: bool = True,
+    universal: bool = False,
 ) -> dict[str, Any] | None:
     """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
 
     ``same_model=False`` leaves the parameters' shapes to the host (a custom or lenient load); ``same_run=False`` leaves
-    out what only a resume needs. ``universal``: DeepSpeed's converter leaves the manifest behind, and without it the
-    param groups' settings are lost, so there must be one. Rank 0 reads, so that all ranks see the same.
+    out what only a resume needs, ``same_optimizer=False`` what only the optimizer's state needs. ``universal``:
+    DeepSpeed's converter leaves the manifest behind, and without it the param groups' settings are lost, so there must
+    be one. Rank 0 reads, so that all ranks see the same.
 
     Raises:
         CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
@@ -66,13 +86,14 @@ def check(
     manifest: dict[str, Any] | None = None
     path = folder / MANIFEST
     exists, text = _from_rank_0(lambda: (folder.is_dir(), path.read_text("utf-8") if path.is_file() else None))
+    here = _shapes(plugin)
     with together():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
         if text is None and universal:
             raise CheckpointError(
-                f"{path} is missing: DeepSpeed's converter leaves it behind; copy it from the folder that was "
-                "converted, or convert with ds_plugin.checkpoint.to_universal(folder, target)"
+                f"{path} is missing: DeepSpeed's converter leaves it behind; copy it (and the window's files) from the "
+                "folder that was converted, or convert with ds_plugin.checkpoint.to_universal(folder, target)"
             )
         if text is None and plugin.completep is not None:
             raise CheckpointError(
@@ -83,9 +104,16 @@ def check(
             try:
                 manifest = json.loads(text)
                 assert manifest is not None
-                _compare(plugin, manifest, path, same_model=same_model, same_run=same_run)
+                if manifest.get("averaged"):
+                    raise CheckpointError(
+                        f"{path}: the folder holds the average of steps {manifest['steps']} for zero_to_fp32, and no "
+                        "run to resume; give the tag of another checkpoint"
+                    )
+                _compare(plugin, manifest, path, here if same_model else None, same_run=same_run)
                 if universal:
                     _compare_universal(plugin, manifest, path)
+                elif same_run and same_optimizer:
+                    _compare_ordinary(plugin, manifest, path)
             except (ValueError, KeyError, TypeError) as error:
                 if isinstance(error, CheckpointError):
                     raise
@@ -102,6 +130,15 @@ def check(
 
 def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> None:
     """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine."""
+    try:
+        _load(plugin, folder, manifest)
+    except Exception:
+        if plugin.averager is not None:  # on some ranks it may have been read already
+            plugin.averager.reset()
+        raise
+
+
+def _load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> None:
     with together():
         if manifest is not None and manifest["global_steps"] != plugin.engine.global_steps:
             raise CheckpointError(
@@ -116,22 +153,27 @@ def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> Non
                 window_files.load(
                     folder,
                     plugin.averager,
-                    rank=dist.get_rank(),
-                    world_size=dist.get_world_size(),
                     save_id=manifest["save_id"],
+                    saved_ranks=manifest["world_size"],
+                    **_place(plugin),
                 )
             else:
                 plugin.averager.reset()
+        if plugin.spikes is not None:
+            plugin.spikes.load_state(state.get("weight_averaging", {}).get("spikes"))
 
 
 def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:
-    """Convert the checkpoint in a tag folder with DeepSpeed's ``ds_to_universal``, and take the manifest along.
+    """Convert the checkpoint in a tag folder with DeepSpeed's ``ds_to_universal``, and take our files along.
+
+    The averaging window's files stay as they are: they are resharded when they are read.
 
     megatron-core's layers save an extra state that is None, on which the converter fails under ZeRO 1/2. It passes over
     what is there already, so an empty file stands in for each of them meanwhile.
 
     Raises:
-        CheckpointError: there is no manifest in ``folder``, or ``target`` exists already.
+        CheckpointError: there is no manifest in ``folder``, it is damaged, or a file of the averaging window is
+            missing; or ``target`` exists already.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -142,6 +184,11 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
         raise CheckpointError(
             f"{folder} holds no {MANIFEST}; give the tag folder of a checkpoint saved with a method on"
         )
+    windows = _windows(folder)
+    target.mkdir(parents=True)
+    for path in windows:  # before the converter, which publishes its result
+        _take_along(path, target)
+    write_text(target / MANIFEST, (folder / MANIFEST).read_text("utf-8"))
     states = (
         torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
         for path in folder.glob("mp_rank_*_model_states.pt")
@@ -163,7 +210,29 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     )
     for name in empty:
         shutil.rmtree(target / "zero" / name)
-    shutil.copy2(folder / MANIFEST, target)
+
+
+def _windows(folder: Path) -> list[Path]:
+    """The averaging window's files in ``folder`` that belong to its manifest: not those of an earlier, larger save."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
+        found = [folder / window_files.shard_name(rank) for rank in range(ranks)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it, or convert another checkpoint") from None
+    for path in found:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, a rank's averaging window; restore it, or convert another")
+    return found
+
+
+def _take_along(path: Path, folder: Path) -> None:
+    """Put a file into another folder as well: by a hard link, or a whole copy where the file system has none."""
+    try:
+        os.link(path, folder / path.name)
+    except OSError:
+        atomic_write(folder / path.name, lambda temporary: shutil.copy2(path, temporary))
 
 
 def latest_tag(load_dir: str | Path, *, universal: bool = False) -> str | None:
@@ -188,13 +257,15 @@ def _state(plugin: "Plugin") -> dict[str, Any]:
     if plugin.warmup is not None:
         state["sequence_length_warmup"] = plugin.warmup.state()
     if plugin.averager is not None:
-        state["weight_averaging"] = {"steps": plugin.averager.steps}
+        state["weight_averaging"] = {"steps": plugin.averager.steps, "format": window_files.FORMAT}
+    if plugin.spikes is not None:
+        state["weight_averaging"]["spikes"] = plugin.spikes.state()
     if plugin.completep is not None:
         state["completep"] = plugin.completep.state()
     return state
 
 
-def _manifest(plugin: "Plugin", save_id: str, state: dict[str, Any]) -> dict[str, Any]:
+def _manifest(plugin: "Plugin", save_id: str, model: dict[str, list[int]], state: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "save_id": save_id,
@@ -202,22 +273,41 @@ def _manifest(plugin: "Plugin", save_id: str, state: dict[str, Any]) -> dict[str
         "world_size": dist.get_world_size(),
         "zero_stage": int(plugin.engine.zero_optimization_stage()),
         "sections": plugin.config.to_dict(),
-        "model": _shapes(plugin),
+        "all_stages": True,
+        "model": model,
         "state": state,
     }
 
 
+def _place(plugin: "Plugin") -> dict[str, Any]:
+    """Where this rank stands, as the averaging window's files ask for it."""
+    coordinate = compat.model_coordinate(plugin.engine)
+    return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "coordinate": coordinate}
+
+
 def _shapes(plugin: "Plugin") -> dict[str, list[int]]:
-    return {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
+    """Every parameter's shape, before ZeRO and after tensor parallelism. Every rank of a pipeline calls it."""
+    shapes = {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
+    if compat.is_pipeline(plugin.engine):  # each rank has its stage's
+        stages: list[dict[str, list[int]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(stages, shapes)
+        shapes = {name: shape for stage in stages for name, shape in stage.items()}
+    return shapes
 
 
-def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_model: bool, same_run: bool) -> None:
+def _compare(
+    plugin: "Plugin", manifest: dict[str, Any], path: Path, here: dict[str, list[int]] | None, *, same_run: bool
+) -> None:
+    """``here``: the model's shapes; None leaves them to the host."""
     if manifest["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; use the version it is from"
         )
-    saved, here = manifest["model"], _shapes(plugin)
-    for name in [*saved, *here] if same_model else []:
+    saved = manifest["model"]
+    if compat.is_pipeline(plugin.engine) and not manifest.get("all_stages"):  # an older one knows the first stage's
+        here = None
+    here = saved if here is None else here
+    for name in [*saved, *here]:
         if saved.get(name) != here.get(name):
             raise CheckpointError(
                 f"{path}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and "
@@ -240,16 +330,40 @@ def _compare(plugin: "Plugin", manifest: dict[str, Any], path: Path, *, same_mod
         )
     if same_run and plugin.warmup is not None and "sequence_length_warmup" in manifest["state"]:
         plugin.warmup.check_state(manifest["state"]["sequence_length_warmup"])
-    if same_run and plugin.averager is not None and "weight_averaging" in manifest["state"]:
-        for key, value in (
-            ("world_size", dist.get_world_size()),
-            ("zero_stage", int(plugin.engine.zero_optimization_stage())),
-        ):
+    window = manifest["state"].get("weight_averaging", {"format": window_files.FORMAT})
+    if same_run and plugin.averager is not None and "format" not in window:
+        for key, value in _layout(plugin).items():
             if manifest[key] != value:
                 raise CheckpointError(
-                    f"{path}: the averaging window was saved with {key} {manifest[key]}, this run has {value}; resume "
-                    f"with {key} {manifest[key]}"
+                    f"{path}: the averaging window was saved with {key} {manifest[key]} by a version that could not "
+                    f"divide it otherwise, this run has {value}; resume with {key} {manifest[key]} and save again, or "
+                    "resume the weights alone (load_module_only)"
                 )
+
+
+def _layout(plugin: "Plugin") -> dict[str, int]:
+    return {"world_size": dist.get_world_size(), "zero_stage": int(plugin.engine.zero_optimization_stage())}
+
+
+def _compare_ordinary(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+    """DeepSpeed's ordinary checkpoints hold the optimizer's state as it was divided, in other files for each stage."""
+    here, universal = _layout(plugin), "python -m ds_plugin to-universal FOLDER TARGET"
+    if _kind(manifest["zero_stage"]) != _kind(here["zero_stage"]):
+        raise CheckpointError(
+            f"{path}: saved with zero_stage {manifest['zero_stage']}, this run has {here['zero_stage']}, and DeepSpeed "
+            f"cannot load one as the other; write zero_optimization.stage {manifest['zero_stage']}"
+        )
+    if here["zero_stage"] > 0 and manifest["world_size"] != here["world_size"]:
+        raise CheckpointError(
+            f"{path}: saved with world_size {manifest['world_size']}, this run has {here['world_size']}: DeepSpeed's "
+            f"ordinary checkpoints of ZeRO fit one number of ranks; convert it ({universal}) and resume with "
+            '"checkpoint": {"load_universal": true}, or on the same number of ranks'
+        )
+
+
+def _kind(stage: int) -> int:
+    """Stages 1 and 2 write the same files."""
+    return min(stage, 1) if stage < 3 else stage
 
 
 def _compare_universal(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:

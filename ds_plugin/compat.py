@@ -182,3 +182,48 @@ def autocast(engine: Any) -> Any:
     from deepspeed.runtime.torch_autocast import autocast_if_enabled
 
     return autocast_if_enabled(engine)
+
+
+# -- where a rank stands in the model ----------------------------------------------------------------------------------
+PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
+EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
+
+
+def model_coordinate(engine: Any) -> tuple[int, ...]:
+    """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third.
+
+    Ranks of one coordinate hold the same weights, whole or in parts; those of different ones may hold different
+    weights under the same names.
+    """
+    from deepspeed.utils import groups
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+
+    stage = next((getattr(engine.mpu, name)() for name in PIPELINE_RANK if hasattr(engine.mpu, name)), 0)
+    coordinate = (int(bwc_tensor_model_parallel_rank(engine.mpu)), int(stage))
+    need(engine, "has_moe_layers")
+    if not engine.has_moe_layers:
+        return coordinate
+    need(groups, *EXPERT_RANK)
+    rank_of, largest = (getattr(groups, name) for name in EXPERT_RANK)
+    return (*coordinate, int(rank_of(largest())))
+
+
+# -- publishing: which part of the model a rank has ------------------------------------------------------------------
+ZERO3_PART = "ds_tensor"  # of a parameter: this rank's part of it, flat, the last ones padded
+ZERO3_QUANTIZED = "ds_quant_scale"  # of that part, where weights that are not trained are kept quantized
+PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
+
+
+def place(engine: Any) -> tuple[int, int, int]:
+    """This rank's pipeline stage, its tensor-parallel rank, and how many of those there are."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+
+    stage = engine.stage_id if is_pipeline(engine) else 0
+    return stage, bwc_tensor_model_parallel_rank(engine.mpu), bwc_tensor_model_parallel_world_size(engine.mpu)
+
+
+def has_foreign_pipeline(engine: Any) -> bool:
+    """Whether the model is one stage of a pipeline that is not DeepSpeed's own."""
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+    return not is_pipeline(engine) and bwc_pipeline_parallel_world_size(engine.mpu) > 1

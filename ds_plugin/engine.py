@@ -3,9 +3,11 @@
 forward    the batch is shortened (training mode only)               sequence_length_warmup
 backward   refused while the average is swapped in                   weight_averaging
 step       refused while the average is swapped in                   weight_averaging
+           it waits for the last snapshot's copy, on the device      weight_averaging
            the host's step; when it closed an accumulation window:
              1. the window's tokens are booked                       sequence_length_warmup
-             2. if it was applied, finite and one is due: a snapshot weight_averaging
+             2. if the loss has stayed too high: a restart           weight_averaging
+             3. if it was applied, finite and one is due: a snapshot weight_averaging
 save       our files first, then the host's, then ``latest``
 load       our manifest is checked first, then the host loads, then our state
 """
@@ -13,6 +15,7 @@ load       our manifest is checked first, then the host loads, then our state
 import contextlib
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +33,9 @@ from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
 from ds_plugin.weight_averaging import checkpoint as averaging_files
-from ds_plugin.weight_averaging import finite, restart
+from ds_plugin.weight_averaging import finite, publish, restart
 from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.spike import SpikeWatch
 from ds_plugin.weight_averaging.zero_shards import find_shards
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
@@ -45,6 +49,7 @@ class Plugin:
         self.config = config
         self.warmup: SequenceLengthWarmup | None = None
         self.averager: WeightAverager | None = None
+        self.spikes: SpikeWatch | None = None
         self.completep: CompleteP | None = None
         self._replaced: list[str] = []
         self._pipeline: PipelineLengths | None = None
@@ -57,6 +62,8 @@ class Plugin:
             shards = find_shards(engine)
             finite.refuse_unknown(engine)
             self.averager = WeightAverager(config.weight_averaging, shards)
+            if config.weight_averaging.restart is not None:
+                self.spikes = SpikeWatch(engine, config.weight_averaging.restart)
         if config.completep is not None:
             self.completep = CompleteP(engine, config.completep)
         if self.warmup is not None:
@@ -150,6 +157,59 @@ class Plugin:
         averager.restart(horizon)
         restart.zero_(states)
 
+    def publish(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        horizon: int | None = None,
+        max_shard_bytes: int = 5 * 10**9,
+    ) -> list[Path]:
+        """Write the average into a new ``folder`` as safetensors, in Hugging Face's layout; returns its weight files.
+
+        Nothing is gathered and the average is not swapped in: each rank writes its share of every file, so all of them
+        must see the folder (a shared file system). It appears whole, or not at all; only a kill leaves a hidden
+        ``.<name>.*.tmp`` beside it. Every rank calls it, between optimizer steps. Names are the model's own; what
+        tensor parallelism and pipeline stages divide is whole in it. Parameters without an entry in the optimizer, and
+        persistent buffers, are written as they are; a tied parameter once, under the first of its names.
+
+        ``dtype``: of all floating-point tensors; each one's own in the model if not given, which is then what
+        `averaged_weights` computes with, bit for bit. ``horizon``: as there. ``max_shard_bytes``: of one file.
+
+        Raises:
+            StateError: as `averaged_weights` does, or the model is laid out in a way that is not known.
+            ConfigError: a wrong argument, ``folder`` holds something or is not seen by all ranks, or experts or
+                DeepSpeed's AutoTP are in use.
+            PluginError: the folder cannot be written, such as on a full disk.
+        """
+        return publish.publish(
+            self.engine, self._between_steps(), folder, dtype=dtype, horizon=horizon, max_shard_bytes=max_shard_bytes
+        )
+
+    def save_averaged_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, horizon: int | None = None, **client: Any
+    ) -> None:
+        """Save the average by DeepSpeed's own ``save_checkpoint``, in a form that its ``zero_to_fp32`` reads.
+
+        ``tag``: ``averaged_global_step{N}`` if not given. ``latest`` is left as it is, and a resume from the tag is
+        refused: the step count and moments in it belong to other weights. ``client``: further arguments of
+        ``save_checkpoint``. Every rank calls it, between optimizer steps; ``horizon``: as in `averaged_weights`.
+
+        Raises:
+            StateError: as `averaged_weights` does.
+            ConfigError: ``zero_to_fp32`` cannot read this engine's checkpoints (stage 0, BF16_Optimizer, tensor or
+                pipeline parallelism; `publish` takes them), or the tag exists.
+        """
+        averager = self._between_steps()
+        with together():
+            publish.refuse_checkpoint(self.engine)
+            if "save_latest" in client:
+                raise ConfigError("save_averaged_checkpoint: save_latest would name a resume point; leave it out")
+        tag = str(tag) if tag is not None else f"averaged_global_step{self.engine.global_steps}"
+        with averager.averaged_weights(horizon):
+            publish.mark_checkpoint(self.engine, averager, Path(save_dir) / tag, horizon)
+            self._host_save_checkpoint(str(save_dir), tag=tag, save_latest=False, **client)  # type: ignore[attr-defined]
+
     def _between_steps(self) -> WeightAverager:
         """The averager, if the weights may be exchanged now."""
         if self.averager is None:
@@ -176,7 +236,7 @@ class Plugin:
             self.completep.remove()
         for name in self._replaced:
             delattr(self.engine, name)
-        self._replaced, self.warmup, self.averager, self.completep = [], None, None, None
+        self._replaced, self.warmup, self.averager, self.completep, self.spikes = [], None, None, None, None
 
     # -- the engine's methods, wrapped -------------------------------------------------------------------------------
 
@@ -201,6 +261,8 @@ class Plugin:
 
     def _train_batch(self, data_iter: Any = None) -> Any:
         self._refuse_while_swapped("engine.train_batch()")
+        if self.averager is not None:
+            self.averager.before_step()
         before = self.engine.global_steps
         if self._pipeline is None:
             loss = self._host_train_batch(data_iter)  # type: ignore[attr-defined]
@@ -208,8 +270,7 @@ class Plugin:
             with self._pipeline.training(data_iter):
                 loss = self._host_train_batch()  # type: ignore[attr-defined]
         if self.engine.global_steps != before:
-            if self.warmup is not None:
-                self.warmup.record(loss)  # the mean over micro-batches and data-parallel ranks already
+            self._record(loss)  # the mean over micro-batches and data-parallel ranks already
             self._close_step()
         return loss
 
@@ -220,13 +281,14 @@ class Plugin:
 
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.backward()")
-        if self.warmup is not None:
-            self.warmup.record(args[0] if args else kwargs.get("loss"))
+        self._record(args[0] if args else kwargs.get("loss"))
         self._window_open = True
         return self._host_backward(*args, **kwargs)  # type: ignore[attr-defined]
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.step()")
+        if self.averager is not None:
+            self.averager.before_step()
         before = self.engine.global_steps
         result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
         if self.engine.global_steps != before:  # an accumulation window has closed
@@ -234,13 +296,44 @@ class Plugin:
             self._close_step()
         return result
 
+    def _record(self, loss: Any) -> None:
+        for instruments in (self.warmup, self.spikes):
+            if instruments is not None:
+                instruments.record(loss)
+
     def _close_step(self) -> None:
         applied, step = self.engine.was_step_applied(), self.engine.global_steps
         if self.warmup is not None:
             self.warmup.after_step(applied)
-        if self.averager is not None and applied and self.averager.due(step):
+        if self.averager is None:
+            return
+        if self.spikes is not None:
+            if self.spikes.close_step():
+                self._restart_after_spike(self.spikes, self.averager, step)
+            if self.spikes.since is not None:
+                return  # the loss is too high at present: no snapshot
+        if applied and self.averager.due(step):
             known = finite.step_was_finite(self.engine, self.averager.shards.tensors())
             self.averager.snapshot(step, finite=known)
+
+    def _restart_after_spike(self, spikes: SpikeWatch, averager: WeightAverager, step: int) -> None:
+        assert spikes.since is not None
+        averager.forget_from(spikes.since)
+        steps = list(averager.steps)
+        if steps:
+            self.restart_from_average(spikes.config.moments)
+            spikes.restarted(step)
+            said = f"training goes back to the average of steps {steps[0]} to {steps[-1]}"
+        else:
+            said = "there is no snapshot from before to go back to"
+        if dist.get_rank() == 0 and (steps or spikes.told != spikes.since):
+            logging.getLogger("ds_plugin").warning(
+                "weight averaging: step %d, the loss is above %g times its lowest without a break: %s",
+                step,
+                spikes.config.loss_ratio,
+                said,
+            )
+        spikes.told = spikes.since
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("save_checkpoint()")
@@ -271,9 +364,13 @@ class Plugin:
             return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         weights_only = call.arguments["load_module_only"]
         own_loader = call.arguments["custom_load_fn"] is not None or not call.arguments["load_module_strict"]
-        same_model = not own_loader and self._pipeline is None  # the manifest has rank 0's stage; the host compares
         manifest = checkpoint.check(
-            self, root / tag, same_model=same_model, same_run=not weights_only, universal=universal
+            self,
+            root / tag,
+            same_model=not own_loader,
+            same_run=not weights_only,
+            same_optimizer=call.arguments["load_optimizer_states"],
+            universal=universal,
         )
         if self.averager is not None and manifest is not None and not weights_only:
             averaging_files.compare(manifest["sections"].get("weight_averaging", {}), self.averager.config, root / tag)
@@ -298,6 +395,8 @@ class Plugin:
             self.warmup.load_state(None)
         if self.averager is not None:
             self.averager.reset()
+        if self.spikes is not None:
+            self.spikes.load_state(None)
 
 
 def initialize(
@@ -439,11 +538,6 @@ def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
     """What DeepSpeed's universal checkpoints cannot restore, with any method on."""
     if sections == PluginConfig() or not engine.load_universal_checkpoint():
         return
-    if sections.weight_averaging is not None:
-        raise ConfigError(
-            "checkpoint.load_universal: the window of weight_averaging is kept by rank, and a universal checkpoint has "
-            'none; resume from an ordinary checkpoint on the same number of ranks, or write "enabled": false'
-        )
     if engine.zero_optimization_stage() == 0:
         raise ConfigError(
             "checkpoint.load_universal: DeepSpeed loads no weights from universal checkpoints with "

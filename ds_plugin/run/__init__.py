@@ -4,7 +4,7 @@ settings.py  the JSON and the flags of the example script
 startup.py   a quiet log, nothing compiled without need
 optimizer.py the fastest AdamW that is installed; weight-decay groups
 recorder.py  one run's record: metrics, checkpoints, the report
-export.py    weights as safetensors
+export.py    the average as one file of safetensors
 env.py       versions and optional packages
 text.py      which text files make up a corpus, cut into documents
 tokens.py    documents into token numbers: bytes, or a tokenizer file

@@ -1,39 +1,40 @@
-"""Write the weights the engine computes with now as safetensors: one file per tensor-parallel rank."""
+"""The average as the run's one file of whole weights."""
 
 import math
+import os
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from ds_plugin.atomic import atomic_write
+from ds_plugin.atomic import sync_folder
 from ds_plugin.errors import together
 
+if TYPE_CHECKING:
+    from ds_plugin.engine import Plugin
 
-def export_weights(engine: Any, path: Path) -> list[Path]:
-    """Write every parameter under its name in the model, in the model's dtype; returns the files of all ranks.
 
-    Without tensor parallelism the file is ``path``; with it, ``<stem>-tp<rank>-of-<size><suffix>``, each rank's
-    shard of the sharded parameters. Under ZeRO 3 one parameter is gathered at a time. Every rank calls it.
+def export_average(plugin: "Plugin", path: Path) -> Path:
+    """Publish the average as the single file ``path``, in place of what an earlier end of the run wrote there.
+
+    Every parameter is whole under its name in the model and in the model's dtype, whatever the parallelism; every rank
+    writes its share (see `Plugin.publish`). Every rank calls it.
     """
-    mpu = engine.mpu
-    rank, size = (mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()) if mpu else (0, 1)
-    names = [path if size == 1 else path.with_name(f"{path.stem}-tp{r}-of-{size}{path.suffix}") for r in range(size)]
-    writes = (mpu.get_data_parallel_rank() if mpu else dist.get_rank()) == 0
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
-        with deepspeed.zero.GatheredParameters(partitioned):
-            if writes:
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    folder = path.with_name(f".{path.stem}")
     with together():
-        if writes:
-            metadata = {"format": "pt", "tensor_parallel_rank": str(rank), "tensor_parallel_size": str(size)}
-            atomic_write(names[rank], lambda p: save_file(tensors, p, metadata=metadata))
-    return names
+        if dist.get_rank() == 0:
+            for left in (folder, *path.parent.glob(f".{folder.name}.*.tmp")):  # by a run that was killed as it wrote
+                shutil.rmtree(left, ignore_errors=True)
+    (written,) = plugin.publish(folder, max_shard_bytes=sys.maxsize)
+    with together():
+        if dist.get_rank() == 0:
+            os.replace(written, path)
+            folder.rmdir()
+            sync_folder(path.parent)
+    return path
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -17,7 +17,7 @@ from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError, together
 from ds_plugin.run import env, report, rng
 from ds_plugin.run.corpus import Corpus
-from ds_plugin.run.export import export_weights, parameter_count
+from ds_plugin.run.export import export_average, parameter_count
 from ds_plugin.run.flops import Flops
 from ds_plugin.run.folder import RunFolder, read_metrics
 from ds_plugin.run.progress import Progress
@@ -253,8 +253,7 @@ class Recorder:
         if self.plugin.warmup is not None:
             self.plugin.warmup.monitor.report()  # the steps since the last one; every rank calls it
         if self.plugin.has_average:
-            with self.plugin.averaged_weights():
-                averaged = export_weights(self.engine, self.folder.path / "averaged.safetensors")
+            averaged = [export_average(self.plugin, self.folder.path / "averaged.safetensors")]
         with together():
             if self.first:
                 self._write_results(averaged)
@@ -271,6 +270,7 @@ class Recorder:
             "tokens_discarded": ledger.discarded if ledger is not None else read - trained,
             "flops": self._flops,
             "stability": warmup.monitor.summary() if warmup is not None else None,
+            "restarts": self.plugin.spikes.restarts if self.plugin.spikes is not None else None,
             "train_loss": metrics["train_loss"][-1],
             "eval_loss": metrics["eval_loss"][-1],
             "eval_loss_averaged": metrics["eval_loss_averaged"][-1],

@@ -1,7 +1,8 @@
 """The averager: snapshots of this rank's fp32 masters, and the swap that puts their average in place.
 
-A snapshot is folded into host memory: no collective, no accelerator memory. What is kept and what is read is the
-mode's (`modes`); the average has the same bits under every sharding (`window`).
+A snapshot goes to the host: no collective, no accelerator memory. From a GPU it does so while training goes on
+(`copies`). What is kept and what is read is the mode's (`modes`), where it lies the storage's (`storage`); the average
+has the same bits under every sharding (`window`).
 """
 
 import contextlib
@@ -10,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-from ds_plugin.errors import ConfigError, StateError
-from ds_plugin.weight_averaging import memory, modes, window
+from ds_plugin.errors import ConfigError, StateError, together
+from ds_plugin.weight_averaging import copies, modes, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.storage import Storage
 from ds_plugin.weight_averaging.zero_shards import MasterShards
 
 #: elements exchanged at a time during a swap: 16 MiB of fp32, so that a swap needs no second copy of the masters
@@ -22,27 +24,41 @@ EXCHANGE_ELEMENTS = 4 * 1024 * 1024
 class WeightAverager:
     """Averages snapshots of the masters, one every ``interval`` applied steps from ``start_step`` on.
 
-    Host memory per rank: (b + 1) x 4 bytes x local parameters, allocated here, once: the mode's buffers (b = `window`
-    for sliding, 2 for block, the number of horizons for ema), and one that holds the average, or the training weights
+    Host memory per rank, allocated here, once: the mode's buffers (`modes.buffers`), in files if asked for, and a spare
+    one of 4 bytes x local parameters. In it snapshots arrive, the average is worked out, and the training weights wait
     while the average is swapped in.
+
+    What is read through `mode` and `steps` is complete: both wait for a snapshot that is still under way.
     """
 
     def __init__(self, config: WeightAveragingConfig, shards: MasterShards):
         """Every rank calls it alike.
 
         Raises:
-            ConfigError: a master weight is not fp32, or a node has too little memory for the snapshots.
+            ConfigError: a master weight is not fp32, or a node has too little memory or disk for the snapshots.
         """
         self.config = config
         self.shards = shards
         self.swapped = False
         self._masters_checked()
-        self._pin = torch.cuda.is_available()  # pageable memory would halve the copy's rate
-        need = memory.needed(shards.tensors(), modes.buffers(config) + 1, pinned=self._pin)
-        self.memory = memory.reserve(need, _SMALLER[config.mode])
-        self.mode = modes.MODES[config.mode](config, self._allocate)
-        self._other = self._allocate()
+        masters = shards.tensors()
+        storage = Storage(config, masters)
+        self.memory, self.files = storage.reserve(modes.buffers(config), _SMALLER[config.mode])
+        with together():
+            self._mode = modes.make(config, storage.allocate)
+            self._spare = storage.spare()
+        self._exchangeable = storage.exchangeable
+        self._copies = copies.copies_from(masters)
+        if self._copies is not None:
+            self._verdict = storage.flag()
         self._said = False
+
+    @property
+    def mode(self) -> modes.Mode:
+        """What is kept."""
+        if self._copies is not None:
+            self._copies.drain()
+        return self._mode
 
     @property
     def steps(self) -> list[int]:
@@ -53,13 +69,15 @@ class WeightAverager:
         """What is averaged and the memory it takes, in one line."""
         c = self.config
         weights = "" if c.weights == "uniform" else f" weighted {c.weights}"
+        older = ", the older ones as bf16 differences" if c.deltas == "bf16" else ""
         what = {
-            "sliding": f"the last {c.window}{weights}",
+            "sliding": f"the last {c.window}{weights}{older}",
             "block": f"blocks of {c.window}",
             "ema": f"exponential averages over {' and '.join(map(str, c.horizons or ()))} snapshots",
         }[c.mode]
         when = f"of one snapshot every {c.interval} steps from step {c.start_step} on"
-        return f"weight averaging: {what} {when}, {self.memory}"
+        where = f"{self.memory}, {self.files}" if self.files is not None else str(self.memory)
+        return f"weight averaging: {what} {when}, {where}"
 
     def due(self, step: int) -> bool:
         """Whether a snapshot is taken after optimizer step ``step`` (counted from 1)."""
@@ -69,19 +87,56 @@ class WeightAverager:
         """The step of the first snapshot."""
         return -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
 
-    def snapshot(self, step: int, *, finite: bool | None = None) -> None:
-        """Fold in the masters as they are after step ``step``.
+    def before_step(self) -> None:
+        """Call it before the host's step, which overwrites masters that may still be on their way to the host."""
+        if self._copies is not None:
+            self._copies.wait_before_step()
+
+    def snapshot(self, step: int, *, finite: bool | torch.Tensor | None = None) -> None:
+        """Fold in the masters as they are after step ``step``. From a GPU: begin to, without waiting for it.
 
         ``finite``: whether the step was, if that is known and the same on all ranks; a snapshot that is not is left
-        out. None: look at the masters, which costs a pass over them (and is the same on all ranks where each holds
-        all of them).
+        out. It may be one element on the accelerator, which is read when the masters have arrived. None: look at the
+        masters, which costs a pass over them (and is the same on all ranks where each holds all of them).
         """
         masters = self.shards.tensors()
-        if finite is None:
-            finite = window.all_finite(masters)
-        if finite:
-            self.mode.add(step, masters if self.config.mode == "sliding" else self._on_host(masters))
-        elif not self._said:
+        if finite is False:
+            self._leave_out(step)
+        elif self._copies is not None:
+            self._begin(self._copies, step, masters, finite)
+        elif all(m.device.type == "cpu" for m in masters):
+            if self._is_fit(step, masters, finite):
+                self._mode.add(step, masters)
+        else:
+            window.copy_(self._spare, masters)
+            self._arrived(step, finite)
+
+    def _begin(
+        self, under_way: copies.Copies, step: int, masters: list[torch.Tensor], finite: bool | torch.Tensor | None
+    ) -> None:
+        under_way.drain()  # before the spare buffer is named: the snapshot before may have changed it for another
+        src, dst = masters, self._spare
+        if isinstance(finite, torch.Tensor):
+            src, dst, finite = [*masters, finite.reshape(1)], [*self._spare, self._verdict], self._verdict
+        under_way.begin(dst, src, lambda: self._arrived(step, finite))
+
+    def _arrived(self, step: int, finite: bool | torch.Tensor | None) -> None:
+        """Fold in what lies in the spare buffer. After an asynchronous copy, on another thread than the training's."""
+        if not self._is_fit(step, self._spare, finite):
+            return
+        if self._exchangeable:
+            self._spare = self._mode.take(step, self._spare)
+        else:
+            self._mode.add(step, self._spare)
+
+    def _is_fit(self, step: int, snapshot: list[torch.Tensor], finite: bool | torch.Tensor | None) -> bool:
+        fit = window.all_finite(snapshot) if finite is None else bool(finite)
+        if not fit:
+            self._leave_out(step)
+        return fit
+
+    def _leave_out(self, step: int) -> None:
+        if not self._said:
             self._said = True
             logging.getLogger("ds_plugin").warning(
                 "weight averaging: step %d is not finite, no snapshot is taken of it (said once)", step
@@ -110,18 +165,34 @@ class WeightAverager:
             StateError: as `averaged_weights` does; nothing has changed then.
         """
         self._read(horizon)
-        window.copy_(self.shards.tensors(), self._other)
+        window.copy_(self.shards.tensors(), self._spare)
         self.shards.refresh()
         self.reset()
 
+    def read(self, horizon: int | None = None) -> list[torch.Tensor]:
+        """The average, in the spare buffer: in the shards' order, good until the next snapshot or swap.
+
+        Raises:
+            StateError: as `averaged_weights` does.
+        """
+        self._read(horizon)
+        return self._spare
+
     def snapshots(self) -> list[list[torch.Tensor]]:
         """Mode sliding: the snapshots held, oldest first; each a list of fp32 host tensors in the shards' order."""
-        assert isinstance(self.mode, modes.Sliding)
-        return self.mode.snapshots()
+        mode = self.mode
+        assert isinstance(mode, modes.Sliding | modes.SlidingDeltas)
+        return mode.snapshots()
 
     def reset(self) -> None:
         """Forget every snapshot, as in a new run."""
         self.mode.reset()
+
+    def forget_from(self, step: int) -> None:
+        """Mode sliding: forget the snapshots of ``step`` and later ones."""
+        mode = self.mode
+        assert isinstance(mode, modes.Sliding | modes.SlidingDeltas)
+        mode.forget_from(step)
 
     def _read(self, horizon: int | None) -> None:
         """Write the average into the spare buffer."""
@@ -137,27 +208,15 @@ class WeightAverager:
             raise StateError(
                 f"weight_averaging: there is no snapshot to average yet; the first is taken at step {self.first_step()}"
             )
-        self.mode.read_(self._other, horizon)
+        self.mode.read_(self._spare, horizon)
 
     def _exchange(self) -> None:
         masters = self.shards.tensors()
         largest = max((t.numel() for t in masters), default=0)
         device = masters[0].device if masters else torch.device("cpu")
         scratch = torch.empty(max(1, min(largest, EXCHANGE_ELEMENTS)), dtype=torch.float32, device=device)
-        window.exchange_(masters, self._other, scratch)
+        window.exchange_(masters, self._spare, scratch)
         self.shards.refresh()
-
-    def _on_host(self, masters: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The masters in host memory, where the modes add: themselves, or in the spare buffer, free between swaps."""
-        if all(m.device.type == "cpu" for m in masters):
-            return masters
-        window.copy_(self._other, masters)
-        return self._other
-
-    def _allocate(self) -> list[torch.Tensor]:
-        return [
-            torch.empty(t.shape, dtype=torch.float32, device="cpu", pin_memory=self._pin) for t in self.shards.tensors()
-        ]
 
     def _masters_checked(self) -> None:
         for tensor in self.shards.tensors():

@@ -10,6 +10,14 @@ from ds_plugin.config_model import SectionConfig
 KINDS = ("uniform", "linear", "1-sqrt")
 
 
+class RestartConfig(SectionConfig):
+    """When training goes back to the average by itself: the loss has risen, and stays up."""
+
+    loss_ratio: float = Field(1.5, gt=1.0, description="a loss above this times the lowest before it is too high")
+    patience: int = Field(10, ge=1, description="so many steps in a row; the losses are compared as often")
+    moments: Literal["keep", "reset"] = Field("keep", description="of the optimizer; reset: they start at zero")
+
+
 class WeightAveragingConfig(SectionConfig):
     """Which snapshots are averaged, and how. Steps are the host's.
 
@@ -27,6 +35,16 @@ class WeightAveragingConfig(SectionConfig):
         "uniform", description='"uniform", "linear", "1-sqrt", or one number for each snapshot of the window'
     )
     horizons: list[int] | None = Field(None, description="mode ema: averages over about so many snapshots, [10, 100]")
+    deltas: Literal["fp32", "bf16"] = Field(
+        "fp32", description='mode sliding: "bf16" keeps older snapshots as differences, in about half the memory'
+    )
+    storage: Literal["pinned", "memory", "files"] = Field(
+        "pinned", description='where the snapshots lie: host memory (pinned, if the masters are on a GPU), or "files"'
+    )
+    restart: RestartConfig | None = Field(
+        None, description='mode sliding: restart from the average when the loss stays high, {"loss_ratio": 1.5}'
+    )
+    storage_path: str | None = Field(None, description='storage "files": a folder on a local disk, on every node')
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -72,5 +90,30 @@ class WeightAveragingConfig(SectionConfig):
         if self.mode != "ema" and self.horizons is not None:
             raise ValueError(
                 f'{name}.horizons: {self.horizons} belongs to mode "ema", this is {self.mode!r}; leave it out'
+            )
+        if self.deltas == "bf16" and self.mode != "sliding":
+            raise ValueError(
+                f'{name}.deltas: "bf16" needs snapshots one after the other, which mode {self.mode!r} does not keep; '
+                'write "mode": "sliding", or leave "deltas" out'
+            )
+        if self.restart is not None and self.mode != "sliding":
+            raise ValueError(
+                f"{name}.restart: it leaves the snapshots of the spike out, which mode {self.mode!r} cannot; write "
+                '"mode": "sliding", or leave "restart" out'
+            )
+        if self.restart is not None and self.restart.patience > (self.window - 1) * self.interval:
+            raise ValueError(
+                f"{name}.restart.patience: in {self.restart.patience} steps every snapshot of a window of "
+                f"{self.window} x {self.interval} steps may be of the spike; write at most "
+                f"{(self.window - 1) * self.interval}, or a larger window"
+            )
+        if self.storage == "files" and not self.storage_path:
+            raise ValueError(
+                f'{name}.storage_path: missing; with storage "files" write a folder on a local disk that all nodes have'
+            )
+        if self.storage != "files" and self.storage_path is not None:
+            raise ValueError(
+                f'{name}.storage_path: {self.storage_path!r} belongs to storage "files", this is {self.storage!r}; '
+                "leave it out"
             )
         return self

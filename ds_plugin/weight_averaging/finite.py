@@ -25,15 +25,17 @@ def refuse_unknown(engine: Any) -> None:
         )
 
 
-def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool | None:
+def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool | torch.Tensor | None:
     """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
 
     DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
-    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: reading
-    it waits for the step, on the steps of a snapshot only. In fp32 without ZeRO it has none, and applies any step. If
-    the model is cut there, by a pipeline or tensor parallelism, its parts must hear of each other: 4 bytes.
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then the
+    answer lies there, too, one element that nobody has waited for. In fp32 without ZeRO it has none, and applies any
+    step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of each other: 4 bytes.
     """
     norm = engine.get_global_grad_norm()
+    if isinstance(norm, torch.Tensor) and norm.device.type != "cpu":
+        return torch.isfinite(norm) & (norm >= 0)
     if norm is not None:
         value = float(norm)
         return math.isfinite(value) and value >= 0  # DeepSpeed marks an invalid norm by -1

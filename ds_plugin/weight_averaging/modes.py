@@ -1,7 +1,7 @@
 """What is kept of the snapshots, and what is read from it: a sliding window, blocks, or a bank of running averages.
 
-Each mode owns buffers in host memory of this rank's shape, allocated once. All of them fold a snapshot in without any
-communication, and read an average whose bits do not depend on the sharding.
+Each mode owns host buffers of this rank's shape, allocated once (`storage`). All of them fold a snapshot in without
+any communication, and read an average whose bits do not depend on the sharding.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging import window
+from ds_plugin.weight_averaging import deltas, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 
 Tensors = list[torch.Tensor]
+Allocate = Callable[[torch.dtype], Tensors]
 
 
 class Mode(Protocol):
@@ -24,6 +25,14 @@ class Mode(Protocol):
 
     def add(self, step: int, snapshot: Tensors) -> None:
         """Fold in the masters as they are after ``step``; ``snapshot`` is read, never kept."""
+
+    def take(self, step: int, buffer: Tensors) -> Tensors:
+        """`add` a snapshot in a contiguous buffer of the kind the mode has itself; returns one that is free now.
+
+        That is the same one, or another where the mode can keep it and be spared a copy.
+        """
+        self.add(step, buffer)
+        return buffer
 
     def read_(self, out: Tensors, horizon: int | None) -> None:
         """Write the average into ``out``. ``horizon``: which of the bank, in mode ema."""
@@ -45,12 +54,12 @@ class Mode(Protocol):
         """
 
 
-class Sliding:
+class Sliding(Mode):
     """The last ``window`` snapshots, whole. The mean is worked out from them when it is read, so it never drifts."""
 
-    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+    def __init__(self, config: WeightAveragingConfig, allocate: Allocate):
         self._window, self._weights = config.window, config.weights
-        self._slots = [allocate() for _ in range(config.window)]
+        self._slots = [allocate(torch.float32) for _ in range(config.window)]
         self._order: list[int] = []  # slots in use, oldest first
         self._steps: list[int] = []  # their steps
 
@@ -58,13 +67,28 @@ class Sliding:
         return self._steps
 
     def add(self, step: int, snapshot: Tensors) -> None:
+        window.copy_(self._slots[self._next(step)], snapshot)
+
+    def take(self, step: int, buffer: Tensors) -> Tensors:
+        slot = self._next(step)
+        self._slots[slot], free = buffer, self._slots[slot]
+        return free
+
+    def _next(self, step: int) -> int:
+        """The slot of the snapshot of ``step``, the oldest one's when all are in use."""
         full = len(self._order) == self._window
-        slot = self._order.pop(0) if full else len(self._order)
+        slot = self._order.pop(0) if full else _free(self._order)
         if full:
             self._steps.pop(0)
-        window.copy_(self._slots[slot], snapshot)
         self._order.append(slot)
         self._steps.append(step)
+        return slot
+
+    def forget_from(self, step: int) -> None:
+        """Forget the snapshots of ``step`` and later ones."""
+        while self._steps and self._steps[-1] >= step:
+            self._steps.pop()
+            self._order.pop()
 
     def read_(self, out: Tensors, horizon: int | None) -> None:
         snapshots = self.snapshots()
@@ -97,16 +121,90 @@ class Sliding:
             window.copy_(self._slots[slot], snapshot)
 
 
-class Block:
+class SlidingDeltas(Mode):
+    """`Sliding` with the newest snapshot whole and older ones as bf16 differences: see `deltas` for what that costs."""
+
+    def __init__(self, config: WeightAveragingConfig, allocate: Allocate):
+        self._window, self._weights = config.window, config.weights
+        self._newest = allocate(torch.float32)
+        self._slots = [allocate(torch.bfloat16) for _ in range(config.window - 1)]
+        self._order: list[int] = []  # slots in use, oldest first: one fewer than snapshots
+        self._steps: list[int] = []
+
+    def steps(self) -> list[int]:
+        return self._steps
+
+    def add(self, step: int, snapshot: Tensors) -> None:
+        self._shrink(step, snapshot)
+        window.copy_(self._newest, snapshot)
+
+    def take(self, step: int, buffer: Tensors) -> Tensors:
+        self._shrink(step, buffer)
+        self._newest, free = buffer, self._newest
+        return free
+
+    def _shrink(self, step: int, snapshot: Tensors) -> None:
+        """Replace the newest snapshot by its difference to ``snapshot``, in the oldest's slot when all are in use."""
+        if self._steps and self._slots:
+            slot = self._order.pop(0) if len(self._order) == len(self._slots) else _free(self._order)
+            deltas.shrink_(self._slots[slot], self._newest, snapshot)
+            self._order.append(slot)
+        self._steps = [*self._steps, step][-self._window :]
+
+    def forget_from(self, step: int) -> None:
+        """Forget the snapshots of ``step`` and later ones."""
+        while self._steps and self._steps[-1] >= step:
+            self._steps.pop()
+            if self._order:
+                window.add_(self._newest, self._slots[self._order.pop()])  # as `deltas.restored` does
+
+    def read_(self, out: Tensors, horizon: int | None) -> None:
+        weights = None if self._weights == "uniform" else window.read_weights(self._weights, len(self._steps))
+        deltas.mean_(out, self._newest, self._deltas(), weights)
+
+    def snapshots(self) -> list[Tensors]:
+        """The snapshots held, oldest first, as they are read: in new memory, but for the newest."""
+        return deltas.restored(self._newest, self._deltas()) if self._steps else []
+
+    def _deltas(self) -> list[Tensors]:
+        return [self._slots[slot] for slot in self._order]
+
+    def reset(self) -> None:
+        self._steps, self._order = [], []
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        newest = {f"newest.{j}": t for j, t in enumerate(self._newest if self._steps else [])}
+        return newest | {f"delta.{i}.{j}": t for i, delta in enumerate(self._deltas()) for j, t in enumerate(delta)}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        steps = state["steps"]
+        kept = range(max(0, len(steps) - self._window), len(steps))  # all that a smaller window can hold
+        newest = _of_shape(self._newest, tensors, "newest", f"the snapshot of step {steps[-1]}") if steps else []
+        saved = [
+            _of_shape(self._newest, tensors, f"delta.{i}", f"the difference of step {steps[i]}") for i in kept[:-1]
+        ]
+        self._steps, self._order = [steps[i] for i in kept], list(range(len(saved)))
+        window.copy_(self._newest[: len(newest)], newest)
+        for slot, delta in zip(self._order, saved, strict=True):
+            window.copy_(self._slots[slot], delta)
+
+
+class Block(Mode):
     """Blocks of ``window`` snapshots that do not overlap, as in the code published with LAWA. Two buffers.
 
     Read is the mean of the last finished block; before the first is finished, that of the open one so far. The sums
     are of ``window`` numbers at most, so they do not drift.
     """
 
-    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+    def __init__(self, config: WeightAveragingConfig, allocate: Allocate):
         self._window = config.window
-        self._sum, self._mean = allocate(), allocate()  # of the open block, of the last finished one
+        self._sum, self._mean = (
+            allocate(torch.float32),
+            allocate(torch.float32),
+        )  # of the open block, of the last finished one
         self._open: list[int] = []
         self._finished: list[int] = []
 
@@ -146,7 +244,7 @@ class Block:
         self._open, self._finished = opened, finished
 
 
-class Ema:
+class Ema(Mode):
     """A bank of exponential averages, one buffer for each horizon, all from the same snapshots.
 
     The n-th snapshot moves the average of horizon h by ``1 / min(n, h)`` of the way: decay ``1 - 1/h`` in the long run.
@@ -154,9 +252,9 @@ class Ema:
     final decay from the start it would, by a factor of h).
     """
 
-    def __init__(self, config: WeightAveragingConfig, allocate: Callable[[], Tensors]):
+    def __init__(self, config: WeightAveragingConfig, allocate: Allocate):
         assert config.horizons is not None
-        self._bank = {horizon: allocate() for horizon in config.horizons}
+        self._bank = {horizon: allocate(torch.float32) for horizon in config.horizons}
         self._count = 0
         self._steps: list[int] = []  # of the first and the latest
 
@@ -197,16 +295,24 @@ class Ema:
         self._count, self._steps = count, steps
 
 
-MODES: dict[str, Callable[[WeightAveragingConfig, Callable[[], Tensors]], Mode]] = {
-    "sliding": Sliding,
-    "block": Block,
-    "ema": Ema,
-}
+def make(config: WeightAveragingConfig, allocate: Allocate) -> Mode:
+    """The mode that ``config`` asks for; ``allocate`` is called once for each of `buffers`."""
+    if config.mode == "sliding":
+        return SlidingDeltas(config, allocate) if config.deltas == "bf16" else Sliding(config, allocate)
+    return Block(config, allocate) if config.mode == "block" else Ema(config, allocate)
 
 
-def buffers(config: WeightAveragingConfig) -> int:
-    """How many copies of this rank's masters a mode allocates."""
-    return {"sliding": config.window, "block": 2, "ema": len(config.horizons or ())}[config.mode]
+def _free(used: list[int]) -> int:
+    """The lowest slot that is not in use."""
+    return next(slot for slot in range(len(used) + 1) if slot not in used)
+
+
+def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:
+    """The copies of this rank's masters that a mode allocates."""
+    if config.deltas == "bf16":
+        return [torch.float32] + [torch.bfloat16] * (config.window - 1)
+    count = {"sliding": config.window, "block": 2, "ema": len(config.horizons or ())}[config.mode]
+    return [torch.float32] * count
 
 
 def _of_shape(kept: Tensors, saved: Mapping[str, torch.Tensor], name: str, what: str) -> Tensors:

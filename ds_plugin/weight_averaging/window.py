@@ -12,9 +12,9 @@ import torch
 
 Tensors = Sequence[torch.Tensor]
 
-#: elements worked on at a time: 1 MiB of fp32 stays in the cache while every snapshot is added to them, so that a mean
+#: elements worked on at a time: 2 MiB of fp32 stay in the cache while every snapshot is added to them, so that a mean
 #: reads each snapshot once and writes the result once; much smaller pieces would spend their time in Python
-PIECE = 256 * 1024
+PIECE = 512 * 1024
 
 
 def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
@@ -65,7 +65,7 @@ def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence
     Equal weights of 1 give the bits of `mean_`.
     """
     for target, *sources in _pieces(out, *snapshots):
-        target.copy_(sources[0]).mul_(weights[0])
+        torch.mul(sources[0], weights[0], out=target)
         for source, weight in zip(sources[1:], weights[1:], strict=True):
             target.add_(source * weight)
         target.div_(math.fsum(weights))
@@ -123,9 +123,7 @@ def exchange_(left: Tensors, right: Tensors, scratch: torch.Tensor) -> None:
 def _pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
     """The lists' tensors side by side, cut into pieces that fit the cache (whole, if one of them has strides)."""
     for tensors in zip(*lists, strict=True):
-        if not all(t.is_contiguous() for t in tensors):
+        if all(t.is_contiguous() for t in tensors):
+            yield from zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True)
+        else:
             yield tensors
-            continue
-        flat = [t.view(-1) for t in tensors]
-        for start in range(0, flat[0].numel(), PIECE):
-            yield tuple(t[start : start + PIECE] for t in flat)

@@ -349,11 +349,7 @@ def _warmed_up(folder, universal):
 def _universal_refusals(folder, ranks_files):
     """On one engine of ZeRO 1: ``ranks_files`` is a universal checkpoint of it."""
     universal = {"checkpoint": {"load_universal": True}}
-    averaging = {"weight_averaging": {"enabled": True, "interval": 1}}
-    messages = {
-        "averaging": refusal(lambda: engine_of(small(), host_config(small(), 1, **universal, **averaging))),
-        "stage 0": refusal(lambda: engine_of(small(), host_config(small(), 0, **universal))),
-    }
+    messages = {"stage 0": refusal(lambda: engine_of(small(), host_config(small(), 0, **universal)))}
     zero3 = engine_of(small(), host_config(small(), 3, **universal))
     messages["other stage"] = refusal(lambda: zero3.load_checkpoint(folder))
     other = engine_of(small(alpha=0.5), host_config(small(alpha=0.5), 1, **universal))
@@ -371,7 +367,6 @@ def test_universal_checkpoints_of_the_other_methods(workers, tmp_path):
     assert saved[0].read == HALF * BATCH * LENGTH and loaded == saved[:1]
     messages = workers(1).run(_universal_refusals, str(tmp_path), tmp_path / "universal")[0]
     for name, parts in {
-        "averaging": ["ConfigError", "load_universal", "weight_averaging"],
         "stage 0": ["ConfigError", "load_universal", "stage 0", "stage 1"],
         "other stage": ["CheckpointError", "stage 1", "stage 3"],
         "other recipe": ["CheckpointError", '"alpha": 0.5'],

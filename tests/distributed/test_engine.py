@@ -137,8 +137,8 @@ def _resume_other(folder, config, width=13):
 CHANGED = [
     # another model, another number of ranks, another stage, a damaged or missing file
     ("model", ["positions", "[16, 13]", "[16, 15]"]),
-    ("ranks", ["world_size", "2", "3"]),
-    ("stage", ["zero_stage", "1", "2"]),
+    ("ranks", ["world_size", "2", "3", "to-universal"]),
+    ("stage", ["zero_stage", "1", "3"]),
     ("missing", ["weight_averaging_rank_00001.safetensors", "missing", "rank 1"]),
     ("damaged", ["weight_averaging_rank_00001.safetensors", "damaged"]),
     ("manifest", ["ds_plugin.json", "damaged"]),
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
     elif change == "ranks":
         ranks = 3
     elif change == "stage":
-        config = plain.host_config(2, **BOTH)
+        config = plain.host_config(3, **BOTH)
     elif change == "missing":
         shard.unlink()
     elif change == "damaged":
@@ -230,7 +230,6 @@ def _attach_pretending(attribute, value, sections):
         ("zero_nvme_offload_optimizer", _yes, "weight_averaging", "'nvme'"),
         ("zenflow", True, "weight_averaging", "zenflow"),
         ("super_offload", _yes, "weight_averaging", "super_offload"),
-        ("load_universal_checkpoint", _yes, "weight_averaging", "load_universal"),
     ],
 )
 def test_engines_that_cannot_be_served_are_refused(workers, attribute, value, section, part):

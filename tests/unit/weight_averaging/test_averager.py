@@ -1,19 +1,20 @@
 """The averager on a stand-in for a host: uneven, empty and non-contiguous shards."""
 
+import hashlib
 import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ds_plugin.errors import CheckpointError, ConfigError, StateError
 from ds_plugin.weight_averaging import averager as averager_module
-from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, window
+from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, storage, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.fragments import whole
 from ds_plugin.weight_averaging.window import exchange_
 from tests.reference import averaging as reference
 
@@ -33,6 +34,9 @@ class Host:
 
     def refresh(self):
         self.refreshed += 1
+
+    def fragments(self):
+        return whole((f"weight{i}", m.shape, i, 0) for i, m in enumerate(self.masters))
 
     def step(self):
         for master in self.masters:
@@ -240,6 +244,12 @@ def test_the_norm_says_whether_a_step_was_finite(norm, verdict):
     assert finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1)) is verdict
 
 
+def test_a_norm_on_the_accelerator_is_not_read_there():
+    norm = torch.ones((), device="meta")  # which has no value: reading it would raise
+    verdict = finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1))
+    assert verdict.device == norm.device and verdict.dtype == torch.bool and verdict.numel() == 1
+
+
 def test_zero_without_a_norm_is_refused():
     engine = SimpleNamespace(optimizer=SimpleNamespace(compute_grad_norm=False))
     with pytest.raises(ConfigError, match="compute_grad_norm is false.*write true"):
@@ -268,7 +278,7 @@ def test_pinned_memory_is_rounded_up():
 
 def test_too_little_memory_is_refused_before_any_is_allocated(monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=351))
-    monkeypatch.setattr(WeightAverager, "_allocate", lambda self: pytest.fail("allocated"))
+    monkeypatch.setattr(storage.Storage, "_in_memory", lambda *a: pytest.fail("allocated"))
     with pytest.raises(ConfigError, match=r'1 rank.* need 0.0 MB.*available; write a smaller "window"'):
         make(Host())
 
@@ -403,18 +413,48 @@ def test_altered_weights_are_noticed(tmp_path):
         checkpoint.load(tmp_path, make(Host()), **IDENTITY)
 
 
-def test_files_of_the_first_format_are_read(tmp_path):
-    _, averager = saved(tmp_path)
-    path = tmp_path / checkpoint.shard_name(0)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    for key in ("mode", "state", "sha256"):
-        del metadata[key]
-    assert json.loads(metadata["steps"]) == [2, 4, 6]
-    save_file(load_file(path), path, metadata={**metadata, "format": "1"})
+def older(folder, averager, number, **changes):
+    """The file that versions with format 1 or 2 wrote: tensors of the shards' shapes."""
+    tensors = dict(averager.mode.tensors())
+    metadata = {key: str(value) for key, value in IDENTITY.items()} | {"format": number, "tensors": "3"}
+    metadata["steps"] = json.dumps(averager.steps)
+    if number == "2":
+        digest = hashlib.sha256()
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].numpy().tobytes())
+        metadata |= {"mode": "sliding", "state": json.dumps({"steps": averager.steps}), "sha256": digest.hexdigest()}
+    save_file(tensors, folder / checkpoint.shard_name(0), metadata={**metadata, **changes})
+
+
+@pytest.mark.parametrize("number", ["1", "2"])
+def test_files_of_earlier_formats_are_read_on_their_own_layout(tmp_path, number):
+    host = Host()
+    averager = make(host)
+    run(averager, host, 7)
+    older(tmp_path, averager, number)
     other = make(Host())
     checkpoint.load(tmp_path, other, **IDENTITY)
+    assert other.steps == [2, 4, 6]
     assert all(equal(a, b) for a, b in zip(other.snapshots(), averager.snapshots(), strict=True))
+    with pytest.raises(CheckpointError, match=f"rank_00000.*format {number}.*on 1 ranks.*save again"):
+        older(tmp_path, averager, number, world_size="1")
+        checkpoint.load(tmp_path, other, **{**IDENTITY, "rank": 2, "world_size": 3}, saved_ranks=1)
+    host.masters[0] = torch.zeros(9)
+    older(tmp_path, averager, number)
+    with pytest.raises(CheckpointError, match=r"\[7\] elements.*\[9\]"):
+        checkpoint.load(tmp_path, make(host), **IDENTITY)
+    older(tmp_path, averager, number, tensors="4")
+    with pytest.raises(CheckpointError, match="4 shards per snapshot.*3"):
+        checkpoint.load(tmp_path, make(Host()), **IDENTITY)
+
+
+def test_altered_files_of_the_second_format_are_noticed(tmp_path):
+    host = Host()
+    averager = make(host)
+    run(averager, host, 7)
+    older(tmp_path, averager, "2", sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="rank_00000.*not those that were saved"):
+        checkpoint.load(tmp_path, make(Host()), **IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -449,12 +489,16 @@ def test_another_ranks_shard_is_named(tmp_path):
         checkpoint.load(tmp_path, make(Host()), **{**IDENTITY, "rank": 1})
 
 
-def test_shards_of_another_size_are_named(tmp_path):
-    saved(tmp_path)
+def test_weights_of_another_size_are_named(tmp_path):
     host = Host()
+    averager = make(host)
+    run(averager, host, 7)
+    alone = {**IDENTITY, "world_size": 1}
+    checkpoint.save(tmp_path, averager, **alone)
     host.masters[0] = torch.zeros(9)
-    with pytest.raises(CheckpointError, match=r"\[7\] elements.*\[9\]"):
-        checkpoint.load(tmp_path, make(host), **IDENTITY)
+    with pytest.raises(CheckpointError, match=r"parameter weight0 as a part of \[7\].*\[9\]"):
+        checkpoint.load(tmp_path, make(host), **alone)
+    host = Host()
     host.masters.append(torch.zeros(1))
-    with pytest.raises(CheckpointError, match="3 shards per snapshot.*4"):
-        checkpoint.load(tmp_path, make(host), **IDENTITY)
+    with pytest.raises(CheckpointError, match="element 0 of parameter weight3 .*none of.*rank_00000"):
+        checkpoint.load(tmp_path, make(host), **alone)

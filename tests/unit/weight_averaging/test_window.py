@@ -30,7 +30,7 @@ def test_one_minus_sqrt_emulates_the_decay(count):
     assert torch.allclose((weights[:, None] * path).sum(0), decayed)
 
 
-WEIGHTS = [0.3, 1.7, 0.11]
+WEIGHTS = [0.3, 1.7, 0.11, 0.9, 2.3]
 
 
 def average(kind, snapshots):

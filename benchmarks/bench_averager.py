@@ -1,0 +1,473 @@
+"""How fast the averager is: against copies of the same bytes, a step's arithmetic, and what others do instead.
+
+    python benchmarks/bench_averager.py [--out FILE.json] [--check]
+
+Everything takes turns in rounds, each in an order of its own, on one thread. A figure is the median over the rounds of
+a time over the reference's of the same round, with the middle half of the rounds ("low", "high") beside it and the
+smallest time over the reference's smallest ("best"). Times are CPU time of the thread unless a part says otherwise, so
+that other programs disturb them less. A *memcpy* is torch's copy of all masters, end to end, into one buffer of the
+kind the averager has. The parts:
+
+``memory``  A snapshot, the mean of a window of 5, and what others do: torch's AveragedModel, and the mean of stacked
+            snapshots, both on tensors of 4 MiB, as models have. The floor of the mean: it reads five arrays and writes
+            one, a memcpy reads one and writes one. A write to ordinary memory first reads the line it changes ("add in
+            place", which reads two arrays and writes one of them, takes no longer than a memcpy, so a memcpy reads its
+            target, too). One core's time goes by the lines it reads: (5 + 1) / (1 + 1) = 3 memcpys; the bytes without
+            that read give 6 / 2 = 3 as well. Counting every line moved, either way, would give 7 / 3, but says also
+            that reading alone takes a third of a memcpy; "read", a read-only sum, shows that it takes half of one. The
+            floor measured is a memcpy and four such reads. The bound is on the lower of these two.
+``ranks``   The shards of one rank of 1, 2 and 4 under ZeRO, one after another in this process: ranks times the cost
+            over the cost on one rank, 1 when it falls as 1 / ranks.
+``gather``  Two gloo ranks: gathering the whole fp32 weights on each and averaging them there, over a snapshot of the
+            rank's own half. CPU time is the process's, with its gloo threads.
+``step``    DeepSpeed training a small GPT: what the wrapped methods add to the steps of an interval of 100, the
+            snapshot included, over the steps; in fp32 without ZeRO, where a snapshot looks for what is not finite, the
+            most it can cost. A step of N parameters and T tokens is at least 6 N T operations at the rate of a large
+            matmul, a snapshot 4 N bytes: N cancels (and so do ranks, which divide both), and "tokens" says from how
+            many tokens a step, all ranks together, a snapshot every 100 steps is less than 0.1 % of it. On a GPU these
+            are upper limits: snapshots are timed to their end here, and hide behind training there.
+``device``  With a GPU: device memory a snapshot takes; its rate, to the end, as a share of that of one copy from device
+            to pinned memory; how long the call holds up the host; how much of it shows when work of the device is
+            queued after it, as the next step is. Wall time.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import swa_utils
+
+from ds_plugin.atomic import atomic_write
+from ds_plugin.weight_averaging import window
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.fragments import Fragment
+
+K = 5  # snapshots of a window
+INTERVAL = 100
+FLOOR = (K + 1) / (1 + 1)
+RANKS = (1, 2, 4)
+_TENSOR = 1024 * 1024  # elements of a tensor, as models have them
+_VOCAB = 256
+_PACKAGES = ("torch", "deepspeed", "megatron-core")
+
+Row = dict[str, float]
+Found = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print every figure, write the JSON; ``--check``: 1 when a bound is broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=52, help="parameters, in shards of uneven size")
+    parser.add_argument("--width", type=int, default=256, help="of the GPT that is trained")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
+    parser.add_argument("--batch", type=int, default=4, help="samples a step")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which to measure; default: all")
+    parser.add_argument("--out", type=Path, help="write the figures here")
+    parser.add_argument("--check", action="store_true", help="fail when a bound is broken; `broken` has them")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = {part: PARTS[part](args) for part in args.parts.split(",")}
+    for part, figures in found.items():
+        for name, figure in figures.items():
+            print(f"{part}: {name}: {_said(figure)}")
+    if args.out is not None:
+        described = {
+            "date": datetime.date.today().isoformat(),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "check")},
+            "found": found,
+            "broken": broken(found),
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(args.out, lambda path: path.write_text(json.dumps(described, indent=1) + "\n"))
+    for line in broken(found):
+        print(f"bound broken: {line}")
+    return 1 if args.check and broken(found) else 0
+
+
+def broken(found: dict[str, Found]) -> list[str]:
+    """The bounds that the figures do not keep, one line each. Parts that were not measured have none."""
+    limits: list[tuple[str, float, float]] = []
+    if memory := found.get("memory"):
+        limits.append(("a snapshot, in memcpys", memory["snapshot"]["ratio"], 1.10))
+        floor = min(memory["floor"]["lines"], memory["floor"]["measured"])
+        limits.append((f"the mean of {K}, in times its floor", memory["mean"]["ratio"] / floor, 1.5))
+        for ours, peer in (("snapshot", "AveragedModel"), ("mean", "stacked mean")):
+            limits.append((f"{ours} over {peer}", memory[ours]["ratio"] / memory[peer]["ratio"], 1.0))
+    for name, row in found.get("ranks", {}).items():
+        limits.append((f"{name}, in times the ideal", row["ratio"], 1.10))
+    if gather := found.get("gather"):
+        limits.append(("a snapshot over a gathered average, CPU time", 1 / gather["gathered, CPU"]["ratio"], 1.0))
+    if step := found.get("step"):
+        limits.append((f"overhead at interval {INTERVAL}, in %", 100 * step["overhead"]["ratio"], 0.1))
+        limits.append(("tokens a step at which it is 0.1 %", step["tokens"]["at 0.1 %"], step["tokens"]["trained"]))
+    if device := found.get("device"):
+        limits.append(("device memory of a snapshot, in bytes", device["extra bytes"], 0))
+    return [f"{name}: {value:.4g}, at most {limit:.4g}" for name, value, limit in limits if not value <= limit]
+
+
+class Shards:
+    """Masters that belong to no engine."""
+
+    layout = "sharded"
+
+    def __init__(self, sizes: list[int], device: torch.device | str = "cpu"):
+        self._masters = [torch.randn(size, device=device) for size in sizes]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self._masters
+
+    def refresh(self) -> None:
+        pass
+
+    def fragments(self) -> list[Fragment]:
+        return []
+
+
+def sizes(args: argparse.Namespace, ranks: int = 1) -> list[int]:
+    """Elements of one rank's shards: uneven, odd, small and empty ones."""
+    total = int(args.millions * 1e6)
+    whole = [total * 4 // 10 + 3, total * 3 // 10, total * 2 // 10 + 1, total // 10, 0, 4097, 13]
+    return [-(-size // ranks) for size in whole]
+
+
+def averager_of(shards: Shards, mode: str = "sliding") -> WeightAverager:
+    """An averager whose window of `K` is full, so that all of its memory has been touched."""
+    config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "window": K, "mode": mode})
+    averager = WeightAverager(config, shards)
+    for step in range(K):
+        averager.snapshot(step, finite=True)
+    return averager
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.thread_time,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round. One round more, the first, warms up.
+
+    The order is another one each time: what runs before leaves the caches full, and its writes to be finished.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name in random.Random(number).sample(list(variants), len(variants)):
+            before()
+            started = clock()
+            variants[name]()
+            seconds[name].append(clock() - started)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def over(seconds: list[float], reference: list[float], factor: float = 1.0) -> Row:
+    """``factor`` times one variant's times over another's of the same rounds."""
+    ratios = [factor * a / b for a, b in zip(seconds, reference, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"ratio": middle, "low": low, "high": high, "best": factor * min(seconds) / min(reference)}
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def memory(args: argparse.Namespace) -> Found:
+    """All in memcpys of the same bytes."""
+    shards = Shards(sizes(args))
+    masters = shards.tensors()
+    averager, block = averager_of(shards), averager_of(shards, "block")
+    flat, spare, out = torch.cat(masters), torch.zeros(sum(sizes(args))), [torch.zeros_like(m) for m in masters]
+    model = torch.nn.ParameterList(flat.split(_TENSOR))
+    peers = {
+        "AveragedModel": swa_utils.AveragedModel(model),
+        "AveragedModel, foreach mean": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()),
+        "AveragedModel, foreach ema": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn()),
+    }
+
+    def stacked_mean() -> None:
+        for shards in zip(*averager.snapshots(), strict=True):
+            for tensors in zip(*(shard.split(_TENSOR) for shard in shards), strict=True):
+                torch.stack(tensors).mean(0)
+
+    def block_of_k() -> None:
+        for step in range(K):
+            block.snapshot(step, finite=True)
+
+    variants: dict[str, Callable[[], object]] = {
+        "memcpy": lambda: spare.copy_(flat),
+        "memcpy again": lambda: spare.copy_(flat),
+        "read": lambda: flat.sum(),
+        "add in place": lambda: spare.add_(flat),
+        "snapshot": lambda: averager.snapshot(K, finite=True),
+        "snapshot, looked at": lambda: averager.snapshot(K, finite=None),
+        "mean": lambda: window.mean_(out, averager.snapshots()),
+        "stacked mean": stacked_mean,
+        f"{K} snapshots and the mean, block": block_of_k,
+        **{name: partial(peer.update_parameters, model) for name, peer in peers.items()},
+    }
+    seconds = interleaved(variants, args.rounds)
+    rows: Found = {name: over(found, seconds["memcpy"]) for name, found in seconds.items()}
+    rows["floor"] = {"lines": FLOOR, "measured": 1 + (K - 1) * rows["read"]["ratio"], "all traffic": (K + 2) / 3}
+    return rows
+
+
+def ranks(args: argparse.Namespace) -> Found:
+    """Ranks x the cost on one of so many ranks, over the cost on one rank."""
+    averagers = {n: averager_of(Shards(sizes(args, n))) for n in RANKS}
+    outs = {n: [torch.zeros_like(m) for m in averagers[n].shards.tensors()] for n in RANKS}
+    variants: dict[str, Callable[[], object]] = {}
+    for n, averager in averagers.items():
+        variants[f"snapshot, {n} ranks"] = partial(averager.snapshot, K, finite=True)
+        variants[f"mean, {n} ranks"] = partial(window.mean_, outs[n], averager.snapshots())
+    seconds = interleaved(variants, args.rounds)
+    return {
+        f"{what}, {n} ranks": over(seconds[f"{what}, {n} ranks"], seconds[f"{what}, 1 ranks"], factor=n)
+        for what in ("snapshot", "mean")
+        for n in RANKS[1:]
+    }
+
+
+def gather(args: argparse.Namespace) -> Found:
+    """Two processes of this script; see `gathered`."""
+    with tempfile.TemporaryDirectory(prefix="bench-averager-") as folder:
+        torch.multiprocessing.spawn(_gathering_rank, (args, folder), nprocs=2)
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
+def gathered(args: argparse.Namespace) -> Found:
+    """Every rank gathers all shards and averages the whole, over a snapshot of its own. All ranks call it."""
+    averager = averager_of(Shards(sizes(args, dist.get_world_size())))
+    shard = torch.cat(averager.shards.tensors())
+    full, average = (torch.zeros(shard.numel() * dist.get_world_size()) for _ in range(2))
+    update = swa_utils.get_swa_multi_avg_fn()
+
+    def gather_and_average() -> None:
+        dist.all_gather_into_tensor(full, shard)
+        update([average], [full], K - 1)
+
+    variants = {"snapshot": lambda: averager.snapshot(K, finite=True), "gathered": gather_and_average}
+    rows = {}
+    for name, clock in (("CPU", time.process_time), ("wall", time.perf_counter)):
+        seconds = interleaved(variants, args.rounds, clock, before=dist.barrier)
+        rows[f"gathered, {name}"] = over(seconds["gathered"], seconds["snapshot"])
+    return rows
+
+
+def step(args: argparse.Namespace) -> Found:
+    """What averaging adds to DeepSpeed's step."""
+    import ds_plugin
+
+    engine, train, count = _engine(args)
+    train()  # from the first step on, the host says that one was applied
+
+    def host_backward(loss: object) -> object:
+        return loss
+
+    def host_step() -> None:
+        engine.global_steps += 1
+
+    engine.backward, engine.step = host_backward, host_step  # what is wrapped next, so that only the wrapping is timed
+    ds_plugin.attach(engine, {"weight_averaging": {"enabled": True, "interval": INTERVAL, "window": K}})
+    averager = ds_plugin.attached(engine).averager
+    assert averager is not None
+
+    def steps(number: int, backward: Callable[[object], object], step: Callable[[], object]) -> None:
+        engine.global_steps = 0
+        for _ in range(number):
+            backward(None)
+            step()
+        _settle(averager)
+
+    for _ in range(K):
+        steps(INTERVAL, engine.backward, engine.step)
+    assert averager.steps == [INTERVAL] * K
+    large = averager_of(Shards(sizes(args), engine.device))
+    square = torch.randn(1024, 1024)
+    if engine.device.type == "cuda":
+        square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    variants: dict[str, Callable[[], object]] = {
+        "step": train,
+        "bare": lambda: steps(INTERVAL - 1, host_backward, host_step),
+        "wrapped": lambda: steps(INTERVAL - 1, engine.backward, engine.step),
+        "bare interval": lambda: steps(INTERVAL, host_backward, host_step),
+        "wrapped interval": lambda: steps(INTERVAL, engine.backward, engine.step),
+        "large snapshot": partial(_snapshot, large),
+        "matmul": lambda: square @ square,
+    }
+    clock = time.perf_counter if engine.device.type == "cuda" else time.thread_time
+    seconds = interleaved({name: _finished(variant) for name, variant in variants.items()}, args.rounds, clock)
+    added, added_interval = (
+        [found - statistics.median(seconds[f"bare{what}"]) for found in seconds[f"wrapped{what}"]]
+        for what in ("", " interval")
+    )
+    copied = over(seconds["large snapshot"], seconds["matmul"])
+    operations = copied["ratio"] * 2 * len(square) ** 3 / sum(sizes(args))  # in the time that a parameter's copy takes
+    return {
+        "overhead": over(added_interval, seconds["step"], factor=1 / INTERVAL),
+        "of it bookkeeping": over(added, seconds["step"], factor=1 / (INTERVAL - 1)),
+        "bookkeeping, microseconds": 1e6 * statistics.median(added) / (INTERVAL - 1),
+        "large snapshot over a matmul": copied,
+        "tokens": {
+            "trained": args.batch * args.length,
+            "parameters": count,
+            "at 0.1 %": operations / (6 * INTERVAL * 0.001),
+        },
+    }
+
+
+def device(args: argparse.Namespace) -> Found:
+    """A snapshot from a GPU; nothing without one."""
+    if not torch.cuda.is_available():
+        return {}
+    averager = averager_of(Shards(sizes(args), "cuda"))
+    flat, spare = torch.cat(averager.shards.tensors()), torch.empty(sum(sizes(args)), pin_memory=True)
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = torch.empty_like(matrix)
+
+    def begin() -> None:
+        averager.snapshot(K, finite=True)
+
+    def work() -> None:  # tens of milliseconds: longer than the copy
+        for _ in range(40):
+            torch.mm(matrix, matrix, out=product)
+
+    def idle() -> None:
+        _settle(averager)
+        torch.cuda.synchronize()
+
+    variants = {
+        "link": _finished(lambda: spare.copy_(flat, non_blocking=True)),
+        "call": begin,
+        "snapshot": _finished(partial(_snapshot, averager)),
+        "work": _finished(work),
+        "snapshot, work": _finished(begin, work, averager.before_step),
+    }
+    seconds = interleaved(variants, args.rounds, time.perf_counter, before=idle)
+    idle()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    _snapshot(averager)
+    added = [both - alone for both, alone in zip(seconds["snapshot, work"], seconds["work"], strict=True)]
+    return {
+        "extra bytes": torch.cuda.max_memory_allocated() - held,
+        "share of the link's rate": over(seconds["link"], seconds["snapshot"]),
+        "call, of a snapshot": over(seconds["call"], seconds["snapshot"]),
+        "not hidden, of a snapshot": over(added, seconds["snapshot"]),
+    }
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
+    "memory": memory,
+    "ranks": ranks,
+    "gather": gather,
+    "step": step,
+    "device": device,
+}
+
+
+def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
+    """DeepSpeed in fp32 without ZeRO, one training step of it, and its number of parameters."""
+    from ds_plugin.run import startup
+
+    startup.quiet()
+    startup.skip_inference_kernel()
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+
+    from megatron_patches import gpt
+    from megatron_patches.completep import trial
+
+    trial.start_host()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    described = {
+        "num_layers": args.depth,
+        "hidden_size": args.width,
+        "num_attention_heads": args.width // 32,
+        "seq_length": args.length,
+    }
+    cfg = gpt.GPTConfig.model_validate(described)
+    gpt.initialize_parallel(cfg, 1234)
+    model = gpt.build_gpt(cfg, _VOCAB, gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg))
+    host = {
+        "train_micro_batch_size_per_gpu": args.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }
+    engine = deepspeed.initialize(model=model, config=host)[0]
+    engine.train()
+    tokens = torch.randint(0, _VOCAB, (args.batch, args.length + 1), device=engine.device)
+    positions = torch.arange(args.length, device=engine.device).expand(args.batch, -1).contiguous()
+    read, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def train() -> None:
+        engine.backward(engine(read, positions, None, labels=labels).mean())
+        engine.step()
+
+    return engine, train, sum(p.numel() for p in model.parameters())
+
+
+def _gathering_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
+    from ds_plugin.run import startup
+
+    startup.quiet()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = gathered(args)
+    if rank == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    startup.leave()
+
+
+def _snapshot(averager: WeightAverager) -> None:
+    """One to its end."""
+    averager.snapshot(K, finite=True)
+    _settle(averager)
+
+
+def _settle(averager: WeightAverager) -> None:
+    """Wait for a snapshot that is under way, as reading does."""
+    assert averager.steps
+
+
+def _finished(*queued: Callable[[], object]) -> Callable[[], None]:
+    """Call one after the other, and wait for the device."""
+
+    def run() -> None:
+        for function in queued:
+            function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _said(figure: Any) -> str:
+    if isinstance(figure, dict) and "low" in figure:
+        ratio, low, high, best = (figure[key] for key in ("ratio", "low", "high", "best"))
+        return f"{ratio:.4g} (middle half {low:.4g} to {high:.4g}, best {best:.4g})"
+    if isinstance(figure, dict):
+        return ", ".join(f"{name} {_said(value)}" for name, value in figure.items())
+    return f"{figure:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""When the loss rises and stays up: from which step on, so that training can go back to the average from before.
+
+Restarting from an average after a spike: arXiv 2505.12082.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_plugin import compat
+from ds_plugin.errors import StateError
+from ds_plugin.stability import StabilityMonitor
+from ds_plugin.weight_averaging.config import RestartConfig
+
+
+class SpikeWatch:
+    """Watches the loss ratio; one small collective over all ranks every ``patience`` steps, none and no sync between.
+
+    The loss ratio is ``loss_t / min(loss_1 .. loss_(t-1))`` of all ranks' mean loss, as in arXiv 2108.06084.
+    """
+
+    def __init__(self, engine: Any, config: RestartConfig):
+        self.config = config
+        self.monitor = StabilityMonitor(engine, config.patience, variance=False)
+        self.since: int | None = None  # the first step of those without a break, up to the last look, that were above
+        self.restarts: list[int] = []  # steps after which training went back to the average
+        self.told: int | None = None  # the `since` of the spike that the log has told of
+        self._engine = engine
+        self._recorded = False
+
+    def record(self, loss: Any) -> None:
+        """Note a micro-batch's loss, which stays on the device."""
+        if torch.is_tensor(loss):
+            self.monitor.record(loss)
+            self._recorded = True
+
+    def close_step(self) -> bool:
+        """An optimizer step is over; every rank calls it. Whether the loss has been above for ``patience`` steps.
+
+        Raises:
+            StateError: no loss came in this step, so that nothing is watched.
+        """
+        if not self._recorded and not compat.is_pipeline(self._engine):
+            raise StateError(
+                "weight_averaging.restart: no loss came through engine.backward(loss) in this step, so that nothing "
+                'could be watched; call it in place of loss.backward(), or leave "restart" out'
+            )
+        self._recorded = False
+        report = self.monitor.close_step()
+        if report is None:
+            return False
+        first = report.step - len(report.ratios) + 1
+        for step, ratio in enumerate(report.ratios, start=first):
+            above = ratio is not None and ratio > self.config.loss_ratio
+            self.since = (self.since if self.since is not None else step) if above else None
+        return self.since is not None and report.step - self.since + 1 >= self.config.patience
+
+    def restarted(self, step: int) -> None:
+        """Training went back to the average after ``step``."""
+        self.restarts.append(step)
+        self.since = None
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, in JSON types. Every rank calls it: it holds a collective."""
+        return {"monitor": self.monitor.state(), "since": self.since, "restarts": list(self.restarts)}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a saved state; None starts afresh."""
+        self.monitor.load_state(state["monitor"] if state else None)
+        self.since = state["since"] if state else None
+        self.restarts = list(state["restarts"]) if state else []
+        self._recorded = False

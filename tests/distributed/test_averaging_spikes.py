@@ -1,0 +1,151 @@
+"""The automatic restart from the average; and saves that the file system refuses."""
+
+import errno
+import resource
+import signal
+
+import pytest
+import torch
+
+import ds_plugin
+from ds_plugin.errors import CheckpointError, StateError
+from tests.distributed import plain
+from tests.reference import averaging as reference
+
+RULE = {"loss_ratio": 2.0, "patience": 2}
+AVERAGING = {"enabled": True, "interval": 2, "window": 3}
+
+
+def make(zero, **changes):
+    section = {**AVERAGING, "restart": RULE, **changes}
+    return plain.make(plain.host_config(zero, weight_averaging=section))
+
+
+def step(engine, scale=1.0):
+    """One optimizer step, with a loss that is `scale` times as large."""
+    engine.backward(engine(*plain.micro_batch(engine.global_steps)) * scale)
+    engine.step()
+
+
+def equal(found, expected):
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def spiked(zero, changes):
+    """The loss is too high from step 7 on; looked at after steps 2, 4, 6, 8, 10."""
+    engine = make(zero, **changes)
+    plugin, snapshots = ds_plugin.attached(engine), {}
+    for _ in range(7):
+        step(engine, 1.0 if engine.global_steps < 6 else 9.0)
+        snapshots[engine.global_steps] = reference.full_masters(engine)
+    before = reference.full_masters(engine)
+    step(engine, 9.0)
+    expected = reference.mean([snapshots[s] for s in (2, 4, 6)])
+    found = reference.full_masters(engine)
+    went_back = equal(found, expected) and not equal(found, before)
+    at_once = list(plugin.averager.steps), list(plugin.spikes.restarts), plugin.spikes.since
+    for _ in range(4):
+        step(engine)
+    return went_back, at_once, list(plugin.averager.steps), engine.global_steps
+
+
+@pytest.mark.parametrize(("zero", "changes"), [(0, {}), (1, {}), (3, {}), (1, {"deltas": "bf16"})], ids=str)
+def test_a_lasting_spike_is_undone(workers, zero, changes):
+    for went_back, at_once, later, steps in workers(2).run(spiked, zero, changes):
+        assert went_back or "deltas" in changes  # differences are rounded
+        # after step 8: snapshots of the path that was left are gone, and the first of the new one is the average
+        assert at_once == ([8], [8], None)
+        assert later == [8, 10, 12] and steps == 12
+
+
+def short(scales, changes):
+    engine = make(1, **changes)
+    plugin = ds_plugin.attached(engine)
+    for scale in scales:
+        step(engine, scale)
+    return list(plugin.spikes.restarts), list(plugin.averager.steps), plugin.spikes.since
+
+
+CASES = [
+    # one step at a time is no spike that lasts; step 6 itself is too high for a snapshot
+    ([1, 1, 9, 1, 1, 9, 1, 1], {}, ([], [2, 4, 8], None)),
+    # in two looks: above at steps 4 and 5; patience 2 is reached within the look at 6, where it is over
+    ([1, 1, 1, 9, 9, 1, 1, 1], {}, ([], [2, 6, 8], None)),
+    # nothing from before to go back to, and no snapshot until the loss is down again
+    ([1, 9, 9, 9, 9, 9, 1, 1, 1], {"start_step": 3}, ([], [8], None)),
+]
+
+
+@pytest.mark.parametrize(("scales", "changes", "expected"), CASES)
+def test_what_is_no_lasting_spike(workers, scales, changes, expected):
+    assert workers(2).run(short, scales, changes) == [expected] * 2
+
+
+def resumed(folder):
+    """Saved in the middle of the spike, between two looks."""
+
+    def train(engine, last):
+        while engine.global_steps < last:
+            step(engine, 9.0 if engine.global_steps in (6, 7, 8) else 1.0)
+
+    whole = make(1)
+    train(whole, 7)
+    whole.save_checkpoint(folder)
+    cut = make(1)
+    cut.load_checkpoint(folder)
+    found = []
+    for engine in (whole, cut):
+        train(engine, 11)
+        plugin = ds_plugin.attached(engine)
+        found.append((plugin.spikes.restarts, plugin.averager.steps, reference.full_parameters(engine)))
+    (restarts, steps, weights), (*again, other) = found
+    return restarts, [restarts, steps] == again and equal(weights, other)
+
+
+def test_the_watch_is_resumed(workers, tmp_path):
+    assert workers(2).run(resumed, str(tmp_path)) == [([8], True)] * 2
+
+
+def unwatched():
+    engine = make(1)
+    engine(*plain.micro_batch(0)).backward()
+    with pytest.raises(StateError, match=r"no loss came through engine.backward\(loss\)"):
+        engine.step()
+
+
+def test_a_loss_that_is_not_seen(workers):
+    workers(1).run(unwatched)
+
+
+# -- saves that fail ---------------------------------------------------------------------------------------------------
+
+
+def disk_full(folder):
+    """Rank 1 may write no more than a few bytes, as on a full disk; later it may again."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    engine = plain.make(plain.host_config(1, weight_averaging=AVERAGING))
+    plain.train(engine, 4)
+    engine.save_checkpoint(folder, tag="before")
+    plain.train(engine, 2)
+    if torch.distributed.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as caught:
+        engine.save_checkpoint(folder, tag="during")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    losses = plain.train(engine, 2)
+    again = plain.make(plain.host_config(1, weight_averaging=AVERAGING))
+    again.load_checkpoint(folder)
+    restored = again.global_steps, list(ds_plugin.attached(again).averager.steps)
+    engine.save_checkpoint(folder, tag="after")
+    return str(caught.value), restored, len(losses)
+
+
+def test_a_full_disk_ends_the_save_on_all_ranks_and_nothing_else(workers, tmp_path):
+    for message, restored, steps in workers(2).run(disk_full, str(tmp_path)):
+        assert "during: the methods' state cannot be written" in message, message
+        assert "earlier checkpoints are as they were" in message
+        assert restored == (4, [2, 4]) and steps == 2
+    left = [path.name for path in (tmp_path / "during").iterdir()]
+    assert not any(name.endswith("rank_00001.safetensors") or "tmp" in name for name in left), left
+    assert (tmp_path / "latest").read_text() == "after"
+    assert errno.EFBIG  # what the limit gives, in place of ENOSPC

@@ -1,0 +1,26 @@
+"""What is read of DeepSpeed's engines that no small run on a CPU can be made to have."""
+
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.utils import groups
+
+from ds_plugin import compat
+from ds_plugin.errors import StateError
+
+MEGATRON = SimpleNamespace(get_tensor_model_parallel_rank=lambda: 2, get_pipeline_model_parallel_rank=lambda: 1)
+OLDER = SimpleNamespace(get_slice_parallel_rank=lambda: 3, get_pipe_parallel_rank=lambda: 4)
+TENSOR_ONLY = SimpleNamespace(get_model_parallel_rank=lambda: 5)
+
+
+@pytest.mark.parametrize(
+    ("mpu", "coordinate"), [(None, (0, 0)), (MEGATRON, (2, 1)), (OLDER, (3, 4)), (TENSOR_ONLY, (5, 0))]
+)
+def test_where_a_rank_stands_in_the_model(monkeypatch, mpu, coordinate):
+    assert compat.model_coordinate(SimpleNamespace(mpu=mpu, has_moe_layers=False)) == coordinate
+    monkeypatch.setattr(groups, "_get_max_expert_size_name", lambda: "ep_size_8")
+    monkeypatch.setattr(groups, "_get_expert_parallel_rank", {"ep_size_8": 6}.__getitem__)
+    assert compat.model_coordinate(SimpleNamespace(mpu=mpu, has_moe_layers=True)) == (*coordinate, 6)
+    monkeypatch.delattr(groups, "_get_expert_parallel_rank")
+    with pytest.raises(StateError, match="_get_expert_parallel_rank"):
+        compat.model_coordinate(SimpleNamespace(mpu=mpu, has_moe_layers=True))

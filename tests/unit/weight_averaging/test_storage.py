@@ -1,0 +1,324 @@
+"""Where snapshots lie, and differences in bf16, on a stand-in for a host with uneven and empty shards."""
+
+import errno
+import gc
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_plugin.errors import CheckpointError, ConfigError
+from ds_plugin.weight_averaging import checkpoint, deltas, memory, modes, storage
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.fragments import whole
+from tests.reference import averaging as reference
+from tests.reference import deltas as reference_deltas
+
+BLOCK, EMA, BF16 = {"mode": "block"}, {"mode": "ema", "horizons": [2, 4]}, {"deltas": "bf16"}
+IDENTITY = {"rank": 0, "world_size": 1, "save_id": "abc"}
+
+
+class Host:
+    """Three shards of 7, 0 and 3 x 5 elements, the last one with strides, as parameters may have them."""
+
+    layout = "sharded"
+
+    def __init__(self, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.masters = [self.noise(7), self.noise(0), self.noise(5, 3).t()]
+
+    def noise(self, *shape):
+        return torch.randn(shape, generator=self.generator)
+
+    def tensors(self):
+        return self.masters
+
+    def refresh(self):
+        pass
+
+    def fragments(self):
+        return whole((f"p{i}", t.shape, i, 0) for i, t in enumerate(self.masters))
+
+    def step(self):
+        for master in self.masters:
+            master.add_(self.noise(*master.shape) * 0.01)
+
+    def named(self):
+        return {i: m.clone() for i, m in enumerate(self.masters)}
+
+
+def parse(**changes):
+    size = {} if changes.get("mode") == "ema" else {"window": 3}
+    return WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, **size, **changes})
+
+
+def make(host, **changes):
+    return WeightAverager(parse(**changes), host)
+
+
+def run(averager, host, steps, start=1):
+    """The masters after each step."""
+    held = []
+    for step in range(start, start + steps):
+        host.step()
+        averager.snapshot(step)
+        held.append(host.named())
+    return held
+
+
+def read(averager, host, horizon=None):
+    with averager.averaged_weights(horizon):
+        return host.named()
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in right)
+
+
+def mapped(folder):
+    """Files in a folder that this process has mapped into memory: their size each."""
+    gc.collect()
+    with open("/proc/self/maps") as file:
+        spans = [line.split()[0].split("-") for line in file if f"{folder}/" in line]
+    return [int(end, 16) - int(start, 16) for start, end in spans]
+
+
+# -- storage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"storage": "disk"}, ["storage", "'pinned', 'memory' or 'files'"]),
+        ({"storage": "files"}, ["storage_path: missing", "folder"]),
+        ({"storage": "files", "storage_path": ""}, ["storage_path: missing"]),
+        ({"storage_path": "/tmp"}, ["storage_path: '/tmp'", "'pinned'", "leave it out"]),
+        ({"deltas": "fp16"}, ["deltas", "'fp32' or 'bf16'"]),
+        ({**BF16, **BLOCK}, ["deltas", "'block'", '"mode": "sliding"']),
+        ({**BF16, **EMA}, ["deltas", "'ema'"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, parts):
+    with pytest.raises(ValueError) as caught:
+        parse(**changes)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{}, {"weights": "linear"}, BLOCK, EMA, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_every_storage_gives_the_bits_of_the_default(tmp_path, changes, kind):
+    hosts = [Host(), Host()]
+    where = {"storage": kind, **({"storage_path": str(tmp_path)} if kind == "files" else {})}
+    averagers = [make(hosts[0], **changes), make(hosts[1], **changes, **where)]
+    for step in range(1, 9):
+        for averager, host in zip(averagers, hosts, strict=True):
+            run(averager, host, 1, start=step)
+        left, right = (read(a, h) for a, h in zip(averagers, hosts, strict=True))
+        assert equal(left, right) and averagers[0].steps == averagers[1].steps, step
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_memory", "in_files"),
+    [  # 22 elements; the spare buffer is 4 bytes each
+        ({}, 22 * 4 * 4, None),
+        (BF16, 22 * (4 + 2 * 2 + 4), None),
+        ({**BF16, "window": 1}, 22 * (4 + 4), None),
+        ({"storage": "files"}, 22 * 4, 22 * 4 * 3),
+        ({"storage": "files", **BF16}, 22 * 4, 22 * (4 + 2 * 2)),
+        ({"storage": "files", **EMA}, 22 * 4, 22 * 4 * 2),
+    ],
+    ids=str,
+)
+def test_what_it_takes_is_worked_out_and_said(tmp_path, changes, in_memory, in_files):
+    folder = {"storage_path": str(tmp_path)} if in_files else {}
+    averager = make(Host(), **changes, **folder)
+    assert averager.memory.rank == in_memory
+    assert (averager.files and averager.files.rank) == in_files
+    held = [t for t in vars(averager.mode).values() if isinstance(t, list | dict)]
+    assert sum(map(nbytes, [*held, averager._spare])) == in_memory + (in_files or 0)  # and that is what is allocated
+    line = averager.describe()
+    assert f"{in_memory / 1e6:.1f} MB of host memory" in line
+    assert (f"of files in {tmp_path}" in line) == bool(in_files)
+    assert ("bf16 differences" in line) == (changes.get("deltas") == "bf16")
+
+
+def nbytes(held):
+    if isinstance(held, torch.Tensor):
+        return held.nbytes
+    return sum(map(nbytes, held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()))
+
+
+def test_files_have_no_names_and_go_with_the_averager(tmp_path):
+    host = Host()
+    averager = make(host, storage="files", storage_path=str(tmp_path), **BF16)
+    run(averager, host, 5)
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert mapped(tmp_path) == [page] * 3 and os.listdir(tmp_path) == []
+    del averager
+    assert mapped(tmp_path) == [] and os.listdir(tmp_path) == []
+
+
+def test_blocks_are_on_disk_before_anything_is_written(tmp_path, monkeypatch):
+    allocated, real = [], os.posix_fallocate
+
+    def fallocate(descriptor, start, length):
+        real(descriptor, start, length)
+        allocated.append((start, length, os.fstat(descriptor).st_blocks * 512))
+
+    monkeypatch.setattr(storage.os, "posix_fallocate", fallocate)
+    make(Host(), storage="files", storage_path=str(tmp_path))
+    assert [a[:2] for a in allocated] == [(0, 88)] * 3 and all(a[2] >= 88 for a in allocated)
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage.os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match=f"storage_path: no file of 0.0 MB .*{tmp_path}.*No space left.*make room"):
+        make(Host(), storage="files", storage_path=str(tmp_path))
+    assert os.listdir(tmp_path) == [] and mapped(tmp_path) == []
+
+
+def test_too_little_disk_is_refused_before_any_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.Storage, "allocate", lambda *a: pytest.fail("allocated"))
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=263))
+    with pytest.raises(ConfigError, match=f'need 0.0 MB of files in {tmp_path}.*available.*"storage_path" with more'):
+        make(Host(), storage="files", storage_path=str(tmp_path))
+    for folder in (tmp_path / "absent", "/proc/self/status"):
+        with pytest.raises(ConfigError, match=f"storage_path: '{folder}' is not a folder.*make it"):
+            make(Host(), storage="files", storage_path=str(folder))
+
+
+# -- differences in bf16 ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+@pytest.mark.parametrize("weights", ["uniform", "linear"])
+def test_differences_equal_the_naive_chain(window, weights, monkeypatch):
+    monkeypatch.setattr(deltas.window, "PIECE", 4)  # 7 and 15 elements: pieces that do not divide them
+    host = Host()
+    averager = make(host, window=window, weights=weights, **BF16)
+    held = []
+    for step in range(1, 9):
+        held += run(averager, host, 1, start=step)
+        whole = reference_deltas.restored(held[-window:])
+        assert averager.steps == list(range(max(1, step - window + 1), step + 1))
+        assert all(equal(dict(enumerate(a)), b) for a, b in zip(averager.snapshots(), whole, strict=True))
+        relative = [i + 1 if weights == "linear" else 1 for i in range(len(whole))]
+        expected = reference.weighted_mean(whole, relative)
+        assert equal(read(averager, host), expected), step
+
+
+def test_the_error_is_within_its_bound_and_does_not_build_up():
+    """As `deltas` derives it, worked out in fp64; 200 snapshots, of which 5 are in the window."""
+    host, window, u, v = Host(), 5, 2**-8, 2**-24
+    averager = make(host, window=window, **BF16)
+    exact, largest = [], torch.zeros(())
+    for step in range(1, 201):
+        exact = [*exact, *run(averager, host, 1, start=step)][-window:]
+        snapshots = averager.snapshots()
+        bound = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact[0].items()}
+        for i in range(len(exact) - 2, -1, -1):
+            for name in bound:
+                moved = (exact[i][name].double() - exact[i + 1][name].double()).abs()
+                summed = snapshots[i][name].double().abs() * (1 + v)  # the sum before it was rounded
+                bound[name] += (u + v + u * v) * moved + v * summed
+                error = (snapshots[i][name].double() - exact[i][name].double()).abs()
+                assert (error <= bound[name]).all(), (step, i)
+                largest = max(largest, error.max() if error.numel() else largest)
+    raw = max((value.bfloat16().double() - value.double()).abs().max() for value in exact[0].values() if value.numel())
+    assert 1e-5 < largest < raw / 20  # there is an error, and it is far from that of weights kept in bf16
+
+
+def test_a_raw_difference_is_rounded_once():
+    """By hand: 1 - 2^-9 is a tie between 1 and 1 - 2^-8, and goes to the even one; 2^-30 more decides it."""
+    out = [torch.empty(2, dtype=torch.bfloat16)]
+    deltas.shrink_(out, [torch.tensor([1 - 2**-9, 1 - 2**-9 - 2**-24])], [torch.zeros(2)])
+    assert out[0].tolist() == [1.0, 1 - 2**-8]
+
+
+@pytest.mark.parametrize(("before", "window"), [(1, 3), (2, 3), (7, 3), (7, 2), (7, 1), (7, 5)])
+def test_differences_are_saved_and_resumed_bitwise(tmp_path, before, window):
+    host = Host()
+    averager = make(host, **BF16)
+    run(averager, host, before)
+    checkpoint.save(tmp_path, averager, **IDENTITY)
+    saved = averager.mode.tensors()
+    assert {t.dtype for n, t in saved.items() if n.startswith("newest")} == {torch.float32}
+    assert {t.dtype for n, t in saved.items() if n.startswith("delta")} == ({torch.bfloat16} if before > 1 else set())
+    other_host = Host(1)
+    other = make(other_host, window=window, **BF16)
+    run(other, other_host, 4)  # what it holds gives way
+    checkpoint.load(tmp_path, other, **IDENTITY)
+    assert other.steps == averager.steps[-window:]
+    for left, right in zip(averager.snapshots()[-window:], other.snapshots(), strict=True):
+        assert equal(dict(enumerate(left)), dict(enumerate(right)))
+    if window == 3:
+        for a, b in zip(host.masters, other_host.masters, strict=True):
+            b.copy_(a)
+        other_host.generator = torch.Generator().set_state(host.generator.get_state())
+        for step in range(before + 1, before + 5):
+            run(averager, host, 1, start=step)
+            run(other, other_host, 1, start=step)
+            assert equal(read(averager, host), read(other, other_host))
+
+
+@pytest.mark.parametrize(("saved_as", "resumed_as"), [({}, BF16), (BF16, {})], ids=str)
+def test_whole_snapshots_and_differences_do_not_mix(tmp_path, saved_as, resumed_as):
+    host = Host()
+    averager = make(host, **saved_as)
+    run(averager, host, 4)
+    checkpoint.save(tmp_path, averager, **IDENTITY)
+    other = make(Host(), **resumed_as)
+    with pytest.raises(CheckpointError, match="deltas '(fp32|bf16)', this run has '(fp32|bf16)'"):
+        checkpoint.load(tmp_path, other, **IDENTITY)
+    assert other.steps == []
+
+
+def test_a_difference_of_another_size_is_named():
+    host = Host()
+    averager = make(host, **BF16)
+    run(averager, host, 3)
+    tensors = dict(averager.mode.tensors())
+    tensors["delta.0.2"] = torch.zeros(4, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"difference of step 1 .*shard 2 of \[4\]"):
+        averager.mode.load(averager.mode.state(), tensors)
+    assert averager.steps == [1, 2, 3]
+
+
+# -- a mode that keeps the buffer it is given ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, BLOCK, EMA, BF16], ids=str)
+def test_taking_a_buffer_is_adding_it(changes):
+    """Every buffer is in one hand at a time; what is given is not read again by anyone who does not hold it."""
+
+    def allocate(dtype):
+        return [torch.full((6,), float("nan"), dtype=dtype)]
+
+    config = parse(**changes)
+    adding, taking = modes.make(config, allocate), modes.make(config, allocate)
+    spare, out = allocate(torch.float32), [allocate(torch.float32) for _ in range(2)]
+    seen = set()
+    for step in range(1, 12):
+        value = [torch.randn(6)]
+        spare[0].copy_(value[0])
+        adding.add(step, value)
+        spare = taking.take(step, spare)
+        spare[0].fill_(torch.nan)
+        seen.add(spare[0].data_ptr())
+        for mode, target in zip((adding, taking), out, strict=True):
+            mode.read_(target, None)
+        assert torch.equal(out[0][0], out[1][0]) and adding.steps() == taking.steps(), step
+    assert len(seen) == {"{}": 4, "{'deltas': 'bf16'}": 2}.get(str(changes), 1)
+
+
+def test_masters_in_host_memory_are_copied_once_and_without_a_thread(monkeypatch):
+    host = Host()
+    averager = make(host)
+    monkeypatch.setattr(averager.mode, "take", lambda *a: pytest.fail("they went through the spare buffer"))
+    run(averager, host, 3)
+    assert averager.steps == [1, 2, 3] and averager._copies is None
