@@ -29,11 +29,14 @@ def _compare_with_gathered(zero, precision, extra):
     expected = {name: value.to(dtype) for name, value in reference.mean(snapshots[-3:]).items()}
     masters, parameters = reference.full_masters(engine), reference.full_parameters(engine)
     laid_out = _by_fragments(plugin.averager.shards)
+    untouched = _untouched(engine)
     raw = plain.evaluate(engine)
     with plugin.averaged_weights():
         during = reference.full_parameters(engine)
         averaged = plain.evaluate(engine)
     again = plain.evaluate(engine)
+    pairs = zip(untouched, _untouched(engine), strict=True)
+    assert all(torch.equal(before, after) for before, after in pairs) and len(untouched) > 2
     return {
         "during": _different(during, expected),
         "moved": len(_different(during, parameters)),
@@ -45,6 +48,12 @@ def _compare_with_gathered(zero, precision, extra):
         "parameters": len(parameters),
         "dtype": str(next(iter(during.values())).dtype),
     }
+
+
+def _untouched(engine):
+    """What no swap may change and no weight shows: the random stream and the optimizer's state."""
+    entries = [entry for state in engine.optimizer.state.values() for entry in state.values()]
+    return [torch.get_rng_state(), *(entry.clone() for entry in entries if torch.is_tensor(entry))]
 
 
 def _by_fragments(shards):
@@ -84,6 +93,8 @@ LAYOUTS = [
     (2, 3, "bf16", {}),
     (2, 0, "bf16", {}),
     (1, 1, "fp32", {}),
+    (4, 2, "fp32", {}),
+    (4, 3, "bf16", {}),
 ]
 
 
