@@ -1,0 +1,609 @@
+"""What early weight averaging saves: how much sooner than the last weights, EMA and SWA is the average at a given loss?
+
+    python benchmarks/early_averaging.py --out DIR --cache DIR --scan    # choose: one seed, many averages
+    python benchmarks/early_averaging.py --out DIR --cache DIR           # measure: other seeds, what was chosen
+
+Two regimes: `constant`, a constant learning rate and 2 thousand tokens a step; `cosine`, a decay to a tenth and 8
+thousand. In each, every seed trains at three learning rates, and several averagers watch the one run: the last k
+snapshots (lawa), a running exponential average (ema) and the mean of all snapshots (swa). They are evaluated along the
+way on the same held-out samples as the last weights (raw). Then the constant run again with a loss spike: a few steps
+of a learning rate many times too high, after which training just goes on, or restarts from the average, with the
+optimizer's moments kept or reset.
+
+DIR gets curves.csv (a row per evaluation and average), summary.csv (steps saved), spike.csv and a figure; with --scan,
+scan.csv only. Runs that are there are not repeated: use another DIR for other settings.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+import ds_plugin
+from ds_plugin.atomic import atomic_write
+from ds_plugin.run import corpus, data, startup
+from ds_plugin.run.optimizer import choose_optimizer, decay_groups
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from megatron_patches import gpt
+from megatron_patches.completep.records import read_records, write_records
+from megatron_patches.completep.trial import start_host
+
+ALL = 10**9  # an ema horizon beyond any run's number of snapshots: the plain mean of all of them, which is SWA
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the run, where steps saved are read
+SMOOTHED = 5  # evaluations in the centred mean that both curves of a comparison are smoothed with
+AFTER = ("on", "keep", "reset")  # what follows the spike: nothing, or a restart with moments kept or reset
+_COLOURS = {"raw": "#000000", "lawa": "#0072B2", "ema": "#E69F00", "swa": "#CC79A7", "keep": "#009E73"}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How the runs of a regime train, and what watches them. ``batch`` is in samples; all else in optimizer steps."""
+
+    batch: int
+    steps: int
+    warmup: int
+    cosine: bool
+    rates: tuple[float, ...]  # ascending
+    evaluate: int
+    averages: Mapping[str, Mapping[str, Any]]  # by name, the weight_averaging section of each
+
+
+@dataclass(frozen=True)
+class Spike:
+    """``steps`` optimizer steps after step ``after`` train at ``factor`` times the learning rate ``lr``."""
+
+    lr: float
+    after: int
+    steps: int
+    factor: float
+    until: int  # the last step of the run
+
+    @property
+    def end(self) -> int:
+        """Its last step, after which a restart comes."""
+        return self.after + self.steps
+
+    def factor_at(self, step: int) -> float:
+        """What the learning rate of step ``step`` (counted from 1) is multiplied by."""
+        return self.factor if self.after < step <= self.end else 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a sweep share."""
+
+    regimes: Mapping[str, Regime]
+    spike: Spike
+    layers: int = 4
+    width: int = 96
+    heads: int = 2
+    length: int = 256
+    eval_samples: int = 32
+    data: str = corpus.STDLIB
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """One training run. ``after``: "" for a run without a spike, otherwise what follows it."""
+
+    regime: str
+    lr: float
+    seed: int
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.regime} lr {self.lr:g} seed {self.seed}" + (f" spike, {self.after}" if self.after else "")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of curves.csv: the evaluation loss (nats per byte) of one average (or "raw") after ``step``."""
+
+    regime: str
+    lr: float
+    seed: int
+    after: str
+    average: str
+    step: int
+    eval_loss: float
+
+    @property
+    def setting(self) -> Setting:
+        """Which run it is of."""
+        return Setting(self.regime, self.lr, self.seed, self.after)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A row of summary.csv: how much sooner ``average`` is where ``against`` is at a ``share`` of the run.
+
+    ``steps_saved`` is a share of the steps that ``against`` took (negative: later; minus infinity: not in this run),
+    ``loss_gain`` the difference at that same step; both between smoothed curves.
+    """
+
+    regime: str
+    lr: float
+    seed: int
+    average: str
+    against: str
+    share: float
+    target: float
+    steps_saved: float
+    loss_gain: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A row of spike.csv: what a spike did to ``average`` (or "raw").
+
+    ``before`` is the raw evaluation loss at the spike's beginning; ``highest`` the average's highest from the spike's
+    end on (after a restart: of the evaluations after it); ``steps`` those from the spike's end until it is back at
+    ``before`` after that (0: never above it; infinite: not in this run); ``last`` its last loss.
+    """
+
+    lr: float
+    seed: int
+    after: str
+    average: str
+    before: float
+    highest: float
+    steps: float
+    last: float
+
+
+Curve = Sequence[tuple[int, float]]
+
+# -- what is trained -------------------------------------------------------------------------------------------------
+
+
+def averages(start: int, interval: int, window: int, horizon: int) -> dict[str, dict[str, Any]]:
+    """The three that are compared, all from the same snapshots."""
+    snapshots = {"interval": interval, "start_step": start}
+    return {
+        "lawa": {**snapshots, "window": window},
+        "ema": {**snapshots, "mode": "ema", "horizons": [horizon]},
+        "swa": {**snapshots, "mode": "ema", "horizons": [ALL]},
+    }
+
+
+def candidates(start: int) -> dict[str, dict[str, Any]]:
+    """What the scan tries, by a name that says what it is: window or horizon, and steps between snapshots."""
+    lawa = {
+        f"lawa {k} x {every}": averages(start, every, k, 1)["lawa"] for k, every in ((5, 2), (5, 5), (10, 5), (5, 10))
+    }
+    ema = {f"ema {h} x {every}": averages(start, every, 1, h)["ema"] for h, every in ((3, 2), (3, 5), (5, 5), (10, 5))}
+    return lawa | ema | {"swa x 5": averages(start, 5, 1, 1)["swa"]}
+
+
+FULL = Plan(
+    regimes={
+        "constant": Regime(
+            8, 480, 30, False, (8e-3, 1.6e-2, 3.2e-2), 10, averages(40, interval=5, window=5, horizon=3)
+        ),
+        "cosine": Regime(32, 100, 7, True, (2e-3, 4e-3, 8e-3), 5, averages(10, interval=2, window=5, horizon=3)),
+    },
+    spike=Spike(lr=8e-3, after=120, steps=4, factor=20.0, until=220),
+)
+SMOKE = Plan(
+    regimes={
+        "constant": Regime(4, 24, 2, False, (1e-2,), 2, averages(3, interval=2, window=2, horizon=3)),
+        "cosine": Regime(8, 12, 2, True, (1e-2,), 2, averages(3, interval=2, window=2, horizon=3)),
+    },
+    spike=Spike(lr=1e-2, after=12, steps=3, factor=10.0, until=20),
+    layers=1,
+    width=32,
+    length=32,
+    eval_samples=16,
+)
+
+
+# -- one run ---------------------------------------------------------------------------------------------------------
+
+
+def json_of(setting: Setting, plan: Plan) -> dict[str, Any]:
+    """The run's JSON. Its averager is the first of the regime's; the others are built beside it."""
+    regime = plan.regimes[setting.regime]
+    warmup = {"warmup_num_steps": regime.warmup, "warmup_type": "linear"}
+    first = next(iter(regime.averages.values()), None)
+    return {
+        "train_batch_size": regime.batch,
+        "train_micro_batch_size_per_gpu": regime.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000,
+        "zero_optimization": {"stage": 0},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": setting.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {**warmup, "total_num_steps": regime.steps, "cos_min_ratio": 0.1},
+        }
+        if regime.cosine
+        else {"type": "WarmupLR", "params": {**warmup, "warmup_max_lr": setting.lr}},
+        **({"weight_averaging": {"enabled": True, **first}} if first is not None else {}),
+    }
+
+
+def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[float]]:
+    """One run in this process, which must be a world of one rank (`prepare_process`): evaluations, training losses."""
+    regime, spike = plan.regimes[setting.regime], plan.spike if setting.after else None
+    engine, text = _build(setting, plan, cache)
+    plugin = ds_plugin.attached(engine)
+    watching = _averagers(plugin, regime)
+    batches, evaluation = _datasets(setting, plan, text, cache)
+    points: list[Point] = []
+    losses: list[float] = []
+
+    def evaluate(step: int) -> None:
+        found = {"raw": _evaluate(engine, evaluation)}
+        for name, averager in watching.items():
+            if averager.steps:
+                with averager.averaged_weights():
+                    found[name] = _evaluate(engine, evaluation)
+        points.extend(Point(**vars(setting), average=n, step=step, eval_loss=round(x, 5)) for n, x in found.items())
+
+    engine.train()
+    for step in range(1, (regime.steps if spike is None else spike.until) + 1):
+        if spike is not None:
+            for group in engine.optimizer.param_groups:  # the scheduler sets it anew after every step
+                group["lr"] *= spike.factor_at(step)
+        loss = _loss(engine, next(batches))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        for averager in watching.values():
+            if averager is not plugin.averager and averager.due(step):
+                averager.snapshot(step)
+        # A run with a spike is the run without one up to there, and need not be evaluated again.
+        due = step % regime.evaluate == 0 and (spike is None or step > spike.after - 5 * regime.evaluate)
+        if due or (spike is not None and step == spike.end):
+            evaluate(step)
+        if spike is not None and step == spike.end and setting.after != "on":
+            plugin.restart_from_average("reset" if setting.after == "reset" else "keep")
+            for averager in watching.values():  # what they hold is of the path that was left
+                averager.reset()
+    return points, losses
+
+
+def _build(setting: Setting, plan: Plan, cache: Path) -> tuple[Any, corpus.Corpus]:
+    model_config = gpt.GPTConfig.model_validate(
+        {
+            "num_layers": plan.layers,
+            "hidden_size": plan.width,
+            "num_attention_heads": plan.heads,
+            "seq_length": plan.length,
+        }
+    )
+    gpt.initialize_parallel(model_config, setting.seed)
+    text = corpus.prepare(plan.data, tokenizer=None, cache_dir=cache)
+    transformer = gpt.transformer_config(model_config, torch.float32)
+    model = gpt.build_gpt(model_config, text.vocab_size, transformer, gpt.layer_spec(model_config))
+    host, optimizer = choose_optimizer(json_of(setting, plan))
+    engine, *_ = ds_plugin.initialize(
+        model=model, config=host, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
+    )
+    return engine, text
+
+
+def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
+    """By name: the run's own for the first, and others that read the same masters."""
+    return {
+        name: plugin.averager
+        if number == 0
+        else WeightAverager(WeightAveragingConfig.model_validate(section), plugin.averager.shards)
+        for number, (name, section) in enumerate(regime.averages.items())
+    }
+
+
+def _datasets(setting: Setting, plan: Plan, text: corpus.Corpus, cache: Path) -> tuple[Iterator[Any], list[Any]]:
+    """The training batches in the seed's order, and the evaluation's, the same for every run."""
+    regime = plan.regimes[setting.regime]
+    build = partial(data.build_datasets, text, sequence_length=plan.length, cache_dir=cache)
+    samples = regime.steps * regime.batch
+    training, _ = build(train_samples=samples, valid_samples=plan.eval_samples, seed=setting.seed)
+    _, validation = build(train_samples=plan.eval_samples, valid_samples=plan.eval_samples, seed=1234)
+    assert validation is not None
+    read = partial(data.batches, start_sample=0, dp_rank=0, dp_size=1)
+    evaluation = read(validation, micro_batch=16)
+    return read(training, micro_batch=regime.batch), list(islice(evaluation, plan.eval_samples // 16))
+
+
+def _loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
+
+
+@torch.no_grad()
+def _evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    engine.eval()
+    found = mean(_loss(engine, batch).item() for batch in batches)
+    engine.train()
+    return found
+
+
+def prepare_process() -> None:
+    """Make this process one that can `train`."""
+    startup.quiet()
+    torch.set_num_threads(1)
+    startup.skip_inference_kernel()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
+    start_host()
+
+
+def sweep(settings: Iterable[Setting], plan: Plan, cache: Path, path: Path) -> list[Point]:
+    """The curves of all ``settings``; runs that are not in the file ``path`` are trained and added, one by one."""
+    points = read_records(Point, path) if path.is_file() else []
+    known = {point.setting for point in points}
+    for setting in settings:
+        if setting not in known:
+            new, _ = train(setting, plan, cache)
+            points = sorted([*points, *new], key=lambda p: (p.setting, p.average, p.step))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_records(Point, points, path)
+            last = {p.average: p.eval_loss for p in new}
+            print(f"{setting}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in last.items()), flush=True)
+    return points
+
+
+# -- steps saved -----------------------------------------------------------------------------------------------------
+
+
+def smooth(curve: Curve) -> Curve:
+    """Centred means of `SMOOTHED` evaluations; towards the ends of as many as lie on both sides."""
+    losses = [loss for _, loss in curve]
+    half = SMOOTHED // 2
+    reach = [min(half, i, len(curve) - 1 - i) for i in range(len(curve))]
+    return [(step, mean(losses[i - r : i + r + 1])) for i, ((step, _), r) in enumerate(zip(curve, reach, strict=True))]
+
+
+def reached(curve: Curve, target: float) -> float:
+    """The step at which ``curve`` first is at ``target``, linear between its points; infinite if it never is."""
+    previous: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if previous is None:
+                return step
+            share = (previous[1] - target) / (previous[1] - loss)
+            return previous[0] + share * (step - previous[0])
+        previous = (step, loss)
+    return math.inf
+
+
+def saved(ours: Curve, theirs: Curve, step: int) -> tuple[float, float, float]:
+    """(target, share of steps saved, loss gained) of the smoothed ``ours`` at what ``theirs`` is at ``step``.
+
+    The steps saved are of those that ``theirs`` needed to reach that loss for the first time.
+    """
+    target = dict(theirs)[step]
+    share = 1 - reached(ours, target) / reached(theirs, target)
+    return target, share, target - dict(ours).get(step, math.nan)
+
+
+def curves_of(points: Iterable[Point]) -> dict[Setting, dict[str, Curve]]:
+    """Raw evaluations by run and average, in the order of the steps."""
+    found: dict[Setting, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for point in sorted(points, key=lambda p: p.step):
+        found[point.setting][point.average].append((point.step, point.eval_loss))
+    return {setting: dict(curves) for setting, curves in found.items()}
+
+
+def summary(points: Iterable[Point]) -> list[Saved]:
+    """Every average against raw, and the first (lawa) against the others as well, in all runs without a spike."""
+    rows = []
+    for setting, curves in sorted(curves_of(points).items()):
+        if setting.after:
+            continue
+        smoothed = {name: smooth(curve) for name, curve in curves.items()}
+        end = curves["raw"][-1][0]
+        pairs = [(n, "raw") for n in curves if n != "raw"]
+        pairs += [("lawa", n) for n in ("ema", "swa") if {"lawa", n} <= curves.keys()]
+        for ours, theirs in pairs:
+            for share in SHARES:
+                at = min((step for step, _ in curves[theirs]), key=lambda step: abs(step - share * end))
+                found = [round(x, 5) for x in saved(smoothed[ours], smoothed[theirs], at)]
+                rows.append(Saved(setting.regime, setting.lr, setting.seed, ours, theirs, share, *found))
+    return rows
+
+
+def recoveries(points: Iterable[Point], spike: Spike) -> list[Recovery]:
+    """The rows of spike.csv."""
+    rows = []
+    for setting, curves in sorted(curves_of(points).items()):
+        if not setting.after:
+            continue
+        before = dict(curves["raw"])[spike.after]
+        first = spike.end if setting.after == "on" else spike.end + 1  # at the end itself, the restart is yet to come
+        for name, curve in curves.items():
+            later = [(step, loss) for step, loss in curve if step >= first]
+            highest = max(loss for _, loss in later)
+            top = next(i for i, (_, loss) in enumerate(later) if loss == highest)
+            steps = 0.0 if highest <= before else reached(later[top:], before) - spike.end
+            key = setting.lr, setting.seed, setting.after, name
+            rows.append(Recovery(*key, before, highest, round(steps, 2), later[-1][1]))
+    return rows
+
+
+def table(points: Sequence[Point], rows: Iterable[Saved]) -> list[str]:
+    """Markdown: means (smallest to largest) over seeds of the steps saved, and the last evaluation."""
+    last = {(p.setting, p.average): p.eval_loss for p in sorted(points, key=lambda p: p.step)}
+    grouped: dict[tuple[str, float, str, str], list[Saved]] = defaultdict(list)
+    for row in rows:
+        grouped[row.regime, row.lr, row.average, row.against].append(row)
+    lines = [
+        "| regime | lr | average | against | "
+        + " | ".join(f"saved at {s:.0%}" for s in SHARES)
+        + " | 25-75 % | final loss (the other's) |",
+        "|---|---|---|---|" + "---|" * (len(SHARES) + 2),
+    ]
+    for (regime, lr, average, against), found in sorted(
+        grouped.items(), key=lambda item: (item[0][:2], item[0][3] != "raw")
+    ):
+        cells = [regime, f"{lr:g}", average, against]
+        cells += [_range([row.steps_saved for row in found if row.share == share], ".0%") for share in SHARES]
+        seeds = sorted({row.seed for row in found})
+        cells.append(_range([mean(r.steps_saved for r in found if r.seed == s and r.share < 1) for s in seeds], ".0%"))
+        ends = [mean(last[Setting(regime, lr, s), name] for s in seeds) for name in (average, against)]
+        lines.append("| " + " | ".join([*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"]) + " |")
+    return lines
+
+
+def largest_rise(curve: Curve) -> float:
+    """How far the loss was at most above the lowest before it: what says whether a learning rate was stable."""
+    lowest, rise = math.inf, 0.0
+    for _, loss in curve:
+        rise, lowest = max(rise, loss - lowest), min(lowest, loss)
+    return rise
+
+
+def rate_table(points: Iterable[Point]) -> list[str]:
+    """Markdown: the runs without a spike as they train, by learning rate."""
+    grouped: dict[tuple[str, float], list[Curve]] = defaultdict(list)
+    for setting, curves in curves_of(points).items():
+        if not setting.after:
+            grouped[setting.regime, setting.lr].append(curves["raw"])
+    lines = ["| regime | lr | final raw loss | largest rise of the raw loss |", "|---|---|---|---|"]
+    for (regime, lr), found in sorted(grouped.items()):
+        final, rise = _range([c[-1][1] for c in found], ".3f"), _range([largest_rise(c) for c in found], ".3f")
+        lines.append(f"| {regime} | {lr:g} | {final} | {rise} |")
+    return lines
+
+
+def spike_table(rows: Iterable[Recovery]) -> list[str]:
+    """Markdown: means (smallest to largest) over seeds."""
+    grouped: dict[tuple[float, int, str], list[Recovery]] = defaultdict(list)
+    for row in rows:
+        grouped[row.lr, AFTER.index(row.after), row.average].append(row)
+    lines = [
+        "| lr | after the spike | weights | before | highest after | steps until back | last |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (lr, after, average), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
+        cells = [f"{lr:g}", AFTER[after], average, f"{mean(row.before for row in found):.3f}"]
+        cells.append(_range([row.highest for row in found], ".3f"))
+        cells.append(_range([row.steps for row in found], ".0f"))
+        cells.append(_range([row.last for row in found], ".3f"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _range(values: Sequence[float], how: str) -> str:
+    """Mean and range of those that are finite, and how many are not."""
+    there = [value for value in values if math.isfinite(value)]
+    if not there:
+        return "never"
+    missed = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
+    return f"{mean(there):{how}} ({min(there):{how}} to {max(there):{how}}{missed})"
+
+
+def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
+    """A panel per regime at its highest learning rate, first seed, and one of the spike."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = curves_of(points)
+    figure, axes = pyplot.subplots(1, len(plan.regimes) + 1, figsize=(5 * len(plan.regimes) + 5, 4.2), squeeze=False)
+    for axis, name in zip(axes[0], plan.regimes, strict=False):
+        setting = max((s for s in curves if s.regime == name and not s.after), key=lambda s: (s.lr, -s.seed))
+        axis.set_title(f"{name}: {plan.regimes[name].batch} samples a step, lr {setting.lr:g}, seed {setting.seed}")
+        for average, curve in curves[setting].items():
+            axis.plot(*zip(*curve, strict=True), color=_COLOURS[average], linewidth=1.2, label=average)
+        shown = [
+            loss for curve in curves[setting].values() for step, loss in curve if step > plan.regimes[name].warmup * 2
+        ]
+        axis.set_ylim(min(shown) * 0.99, max(shown) * 1.01)
+    axis = axes[0][-1]
+    runs = [s for s in curves if s.after]
+    first = [s for s in runs if s.seed == min(t.seed for t in runs)]
+    for setting in sorted(first, key=lambda s: AFTER.index(s.after)):
+        if setting.after == "on":
+            for average, curve in curves[setting].items():
+                axis.plot(*zip(*curve, strict=True), color=_COLOURS[average], linewidth=1.2, label=average)
+        else:
+            curve = [(step, loss) for step, loss in curves[setting]["raw"] if step > plan.spike.end]
+            style = {"color": _COLOURS["keep"], "linestyle": "-" if setting.after == "keep" else "--"}
+            axis.plot(*zip(*curve, strict=True), **style, label=f"raw, restart, moments: {setting.after}")
+    steps = {step for setting in first for step, _ in curves[setting]["raw"]}
+    curve = [(step, loss) for step, loss in curves[replace(first[0], after="")]["raw"] if step in steps]
+    axis.plot(*zip(*curve, strict=True), color="#888888", linewidth=1, linestyle=":", label="raw, no spike")
+    axis.set_title(f"spike: {plan.spike.steps} steps of {plan.spike.factor:g} x the rate, lr {first[0].lr:g}")
+    for axis in axes[0]:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0][0].set_ylabel("evaluation loss (nats per byte)")
+    figure.tight_layout()
+    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    pyplot.close(figure)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def settings_of(plan: Plan, seeds: Sequence[int]) -> list[Setting]:
+    """All runs without a spike, the highest rates first."""
+    return [Setting(name, lr, s) for name, regime in plan.regimes.items() for lr in regime.rates[::-1] for s in seeds]
+
+
+def spiked(plan: Plan, seeds: Sequence[int]) -> list[Setting]:
+    """All runs with one."""
+    return [Setting("constant", plan.spike.lr, seed, after) for seed in seeds for after in AFTER]
+
+
+def report(points: Sequence[Point], plan: Plan, out: Path) -> None:
+    """Write the summaries and the figure, and print the tables."""
+    rows, recovered = summary(points), recoveries(points, plan.spike)
+    write_records(Saved, rows, out / "summary.csv")
+    write_records(Recovery, recovered, out / "spike.csv")
+    draw(points, plan, out / "early_averaging.png")
+    print("\n".join([*rate_table(points), "", *table(points, rows), "", *spike_table(recovered)]))
+
+
+def scan(plan: Plan, seed: int, cache: Path, out: Path) -> None:
+    """The runs of one seed with all `candidates` watching, evaluated half as often: scan.csv, and what each saves."""
+    regimes = {
+        name: replace(regime, averages=candidates(regime.averages["lawa"]["start_step"]), evaluate=2 * regime.evaluate)
+        for name, regime in plan.regimes.items()
+    }
+    for setting in settings_of(plan, [seed]):
+        points = sweep([setting], replace(plan, regimes=regimes), cache, out / "scan.csv")
+        rows = [row for row in summary(p for p in points if p.setting == setting) if row.against == "raw"]
+        for name in regimes[setting.regime].averages:
+            gains = ", ".join(f"{row.steps_saved:.1%} at {row.share:.0%}" for row in rows if row.average == name)
+            print(f"{setting}: {name:12s} {gains}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Scan, or measure and publish."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
+    parser.add_argument("--scan", action="store_true", help="try many averages on one seed instead")
+    parser.add_argument("--seeds", help="default 2,3,4; with --scan 1")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model: does it run?")
+    args = parser.parse_args(arguments)
+    prepare_process()
+    plan, cache = SMOKE if args.smoke else FULL, args.cache.absolute()
+    seeds = [int(seed) for seed in (args.seeds or ("1" if args.scan else "2,3,4")).split(",")]
+    if args.scan:
+        scan(plan, seeds[0], cache, args.out)
+    else:
+        settings = settings_of(plan, seeds) + spiked(plan, seeds)
+        report(sweep(settings, plan, cache, args.out / "curves.csv"), plan, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
