@@ -37,7 +37,7 @@ import ds_plugin
 from ds_plugin.atomic import atomic_write
 from ds_plugin.run import corpus, data, startup
 from ds_plugin.run.optimizer import choose_optimizer, decay_groups
-from ds_plugin.sequence_length_warmup.stability import LossRatio
+from ds_plugin.stability import LossRatio
 from megatron_patches import gpt
 from megatron_patches.completep.records import read_records, write_records
 from megatron_patches.completep.trial import start_host
