@@ -1,4 +1,4 @@
-"""``python -m ds_plugin merge``: the weighted mean of checkpoints on disk, written as safetensors.
+"""``python -m ds_plugin merge``: the weighted mean of checkpoints on disk, as safetensors or torch_dist.
 
 Streams pieces of `CHUNK` elements through every checkpoint into one output shard per worker, so that memory does not
 grow with the size of a shard. The workers are threads: reading, writing and torch's arithmetic leave Python's lock, and
@@ -8,33 +8,29 @@ only then is noted in ``merge.json``, which is how an interrupted merge knows wh
 
 import argparse
 import errno
-import json
 import math
-import shutil
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
 from ds_plugin.weight_averaging.config import KINDS
-from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES, Source, Stored, compare, read_safetensors
-from ds_plugin.weight_averaging.merge_output import RECORD, Progress, Record, Shard, check_space, write_all
+from ds_plugin.weight_averaging.merge_inputs import Source, compare
+from ds_plugin.weight_averaging.merge_output import Plan, Progress, Record, Shard, check_space, write_all
+from ds_plugin.weight_averaging.merge_safetensors import Safetensors, plan_new, plan_same, read_safetensors
+from ds_plugin.weight_averaging.merge_torch_dist import TorchDist, plan_torch_dist, read_torch_dist
 from ds_plugin.weight_averaging.merge_zero import read_deepspeed
 from ds_plugin.weight_averaging.window import read_weights
 
 SHARD_BYTES = 5 * 10**9  # of an output that has no sharding to follow; Hugging Face's own default
 OUTPUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_COPIED_BYTES = 100 * 10**6
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 _OURS = "weight_averaging_rank_"  # the plugin's window files, which lie beside DeepSpeed's
+_MEGATRONS_LATEST = "latest_checkpointed_iteration.txt"
 _LOG_SECONDS = 5.0
 
 
@@ -72,10 +68,22 @@ def merge(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Write the weighted mean of ``checkpoints`` (oldest first) into the folder ``out``, as safetensors.
+    """Write the weighted mean of ``checkpoints`` (oldest first) into the folder ``out``.
 
-    Safetensors folders keep their sharding, names, dtypes, metadata and index, and the first one's other small files
-    are copied; DeepSpeed checkpoints give their fp32 masters under the module's names, in shards of ``shard_bytes``.
+    What is read, and what is written:
+
+    - Safetensors folders: the same files, keeping names, sharding, dtypes, metadata and index; the first one's other
+      small files are copied.
+    - DeepSpeed checkpoints: their fp32 masters under the module's names, as safetensors in shards of ``shard_bytes``.
+      Pipeline stages lie together in one folder, where each finds its layers by name. Of tensor parallelism each rank
+      has a folder of its own, ``tp0-of-2`` and so on, to be loaded into the model on that rank, before the host wraps
+      it (not strictly: megatron-core's layers would miss their ``_extra_state``, which is empty)::
+
+          model.load_state_dict(load_file(out / f"tp{rank}-of-{size}" / "model.safetensors"), strict=False)
+
+    - Torch_dist checkpoints of megatron-core: a torch_dist folder with the model's weights alone, in fp32 where the
+      checkpoints hold fp32 masters, which `dist_checkpointing.load` reads at any parallelism; see `merge_torch_dist`.
+
     Sums are made in fp32 (fp64 for fp64), oldest to newest, and divided once by the sum of the weights: with
     ``uniform`` the bits are those of `window.mean_`. Integers, and the buffers and frozen weights of a DeepSpeed
     checkpoint, are the last checkpoint's. ``dtype`` is that of the floating-point tensors written. A folder that an
@@ -99,7 +107,10 @@ def merge(
     sources = [open_source(Path(path)) for path in checkpoints]
     for other in sources[1:]:
         compare(sources[0], other)
-    shards = plan_shards(sources[0], OUTPUT_DTYPES.get(dtype or ""), shard_bytes)
+    if sources[-1].remark:
+        note(sources[-1].remark)
+    plan = make_plan(sources, OUTPUT_DTYPES.get(dtype or ""), shard_bytes)
+    shards = plan.shards
     described = _describe(sources, numbers, shards)
     try:
         record = Record(out, described)
@@ -108,9 +119,8 @@ def merge(
             note(f"{out}: {len(finished)} of {len(shards)} shards were finished and are kept")
         left = [shard for shard in shards if shard not in finished]
         check_space(out, sum(shard.size for shard in left))
-        write_all(left, sources, numbers, out, record, workers, _counted(progress, finished, shards))
-        _copy_others(sources[0], out)
-        _write_index(sources[0], shards, out, same=dtype is None)
+        write_all(left, plan.sources, numbers, out, record, workers, _counted(progress, finished, shards))
+        plan.finish(out)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PluginError(
@@ -135,13 +145,16 @@ def open_source(path: Path) -> Source:
     indices = sorted(path.glob("*.safetensors.index.json"))
     if files or indices:
         return read_safetensors(path, files, indices[0] if indices else None)
+    if (path / ".metadata").is_file():
+        return read_torch_dist(path)
     if (path / "latest").is_file():
         return open_source(path / (path / "latest").read_text("utf-8").strip())
-    if (path / ".metadata").is_file():
-        raise CheckpointError(f"{path} is a torch_dist checkpoint, which merge cannot read; convert it to safetensors")
+    if (path / _MEGATRONS_LATEST).is_file():
+        tag = (path / _MEGATRONS_LATEST).read_text("utf-8").strip()
+        return open_source(path / (f"iter_{int(tag):07d}" if tag.isdecimal() else tag))
     raise CheckpointError(
-        f"{path} holds neither *.safetensors nor DeepSpeed's *_optim_states.pt nor a file 'latest'; give the folder "
-        "that does"
+        f"{path} holds neither *.safetensors, nor DeepSpeed's *_optim_states.pt, nor torch_dist's .metadata, nor a "
+        f"file 'latest' or '{_MEGATRONS_LATEST}'; give the folder that does"
     )
 
 
@@ -161,58 +174,13 @@ def _counted(
     return advance
 
 
-def plan_shards(source: Source, dtype: torch.dtype | None, shard_bytes: int) -> list[Shard]:
-    """The output files: those of ``source`` under their names, or new ones of ``shard_bytes`` (one tensor) at most."""
-
-    def written(stored: Stored) -> torch.dtype:
-        default = torch.float32 if not source.headers else stored.dtype
-        return (dtype or default) if stored.dtype.is_floating_point else stored.dtype
-
-    if source.headers:
-        by_file: dict[str, list[str]] = {file.name: [] for file in source.files}
-        for name, stored in source.tensors.items():
-            by_file[stored.pieces[0].path.name].append(name)
-        shards = []
-        for file, names in by_file.items():
-            header = source.headers[file]
-            if dtype is not None:
-                metadata = json.loads(header[8:]).get("__metadata__")
-                shards.append(_new_shard(file, [(n, written(source.tensors[n])) for n in names], source, metadata))
-                continue
-            shards.append(_shard(file, header, [(n, source.tensors[n].dtype) for n in names], source))
-        return shards
-    parts: list[list[tuple[str, torch.dtype]]] = [[]]
-    held = 0
-    for name, stored in source.tensors.items():
-        size = stored.numel * written(stored).itemsize
-        if parts[-1] and held + size > shard_bytes:
-            parts.append([])
-            held = 0
-        parts[-1].append((name, written(stored)))
-        held += size
-    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    if len(parts) == 1:
-        names = ["model.safetensors"]
-    return [_new_shard(name, part, source, {"format": "pt"}) for name, part in zip(names, parts, strict=True)]
-
-
-def _new_shard(name: str, tensors: list[tuple[str, torch.dtype]], source: Source, metadata: Any) -> Shard:
-    tensors = sorted(tensors, key=lambda t: -t[1].itemsize)  # so that every tensor begins at a multiple of its own size
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    offset = 0
-    for tensor, dtype in tensors:
-        stored = source.tensors[tensor]
-        end = offset + stored.numel * dtype.itemsize
-        header[tensor] = {"dtype": DTYPE_NAMES[dtype], "shape": stored.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return _shard(name, len(text).to_bytes(8, "little") + text, tensors, source)
-
-
-def _shard(name: str, header: bytes, tensors: list[tuple[str, torch.dtype]], source: Source) -> Shard:
-    counted = [(tensor, dtype, source.tensors[tensor].numel) for tensor, dtype in tensors]
-    return Shard(name, header, counted, len(header) + sum(count * dtype.itemsize for _, dtype, count in counted))
+def make_plan(sources: list[Source], dtype: torch.dtype | None, shard_bytes: int) -> Plan:
+    """What to write: in the sources' own format, or as safetensors where they are DeepSpeed's."""
+    if isinstance(sources[0], Safetensors):
+        return plan_same(cast(list[Safetensors], sources), dtype)
+    if isinstance(sources[0], TorchDist):
+        return plan_torch_dist(cast(list[TorchDist], sources), dtype)
+    return plan_new(sources, dtype, shard_bytes)
 
 
 def _describe(sources: list[Source], weights: list[float], shards: list[Shard]) -> dict[str, Any]:
@@ -222,34 +190,8 @@ def _describe(sources: list[Source], weights: list[float], shards: list[Shard]) 
         stats = {file.name: file.stat() for file in source.files}
         files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         checkpoints.append({"path": str(source.path.resolve()), "files": files})
-    headers = {shard.name: [shard.size, zlib.crc32(shard.header)] for shard in shards}
-    return {"format": 1, "checkpoints": checkpoints, "weights": weights, "shards": headers}
-
-
-def _copy_others(source: Source, out: Path) -> None:
-    """Configuration and tokenizer, which a safetensors folder needs to be loaded; never weights of another format."""
-    if not source.headers or not source.path.is_dir():
-        return
-    for path in sorted(source.path.iterdir()):
-        skipped = path.name.startswith(".") or path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not skipped and path.name != RECORD and path.stat().st_size <= _COPIED_BYTES:
-            atomic_write(out / path.name, partial(shutil.copyfile, path))
-
-
-def _write_index(source: Source, shards: list[Shard], out: Path, *, same: bool) -> None:
-    """The index is what a reader looks for first, so it is written last."""
-    if source.index is not None and same:
-        content = source.index.read_text("utf-8")
-    elif source.index is None and (source.headers or len(shards) == 1):
-        return
-    else:
-        total = sum(shard.size - len(shard.header) for shard in shards)
-        index = json.loads(source.index.read_text("utf-8")) if source.index is not None else {}
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-        index["weight_map"] = {name: shard.name for shard in shards for name, *_ in shard.tensors}
-        content = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    name = source.index.name if source.index is not None else "model.safetensors.index.json"
-    atomic_write(out / name, lambda path: path.write_text(content, encoding="utf-8"))
+    headers = {shard.name: [shard.size, shard.checksum] for shard in shards}
+    return {"format": 2, "checkpoints": checkpoints, "weights": weights, "shards": headers}
 
 
 def command(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import zlib
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,57 @@ from ds_plugin.errors import CheckpointError, ConfigError, PluginError
 from ds_plugin.weight_averaging.merge_inputs import Source, Stored
 
 RECORD = "merge.json"
-CHUNK = 256 * 1024  # elements read at a time: buffers of 1 MiB of fp32 stay in the cache
+CHUNK = 256 * 1024  # elements read at a time: the buffers stay in the cache, and calls cost little beside the work
 _OPEN_FILES = 64  # per worker
+_WRITE_BACK = 8 * 1024 * 1024  # bytes
 
 Progress = Callable[[int, int, str | None], None]  # bytes done, bytes in all, the shard that is now finished
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor of an output file: the mean of ``count`` elements of the sources' tensor of that name."""
+
+    tensor: str
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Shard:
-    """One output file: its header, and the tensors (name, dtype, elements) in the order of their bytes."""
+    """One output file: tensors, and the bytes before, between and after them."""
 
     name: str
-    header: bytes
-    tensors: list[tuple[str, torch.dtype, int]]
-    size: int
+    parts: tuple[bytes | Part, ...]
+
+    @cached_property
+    def size(self) -> int:
+        return sum(part.nbytes if isinstance(part, Part) else len(part) for part in self.parts)
+
+    @property
+    def tensors(self) -> list[Part]:
+        return [part for part in self.parts if isinstance(part, Part)]
+
+    @property
+    def checksum(self) -> int:
+        """Of the bytes that are known beforehand."""
+        return zlib.crc32(b"".join(part for part in self.parts if isinstance(part, bytes)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The output: its large files, the sources they are made from, and what writes the small ones when they are done.
+
+    The sources are those that were read, or the same with their tensors cut as the output's are.
+    """
+
+    shards: list[Shard]
+    sources: list[Source]
+    finish: Callable[[Path], None]
 
 
 class Record:
@@ -62,7 +101,7 @@ class Record:
                         f"--out {out} holds another merge: its {key} are {_short(before.get(key))}, this command's "
                         f"{_short(value)}; give a new folder"
                     )
-        for leftover in filter(_stale, list(out.iterdir())):
+        for leftover in filter(_stale, list(out.rglob(".*"))):
             leftover.unlink()
         self._write()
 
@@ -94,16 +133,16 @@ def _short(value: object) -> str:
 
 def _stale(path: Path) -> bool:
     """Whether `atomic_path` made this file in a process that is gone."""
-    parts = path.name.split(".")
-    if not path.name.startswith(".") or len(parts) < 4 or parts[-2] != "tmp" or not parts[-3].isdigit():
+    match = re.fullmatch(r"\..+\.(\d+)\.tmp(\..+)?", path.name)
+    if match is None:
         return False
     try:
-        os.kill(int(parts[-3]), 0)
+        os.kill(int(match[1]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:
         return False
-    return int(parts[-3]) == os.getpid()
+    return int(match[1]) == os.getpid()
 
 
 def _digest(piece: bytes | memoryview, before: int) -> int:
@@ -117,10 +156,12 @@ def _checksum(path: Path, shard: Shard) -> int:
     """Of a file, the pieces being those in which it was written."""
     found = 0
     with open(path, "rb", buffering=0) as file:
-        found = _digest(file.read(len(shard.header)), found)
-        for _, dtype, count in shard.tensors:
-            for start in range(0, count, CHUNK):
-                found = _digest(file.read(min(CHUNK, count - start) * dtype.itemsize), found)
+        for part in shard.parts:
+            if isinstance(part, bytes):
+                found = _digest(file.read(len(part)), found)
+                continue
+            for start in range(0, part.count, CHUNK):
+                found = _digest(file.read(min(CHUNK, part.count - start) * part.dtype.itemsize), found)
     return found
 
 
@@ -145,6 +186,7 @@ def write_all(
     def one(shard: Shard) -> None:
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
         writer = _Writer(sources, weights, stop)
+        (out / shard.name).parent.mkdir(exist_ok=True)
         with atomic_path(out / shard.name) as path, open(path, "wb", buffering=0) as file:
             writer.write(shard, file, advance)
         record.finish(shard, writer.checksum)
@@ -174,65 +216,83 @@ class _Writer:
         self.terms = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
         self.divisor = math.fsum(weights)
         self.checksum = 0
+        self.written = self.sent = 0  # bytes
         self._files: OrderedDict[Path, Any] = OrderedDict()
-        self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, int], tuple[torch.Tensor, memoryview]] = {}
 
     def write(self, shard: Shard, file: Any, advance: Callable[[int, str | None], None]) -> None:
         """Stream the shard into ``file``; `checksum` is then the file's."""
         try:
-            self._put(file, memoryview(shard.header))
-            advance(len(shard.header), None)
-            for name, dtype, numel in shard.tensors:
-                for start in range(0, numel, CHUNK):
+            for part in shard.parts:
+                if isinstance(part, bytes):
+                    self._put(file, memoryview(part))
+                    advance(len(part), None)
+                    continue
+                for start in range(0, part.count, CHUNK):
                     if self.stop.is_set():
                         raise _Stopped
-                    chunk = self._mean(name, start).to(dtype)
-                    self._put(file, _bytes(chunk))
-                    advance(chunk.nbytes, None)
+                    view = self._as(part.dtype, *self._mean(part.tensor, start, min(CHUNK, part.count - start)))
+                    self._put(file, view)
+                    advance(len(view), None)
         finally:
             for opened in self._files.values():
                 opened.close()
 
-    def _mean(self, name: str, start: int) -> torch.Tensor:
+    def _as(self, dtype: torch.dtype, values: torch.Tensor, view: memoryview) -> memoryview:
+        """The bytes of ``values`` in the dtype written."""
+        if values.dtype == dtype:
+            return view
+        written, view = self._buffer("written", dtype, values.numel())
+        written.copy_(values)
+        return view
+
+    def _mean(self, name: str, start: int, count: int) -> tuple[torch.Tensor, memoryview]:
         stored = self.last.tensors[name]
-        count = min(CHUNK, stored.numel - start)
         if stored.latest:
-            return self._read(stored, start, self._buffer("read", stored.dtype, count))
+            return self._read(stored, start, *self._buffer("read", stored.dtype, count))
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        total = self._buffer("total", wide, count)
+        total, view = self._buffer("total", wide, count)
         for index, (source, weight) in enumerate(self.terms):
             # the first goes into the sum itself
-            place = total if index == 0 and stored.dtype == wide else self._buffer("read", stored.dtype, count)
-            values = self._read(source.tensors[name], start, place)
-            if values.dtype != wide:  # first, since torch adds tensors of two dtypes one element at a time
-                values = (total if index == 0 else self._buffer("wide", wide, count)).copy_(values)
+            place = (total, view) if index == 0 and stored.dtype == wide else self._buffer("read", stored.dtype, count)
+            values, _ = self._read(source.tensors[name], start, *place)
+            if stored.dtype != wide:  # first, since torch adds tensors of two dtypes one element at a time
+                values = (total if index == 0 else self._buffer("wide", wide, count)[0]).copy_(values)
             if weight != 1:
                 values.mul_(weight)
             if index:
                 total.add_(values)
-        return total if self.divisor == 1 else total.div_(self.divisor)
+        if self.divisor != 1:
+            total.div_(self.divisor)
+        return total, view
 
-    def _buffer(self, use: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        key = (use, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(CHUNK, dtype=dtype)
-        return self._buffers[key][:count]
+    def _buffer(self, use: str, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
+        """Memory that is used again and again, as a tensor and as its bytes.
 
-    def _read(self, stored: Stored, start: int, target: torch.Tensor) -> torch.Tensor:
-        """Fill ``target`` with the tensor's elements from ``start`` on."""
-        view, size, filled, count = _bytes(target), stored.dtype.itemsize, 0, target.numel()
-        for piece in stored.pieces:
-            begin, end = max(start, 0), min(start + count, piece.count)
-            start -= piece.count
-            while begin < end:
-                window = view[filled * size : (filled + end - begin) * size]
-                self._fill(piece.path, window, piece.offset + begin * size)
-                filled, begin = filled + end - begin, end
-        return target
+        Fresh memory costs the kernel more than the arithmetic in it, and even a new view costs several microseconds.
+        """
+        found = self._buffers.get((use, dtype, count))
+        if found is None:
+            whole = self._memory.setdefault((use, dtype), torch.empty(CHUNK, dtype=dtype))
+            found = self._buffers[use, dtype, count] = whole[:count], whole[:count].view(torch.uint8).numpy().data
+        return found
+
+    def _read(
+        self, stored: Stored, start: int, target: torch.Tensor, view: memoryview
+    ) -> tuple[torch.Tensor, memoryview]:
+        """Fill ``target``, whose bytes ``view`` are, with the tensor's elements from ``start`` on."""
+        filled, size = 0, stored.dtype.itemsize
+        for path, offset, count in stored.span(start, target.numel()):
+            end = filled + count * size
+            self._fill(path, view[filled:end], offset)
+            filled = end
+        return target, view
 
     def _fill(self, path: Path, view: memoryview, offset: int) -> None:
+        descriptor = self._open(path)
         while view:
-            count = os.preadv(self._open(path), [view], offset)
+            count = os.preadv(descriptor, [view], offset)
             if count == 0:
                 raise CheckpointError(f"{path} became shorter while it was read; keep the checkpoints as they are")
             view, offset = view[count:], offset + count
@@ -248,8 +308,8 @@ class _Writer:
     def _put(self, file: Any, view: memoryview) -> None:
         self.checksum = _digest(view, self.checksum)
         while view:
-            view = view[file.write(view) :]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
+            count = file.write(view)
+            view, self.written = view[count:], self.written + count
+        if self.written - self.sent >= _WRITE_BACK:  # to the disk while the merge goes on, and not all at the end
+            os.posix_fadvise(file.fileno(), self.sent, self.written - self.sent, os.POSIX_FADV_DONTNEED)
+            self.sent = self.written

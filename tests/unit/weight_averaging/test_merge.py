@@ -474,12 +474,22 @@ def no_optimizers(folder):
         path.unlink()
 
 
-def tensor_parallel(folder):
-    (folder / "mp_rank_01_model_states.pt").touch()
+def more_ranks(folder):
+    state = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    torch.save({**state, "mp_world_size": 2}, folder / "mp_rank_00_model_states.pt")
 
 
-def pipeline(folder):
-    (folder / "layer_00-model_states.pt").touch()
+def gap_in_ranks(folder):
+    (folder / "mp_rank_02_model_states.pt").touch()
+
+
+def no_layers(folder):
+    state = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
+    torch.save({**state, "module": None}, folder / "mp_rank_00_model_states.pt")
+
+
+def strange_name(folder):
+    (folder / "layer_00-slice_00-model_states.pt").touch()
 
 
 def experts(folder):
@@ -494,9 +504,11 @@ def experts(folder):
         (rank_too_many, r"holds 3 ranks' shards and was saved by 2"),
         (cut_rank, r"zero_pp_rank_1_mp_rank_00_optim_states.pt is truncated or damaged"),
         (no_optimizers, r"holds no \*_optim_states.pt"),
-        (tensor_parallel, "tensor-parallel run"),
-        (pipeline, "pipeline stages"),
-        (experts, "(experts|pipeline stages)"),
+        (more_ranks, "mp_rank_01_model_states.pt is missing"),
+        (gap_in_ranks, "mp_rank_01_model_states.pt is missing"),
+        (no_layers, r"lacks layer_\*-model_states.pt"),
+        (strange_name, "is not named as DeepSpeed names its files"),
+        (experts, "a checkpoint of experts"),
     ],
 )
 def test_zero_files_refused(tmp_path, damage, message):
@@ -505,6 +517,55 @@ def test_zero_files_refused(tmp_path, damage, message):
     with pytest.raises(CheckpointError, match=message):
         merge(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def pipeline_folder(folder, values, stages, layers):
+    """A ZeRO 1 tag folder of pipeline stages: the masters of each, and what each layer's file holds."""
+    folder.mkdir()
+    for rank, shapes in enumerate(stages):
+        flat = torch.cat([values[name].flatten() for name in shapes])
+        state = {"single_partition_of_fp32_groups": [flat], "partition_count": [1]}
+        torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt")
+        model = {"module": None, "param_shapes": [{name: values[name].shape for name in shapes}]}
+        torch.save({**model, "mp_world_size": len(stages)}, folder / f"mp_rank_{rank:02d}_model_states.pt")
+    for number, content in layers.items():
+        torch.save(content, folder / f"layer_{number:02d}-model_states.pt")
+    return folder
+
+
+STAGES = [["tied_modules.embed.weight", "1.weight"], ["3.weight", "tied_modules.embed.weight"]]
+
+
+def test_stages_with_tied_and_frozen_layers_and_buffers(tmp_path):
+    """Layer 0 and 4 are one module, 2 is a function (which has no file), 1 has a buffer, 5 is frozen."""
+    for step in (0, 1):
+        values = {name: torch.arange(3.0) + step + i for i, name in enumerate(dict.fromkeys(sum(STAGES, [])))}
+        low = {name: value.bfloat16() for name, value in values.items()}
+        tied = {"weight": low["tied_modules.embed.weight"]}
+        layers = {
+            0: tied, 1: {"weight": low["1.weight"], "count": torch.tensor(step)}, 3: {"weight": low["3.weight"]},
+            4: tied, 5: {"scale": torch.tensor([step])},
+        }  # fmt: skip
+        pipeline_folder(tmp_path / f"step{step}", values, STAGES, layers)
+    merge([tmp_path / "step0", tmp_path / "step1"], tmp_path / "out")
+    found = read(tmp_path / "out")
+    expected = {name: value - 0.5 for name, value in values.items()}
+    same(found, expected | {"1.count": torch.tensor(1), "5.scale": torch.tensor([1])})
+    (tmp_path / "step1" / "layer_03-model_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="step1/layer_03.*-model_states.pt is missing"):
+        merge([tmp_path / "step1"], tmp_path / "again")
+
+
+def test_stages_that_do_not_fit_together(tmp_path):
+    values = {"0.weight": torch.zeros(3)}
+    folder = pipeline_folder(tmp_path / "two", values, [["0.weight"], ["0.weight"]], {0: {}})
+    with pytest.raises(CheckpointError, match="2 model-parallel ranks and the layers of 1 tensor-parallel ones"):
+        merge([folder], tmp_path / "out")
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
+    torch.save({"module": None}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="pipeline stages without ZeRO.*zero_optimization.stage 1"):
+        merge([folder], tmp_path / "out")
 
 
 def test_other_layouts_are_refused(tmp_path, checkpoints):
