@@ -1,21 +1,25 @@
 """CompleteP on DeepSpeed: the optimizer's param groups, schedulers that keep them apart, and the built engine's part.
 
 The method itself is in `megatron_patches.completep`. `set_up` runs before DeepSpeed builds the engine, `CompleteP` is
-what stays on it.
+what stays on it. In DeepSpeed's pipeline both work on one stage of the model, a `pipeline_gpt.PipelineGPT`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from ds_plugin import compat
 from ds_plugin.errors import CheckpointError, ConfigError
 from ds_plugin.gradient_norm import FoldedNorm
 from ds_plugin.group_lr import check_peak, expand_scheduler, refuse_flattened
 from megatron_patches.completep import build_param_groups, describe, finished_roles, ratios_of
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.rules import Role
+from megatron_patches.pipeline_gpt import gpt_of
 
+_PADDING = "_zero_padding"  # DeepSpeed's ZeRO 1/2, on a gradient: it stands for no parameter
 _FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
 
 
@@ -47,9 +51,12 @@ def set_up(
         )
     built = isinstance(optimizer, torch.optim.Optimizer)
     base = _base_of(optimizer, model) if built else _base_of_json(host_config, optimizer)
+    whole = gpt_of(model)
     groups = build_param_groups(
-        model, finished_roles(model, section), ratios_of(model.config, section), section, **base
+        whole, finished_roles(whole, section), ratios_of(model.config, section), section, **base
     )
+    if whole is not model:
+        groups = divided(groups, max(_everywhere(len(groups))))
     if host_config.get("scheduler"):
         check_peak(host_config["scheduler"], base["lr"])
         ratios = [group["lr"] / base["lr"] for group in groups]
@@ -65,12 +72,18 @@ class CompleteP:
     """The method on a built engine: what its checkpoints hold of the groups, and the gradient norm in folded mode."""
 
     def __init__(self, engine: Any, section: CompletePConfig):
-        """Raises as `FoldedNorm` does."""
+        """Raises as `FoldedNorm` does; in a pipeline also where the host would clip by another norm."""
         self.engine, self.section = engine, section
-        self._roles = [group["role"] for group in self._groups]
+        pipeline = compat.is_pipeline(engine)
+        if pipeline and section.residual == "folded":
+            _refuse_folded(engine)
+        mine = [group["role"] for group in self._groups]
+        # a pipeline's stages have different roles, and some more than one group of one
+        self._roles = _in_order(_everywhere(mine)) if pipeline else mine
         ratios = ratios_of(engine.module.config, section)
-        factors = [section.fold_factor(Role(role), ratios) for role in self._roles]
-        self._norm = FoldedNorm(engine, factors) if any(factor != 1.0 for factor in factors) else None
+        factors = [section.fold_factor(Role(role), ratios) for role in mine]
+        norm = _StageNorm if pipeline else FoldedNorm
+        self._norm = norm(engine, factors) if any(factor != 1.0 for factor in factors) else None
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -89,13 +102,18 @@ class CompleteP:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> list[dict[str, Any]]:
-        """Every group's settings in JSON types. The host's own checkpoints hold them too; loading one that was
-        converted to a universal checkpoint loses them under ZeRO 3."""
+        """Every group's settings in JSON types; in a pipeline, of all stages' roles, and every rank calls it.
+
+        The host's own checkpoints hold them too; loading one that was converted to a universal checkpoint loses them
+        under ZeRO 3."""
         names = ("lr", "initial_lr", "weight_decay", "eps")
         settings = [{"role": g["role"], **{k: float(g[k]) for k in names if k in g}} for g in self._groups]
         for kept, group in zip(settings, self._groups, strict=True):
             if "betas" in group:
                 kept["betas"] = [float(beta) for beta in group["betas"]]
+        if compat.is_pipeline(self.engine):
+            of_role = {kept["role"]: kept for stage in _everywhere(settings) for kept in stage}
+            settings = [of_role[role] for role in self._roles]
         return settings
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
@@ -112,13 +130,85 @@ class CompleteP:
                 f"completep: the checkpoint has param groups for the roles {', '.join(saved)}, this run for "
                 f"{', '.join(self._roles)}; freeze the same parameters"
             )
-        for group, settings in zip(self._groups, state, strict=True):
+        of_role = {settings["role"]: settings for settings in state}
+        for group in self._groups:
+            settings = of_role[group["role"]]
             group.update(settings)
             if "betas" in settings:
                 group["betas"] = tuple(settings["betas"])
         for moments in self.engine.basic_optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()
+
+
+# -- a pipeline's stages -----------------------------------------------------------------------------------------------
+
+
+def divided(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The same groups as ``count`` of them: the one of the most parameters is halved until there are as many.
+
+    DeepSpeed's ZeRO takes the gradient norm group by group, with one all-reduce over all stages for each, so all stages
+    need the same number. Which of them meet there does not matter: the squares of all are added up.
+    """
+    groups = list(groups)
+    while len(groups) < count:
+        at = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
+        params = groups[at]["params"]
+        assert len(params) > 1, "a stage has at least a layer, which has more parameters than there are roles"
+        half = len(params) // 2
+        groups[at : at + 1] = [{**groups[at], "params": part} for part in (params[:half], params[half:])]
+    return groups
+
+
+class _StageNorm(FoldedNorm):
+    """The same where stages' groups meet that have different factors: gradients are weighed before they are added."""
+
+    def _weigh_zero12(self, wrapper: Any, factors: Sequence[float]) -> None:
+        compat.need(wrapper, compat.ZERO12_NORM_PARAMS)
+        lists = getattr(wrapper, compat.ZERO12_NORM_PARAMS)
+        factor_of = {id(params): factor for params, factor in zip(lists, factors, strict=True)}
+
+        def wrap(host_norm: Any) -> Any:
+            def norm(gradients: Sequence[torch.Tensor], params: Any) -> Any:
+                factor = factor_of[id(params)]
+                # a tensor's weighed norm stands in for it, as the norm of norms is the norm; padding has none
+                weighed = gradients if factor == 1.0 else [_weighed(gradient, factor) for gradient in gradients]
+                return host_norm(weighed, params)
+
+            return norm
+
+        self._shadow(wrapper, compat.ZERO12_NORM, wrap)
+
+
+def _weighed(gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    if getattr(gradient, _PADDING, False):
+        return gradient
+    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) * factor
+
+
+def _refuse_folded(engine: Any) -> None:
+    """Where the norm of gradients over all stages would be another than the forward mode's."""
+    offloaded = engine.zero_cpu_offload() or engine.zero_nvme_offload_optimizer()
+    if engine.gradient_clipping() and (engine.zero_optimization_stage() == 0 or offloaded):
+        what = "zero_optimization.offload_optimizer" if offloaded else "zero_optimization.stage 0"
+        raise ConfigError(
+            f'completep.residual: "folded" with gradient_clipping {engine.gradient_clipping()} and {what} is not '
+            'supported in DeepSpeed\'s pipeline; write zero_optimization.stage 1 without offload, or "residual": '
+            '"forward"'
+        )
+
+
+def _in_order(stages: Sequence[Sequence[str]]) -> list[str]:
+    """The roles of all stages, each once, in the order of `Role`."""
+    found = {role for stage in stages for role in stage}
+    return [role.value for role in Role if role.value in found]
+
+
+def _everywhere(mine: Any) -> list[Any]:
+    """``mine`` of every rank."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 # -- what the caller of initialize() gives ---------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Plugin:
         self._replaced: list[str] = []
         self._pipeline: PipelineLengths | None = None
         self._window_open = False  # a micro-batch has been accumulated that no step has used yet
-        _refuse_pipeline(config, compat.is_pipeline(engine))
+        _refuse_pipeline(config, engine.module)
         _refuse_universal(config, engine)
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
@@ -522,9 +522,7 @@ def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> P
 
 
 def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
-    from deepspeed.pipe import PipelineModule
-
-    _refuse_pipeline(sections, isinstance(model, PipelineModule))
+    _refuse_pipeline(sections, model)
     ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
     if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
         raise ConfigError(
@@ -545,10 +543,16 @@ def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
         )
 
 
-def _refuse_pipeline(sections: PluginConfig, is_pipeline: bool) -> None:
-    """A pipeline's stages hold parts of a model, which is no GPTModel."""
-    if is_pipeline and sections.completep is not None:
+def _refuse_pipeline(sections: PluginConfig, model: Any) -> None:
+    """The parameters of a pipeline's stage have roles where it was cut from a GPTModel by name."""
+    from deepspeed.pipe import PipelineModule
+
+    from megatron_patches.pipeline_gpt import PipelineGPT
+
+    known = isinstance(model, PipelineGPT) or not isinstance(model, PipelineModule)
+    if sections.completep is not None and not known:
         raise ConfigError(
-            "completep: DeepSpeed's pipeline engine is not supported by this version; "
-            'write "enabled": false, or train without a PipelineModule'
+            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
+            'known; build it with megatron_patches.pipeline_gpt.build_pipeline, write "enabled": false, or train '
+            "without a PipelineModule"
         )

@@ -29,18 +29,19 @@ from ds_plugin.run.folder import RunFolder
 from ds_plugin.run.optimizer import choose_optimizer, decay_groups
 from ds_plugin.run.progress import Progress
 from ds_plugin.run.recorder import Recorder
-from megatron_patches import cpu_host, gpt
+from megatron_patches import cpu_host, gpt, pipeline_gpt
 from megatron_patches.completep import finish, prepare
 
 Batch = dict[str, torch.Tensor]
 
 
 def build_model(run: settings.Settings, vocab_size: int) -> torch.nn.Module:
-    """The GPT of the ``model`` section, with CompleteP's forward and init when it is enabled."""
+    """The GPT of the ``model`` section or this rank's stage of it, with CompleteP's forward and init when enabled."""
     config, spec = gpt.transformer_config(run.model, run.dtype), gpt.layer_spec(run.model)
     config, spec = prepare(config, spec, run.plugin.completep)  # (*)
-    model = gpt.build_gpt(run.model, vocab_size, config, spec)
-    finish(model, run.plugin.completep)  # (*)
+    build = gpt.build_gpt if run.model.pipeline_parallel == 1 else pipeline_gpt.build_pipeline
+    model = build(run.model, vocab_size, config, spec)
+    finish(pipeline_gpt.gpt_of(model), run.plugin.completep)  # (*)
     return model
 
 
@@ -49,10 +50,16 @@ def build_engine(run: settings.Settings, model: torch.nn.Module) -> Any:
     host, optimizer = choose_optimizer(run.host)
     # CompleteP makes its own groups; without it, norms and biases go without weight decay.
     groups = None if run.plugin.completep is not None else decay_groups(model)
+    mpu = None if is_pipeline(model) else gpt.DeepSpeedMPU()  # a pipeline's model brings its own
     engine, *_ = ds_plugin.initialize(  # (*) in place of deepspeed.initialize
-        model=model, config=host, optimizer=optimizer, model_parameters=groups, mpu=gpt.DeepSpeedMPU()
+        model=model, config=host, optimizer=optimizer, model_parameters=groups, mpu=mpu
     )
     return engine
+
+
+def is_pipeline(model: torch.nn.Module) -> bool:
+    """Whether the model is a stage of DeepSpeed's pipeline, whose engine takes a whole step's micro-batches at once."""
+    return isinstance(model, pipeline_gpt.PipelineGPT)
 
 
 def loss_of(engine: Any, batch: Batch) -> torch.Tensor:
@@ -65,8 +72,9 @@ def loss_of(engine: Any, batch: Batch) -> torch.Tensor:
 
 def build_data(
     run: settings.Settings, text: corpus.Corpus, engine: Any, cache: Path
-) -> tuple[Callable[[int], Iterator[Batch]], Callable[[], Iterator[Batch]]]:
-    """Two functions: this rank's training micro-batches from the n-th on, and an evaluation's, always the same."""
+) -> tuple[Callable[[int], Iterator[Any]], Callable[[], Iterator[Any]], int]:
+    """Two functions: this rank's training micro-batches from the n-th on, and an evaluation's, always the same; and how
+    many those are. Each as the engine takes it."""
     cfg, mpu, micro = run.training, gpt.DeepSpeedMPU(), engine.train_micro_batch_size_per_gpu()
     ranks = mpu.get_data_parallel_world_size()
     count = -(-cfg.eval_samples // (micro * ranks))
@@ -81,17 +89,32 @@ def build_data(
     )
     assert validation is not None  # eval_samples is at least 1
     batches = partial(data.batches, micro_batch=micro, dp_rank=mpu.get_data_parallel_rank(), dp_size=ranks)
+    layout = pipeline_gpt.micro_batch if is_pipeline(engine.module) else lambda batch: batch
 
-    def from_micro_batch(n: int) -> Iterator[Batch]:
+    def from_micro_batch(n: int) -> Iterator[Any]:
         start = n * micro * ranks
-        return batches(training, start_sample=start, num_workers=cfg.data_workers, loop=run.open_ended)
+        return map(layout, batches(training, start_sample=start, num_workers=cfg.data_workers, loop=run.open_ended))
 
-    return from_micro_batch, lambda: islice(batches(validation, start_sample=0), count)
+    return from_micro_batch, lambda: map(layout, islice(batches(validation, start_sample=0), count)), count
+
+
+def train_step(engine: Any, batches: Iterator[Any], record: Recorder) -> None:
+    """One optimizer step on the next micro-batches."""
+    if is_pipeline(engine.module):
+        record.loss(engine.train_batch(batches))
+        return
+    for _ in range(engine.gradient_accumulation_steps()):
+        loss = loss_of(engine, next(batches))
+        engine.backward(loss)
+        engine.step()
+        record.loss(loss)
 
 
 @torch.no_grad()
-def evaluate(engine: Any, batches: Iterator[Batch]) -> float:
-    """Mean loss over the micro-batches of all ranks, at full length."""
+def evaluate(engine: Any, batches: Iterator[Any], count: int) -> float:
+    """Mean loss over the ``count`` micro-batches of all ranks, at full length."""
+    if is_pipeline(engine.module):
+        return engine.eval_batch(batches, num_micro_batches=count).item()
     engine.eval()
     total = torch.stack([loss_of(engine, batch) for batch in batches]).mean()
     engine.train()
@@ -107,7 +130,7 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
     gpt.initialize_parallel(run.model, cfg.seed)
     engine = build_engine(run, build_model(run, text.vocab_size))
     plugin = ds_plugin.attached(engine)  # (*) the methods' handle: lengths, tokens, the average
-    training_batches, evaluation_batches = build_data(run, text, engine, args.cache)
+    training_batches, evaluation_batches, count = build_data(run, text, engine, args.cache)
 
     record = Recorder(engine, run, folder, text, progress)
     if args.resume:
@@ -116,18 +139,14 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
     engine.train()
     while not record.finished:
         record.before_step()
-        for _ in range(engine.gradient_accumulation_steps()):
-            loss = loss_of(engine, next(batches))
-            engine.backward(loss)
-            engine.step()
-            record.loss(loss)
+        train_step(engine, batches, record)
         record.after_step()
         step = engine.global_steps
         if step % cfg.eval_interval == 0 or record.finished:
-            record.evaluation(evaluate(engine, evaluation_batches()))
+            record.evaluation(evaluate(engine, evaluation_batches(), count))
             if plugin.has_average:
                 with plugin.averaged_weights():  # (*)
-                    record.averaged_evaluation(evaluate(engine, evaluation_batches()))
+                    record.averaged_evaluation(evaluate(engine, evaluation_batches(), count))
         record.write()
         if step % cfg.save_interval == 0 or record.finished:
             record.save()

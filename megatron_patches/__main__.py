@@ -1,5 +1,6 @@
-"""``python -m megatron_patches``: what CompleteP sets, and whether it holds.
+"""``python -m megatron_patches``: what CompleteP sets, whether it holds, and all methods in Megatron-LM's scripts.
 
+SCRIPT.py ... --ds-plugin-config FILE   run a Megatron-LM script, as pretrain_gpt.py, with the methods of a JSON file
 rules --config FILE     the table of a model against its base, before any money is spent
 coord-check             how far training moves the activations of every width and depth: CSV, figure, spread per recipe
 lr-transfer             losses over learning rates, widths and depths: CSV, figure, how far the optimum moves
@@ -22,6 +23,11 @@ _RECIPES = get_args(Recipe)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].endswith(".py"):
+        from megatron_patches.pretrain import script
+
+        return script.run(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m megatron_patches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -53,6 +53,7 @@ class GPTConfig(BaseModel):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residual branches")
     init_std: float = Field(0.02, gt=0.0, description="standard deviation of the initial weights")
     tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer")
+    pipeline_parallel: int = Field(1, ge=1, description="stages of DeepSpeed's pipeline; divides num_layers")
 
     @property
     def query_groups(self) -> int:
@@ -64,6 +65,11 @@ class GPTConfig(BaseModel):
         """Width of the MLP, with the default filled in."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model together; as many copies as there are data-parallel ranks."""
+        return self.tensor_parallel * self.pipeline_parallel
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "GPTConfig":
         _check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
@@ -72,6 +78,7 @@ class GPTConfig(BaseModel):
         _check_divides("tensor_parallel", self.tensor_parallel, "num_attention_heads", self.num_attention_heads)
         _check_divides("tensor_parallel", self.tensor_parallel, "num_query_groups", self.query_groups)
         _check_divides("tensor_parallel", self.tensor_parallel, "ffn_hidden_size", self.ffn_size)
+        _check_divides("pipeline_parallel", self.pipeline_parallel, "num_layers", self.num_layers)
         head = self.hidden_size // self.num_attention_heads
         if self.position_embedding == "rope" and head % 2:
             raise ValueError(
@@ -93,11 +100,11 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
 
     torch.distributed must be initialised (deepspeed.init_distributed() or init_process_group), with gloo on a CPU.
     Seeds `random`, numpy, torch and megatron's random number tracker, whose model-parallel stream differs per rank.
-    Calling it again with the same tensor_parallel only seeds again.
+    Calling it again with the same tensor_parallel and pipeline_parallel only seeds again.
 
     Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when
-    tensor_parallel does not divide the number of ranks, the seed is out of range, or there is neither a GPU nor
-    `cpu_host.enable()`.
+    tensor_parallel x pipeline_parallel does not divide the number of ranks, the seed is out of range, or there is
+    neither a GPU nor `cpu_host.enable()`.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -107,13 +114,16 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
         raise ConfigError("megatron-core found no GPU; call megatron_patches.cpu_host.enable() to run it on the CPU")
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError(f"seed = {seed} is out of range; use 0 to {_MAX_SEED}")
-    if dist.get_world_size() % cfg.tensor_parallel:
+    if dist.get_world_size() % cfg.model_ranks:
+        name, value = "tensor_parallel", f"{cfg.tensor_parallel}"
+        if cfg.pipeline_parallel > 1:
+            name, value = f"{name} x pipeline_parallel", f"{value} x {cfg.pipeline_parallel}"
         raise ConfigError(
-            f"tensor_parallel = {cfg.tensor_parallel} does not divide the {dist.get_world_size()} ranks of this job; "
-            "start a multiple of tensor_parallel ranks or lower it"
+            f"{name} = {value} does not divide the {dist.get_world_size()} ranks of this job; "
+            f"start a multiple of {name} ranks or lower it"
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=cfg.tensor_parallel)
+        parallel_state.initialize_model_parallel(cfg.tensor_parallel, cfg.pipeline_parallel)
     _check_groups(cfg)
     random.seed(seed)
     np.random.seed(seed)
@@ -125,8 +135,9 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
     """The megatron-core TransformerConfig of `cfg` with parameters of `dtype` (float32, bfloat16 or float16).
 
     On the CPU, weights are cut from one full weight drawn alike on every rank, so a model starts the same whatever
-    tensor_parallel is. On a GPU each rank draws its own part on the device, and it does not. Raises ConfigError for
-    another dtype.
+    tensor_parallel is. On a GPU each rank draws its own part on the device, and it does not. It never depends on
+    pipeline_parallel, which the config leaves at 1: the stages are DeepSpeed's (`pipeline_gpt`). Raises ConfigError
+    for another dtype.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -189,15 +200,18 @@ def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
     config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since. Draws from the
     generators that `initialize_parallel` seeded.
 
-    Raises StateError when the process groups do not fit `cfg`; ConfigError for a vocabulary below 1, and inside
-    deepspeed.zero.Init, which cuts the position embeddings before megatron initialises them, so that their init would
-    silently do nothing.
+    Raises StateError when the process groups do not fit `cfg`; ConfigError for a vocabulary below 1, pipeline_parallel
+    above 1, and inside deepspeed.zero.Init, which cuts the position embeddings before megatron initialises them, so
+    that their init would silently do nothing.
     """
     from megatron.core.models.gpt import GPTModel
 
-    _check_groups(cfg)
-    if vocab_size < 1:
-        raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")
+    check_build(cfg, vocab_size)
+    if cfg.pipeline_parallel > 1:
+        raise ConfigError(
+            f"pipeline_parallel = {cfg.pipeline_parallel}: a GPTModel is not cut into DeepSpeed's stages; use "
+            "megatron_patches.pipeline_gpt.build_pipeline"
+        )
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -218,7 +232,9 @@ def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
 
 
 class DeepSpeedMPU:
-    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`; pipeline_parallel is 1.
+    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`.
+
+    A PipelineModule brings its own to the engine, of the same ranks; this one then serves the script only.
 
     "Model parallel" is tensor parallel here, and "data parallel" all ranks that hold the same shard. The sequence
     parallel methods are left out on purpose: DeepSpeed takes their presence for its Ulysses mode.
@@ -276,14 +292,26 @@ def _on_cpu() -> bool:
     return cpu_host.enabled() or not torch.cuda.is_available()
 
 
+def check_build(cfg: GPTConfig, vocab_size: int) -> None:
+    """Raise StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
+    _check_groups(cfg)
+    if vocab_size < 1:
+        raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")
+
+
 def _check_groups(cfg: GPTConfig) -> None:
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         raise StateError("megatron's process groups do not exist; call gpt.initialize_parallel(cfg, seed) first")
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    if size != cfg.tensor_parallel:
-        raise StateError(
-            f"megatron's process groups were made for tensor_parallel = {size}, the model asks for "
-            f"{cfg.tensor_parallel}; use one value per process, or parallel_state.destroy_model_parallel() between two"
-        )
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    for name, size, asked in (
+        ("tensor_parallel", parallel_state.get_tensor_model_parallel_world_size(), cfg.tensor_parallel),
+        # With 1 the stages of existing groups are the business of whoever made the groups.
+        ("pipeline_parallel", stages, cfg.pipeline_parallel if cfg.pipeline_parallel > 1 else stages),
+    ):
+        if size != asked:
+            raise StateError(
+                f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value "
+                "per process, or parallel_state.destroy_model_parallel() between two"
+            )

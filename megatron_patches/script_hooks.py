@@ -1,6 +1,6 @@
 """CompleteP in a script that builds its own objects: the host's builders, rebound.
 
-    megatron_patches.apply(section)      # before the model is built
+    megatron_patches.apply(section)      # before the model is built; or apply("methods.json"), see there
     ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
     megatron_patches.revert()
 
@@ -12,8 +12,10 @@ The file is not called apply.py: a submodule of that name would take the place o
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
+from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finish, prepare
@@ -25,17 +27,28 @@ _OPTIMIZERS = "megatron.core.optimizer"
 _applied: tuple[CompletePConfig, tuple[Patch, ...]] | None = None
 
 
-def apply(section: CompletePConfig | None) -> None:
+def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
+
+    A JSON file, or all its sections, apply to Megatron-LM's own training loop: the script then uses
+    ``megatron.training``, and the other two methods are in it as well (`pretrain.script.install`).
 
     Without a section (the method is off) nothing is changed. `megatron_patches.revert()` undoes it, in every module
     that holds one of the host's names.
 
     Raises:
+        ConfigError: the file cannot be read, or one of its sections is wrong.
         StateError: another section is in force.
-        PluginError: this megatron-core lacks a symbol that has to be rebound; nothing is changed.
+        PluginError: this megatron-core (for a file, this Megatron-LM) lacks a symbol that has to be rebound; nothing
+            is changed.
     """
     global _applied
+    if isinstance(section, (str, Path)):
+        section = PluginConfig.from_dict(load_json(section))
+    if isinstance(section, PluginConfig):
+        from megatron_patches.pretrain.script import install
+
+        return install(section)
     if section is None:
         return
     if _applied is not None and any(patch.applied for patch in _applied[1]):

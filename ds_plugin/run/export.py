@@ -1,5 +1,6 @@
 """The average as the run's one file of whole weights."""
 
+import json
 import math
 import os
 import shutil
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ds_plugin import compat
 from ds_plugin.atomic import sync_folder
 from ds_plugin.errors import together
+from megatron_patches.pipeline_gpt import PipelineGPT, gpt_name, gpt_of
 
 if TYPE_CHECKING:
     from ds_plugin.engine import Plugin
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
 def export_average(plugin: "Plugin", path: Path) -> Path:
     """Publish the average as the single file ``path``, in place of what an earlier end of the run wrote there.
 
-    Every parameter is whole under its name in the model and in the model's dtype, whatever the parallelism; every rank
-    writes its share (see `Plugin.publish`). Every rank calls it.
+    Every parameter is whole under its name in the GPTModel and in the model's dtype, whatever the parallelism; every
+    rank writes its share (see `Plugin.publish`). Every rank calls it.
     """
     folder = path.with_name(f".{path.stem}")
     with together():
@@ -31,16 +34,42 @@ def export_average(plugin: "Plugin", path: Path) -> Path:
     (written,) = plugin.publish(folder, max_shard_bytes=sys.maxsize)
     with together():
         if dist.get_rank() == 0:
+            if isinstance(plugin.engine.module, PipelineGPT):
+                _rename(written)
             os.replace(written, path)
             folder.rmdir()
             sync_folder(path.parent)
     return path
 
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters of the whole model: neither ZeRO 3 nor tensor parallelism makes it smaller."""
-    size = getattr(getattr(model, "config", None), "tensor_model_parallel_size", 1)
-    return sum(
-        math.prod(getattr(p, "ds_shape", p.shape)) * (size if getattr(p, "tensor_model_parallel", False) else 1)
-        for p in model.parameters()
-    )
+def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:
+    """Elements of every parameter of the whole model by its name in a GPTModel: no parallelism makes it smaller.
+
+    Every rank of a pipeline calls it: what the other stages have is asked of them.
+    """
+    ranks = getattr(getattr(model, "config", None), "tensor_model_parallel_size", 1)
+    sizes = {
+        name: math.prod(compat.global_shape(p)) * (ranks if getattr(p, "tensor_model_parallel", False) else 1)
+        for name, p in gpt_of(model).named_parameters()
+    }
+    if isinstance(model, PipelineGPT):
+        stages: list[dict[str, int]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(stages, sizes)
+        sizes = {name: size for stage in stages for name, size in stage.items()}  # a tied weight once, by its name
+    return sizes
+
+
+def _rename(path: Path) -> None:
+    """Give the tensors of a pipeline's safetensors file the names of a GPTModel, which are the shorter ones.
+
+    The header keeps its size, padded with spaces as the format allows, so nothing behind it moves.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        text = json.dumps({gpt_name(name): entry for name, entry in header.items()}, separators=(",", ":")).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
+        file.flush()
+        os.fsync(file.fileno())

@@ -17,12 +17,13 @@ from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError, together
 from ds_plugin.run import env, report, rng
 from ds_plugin.run.corpus import Corpus
-from ds_plugin.run.export import export_average, parameter_count
+from ds_plugin.run.export import export_average
 from ds_plugin.run.flops import Flops
 from ds_plugin.run.folder import RunFolder, read_metrics
 from ds_plugin.run.progress import Progress
 from ds_plugin.run.settings import Settings
 from ds_plugin.sequence_length_warmup.plan import plan
+from megatron_patches.gpt import GPTConfig
 
 _MONITORED = (
     "length",
@@ -39,6 +40,9 @@ _MONITORED = (
     "adam_variance_l1",
     "adam_variance_max",
 )
+
+#: settings of the model that a run of an earlier version may not have saved
+_DEFAULTS = {f"model.{name}": field.default for name, field in GPTConfig.model_fields.items()}
 
 
 class Recorder:
@@ -102,7 +106,7 @@ class Recorder:
         }
 
     def loss(self, loss: torch.Tensor) -> None:
-        """One micro-batch's loss, left on the device."""
+        """One micro-batch's loss, or the mean over a step's, left on the device."""
         self._losses.append(loss.detach())
 
     def after_step(self) -> None:
@@ -215,9 +219,10 @@ class Recorder:
                 f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
             ) from None
         for key, value in self._identity().items():
-            if saved.get(key) != value:
+            there = saved.get(key, _DEFAULTS.get(key))
+            if there != value:
                 raise CheckpointError(
-                    f"resume: '{path}' was trained with {key} {saved.get(key)!r}, this run has {value!r}; give the "
+                    f"resume: '{path}' was trained with {key} {there!r}, this run has {value!r}; give the "
                     f"same {key}, or start a new run with another --name"
                 )
         if saved["steps"] != self.run.training.steps:
@@ -283,7 +288,8 @@ class Recorder:
             "precision": str(self.run.dtype).removeprefix("torch."),
             "world_size": dist.get_world_size(),
             "tensor_parallel": self.run.model.tensor_parallel,
-            "parameters": parameter_count(self.engine.module),
+            "pipeline_parallel": self.run.model.pipeline_parallel,
+            "parameters": self._per_token.parameters,
             "data": {"source": self.text.source, "tokens": self.text.tokens, "documents": self.text.documents},
             "methods": self.run.plugin.to_dict(),
             "wall_seconds": round(self._seconds(), 1),

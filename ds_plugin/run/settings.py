@@ -93,6 +93,7 @@ _OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "num_attention_heads": ("model", "num_attention_heads"),
     "seq_length": ("model", "seq_length"),
     "tensor_parallel": ("model", "tensor_parallel"),
+    "pipeline_parallel": ("model", "pipeline_parallel"),
     "zero_stage": ("zero_optimization", "stage"),
 }
 _DEEPSPEED_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
@@ -112,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json")
     for flag in ("steps", "tokens", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
         p.add_argument(f"--{flag}", type=int)
-    for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "zero-stage"):
+    for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "pipeline-parallel", "zero-stage"):
         p.add_argument(f"--{flag}", type=int)
     p.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
     return p
@@ -167,7 +168,7 @@ def _batch(config: Mapping[str, Any], model: GPTConfig) -> int:
             raise ConfigError(f"{name}: {value!r} is not a number of samples (or steps); write 1 or more")
     if "train_batch_size" in parts:
         return parts["train_batch_size"]
-    ranks = dist.get_world_size() // model.tensor_parallel if dist.is_initialized() else 1
+    ranks = dist.get_world_size() // model.model_ranks if dist.is_initialized() else 1
     micro, steps = parts.get("train_micro_batch_size_per_gpu", 1), parts.get("gradient_accumulation_steps", 1)
     return max(1, micro * steps * ranks)
 
@@ -225,9 +226,37 @@ def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginC
             f"zero_optimization.stage: 0 with {half} and tensor_parallel {model.tensor_parallel}: DeepSpeed clips by a "
             "wrong gradient norm there (it leaves out the shards of other tensor-parallel ranks); write stage 1"
         )
+    if model.pipeline_parallel > 1:
+        _check_pipeline(config, model, half)
     warmup = plugin.sequence_length_warmup
     if warmup is not None and warmup.end_length != model.seq_length:
         raise ConfigError(
             f"sequence_length_warmup.end_length: {warmup.end_length} is not model.seq_length {model.seq_length}, so "
             f"training would never see the full length; write {model.seq_length}"
+        )
+
+
+def _check_pipeline(config: Mapping[str, Any], model: GPTConfig, half: str | None) -> None:
+    """What DeepSpeed's pipeline would train wrongly, or refuse by an assertion."""
+    zero, where = config.get("zero_optimization") or {}, f"with pipeline_parallel {model.pipeline_parallel}"
+    stage = zero.get("stage", 0)
+    if stage > 1:
+        raise ConfigError(f"zero_optimization.stage: {stage} {where}: DeepSpeed's pipeline takes 0 or 1; write stage 1")
+    if stage == 0 and config.get("gradient_clipping"):
+        raise ConfigError(
+            f"gradient_clipping: {config['gradient_clipping']} {where} and zero_optimization.stage 0: DeepSpeed clips "
+            "by a wrong gradient norm there (it leaves out parameters of later stages); write stage 1, or "
+            '"gradient_clipping": 0'
+        )
+    if stage == 0 and half == "bf16":
+        raise ConfigError(
+            f"zero_optimization.stage: 0 {where} and bf16: DeepSpeed cannot load the checkpoints that it writes there; "
+            "write stage 1"
+        )
+    accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
+    offloaded = ((zero.get("offload_optimizer") or {}).get("device") or "none") != "none"
+    if model.tie_embeddings and accumulated is not None and (half == "fp16" or offloaded):
+        raise ConfigError(
+            f"data_types.grad_accum_dtype: {accumulated!r} {where} and model.tie_embeddings: DeepSpeed does not add up "
+            "the gradients of the tied weight there; remove it, or untie the embeddings"
         )

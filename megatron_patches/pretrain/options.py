@@ -1,0 +1,72 @@
+"""Which of Megatron-LM's options the methods go with."""
+
+import math
+from typing import Any
+
+from ds_plugin.config import PluginConfig
+from ds_plugin.errors import ConfigError
+
+# option: (the value it has when it is off, why it does not go together); an option that a version lacks is off
+_STATE = {
+    "non_persistent_save_interval": (None, "the method's state is saved with ordinary checkpoints only"),
+    "ckpt_convert_format": (None, "a conversion leaves the method's state behind; convert without it"),
+}
+_WARMUP = {
+    "rampup_batch_size": (None, "both change how many tokens a step has"),
+    "step_batch_size_schedule": (None, "both change how many tokens a step has"),
+    "cuda_graph_impl": ("none", "a captured graph has one length"),
+    "enable_cuda_graph": (False, "a captured graph has one length"),
+    "external_cuda_graph": (False, "a captured graph has one length"),
+    "tp_comm_overlap": (False, "its buffers are made for one length"),
+    "hybrid_context_parallel": (False, "it packs samples by their own lengths"),
+    "decoder_seq_length": (None, "there are two lengths"),
+    "sft": (False, "packed samples have no length to shorten"),
+    "perform_rl_step": (False, "its samples are generated"),
+    "vision_pretraining": (False, "images have no length"),
+    **_STATE,
+}
+_AVERAGING = {
+    "use_torch_fsdp2": (False, "it keeps the weights in another way; use the distributed optimizer"),
+    "use_megatron_fsdp": (False, "it keeps the weights in another way; use the distributed optimizer"),
+    "use_custom_fsdp": (False, "it keeps the weights in another way; use the distributed optimizer"),
+    "optimizer_cpu_offload": (False, "it keeps the weights in another way"),
+    "perform_rl_step": (False, "it exchanges the weights itself"),
+    **_STATE,
+}
+_COMPLETEP = {
+    "use_mup": (False, "both scale the same quantities"),
+    "decoupled_lr": (None, "both set the learning rates of the embedding and the output layer"),
+    "num_experts": (None, "it has no rules for mixtures of experts"),
+    "multi_latent_attention": (False, "it has no rules for latent attention"),
+    "mtp_num_layers": (None, "it has no rules for multi-token prediction"),
+}
+
+
+def check_options(sections: PluginConfig, options: Any) -> None:
+    """Raise ConfigError for the first option that an enabled method cannot go with, naming both and the remedy."""
+    for name, section, refused in (
+        ("sequence_length_warmup", sections.sequence_length_warmup, _WARMUP),
+        ("weight_averaging", sections.weight_averaging, _AVERAGING),
+        ("completep", sections.completep, _COMPLETEP),
+    ):
+        for option, (off, why) in refused.items() if section is not None else ():
+            value = getattr(options, option, off)
+            if value != off and value not in (None, False):
+                raise ConfigError(
+                    f"{name}: --{option.replace('_', '-')} {value} does not go together with it: {why}; leave one of "
+                    "the two out"
+                )
+    if sections.weight_averaging is not None and sections.weight_averaging.restart is not None:
+        raise ConfigError(
+            "weight_averaging.restart: not supported in Megatron-LM's training loop; remove it, or train with DeepSpeed"
+        )
+
+
+def layout_multiple(options: Any) -> int:
+    """The number of equal parts that the layout cuts each sample into.
+
+    Sequence parallelism: one for each tensor-parallel rank; context parallelism: two for each of its ranks.
+    """
+    tensor = options.tensor_model_parallel_size if options.sequence_parallel else 1
+    context = options.context_parallel_size
+    return math.lcm(tensor * context, 2 * context if context > 1 else 1)

@@ -1,0 +1,166 @@
+"""``python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE``: a Megatron-LM script, with the methods in it.
+
+The script is read and executed as it is, in this process's ``__main__``; nothing of it is changed or copied. A script
+that may be changed needs two lines instead: ``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
+"""
+
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ds_plugin.config import PluginConfig, load_json
+from ds_plugin.errors import ConfigError, PluginError, StateError
+from megatron_patches.patch import Patch
+
+FLAG = "--ds-plugin-config"
+TRAINING = "megatron.training.training"
+#: what the loop calls by name in its own module, and `loop.Loop` wraps
+WRAPPED = (
+    "setup_model_and_optimizer",
+    "load_checkpoint",
+    "build_train_valid_test_data_iterators",
+    "train_step",
+    "num_floating_point_operations",
+    "training_log",
+    "compute_throughputs_and_append_to_progress_log",
+    "evaluate_and_print_results",
+    "save_checkpoint",
+    "print_rank_last",
+)
+
+_installed: tuple[PluginConfig, list[Patch]] | None = None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a script with its own arguments; the exit code. ``arguments``: the script, and what it is given."""
+    try:
+        script, given, sections = read_arguments(arguments)
+        prepare_host(script)
+        install(sections)
+    except PluginError as error:  # before there are process groups: every rank has found the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    sys.argv = [str(script), *given]
+    try:
+        execute(script)
+    except PluginError as error:
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:
+    """The script, the arguments that are its own, and the sections of the plugin's file.
+
+    Raises:
+        ConfigError: there is no such script, or the file is missing, wrong or given twice.
+    """
+    script = Path(arguments[0])
+    if not script.is_file():
+        raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
+    rest, files = [], []
+    words = iter(arguments[1:])
+    for word in words:
+        if word == FLAG:
+            files.append(next(words, ""))
+        elif word.startswith(f"{FLAG}="):
+            files.append(word.removeprefix(f"{FLAG}="))
+        else:
+            rest.append(word)
+    if len(files) != 1 or not files[0]:
+        raise ConfigError(f"{FLAG}: given {len(files)} time(s); give it once, with a JSON file")
+    sections = PluginConfig.from_dict(load_json(files[0]))
+    return script.resolve(), rest, sections
+
+
+def prepare_host(script: Path) -> None:
+    """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
+    folder = str(script.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_patches.pretrain import cpu
+
+        if os.environ.get("RANK", "0") == "0":
+            logging.getLogger("ds_plugin").warning("no GPU: Megatron-LM runs on the CPU, over gloo")
+        cpu.enable()
+
+
+def install(sections: PluginConfig) -> None:
+    """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
+
+    `megatron_patches.revert()` undoes it.
+
+    Raises:
+        StateError: other sections are in force.
+        PluginError: this Megatron-LM lacks one of the names; nothing is changed then.
+    """
+    global _installed
+    if sections == PluginConfig():
+        return
+    if _installed is not None and any(patch.applied for patch in _installed[1]):
+        if _installed[0] != sections:
+            raise StateError(
+                f"megatron_patches: {_installed[0].to_dict()} is in force, {sections.to_dict()} was asked for; one "
+                "configuration holds in a process, call megatron_patches.revert() between two"
+            )
+        return
+    training = _training()
+    from megatron_patches.pretrain.loop import Loop
+    from megatron_patches.script_hooks import apply
+
+    loop = Loop(sections, training.get_args)
+    patches = [_wrapped(name, getattr(loop, name)) for name in WRAPPED]
+    try:
+        for patch in patches:
+            patch.apply()
+        apply(sections.completep)
+    except PluginError:
+        for patch in reversed(patches):
+            patch.revert()
+        raise
+    _installed = sections, patches
+
+
+def _training() -> ModuleType:
+    """The module of the training loop, which has every name that is used of it."""
+    try:
+        training = importlib.import_module(TRAINING)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{TRAINING} cannot be imported ({error}); give the script of a Megatron-LM checkout, whose folder holds "
+            "megatron/training, and install what it needs"
+        ) from None
+    lacking = [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]
+    if lacking:
+        version = importlib.import_module("megatron.core").__version__
+        raise PluginError(
+            f"{TRAINING} of Megatron-LM with core {version} ({training.__file__}) has no {', '.join(lacking)}; use a "
+            "version this plugin was tested with (core 0.16 or 0.20)"
+        )
+    return training
+
+
+def _wrapped(name: str, method: Any) -> Patch:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(patch.original, *args, **kwargs)
+
+    patch = Patch(f"{TRAINING}.{name}", call, reason="the methods in the training loop")
+    return patch
+
+
+def execute(script: Path) -> None:
+    """Run the file as ``__main__``, without replacing the module: a spawned process finds this package's, guarded."""
+    code = compile(script.read_bytes(), str(script), "exec")
+    main: ModuleType = sys.modules["__main__"]
+    names = vars(main)
+    names["__file__"] = str(script)
+    exec(code, names)

@@ -1,0 +1,170 @@
+"""The methods' state beside Megatron-LM's checkpoints: ``<save>/ds_plugin/iter_0000100/``.
+
+``ds_plugin.json`` holds the sections and the small state, equal on all ranks; each rank's averaging window is a file of
+its own (`ds_plugin.weight_averaging.checkpoint`). The folder is our own, because the host's loaders read all of theirs.
+"""
+
+import json
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from ds_plugin.atomic import atomic_write
+from ds_plugin.errors import CheckpointError, together
+from ds_plugin.weight_averaging import checkpoint as window_files
+
+if TYPE_CHECKING:
+    from megatron_patches.pretrain.loop import Loop
+
+MANIFEST = "ds_plugin.json"
+FORMAT = 1
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    """Where the state of an iteration lies."""
+    return root / "ds_plugin" / f"iter_{iteration:07d}"
+
+
+def save(loop: "Loop", root: Path, iteration: int) -> None:
+    """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
+    save_id: str = _from_rank_0(uuid.uuid4().hex)
+    folder = folder_of(root, iteration)
+    with together():
+        folder.mkdir(parents=True, exist_ok=True)
+        if loop.averager is not None:
+            window_files.save(folder, loop.averager, save_id=save_id, **_place())
+    with together():  # the manifest last: it says that the rest is there
+        if dist.get_rank() == 0:
+            manifest = {
+                "format": FORMAT,
+                "save_id": save_id,
+                "iteration": iteration,
+                "world_size": dist.get_world_size(),
+                "model_parallel": _sizes(),
+                "sections": loop.sections.to_dict(),
+                "lengths": loop.lengths.state() if loop.lengths is not None else None,
+            }
+            text = json.dumps(manifest, indent=1)
+            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+            if getattr(loop.options(), "save_retain_interval", None) is not None:
+                _forget_retired(root, iteration)
+
+
+def load(loop: "Loop", root: Path, iteration: int) -> None:
+    """Take over the state of the iteration that the host has loaded from ``root``. Every rank calls it.
+
+    Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
+
+    Raises:
+        CheckpointError: on every rank alike: a file is missing, damaged or of another run, or a section has changed in
+            a way that cannot go on.
+    """
+    options, folder = loop.options(), folder_of(root, iteration)
+    path = folder / MANIFEST
+    text = None
+    with together():
+        if dist.get_rank() == 0 and path.is_file():
+            text = path.read_text("utf-8")
+    text = _from_rank_0(text)  # one rank reads, so that all see the same
+    with together():
+        manifest = _parsed(loop, text, path, iteration)
+        if loop.lengths is not None:
+            saved = manifest["lengths"] if manifest is not None else None
+            loop.lengths.load_state(saved, iteration=options.iteration, samples=options.consumed_train_samples)
+        if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
+            window_files.load(
+                folder,
+                loop.averager,
+                save_id=manifest["save_id"],
+                saved_ranks=manifest["world_size"],
+                **_place(),
+            )
+
+
+def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
+    if text is None:
+        if loop.sections.completep is not None:
+            raise CheckpointError(
+                f"{path} is missing: a checkpoint of a run without this plugin, whose weights belong to another "
+                'parametrization; resume without "completep", or start a new run'
+            )
+        if dist.get_rank() == 0:
+            logging.getLogger("ds_plugin").warning(
+                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
+                "length, and the averaging window starts empty.",
+                path,
+            )
+        return None
+    try:
+        manifest = dict(json.loads(text))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
+                "wrote it"
+            )
+        _compare(loop, manifest, path, iteration)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
+    return manifest
+
+
+def _compare(loop: "Loop", manifest: dict[str, Any], path: Path, iteration: int) -> None:
+    if manifest["iteration"] != iteration:
+        raise CheckpointError(
+            f"{path} is of iteration {manifest['iteration']}, Megatron-LM loaded {iteration}; restore the file"
+        )
+    recipe, section = manifest["sections"].get("completep"), loop.sections.completep
+    ours = loop.sections.to_dict().get("completep")
+    same = recipe == ours if recipe is None or section is None else not section.differences(recipe)
+    if not same:
+        raise CheckpointError(
+            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
+            "same section"
+        )
+    averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
+    if averages and manifest["model_parallel"] != _sizes():
+        raise CheckpointError(
+            f"{path}: the averaging window was saved with tensor and pipeline sizes {manifest['model_parallel']}, this "
+            f'run has {_sizes()}; load with the same, or write "enabled": false in weight_averaging'
+        )
+
+
+def _forget_retired(root: Path, iteration: int) -> None:
+    """Remove the state of earlier iterations that the host has removed, as ``--save-retain-interval`` asks it to."""
+    for folder in (root / "ds_plugin").glob("iter_*"):
+        number = folder.name.removeprefix("iter_")
+        if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _from_rank_0(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _place() -> dict[str, Any]:
+    """This rank's, for the files of the window."""
+    from megatron.core import parallel_state
+
+    return {
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "coordinate": (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        ),
+    }
+
+
+def _sizes() -> list[int]:
+    from megatron.core import parallel_state
+
+    return [
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    ]

@@ -1,0 +1,446 @@
+"""The methods in Megatron-LM's training loop: on the stand-in of tests/reference/megatron_loop, and on a checkout.
+
+The stand-in has the names and calls of the host's loop over the real megatron-core; what is compared on it is bitwise.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_plugin.config import PluginConfig
+from ds_plugin.errors import ConfigError, PluginError
+from tests import harness
+from tests.reference import averaging
+
+FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
+SCRIPT = FOLDER / "pretrain_small.py"
+FULL, STEPS, BATCH = 32, 8, 4
+LENGTHS = [8, 16, 16, 24, 32, 32, 32, 32]  # 8 + 24 * step / 5, floored to a multiple of 8
+WARMUP = {"enabled": True, "start_length": 8, "end_length": FULL, "duration": {"steps": 5}, "multiple_of": 8}
+AVERAGING = {"enabled": True, "interval": 2, "window": 2}
+OPTIONS = {
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "sequence_parallel": False, "num_layers": 2, "seq_length": FULL, "full_length": FULL, "micro_batch_size": 2,
+    "global_batch_size": BATCH, "train_iters": STEPS, "lr": 0.01, "min_lr": 0.001, "lr_decay_iters": STEPS,
+    "eval_interval": 4, "eval_iters": 1, "save": None, "save_interval": 4, "load": None, "ckpt_step": None,
+    "finetune": False, "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [],
+}  # fmt: skip
+LAYOUTS = {
+    "tensor": {"tensor_model_parallel_size": 2, "num_layers": 1},
+    "pipeline": {"pipeline_model_parallel_size": 2},
+    "data": {},
+}
+
+
+def run(folder, sections, options, twin=None):
+    """The script under ``python -m megatron_patches``: its exit code, what it said, and the stand-in's record."""
+    from megatron_patches.pretrain import script
+
+    file = Path(folder) / f"methods_{torch.distributed.get_rank()}.json"
+    file.write_text(json.dumps(sections))
+    sys.path.insert(0, str(FOLDER))
+    script.prepare_host(SCRIPT)
+    from megatron.training import training
+
+    if twin is not None:
+        twin(training)
+    warned = io.StringIO()
+    logging.getLogger("ds_plugin").addHandler(logging.StreamHandler(warned))
+    arguments = ["--options", json.dumps({**OPTIONS, **options})]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = script.run([str(SCRIPT), *arguments, "--ds-plugin-config", str(file)])
+    record = {"code": code, "said": said.getvalue(), "warned": warned.getvalue(), **training.RECORD}
+    return {**record, "full": training.get_args().seq_length}
+
+
+def by_hand(training):
+    """Sequence length warmup written into the loop: the twin of the hooks."""
+    train_step, build = training.train_step, training.build_train_valid_test_data_iterators
+
+    def shorter(*args, iteration):
+        options = training.get_args()
+        options.seq_length = LENGTHS[iteration]
+        result = train_step(*args, iteration=iteration)
+        options.seq_length = FULL
+        return result
+
+    def narrowed(batches):
+        for batch in batches:
+            length = training.get_args().seq_length
+            for name in ("tokens", "labels", "loss_mask", "position_ids"):
+                batch[name] = batch[name][:, :length].clone()
+            batch["attention_mask"] = batch["attention_mask"][:, :, :length, :length].clone()
+            yield batch
+
+    def iterators(provider):
+        train, valid, test = build(provider)
+        if train is not None:
+            train.iterable = narrowed(train.iterable)
+        return train, valid, test
+
+    training.train_step, training.build_train_valid_test_data_iterators = shorter, iterators
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_warmup_and_averaging_equal_their_twins(workers, tmp_path, layout):
+    """Lengths, losses, weights, averages and counts, on every rank of each way to share a model out."""
+    options = {**LAYOUTS[layout], "overflows": [5], "save": str(tmp_path / "run")}
+    sections = {"sequence_length_warmup": WARMUP, "weight_averaging": AVERAGING}
+    hooked = workers(2).run(run, str(tmp_path), sections, options)
+    plain = workers(2).run(run, str(tmp_path), {}, {**options, "save": str(tmp_path / "plain")}, twin=by_hand)
+    micro_batches = 1 if layout == "data" else 2  # on a rank; also of an evaluation
+    tokens = [BATCH * length for length in LENGTHS]
+    trained = [sum(t for i, t in enumerate(tokens[:n]) if i != 5) for n in range(1, STEPS + 1)]
+    for found, expected in zip(hooked, plain, strict=True):
+        assert found["code"] == 0 and found["full"] == FULL
+        assert [shape for shape, _ in found["train"]] == [(2, n) for n in LENGTHS for _ in range(micro_batches)]
+        assert found["train"] == expected["train"]
+        assert found["losses"] == expected["losses"] and found["lr"] == expected["lr"]
+        assert [same(a, b) for a, b in zip(found["weights"], expected["weights"], strict=True)] == [[]] * STEPS
+        # counts: tokens in the log and the progress file, and operations at each iteration's length
+        assert found["tokens of the log"] == tokens
+        operations = [BATCH * (1000 * n + n * n) for n in LENGTHS]
+        assert found["operations"] == [sum(operations)]
+        assert found["progress"] == [(n, trained[n - 1], sum(operations[:n])) for n in (4, 8)]
+        # evaluation: of full length, raw as without us, averaged on the same samples; their stream goes on undisturbed
+        raw, averaged = found["evaluations"][0::2], found["evaluations"][1::2]
+        assert [(p, losses, told, n) for p, losses, told, n, _ in raw] == [e[:4] for e in expected["evaluations"]]
+        steps = [(2, 4), (4, 8), (4, 8)]  # the sixth was not applied
+        said = [f"average of steps {first} to {last}" for first, last in steps]
+        assert [e[0].partition(" | ")[2] for e in averaged] == said
+        assert [e[2] for e in averaged] == [False] * 3
+        seen = [found["eval"][i : i + micro_batches] for i in range(0, 6 * micro_batches, micro_batches)]
+        assert seen[0::2] == seen[1::2] and sum(seen[0::2], []) == expected["eval"]
+        assert {shape for shape, _ in found["eval"]} == {(2, FULL)}
+        for (*_, weights), both in zip(averaged, steps, strict=True):
+            assert same(weights, averaging.mean([expected["weights"][step - 1] for step in both])) == []
+        assert all(a[1] != r[1] for r, a in zip(raw, averaged, strict=True)) or raw[0][1] == [None]
+    printed = [line for line in hooked[-1]["printed"] if "consumed samples" in line]
+    assert "consumed samples:            4 | sequence length:     8 | trained tokens:             32 |" in printed[0]
+    assert [int(line.split("trained tokens:")[1].split("|")[0]) for line in printed] == trained
+    assert [f["train"] for f in hooked][0][0][0] == hooked[1]["train"][0][0]
+
+
+def test_hooks_that_change_nothing_leave_every_bit(workers, tmp_path):
+    """Lengths that are full from the first iteration on, and an average that is never taken, against no hooks."""
+    still = {**WARMUP, "start_length": FULL, "learning_rate": {"by": "tokens"}}
+    sections = {"sequence_length_warmup": still, "weight_averaging": {**AVERAGING, "start_step": 1000}}
+    options = {**LAYOUTS["data"], "train_iters": 4}
+    off = {"sequence_length_warmup": {**WARMUP, "enabled": False}}
+    hooked = workers(2).run(run, str(tmp_path), sections, options)
+    plain = workers(2).run(run, str(tmp_path), off, options)
+    for found, expected in zip(hooked, plain, strict=True):
+        assert found["code"] == expected["code"] == 0
+        for name in ("train", "eval", "losses", "lr", "operations", "progress", "tokens of the log"):
+            assert found.get(name) == expected.get(name), name
+        assert [same(a, b) for a, b in zip(found["weights"], expected["weights"], strict=True)] == [[]] * 4
+        assert [e[:4] for e in found["evaluations"]] == [e[:4] for e in expected["evaluations"]]
+
+
+def explicit_completep(training):
+    """The recipe by the package's own functions, in a loop without hooks."""
+    import megatron.core.models.gpt as host
+
+    from megatron_patches.completep import finish, prepare
+    from megatron_patches.completep.config import CompletePConfig
+    from megatron_patches.completep.megatron import build_optimizer
+
+    section = CompletePConfig.model_validate(RECIPE)
+    model = host.GPTModel
+
+    def build(*, config, transformer_layer_spec, **kwargs):
+        config, transformer_layer_spec = prepare(config, transformer_layer_spec, section)
+        built = model(config=config, transformer_layer_spec=transformer_layer_spec, **kwargs)
+        finish(built, section)
+        return built
+
+    host.GPTModel = build
+    training.get_megatron_optimizer = lambda config, chunks, config_overrides: build_optimizer(config, chunks, section)
+
+
+RECIPE = {"enabled": True, "base_width": 8, "base_depth": 1}
+
+
+def test_completep_and_resume(workers, tmp_path):
+    """All three methods, learning rates by tokens; stopped after four iterations and resumed, nothing is lost.
+
+    CompleteP alone equals the recipe applied by its own functions.
+    """
+    short = {**LAYOUTS["pipeline"], "train_iters": 3}
+    alone = workers(2).run(run, str(tmp_path), {"completep": RECIPE}, short)
+    explicit = workers(2).run(run, str(tmp_path), {}, short, twin=explicit_completep)
+    plain = workers(2).run(run, str(tmp_path), {}, {**short, "save": str(tmp_path / "plain"), "save_interval": 3})
+    assert alone[1]["losses"] == explicit[1]["losses"] != plain[1]["losses"]
+    assert same(alone[0]["weights"][-1], explicit[0]["weights"][-1]) == []
+
+    by_tokens = {**WARMUP, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 300}}
+    sections = {"sequence_length_warmup": by_tokens, "weight_averaging": AVERAGING, "completep": RECIPE}
+    options = {**LAYOUTS["pipeline"], "save": str(tmp_path / "run")}
+    whole = workers(2).run(run, str(tmp_path), sections, options)
+    resumed = workers(2).run(run, str(tmp_path), sections, {**options, "load": options["save"], "ckpt_step": 4})
+    lengths, tokens = [], 0
+    for _ in range(STEPS):  # the next token's position, in a duration of 300
+        lengths.append(max(8, (8 + 24 * min(tokens + 1, 300) // 300) // 8 * 8))
+        tokens += BATCH * lengths[-1]
+    done = [sum(BATCH * n for n in lengths[:step]) // FULL for step in range(1, STEPS + 1)]  # samples of full length
+    assert len(set(lengths)) > 2 and lengths[4] < FULL
+    for found, again in zip(whole, resumed, strict=True):
+        assert found["code"] == again["code"] == 0
+        assert [shape[1] for shape, _ in found["train"]][::2] == lengths
+        rates = [0.001 + 0.009 * (1 - samples / (BATCH * STEPS)) for samples in done]
+        top = max(found["lr"])
+        assert found["lr"] == pytest.approx([top * rate / rates[0] for rate in rates])
+        for name in ("losses", "lr", "tokens of the log"):
+            assert again[name] == found[name][4:], name
+        assert [same(a, b) for a, b in zip(again["weights"], found["weights"][4:], strict=True)] == [[]] * 4
+        assert again["progress"] == found["progress"][1:] and again["operations"] == found["operations"]
+        for (*one, weights), (*two, expected) in zip(again["evaluations"], found["evaluations"][2:], strict=True):
+            assert one == two and same(weights, expected) == []
+
+    folder = tmp_path / "run" / "ds_plugin" / "iter_0000004"
+    load = {**options, "load": options["save"], "ckpt_step": 4, "save": None}
+    longer = {**sections, "sequence_length_warmup": {**by_tokens, "duration": {"tokens": 400}}}
+    wider = {**sections, "completep": {**RECIPE, "base_width": 4}}
+    for changed, words in ((longer, "give the same section"), (wider, "trained with completep")):
+        refused(workers(2).run(run, str(tmp_path), changed, load), words)
+    (folder / "weight_averaging_rank_00001.safetensors").unlink()
+    refused(workers(2).run(run, str(tmp_path), sections, load), "weight_averaging_rank_00001.safetensors is missing")
+    (folder / "ds_plugin.json").unlink()
+    refused(workers(2).run(run, str(tmp_path), sections, load), "a checkpoint of a run without this plugin")
+    of_another = {**options, "load": str(tmp_path / "plain"), "save": None, "train_iters": 4}
+    del sections["completep"]
+    ranks = workers(2).run(run, str(tmp_path), sections, of_another)
+    assert "iterations at full length" in ranks[0]["warned"].replace("\n", " ")
+    for found in ranks:
+        assert found["code"] == 0
+        assert {shape for shape, _ in found["train"]} == {(2, FULL)}  # 3 x 4 x 32 tokens are beyond the warmup's 300
+
+
+def refused(ranks, words):
+    """Every rank has said so, and none has trained."""
+    for found in ranks:
+        assert found["code"] == 2 and words in found["said"], found["said"]
+        assert "train" not in found
+
+
+def test_data_that_cannot_be_cut_are_refused_on_the_ranks_that_read_none_too(workers, tmp_path):
+    options = {**LAYOUTS["tensor"], "unknown_entries": ["cu_seqlens"]}
+    refused(workers(2).run(run, str(tmp_path), {"sequence_length_warmup": WARMUP}, options), "'cu_seqlens'")
+    refused(
+        workers(2).run(
+            run, str(tmp_path), {"sequence_length_warmup": WARMUP}, {**LAYOUTS["tensor"], "full_length": 24}
+        ),
+        "24 positions, 32 are to be trained",
+    )
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+REFUSED = {
+    # section, changes of it, options: words of the message
+    "--rampup-batch-size": ("sequence_length_warmup", {}, {"rampup_batch_size": [2, 2, 8]}),
+    "--cuda-graph-impl local": ("sequence_length_warmup", {}, {"cuda_graph_impl": "local"}),
+    "--tp-comm-overlap": ("sequence_length_warmup", {}, {"tp_comm_overlap": True}),
+    "--sft": ("sequence_length_warmup", {}, {"sft": True}),
+    "is not --seq-length 64": ("sequence_length_warmup", {}, {"seq_length": 64}),
+    "mode: 'carry' is not supported": ("sequence_length_warmup", {"mode": "carry"}, {}),
+    "pacing: 'adaptive' is not": ("sequence_length_warmup", {"pacing": "adaptive"}, {}),
+    "not divisible by 24": ("sequence_length_warmup", {}, {"context_parallel_size": 3}),
+    "--use-megatron-fsdp": ("weight_averaging", {}, {"use_megatron_fsdp": True}),
+    "--non-persistent-save-interval 2": ("weight_averaging", {}, {"non_persistent_save_interval": 2}),
+    "weight_averaging.restart": ("weight_averaging", {"restart": {"patience": 2}}, {}),
+    "--use-mup": ("completep", {}, {"use_mup": True}),
+    "--num-experts 4": ("completep", {}, {"num_experts": 4}),
+}
+SECTIONS = {"sequence_length_warmup": WARMUP, "weight_averaging": AVERAGING, "completep": RECIPE}
+
+
+def refusals():
+    """What each rank is told when only the last of them has the option, and whether a model was built."""
+    from megatron_patches.pretrain.loop import Loop
+
+    built, told = [], {}
+    for words, (name, changes, options) in REFUSED.items():
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        sections = PluginConfig.from_dict({name: {**SECTIONS[name], **changes}})
+        given = SimpleNamespace(**{**OPTIONS, **(options if last or changes else {})})
+        try:
+            Loop(sections, lambda given=given: given).setup_model_and_optimizer(built.append, words)
+        except ConfigError as error:
+            told[words] = str(error).removesuffix(" (seen on rank 1)")
+    return told, built
+
+
+def test_what_does_not_go_together_is_refused_by_name_before_the_model_is_built(workers):
+    (first, built), (second, _) = workers(2).run(refusals)
+    assert [words for words in REFUSED if words not in first.get(words, "")] == [] and built == []
+    assert first == second
+
+
+def lacking(name):
+    import megatron_patches
+    from megatron_patches.pretrain import script
+
+    sys.path.insert(0, str(FOLDER))
+    script.prepare_host(SCRIPT)
+    from megatron.training import training
+
+    before = megatron_patches.active(), dict(vars(training))
+    removed = vars(training).pop(name)
+    sections = PluginConfig.from_dict(SECTIONS)
+    try:
+        script.install(sections)
+    except PluginError as error:
+        told = str(error)
+    setattr(training, name, removed)
+    untouched = megatron_patches.active() == before[0] and all(vars(training)[n] is v for n, v in before[1].items())
+    script.install(sections)
+    count = len(megatron_patches.active()) - len(before[0])
+    script.install(sections)
+    again = len(megatron_patches.active()) - len(before[0])
+    try:
+        script.install(PluginConfig.from_dict({"weight_averaging": AVERAGING}))
+    except PluginError as error:
+        other = str(error)
+    return told, untouched, count, again, other
+
+
+def test_a_missing_name_is_one_error_and_nothing_is_patched(workers):
+    [(told, untouched, count, again, other)] = workers(1).run(lacking, "train_step")
+    assert "has no train_step" in told and importlib.metadata.version("megatron-core") in told and str(FOLDER) in told
+    assert untouched and count == again == 10 + 3 and "one configuration holds in a process" in other
+
+
+# -- a checkout of Megatron-LM -----------------------------------------------------------------------------------------
+CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
+FLAGS = """
+    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 60 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 5
+    --attention-dropout 0 --hidden-dropout 0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
+    --log-interval 1 --eval-interval 25 --eval-iters 2 --save-interval 30 --num-workers 0
+    --distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion
+""".split()
+
+
+def test_a_checkout_is_tested_or_its_absence_is_said():
+    if CHECKOUT is None:
+        assert "MEGATRON_LM_PATH" not in os.environ
+        warnings.warn(
+            "MEGATRON_LM_PATH is not set: Megatron-LM's own script was not run, only the stand-in; set it to a "
+            "checkout of core_r0.16.0 (Python 3.12 or newer: of main), and select the slow tests",
+            stacklevel=1,
+        )
+    else:
+        assert Path(CHECKOUT, "pretrain_gpt.py").is_file()
+
+
+def real(folder, name, sections, *flags, program="megatron_patches"):
+    """Start Megatron-LM's script on eight processes; ``program`` is the module that runs it."""
+    file = folder / f"{name}.json"
+    file.write_text(json.dumps(sections))
+    given = [] if program != "megatron_patches" else ["--ds-plugin-config", file]
+    script = ["--module", "--no_local_rank", program, Path(CHECKOUT, "pretrain_gpt.py"), *FLAGS, *flags, *given]
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": f"{folder}:{harness.ROOT}"}
+    return harness.Launched(script, ranks=8, env=environment)
+
+
+def finished(started):
+    with started:
+        done = started.wait(1500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def logged(output):
+    """{iteration: its line's figures but for the times}, and the lines of evaluations in order."""
+    found = {}
+    for line in output.splitlines():
+        if match := re.search(r" iteration +(\d+)/ +\d+ \| (consumed samples.*)", line):
+            parts = [re.sub(r"\s+", " ", part).strip() for part in match[2].split("|")]
+            found[int(match[1])] = dict(part.split(": ") for part in parts if ": " in part and "time" not in part)
+    return found, re.findall(r"validation loss at (.*?value: \S+)", output)
+
+
+UNTOUCHED = """
+import sys
+import warnings
+from pathlib import Path
+from megatron_patches.pretrain import script
+
+if __name__ == "__main__":
+    script.prepare_host(Path(sys.argv[1]))
+    sys.argv = sys.argv[1:]
+    script.execute(Path(sys.argv[0]))
+"""
+
+if CHECKOUT is not None:
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(7200)
+    @pytest.mark.parametrize("layout", ["torch_dist", "torch"])
+    def test_the_real_script_killed_and_resumed_equals_the_uninterrupted(tmp_path, layout):
+        """TP2 x PP2 x DP2, all three methods, through four lengths; killed after the checkpoint at iteration 30."""
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 40}, "multiple_of": 16}
+        sections = {
+            "sequence_length_warmup": {**warmup, "learning_rate": {"by": "tokens"}},
+            "weight_averaging": {"enabled": True, "interval": 5, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
+        }
+        save = ["--ckpt-format", layout, "--save"]
+        whole, evaluations = logged(finished(real(tmp_path, "whole", sections, *save, tmp_path / "whole")))
+        lengths = [max(16, (16 + 48 * min(step, 40) // 40) // 16 * 16) for step in range(1, 61)]
+        assert [int(whole[step]["sequence length"]) for step in range(1, 61)] == lengths and len(set(lengths)) == 4
+        assert int(whole[60]["trained tokens"]) == 8 * sum(lengths)
+        prefixes = [line.partition(" | lm loss")[0] for line in evaluations]
+        assert prefixes[:4] == [
+            "iteration 25", "iteration 25 | average of steps 15 to 25",
+            "iteration 50", "iteration 50 | average of steps 40 to 50",
+        ]  # fmt: skip
+
+        with real(tmp_path, "killed", sections, *save, tmp_path / "killed") as killed:
+            killed.wait_for("iteration       31/", 1500)
+            before, _ = logged(killed.output)
+        assert before[30] == whole[30] and 60 not in before
+        tracker = tmp_path / "killed" / "latest_checkpointed_iteration.txt"
+        assert tracker.read_text() == "30"
+        again = [*save, tmp_path / "killed", "--load", tmp_path / "killed"]
+        resumed, later = logged(finished(real(tmp_path, "killed", sections, *again)))
+        assert min(resumed) == 31 and later == evaluations[2:]
+        for step in range(31, 61):
+            names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there the host logs a mean of two
+            assert {n: resumed[step][n] for n in names} == {n: whole[step][n] for n in names}, step
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_the_real_script_with_hooks_that_change_nothing_logs_what_it_logs_alone(tmp_path):
+        (tmp_path / "untouched.py").write_text(UNTOUCHED)
+        few = ["--train-iters", "8", "--eval-interval", "4", "--lr-warmup-iters", "2"]
+        alone, evaluations = logged(finished(real(tmp_path, "alone", {}, *few, program="untouched")))
+        still = {"enabled": True, "start_length": 64, "end_length": 64, "duration": {"steps": 5}}
+        sections = {
+            "sequence_length_warmup": {**still, "learning_rate": {"by": "tokens"}},
+            "weight_averaging": {"enabled": True, "interval": 2, "start_step": 1000},
+        }
+        hooked, same_evaluations = logged(finished(real(tmp_path, "hooked", sections, *few)))
+        off, off_evaluations = logged(finished(real(tmp_path, "off", {}, *few)))
+        assert off == alone and off_evaluations == same_evaluations == evaluations and len(evaluations) == 4
+        ours = ("sequence length", "trained tokens")
+        assert {s: {n: v for n, v in line.items() if n not in ours} for s, line in hooked.items()} == alone
+        assert sorted(alone) == list(range(1, 9))
