@@ -4,8 +4,9 @@ env                              what this installation consists of
 to-universal FOLDER TARGET       convert a checkpoint to DeepSpeed's universal format, for another number of ranks
 translate-config OLD.json        DeepSpeed's curriculum_learning as sequence_length_warmup: the new file
 tune-warmup --config FILE        find the warmup's start length and duration with short runs
-merge CKPT... --out FOLDER       the weighted mean of checkpoints, as safetensors
+merge CKPT... --out FOLDER       the weighted mean of checkpoints, as safetensors or torch_dist
 averaging-cost                   memory, traffic and time of weight averaging for a model and a number of ranks
+plan --config FILE               what a recipe comes to on so many ranks: lengths, tokens, rates, memory, time
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
+    from ds_plugin.run import plan
     from ds_plugin.sequence_length_warmup import tune
     from ds_plugin.weight_averaging import cost
 
@@ -33,15 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     translator.add_argument("config", type=Path, metavar="OLD.json", help="a DeepSpeed config; it is not changed")
     translator.add_argument("--out", type=Path, metavar="FILE", help="write the new config here, not to stdout")
     tune.add_arguments(commands.add_parser("tune-warmup", help="find start length and duration with short runs"))
-    merging = commands.add_parser("merge", help="the weighted mean of checkpoints, as safetensors")
-    merging.add_argument("checkpoints", nargs="+", metavar="CKPT", help="oldest first: safetensors or DeepSpeed ZeRO")
+    merging = commands.add_parser("merge", help="the weighted mean of checkpoints, as safetensors or torch_dist")
+    merging.add_argument("checkpoints", nargs="+", metavar="CKPT", help="oldest first; of one kind")
     merging.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or of an interrupted merge")
     merging.add_argument("--weights", default="uniform", help="uniform, linear, 1-sqrt, or numbers such as 0.2,0.3,0.5")
     merging.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="shards made at a time")
     merging.add_argument("--dtype", help="fp32, bf16 or fp16; else that of the masters or the files read")
-    merging.add_argument("--shard-gb", type=float, default=5.0, help="size of the shards made from ZeRO checkpoints")
+    merging.add_argument("--shard-gb", type=float, default=5.0, help="size of the shards made from DeepSpeed files")
     cost.add_arguments(commands.add_parser("averaging-cost", help="what weight averaging takes, worked out on paper"))
+    plan.add_arguments(commands.add_parser("plan", help="what a recipe comes to, before the first step"))
     args = parser.parse_args(arguments)
+    if args.command == "plan":
+        return plan.command(args)
     if args.command == "tune-warmup":
         return tune.command(args)
     if args.command == "averaging-cost":
