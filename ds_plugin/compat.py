@@ -36,6 +36,7 @@ ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
 ZERO12_NORM = "get_grad_norm_direct"  # (gradients, params): once for each param group
 ZERO12_OFFLOAD_NORM = "complete_grad_norm_calculation_for_cpu_offload"  # (params): the same with optimizer offload
 ZERO12_NORM_PARAMS = "params_in_partition"  # the very lists that are given to them as params
+ZERO12_PADDING = "_zero_padding"  # on a gradient: it stands for no parameter
 ZERO3_NORMS = "_get_norm_groups"  # (): one norm for each sub-group, with and without offload
 ZERO3_GROUP_OF_SUB_GROUP = "sub_group_to_group_id"
 BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose norm is taken, or that are clipped

@@ -19,7 +19,6 @@ from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.rules import Role
 from megatron_patches.pipeline_gpt import gpt_of
 
-_PADDING = "_zero_padding"  # DeepSpeed's ZeRO 1/2, on a gradient: it stands for no parameter
 _FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
 
 
@@ -77,11 +76,11 @@ class CompleteP:
         pipeline = compat.is_pipeline(engine)
         if pipeline and section.residual == "folded":
             _refuse_folded(engine)
-        mine = [group["role"] for group in self._groups]
+        self._mine = [group["role"] for group in self._groups]  # kept: a universal load may write over them
         # a pipeline's stages have different roles, and some more than one group of one
-        self._roles = _in_order(_everywhere(mine)) if pipeline else mine
+        self._roles = _in_order(_everywhere(self._mine)) if pipeline else self._mine
         ratios = ratios_of(engine.module.config, section)
-        factors = [section.fold_factor(Role(role), ratios) for role in mine]
+        factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
         norm = _StageNorm if pipeline else FoldedNorm
         self._norm = norm(engine, factors) if any(factor != 1.0 for factor in factors) else None
 
@@ -131,8 +130,8 @@ class CompleteP:
                 f"{', '.join(self._roles)}; freeze the same parameters"
             )
         of_role = {settings["role"]: settings for settings in state}
-        for group in self._groups:
-            settings = of_role[group["role"]]
+        for group, role in zip(self._groups, self._mine, strict=True):
+            settings = of_role[role]
             group.update(settings)
             if "betas" in settings:
                 group["betas"] = tuple(settings["betas"])
@@ -181,7 +180,7 @@ class _StageNorm(FoldedNorm):
 
 
 def _weighed(gradient: torch.Tensor, factor: float) -> torch.Tensor:
-    if getattr(gradient, _PADDING, False):
+    if getattr(gradient, compat.ZERO12_PADDING, False):
         return gradient
     return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32) * factor
 

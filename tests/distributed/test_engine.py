@@ -362,7 +362,7 @@ def _pipeline(section):
     ds_plugin.initialize(model=model, config=config)
 
 
-def test_completep_in_pipelines_is_refused(workers):
+def test_completep_in_other_pipelines_is_refused(workers):
     section = {"completep": {"enabled": True, "base_width": 4, "base_depth": 2}}
     for error in workers(2).run(_pipeline, section, expect="errors"):
         assert error.type == "ConfigError" and "completep: DeepSpeed's pipeline engine" in error.message, error

@@ -1,0 +1,48 @@
+"""A pipeline's names and param groups, worked out by hand; what of an earlier run counts as one without a pipeline."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from ds_plugin.completep import divided
+from ds_plugin.errors import CheckpointError
+from ds_plugin.run.recorder import Recorder
+from megatron_patches.pipeline_gpt import gpt_name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("0.embedding.position_embeddings.weight", "embedding.position_embeddings.weight"),
+        ("12.decoder.layers.11.mlp.linear_fc1.bias", "decoder.layers.11.mlp.linear_fc1.bias"),
+        ("tied_modules.embedding.embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
+        ("decoder.layers.0.mlp.linear_fc2.weight", "decoder.layers.0.mlp.linear_fc2.weight"),
+        ("__metadata__", "__metadata__"),
+    ],
+)
+def test_names_lose_what_the_pipeline_puts_before_them(name, expected):
+    assert gpt_name(name) == expected
+
+
+def test_the_largest_groups_are_halved_until_there_are_enough():
+    groups = [{"role": "a", "params": [1], "lr": 1.0}, {"role": "b", "params": [2, 3, 4, 5, 6], "lr": 0.5}]
+    assert divided(groups, 2) == groups
+    assert divided(groups, 4) == [
+        {"role": "a", "params": [1], "lr": 1.0},
+        {"role": "b", "params": [2, 3], "lr": 0.5},
+        {"role": "b", "params": [4], "lr": 0.5},
+        {"role": "b", "params": [5, 6], "lr": 0.5},
+    ]
+    assert len(groups) == 2 and groups[1]["params"] == [2, 3, 4, 5, 6]
+
+
+def test_a_run_saved_before_there_were_pipelines_had_none(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"seed": 3, "steps": 2, "seconds": 0.0}))
+    record = object.__new__(Recorder)
+    record.run = SimpleNamespace(training=SimpleNamespace(steps=2))
+    record._identity = lambda: {"seed": 3, "model.pipeline_parallel": 1}
+    record._compare(tmp_path)
+    record._identity = lambda: {"seed": 3, "model.pipeline_parallel": 2}
+    with pytest.raises(CheckpointError, match="model.pipeline_parallel 1, this run has 2"):
+        record._compare(tmp_path)
