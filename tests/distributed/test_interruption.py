@@ -11,7 +11,7 @@ from tests.harness import Launched, launch
 SCRIPT = ROOT / "launch_scripts" / "pretrain_gpt.py"
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_after_step_30_and_resumed(folder, zero):  # noqa: F811
     settings = config(zero_optimization__stage=zero)
     settings["training"] |= {"steps": 60, "save_interval": 30, "log_interval": 1, "eval_interval": 10}
