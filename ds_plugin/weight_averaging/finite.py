@@ -41,6 +41,11 @@ def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool |
         return math.isfinite(value) and value >= 0  # DeepSpeed marks an invalid norm by -1
     if not compat.is_model_parallel(engine):
         return None
-    finite = torch.tensor([window.all_finite(masters)], dtype=torch.int32, device=engine.device)
+    return finite_everywhere(masters, engine.device)
+
+
+def finite_everywhere(masters: Sequence[torch.Tensor], device: torch.device) -> bool:
+    """Whether all ranks' masters are finite; each looks at its own, and 4 bytes are exchanged. Every rank calls it."""
+    finite = torch.tensor([window.all_finite(masters)], dtype=torch.int32, device=device)
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return bool(finite.item())

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, StateError, together
-from ds_plugin.weight_averaging import window
 from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.finite import finite_everywhere
 from ds_plugin.weight_averaging.megatron_shards import find_megatron_shards
 from megatron_patches.pretrain import state
 from megatron_patches.pretrain.batches import Cut, Replay
@@ -139,9 +139,7 @@ class Loop:
             return math.isfinite(norm)
         assert self.averager is not None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        finite = torch.tensor([window.all_finite(self.averager.shards.tensors())], dtype=torch.int32, device=device)
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite.item())
+        return finite_everywhere(self.averager.shards.tensors(), device)
 
     def _wait_before_steps(self, optimizer: Any) -> None:
         step = optimizer.step

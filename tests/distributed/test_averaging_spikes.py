@@ -1,6 +1,5 @@
 """The automatic restart from the average; and saves that the file system refuses."""
 
-import errno
 import resource
 import signal
 
@@ -31,6 +30,11 @@ def equal(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def furthest(found, expected):
+    assert found.keys() == expected.keys()
+    return max((found[name] - expected[name]).abs().max().item() for name in expected)
+
+
 def spiked(zero, changes):
     """The loss is too high from step 7 on; looked at after steps 2, 4, 6, 8, 10."""
     engine = make(zero, **changes)
@@ -42,17 +46,17 @@ def spiked(zero, changes):
     step(engine, 9.0)
     expected = reference.mean([snapshots[s] for s in (2, 4, 6)])
     found = reference.full_masters(engine)
-    went_back = equal(found, expected) and not equal(found, before)
+    off, moved = furthest(found, expected), furthest(before, expected)
     at_once = list(plugin.averager.steps), list(plugin.spikes.restarts), plugin.spikes.since
     for _ in range(4):
         step(engine)
-    return went_back, at_once, list(plugin.averager.steps), engine.global_steps
+    return off, moved, at_once, list(plugin.averager.steps), engine.global_steps
 
 
 @pytest.mark.parametrize(("zero", "changes"), [(0, {}), (1, {}), (3, {}), (1, {"deltas": "bf16"})], ids=str)
 def test_a_lasting_spike_is_undone(workers, zero, changes):
-    for went_back, at_once, later, steps in workers(2).run(spiked, zero, changes):
-        assert went_back or "deltas" in changes  # differences are rounded
+    for off, moved, at_once, later, steps in workers(2).run(spiked, zero, changes):
+        assert off <= (moved / 50 if "deltas" in changes else 0) and moved > 0  # differences are rounded
         # after step 8: snapshots of the path that was left are gone, and the first of the new one is the average
         assert at_once == ([8], [8], None)
         assert later == [8, 10, 12] and steps == 12
@@ -148,4 +152,3 @@ def test_a_full_disk_ends_the_save_on_all_ranks_and_nothing_else(workers, tmp_pa
     left = [path.name for path in (tmp_path / "during").iterdir()]
     assert not any(name.endswith("rank_00001.safetensors") or "tmp" in name for name in left), left
     assert (tmp_path / "latest").read_text() == "after"
-    assert errno.EFBIG  # what the limit gives, in place of ENOSPC
