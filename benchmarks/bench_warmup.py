@@ -4,10 +4,10 @@
 
 Four DeepSpeed engines train the same model: two without the plugin on batches that are already short ("host", and
 "host again", which says what the measurement is good for), one whose hook cuts full-length batches ("truncate"), one
-that reads through `plugin.batches` ("carry"). A round is twenty steps of each, in an order that rotates, so that the
-instruments' report every twenty steps is in it; the figure is the median over rounds of the time over the host's of the
-same round, with the middle half of the rounds beside it. Time is the process's CPU time without a GPU, and from CUDA
-events with one.
+that reads through `plugin.batches` ("carry"). They take turns step by step, in an order that rotates, and a round is
+twenty steps of each, so that the instruments' report every twenty steps is in it. The figure is the median over rounds
+of the time over the host's of the same round, with the middle half of the rounds beside it. Time is the process's CPU
+time without a GPU, and from CUDA events with one.
 """
 
 import argparse
@@ -131,10 +131,13 @@ def times(steps: dict[str, Callable[[int], None]], rounds: int, length: int) -> 
     names = list(steps)
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        turn = number % len(names)
-        measured = {name: _seconds(steps[name], length) for name in names[turn:] + names[:turn]}
+        spent = dict.fromkeys(names, 0.0)
+        for turn in range(ROUND):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                spent[name] += _seconds(steps[name], length)
         for name in names if number else []:
-            ratios[name].append(measured[name] / measured["host"])
+            ratios[name].append(spent[name] / spent["host"])
     quartiles = {name: statistics.quantiles(found, n=4) for name, found in ratios.items()}
     return {name: (middle, low, high) for name, (low, middle, high) in quartiles.items()}
 
@@ -143,14 +146,12 @@ def _seconds(step: Callable[[int], None], length: int) -> float:
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(ROUND):
-            step(length)
+        step(length)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
     started = time.process_time()
-    for _ in range(ROUND):
-        step(length)
+    step(length)
     return time.process_time() - started
 
 

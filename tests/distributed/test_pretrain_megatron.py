@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, PluginError
-from tests import harness
+from tests.megatron_lm import logged, real
 from tests.reference import averaging
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
@@ -328,15 +327,6 @@ def test_a_missing_name_is_one_error_and_nothing_is_patched(workers):
 
 # -- a checkout of Megatron-LM -----------------------------------------------------------------------------------------
 CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
-FLAGS = """
-    --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer
-    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
-    --micro-batch-size 2 --global-batch-size 8 --train-iters 60 --lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 5
-    --attention-dropout 0 --hidden-dropout 0 --mock-data --split 90,5,5 --tokenizer-type NullTokenizer --vocab-size 255
-    --log-interval 1 --eval-interval 25 --eval-iters 2 --save-interval 30 --num-workers 0
-    --distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
-    --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-bias-swiglu-fusion
-""".split()
 
 
 def test_a_checkout_is_tested_or_its_absence_is_said():
@@ -351,31 +341,11 @@ def test_a_checkout_is_tested_or_its_absence_is_said():
         assert Path(CHECKOUT, "pretrain_gpt.py").is_file()
 
 
-def real(folder, name, sections, *flags, program="megatron_patches"):
-    """Start Megatron-LM's script on eight processes; ``program`` is the module that runs it."""
-    file = folder / f"{name}.json"
-    file.write_text(json.dumps(sections))
-    given = [] if program != "megatron_patches" else ["--ds-plugin-config", file]
-    script = ["--module", "--no_local_rank", program, Path(CHECKOUT, "pretrain_gpt.py"), *FLAGS, *flags, *given]
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": f"{folder}:{harness.ROOT}"}
-    return harness.Launched(script, ranks=8, env=environment)
-
-
 def finished(started):
     with started:
         done = started.wait(1500)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
-
-
-def logged(output):
-    """{iteration: its line's figures but for the times}, and the lines of evaluations in order."""
-    found = {}
-    for line in output.splitlines():
-        if match := re.search(r" iteration +(\d+)/ +\d+ \| (consumed samples.*)", line):
-            parts = [re.sub(r"\s+", " ", part).strip() for part in match[2].split("|")]
-            found[int(match[1])] = dict(part.split(": ") for part in parts if ": " in part and "time" not in part)
-    return found, re.findall(r"validation loss at (.*?value: \S+)", output)
 
 
 UNTOUCHED = """
@@ -404,7 +374,7 @@ if CHECKOUT is not None:
             "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
         }
         save = ["--ckpt-format", layout, "--save"]
-        whole, evaluations = logged(finished(real(tmp_path, "whole", sections, *save, tmp_path / "whole")))
+        whole, evaluations = logged(finished(real(CHECKOUT, tmp_path, "whole", sections, *save, tmp_path / "whole")))
         lengths = [max(16, (16 + 48 * min(step, 40) // 40) // 16 * 16) for step in range(1, 61)]
         assert [int(whole[step]["sequence length"]) for step in range(1, 61)] == lengths and len(set(lengths)) == 4
         assert int(whole[60]["trained tokens"]) == 8 * sum(lengths)
@@ -414,14 +384,14 @@ if CHECKOUT is not None:
             "iteration 50", "iteration 50 | average of steps 40 to 50",
         ]  # fmt: skip
 
-        with real(tmp_path, "killed", sections, *save, tmp_path / "killed") as killed:
+        with real(CHECKOUT, tmp_path, "killed", sections, *save, tmp_path / "killed") as killed:
             killed.wait_for("iteration       31/", 1500)
             before, _ = logged(killed.output)
         assert before[30] == whole[30] and 60 not in before
         tracker = tmp_path / "killed" / "latest_checkpointed_iteration.txt"
         assert tracker.read_text() == "30"
         again = [*save, tmp_path / "killed", "--load", tmp_path / "killed"]
-        resumed, later = logged(finished(real(tmp_path, "killed", sections, *again)))
+        resumed, later = logged(finished(real(CHECKOUT, tmp_path, "killed", sections, *again)))
         assert min(resumed) == 31 and later == evaluations[2:]
         for step in range(31, 61):
             names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there the host logs a mean of two
@@ -432,14 +402,14 @@ if CHECKOUT is not None:
     def test_the_real_script_with_hooks_that_change_nothing_logs_what_it_logs_alone(tmp_path):
         (tmp_path / "untouched.py").write_text(UNTOUCHED)
         few = ["--train-iters", "8", "--eval-interval", "4", "--lr-warmup-iters", "2"]
-        alone, evaluations = logged(finished(real(tmp_path, "alone", {}, *few, program="untouched")))
+        alone, evaluations = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *few, program="untouched")))
         still = {"enabled": True, "start_length": 64, "end_length": 64, "duration": {"steps": 5}}
         sections = {
             "sequence_length_warmup": {**still, "learning_rate": {"by": "tokens"}},
             "weight_averaging": {"enabled": True, "interval": 2, "start_step": 1000},
         }
-        hooked, same_evaluations = logged(finished(real(tmp_path, "hooked", sections, *few)))
-        off, off_evaluations = logged(finished(real(tmp_path, "off", {}, *few)))
+        hooked, same_evaluations = logged(finished(real(CHECKOUT, tmp_path, "hooked", sections, *few)))
+        off, off_evaluations = logged(finished(real(CHECKOUT, tmp_path, "off", {}, *few)))
         assert off == alone and off_evaluations == same_evaluations == evaluations and len(evaluations) == 4
         ours = ("sequence length", "trained tokens")
         assert {s: {n: v for n, v in line.items() if n not in ours} for s, line in hooked.items()} == alone
