@@ -17,7 +17,7 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.residual import scaled_bias_dropout_add
+from megatron_patches.completep.residual import scale_before, scale_input, scaled_bias_dropout_add
 from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
 
@@ -152,10 +152,14 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     if section.residual == "forward" and output_layer is not None:
         logits = rules.logit_multiplier(ratios, section.recipe, tied=_tied(model))
         if logits != 1.0:
-            output_layer.register_forward_pre_hook(functools.partial(_scale_input, multiplier=logits))
+            output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
     host: Any = model
+    layers = list(host.decoder.layers)
+    branch = rules.residual_multiplier(ratios, section.recipe)
+    if section.residual == "forward" and branch != 1.0 and layers:
+        scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
     if host.config.softmax_scale is not None:
-        for layer in host.decoder.layers:
+        for layer in layers:
             setattr(layer.self_attention, _INFERENCE_SCALE, host.config.softmax_scale)
     setattr(model, _MARK, True)
     return roles
@@ -194,10 +198,6 @@ def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
         f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
         f"{', folded into the weights' if section.residual == 'folded' else ''}"
     )
-
-
-def _scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
-    return (args[0] * multiplier, *args[1:])
 
 
 def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:

@@ -6,10 +6,16 @@ The multiplier rides on the addition's own kernel, and where the host fuses (``b
 fuses this. Unfused, the backward pass has one multiplication more. The sum has the residual's dtype, also with an fp32
 residual stream under 16-bit layers (``fp32_residual_connection``), which megatron-core 0.16's own function rounds down:
 at alpha = 1 a branch is a 1/L-th of the stream, and 16 bits would lose it.
+
+That multiplication makes a tensor of its own: the host's branch shares the stream's gradient. Beside the backward pass
+of the MLP's second matrix, the step's peak in the last layer, it is one activation more than the host holds. There
+`scale_before` multiplies what enters that matrix instead, four times as many elements, for the same sum; below the last
+layer memory has been freed by then, and the addition is the cheaper place.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,10 +28,32 @@ def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDro
     The host calls it as ``value(training, fused)((x, bias), residual, prob)`` with x and residual [sequence, batch,
     hidden], bias [hidden] or None; the result has residual's shape and dtype.
     """
+    return _bias_dropout_add(of_bias=1.0, of_branch=multiplier)
 
+
+def scale_before(layer: Any, multiplier: float) -> None:
+    """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it.
+
+    Where the MLP is not the host's plain one (a fused one need not call its matrix as a module) the layer stays as it
+    was: the sum is the same either way.
+    """
+    from megatron.core.transformer.mlp import MLP
+
+    if type(layer.mlp) is not MLP:
+        return
+    layer.mlp.linear_fc2.register_forward_pre_hook(functools.partial(scale_input, multiplier=multiplier))
+    layer.mlp_bda = _bias_dropout_add(of_bias=multiplier, of_branch=1.0)
+
+
+def scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
+    """A forward pre-hook: the first argument times the multiplier."""
+    return (args[0] * multiplier, *args[1:])
+
+
+def _bias_dropout_add(*, of_bias: float, of_branch: float) -> Callable[[bool, bool], BiasDropoutAdd]:
     def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
         function = _fused(training) if fused else (_train if training else _evaluate)
-        return functools.partial(function, multiplier=multiplier)
+        return functools.partial(function, of_bias=of_bias, of_branch=of_branch)
 
     return get_bias_dropout_add
 
@@ -35,27 +63,36 @@ def _add(
     residual: torch.Tensor,
     prob: float,
     training: bool,
-    multiplier: float,
+    of_bias: float,
+    of_branch: float,
 ) -> torch.Tensor:
     x, bias = x_with_bias
     if x.dtype != residual.dtype:
         x = x.to(residual.dtype)
     if bias is not None:
-        x = x + bias
+        x = torch.add(x, bias, alpha=of_bias)
     x = torch.nn.functional.dropout(x, p=prob, training=training)
-    return torch.add(residual, x, alpha=multiplier)
+    return torch.add(residual, x, alpha=of_branch)
 
 
 def _train(
-    x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float, multiplier: float
+    x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+    residual: torch.Tensor,
+    prob: float,
+    of_bias: float,
+    of_branch: float,
 ) -> torch.Tensor:
-    return _add(x_with_bias, residual, prob, True, multiplier)
+    return _add(x_with_bias, residual, prob, True, of_bias, of_branch)
 
 
 def _evaluate(
-    x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, prob: float, multiplier: float
+    x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+    residual: torch.Tensor,
+    prob: float,
+    of_bias: float,
+    of_branch: float,
 ) -> torch.Tensor:
-    return _add(x_with_bias, residual, prob, False, multiplier)
+    return _add(x_with_bias, residual, prob, False, of_bias, of_branch)
 
 
 @functools.cache
