@@ -18,6 +18,7 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import signal
 import socket
@@ -218,10 +219,16 @@ class Pool:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port on 127.0.0.1 that was free a moment ago.
+
+    Below the ports that Linux gives to outgoing connections: gloo opens many, and would take one of those again before
+    the process that it is for has started.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _tail(path: Path) -> str:

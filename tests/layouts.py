@@ -2,20 +2,27 @@
 
     python -m tests.layouts [--megatron CHECKOUT] [--out docs/results/layouts.md]
 
-A cell is three launches of the host's own training script on CPU processes: one that trains through, one that gets
+A cell is three runs of the host's own training script on CPU processes: one that trains through, one whose ranks get
 SIGKILL after its checkpoint, and its resumption. Every figure that the script writes for the steps after the checkpoint
 must be the uninterrupted run's, as must the average that it exports. The fp32 losses of DeepSpeed's layouts must also
 be those of the first layout, to 1e-5. A cell that does not hold says so, and the exit code is 1. Cells are kept in
 --work as they are done: started again, the command goes on.
+
+Megatron-LM's script is started by the launcher, launch_scripts/pretrain_gpt.py on ranks that were forked; under the
+launcher, test_interruption.py and test_pretrain_3d.py kill and resume it.
 """
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
+import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +34,8 @@ from safetensors.torch import load_file
 
 from ds_plugin.atomic import atomic_write
 from ds_plugin.run.folder import read_metrics
-from tests.harness import ROOT, Launched
+from tests.distributed.test_pretrain import run_script
+from tests.harness import Launched, WorkerError, WorkerPools
 from tests.megatron_lm import logged, real
 
 STEPS, SAVED, KILLED = 12, 6, 8
@@ -87,6 +95,10 @@ MEGATRON = (
 NOT_IN_MEGATRON = ("warmup, carry",)  # refused there by name
 
 
+#: a folder for its runs, the layout, the JSON's sections -> the losses of the steps
+Cell = Callable[[Path, Layout, dict[str, Any]], list[float]]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the cells that are not kept yet, print each as it ends, write the table; 1 when one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,7 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/layouts"), help="runs, and cells that are done")
     parser.add_argument("--out", type=Path, help="write the table here; a host that was not run keeps its part")
     args = parser.parse_args(arguments)
-    hosts: dict[str, tuple[tuple[Layout, ...], Callable[..., Any]]] = {"DeepSpeed": (DEEPSPEED, deepspeed_cell)}
+    pools = WorkerPools()
+    hosts: dict[str, tuple[tuple[Layout, ...], Cell]] = {
+        "DeepSpeed": (DEEPSPEED, functools.partial(deepspeed_cell, pools=pools))
+    }
     if args.megatron is not None:
         hosts[f"Megatron-LM {branch(args.megatron)}"] = (MEGATRON, megatron_cell(args.megatron))
     args.work.mkdir(parents=True, exist_ok=True)
@@ -104,19 +119,20 @@ def main(arguments: list[str] | None = None) -> int:
         cells: dict[str, dict[str, Any]] = {}
         for layout in layouts:
             for method in layout.methods:
-                if run is not deepspeed_cell and method in NOT_IN_MEGATRON:
+                if layouts is MEGATRON and method in NOT_IN_MEGATRON:
                     continue
                 cell = f"{host} / {layout.name} / {method}"
                 if args.only in cell:
                     cells[cell] = kept(args.work, cell, layout, method, run)
                     failed += not cells[cell]["held"]
                     print(f"{cell}: {cells[cell]['said']} ({cells[cell]['seconds']:.0f} s)", flush=True)
-        if args.out is not None:
+        if args.out is not None and cells:
             write(args.out, host, table(host, layouts, cells))
+    pools.close()
     return 1 if failed else 0
 
 
-def kept(work: Path, cell: str, layout: Layout, method: str, run: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def kept(work: Path, cell: str, layout: Layout, method: str, run: Cell) -> dict[str, Any]:
     """The cell's result, from its file or by running it."""
     folder, file = work / filed(cell), work / f"{filed(cell)}.json"
     if file.exists():
@@ -128,7 +144,7 @@ def kept(work: Path, cell: str, layout: Layout, method: str, run: Callable[..., 
         losses = run(folder, layout, METHODS[method])
         found: dict[str, Any] = {"held": True, "losses": losses, "said": f"equal; last loss {losses[-1]:.6f}"}
         first = work / f"{filed(f'DeepSpeed / {DEEPSPEED[0].name} / {method}')}.json"
-        if run is deepspeed_cell and layout.fp32 and first.exists():
+        if layout in DEEPSPEED and layout.fp32 and first.exists():
             expected = json.loads(first.read_text())["losses"]
             found["difference"] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
             found["said"] += f", {found['difference']:.1e} from {DEEPSPEED[0].name}"
@@ -149,21 +165,21 @@ def filed(cell: str) -> str:
 # -- the hosts ---------------------------------------------------------------------------------------------------------
 
 
-def deepspeed_cell(folder: Path, layout: Layout, sections: dict[str, Any]) -> list[float]:
+def deepspeed_cell(folder: Path, layout: Layout, sections: dict[str, Any], pools: WorkerPools) -> list[float]:
     """The losses of launch_scripts/pretrain_gpt.py, or an AssertionError that says what differs."""
     text = folder / "text"
     text.mkdir()
     source = Path(importlib.util.find_spec("argparse").origin)  # type: ignore[union-attr, arg-type]
     (text / source.name).write_text(source.read_text())
-    file = folder / "config.json"
-    file.write_text(json.dumps(deepspeed_config(layout) | sections))
-    arguments = [ROOT / "launch_scripts" / "pretrain_gpt.py", "--deepspeed_config", file, "--data", text]
-    arguments += ["--runs", folder / "runs", "--cache", folder / "cache", "--name"]
-
-    finished(arguments, "whole", ranks=layout.ranks)
-    with Launched([*arguments, "cut"], layout.ranks) as started:
-        started.wait_for_file(folder / "runs" / "cut" / "metrics.csv", f"\n{KILLED},", 600)
-    finished(arguments, "cut", "--resume", ranks=layout.ranks)
+    config = deepspeed_config(layout) | sections
+    pool = pools(layout.ranks)
+    pool.run(run_script, str(folder), "whole", config, timeout=600)
+    try:
+        pool.run(run_and_die, str(folder), "cut", config, timeout=600)
+        raise AssertionError(f"no rank was killed after step {KILLED}")
+    except WorkerError as error:
+        assert f"{layout.ranks} of {layout.ranks} ranks failed" in str(error) and "exit code -9" in str(error), error
+    pool.run(run_script, str(folder), "cut", config, "--resume", timeout=600)
     whole, cut = (read_metrics(folder / "runs" / name / "metrics.csv") for name in ("whole", "cut"))
     for column in whole.keys() - {"tokens_per_second"}:
         assert cut[column] == whole[column], f"{column} after resuming is {cut[column]}, {whole[column]} without"
@@ -175,10 +191,17 @@ def deepspeed_cell(folder: Path, layout: Layout, sections: dict[str, Any]) -> li
     return whole["train_loss"]
 
 
-def finished(arguments: list[Any], *more: str, ranks: int) -> None:
-    with Launched([*arguments, *more], ranks) as started:
-        done = started.wait(900)
-    assert done.returncode == 0, done.stdout[-2000:]
+def run_and_die(folder: str, name: str, config: dict[str, Any]) -> None:
+    """The script on these ranks, until its metrics hold the step after which all get SIGKILL."""
+    metrics = Path(folder, "runs", name, "metrics.csv")
+
+    def watch() -> None:
+        while not (metrics.exists() and f"\n{KILLED}," in metrics.read_text()):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    run_script(folder, name, config)
 
 
 def deepspeed_config(layout: Layout) -> dict[str, Any]:
@@ -204,7 +227,7 @@ def deepspeed_config(layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def megatron_cell(checkout: Path) -> Callable[[Path, Layout, dict[str, Any]], list[float]]:
+def megatron_cell(checkout: Path) -> Cell:
     """A cell of Megatron-LM's script in this checkout."""
     flags = f"--train-iters {STEPS} --save-interval {SAVED} --eval-interval 6 --eval-iters 1 --seq-length {FULL}"
     few = [*flags.split(), "--max-position-embeddings", str(FULL), "--lr-warmup-iters", "2"]
@@ -297,14 +320,16 @@ HEAD = f"""# What runs where
     python -m tests.layouts --out docs/results/layouts.md
     python -m tests.layouts --megatron ~/Megatron-LM --out docs/results/layouts.md
 
-Every cell is a run of the host's own script: {STEPS} steps through, then the same killed with SIGKILL after step
-{KILLED} and resumed from its checkpoint at step {SAVED}. "Resumed": every figure logged after it is the uninterrupted
-run's - losses, evaluations raw and averaged, learning rates, lengths, tokens, norms - and with DeepSpeed the exported
-average is, bit for bit. The number is the largest difference of a step's fp32 loss from the first row's, which must not
-exceed {TOLERANCE:g}. "All three" is truncated warmup, CompleteP in the forward pass and the sliding average. An empty
-cell was not run.
+Every cell is a run of the host's own script (for DeepSpeed launch_scripts/pretrain_gpt.py): {STEPS} steps through, then
+the same killed with SIGKILL after step {KILLED} and resumed from its checkpoint at step {SAVED}. "Resumed": every
+figure logged after it is the uninterrupted run's - losses, evaluations raw and averaged, learning rates, lengths,
+tokens, norms - and with DeepSpeed the exported average is, bit for bit. The number is the largest difference of a
+step's fp32 loss from the first row's, which must not exceed {TOLERANCE:g}. "All three" is truncated warmup, CompleteP
+in the forward pass and the sliding average. An empty cell was not run.
 """
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests import layouts
+
+    sys.exit(layouts.main())  # not __main__'s: the ranks look functions up by their module
