@@ -11,13 +11,14 @@ Importing this package is cheap: DeepSpeed is imported when one of the names bel
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ds_plugin.attachment import attach, attached, detach, initialize
     from ds_plugin.config import PluginConfig, split_config
-    from ds_plugin.engine import Plugin, attach, attached, detach, initialize
+    from ds_plugin.engine import Plugin
 
 __all__ = ["Plugin", "PluginConfig", "attach", "attached", "detach", "initialize", "split_config"]
 __version__ = "0.1.0"
 
-_HOME = {"PluginConfig": "ds_plugin.config", "split_config": "ds_plugin.config"}
+_HOME = {"PluginConfig": "ds_plugin.config", "split_config": "ds_plugin.config", "Plugin": "ds_plugin.engine"}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +26,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ds_plugin' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(_HOME.get(name, "ds_plugin.engine")), name)
+    return getattr(importlib.import_module(_HOME.get(name, "ds_plugin.attachment")), name)

@@ -1,4 +1,4 @@
-"""Attach the methods to a DeepSpeed engine. The only file that knows the order of a training step:
+"""The methods on a DeepSpeed engine. The only file that knows the order of a training step:
 
 forward    the batch is shortened (training mode only)               sequence_length_warmup
 backward   refused while the average is swapped in                   weight_averaging
@@ -13,19 +13,18 @@ load       our manifest is checked first, then the host loads, then our state
 """
 
 import contextlib
-import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from ds_plugin import checkpoint, compat, completep
+from ds_plugin import checkpoint, compat
 from ds_plugin.completep import CompleteP
-from ds_plugin.config import PluginConfig, split_config
+from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
@@ -38,11 +37,9 @@ from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
 from ds_plugin.weight_averaging.zero_shards import find_shards
 
-_ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
-
 
 class Plugin:
-    """The methods on one engine. Made by `initialize` or `attach`, found again by `attached`."""
+    """The methods on one engine. Made by `attachment.initialize` or `attach`, found again by `attached`."""
 
     def __init__(self, engine: Any, config: PluginConfig, shorten: Shorten | None = None):
         self.engine = engine
@@ -54,8 +51,6 @@ class Plugin:
         self._replaced: list[str] = []
         self._pipeline: PipelineLengths | None = None
         self._window_open = False  # a micro-batch has been accumulated that no step has used yet
-        _refuse_pipeline(config, engine.module)
-        _refuse_universal(config, engine)
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
@@ -397,162 +392,3 @@ class Plugin:
             self.averager.reset()
         if self.spikes is not None:
             self.spikes.load_state(None)
-
-
-def initialize(
-    args: Any = None,
-    model: torch.nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    distributed_port: int | None = None,
-    mpu: Any = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable[..., Any] | None = None,
-    config: str | Mapping[str, Any] | None = None,
-    mesh_param: Any = None,
-    config_params: str | Mapping[str, Any] | None = None,
-    *,
-    shorten: Shorten | None = None,
-) -> tuple[Any, Any, Any, Any]:
-    """A drop-in for ``deepspeed.initialize``: the same arguments, the same ``(engine, optimizer, dataloader,
-    lr_scheduler)``.
-
-    Reads ``sequence_length_warmup``, ``completep`` and ``weight_averaging`` from the same JSON, strips them before
-    DeepSpeed sees it, and wires the enabled methods to the engine. With none enabled the engine is exactly DeepSpeed's.
-
-    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam built
-    over the model's parameters: the base model's hyperparameters are taken from it, and its groups replaced by those of
-    the roles. ``lr_scheduler`` is absent or a function of the optimizer.
-
-    ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
-
-    Raises:
-        ConfigError: a wrong setting in one of the sections, or a combination that cannot work, before anything is
-            built.
-    """
-    import deepspeed
-
-    given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
-    if len(given) != 1:
-        what = "none was given" if not given else f"{len(given)} were given"
-        raise ConfigError(
-            f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
-        )
-    host_config, sections = split_config(given[0])
-    _refuse_conflicts(sections, model, mpu)
-    if sections.completep is not None:
-        model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
-            model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
-        )
-    host_args = copy.copy(args)
-    if getattr(args, "deepspeed_config", None) is not None:
-        host_args.deepspeed_config = None
-    port = {} if distributed_port is None else {"distributed_port": distributed_port}
-    engine, *rest = deepspeed.initialize(
-        args=host_args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=host_config,
-        mesh_param=mesh_param,
-        **port,
-    )
-    if hasattr(args, "local_rank"):
-        args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
-    _register(engine, sections, shorten)
-    return (engine, *rest[:-1], engine.lr_scheduler)  # type: ignore[return-value]
-
-
-def attach(
-    engine: Any, config: str | Path | Mapping[str, Any] | PluginConfig, *, shorten: Shorten | None = None
-) -> Plugin:
-    """Wire sequence length warmup and weight averaging to an engine that already exists.
-
-    ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
-
-    Raises:
-        ConfigError: a wrong setting, or ``completep`` enabled: its param groups must exist before the engine does.
-        StateError: the engine already has a plugin.
-    """
-    sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
-    if sections.completep is not None:
-        raise ConfigError(
-            "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
-            'deepspeed.initialize(), or write "enabled": false'
-        )
-    if sections.sequence_length_warmup is not None and compat.has_curriculum(engine):
-        raise ConfigError(
-            "sequence_length_warmup: the engine was built with data_efficiency.data_sampling.curriculum_learning "
-            "enabled, and both set the length; remove one of the two"
-        )
-    _refuse_conflicts(sections, engine.module, engine.mpu)
-    return _register(engine, sections, shorten)
-
-
-def attached(engine: Any) -> Plugin:
-    """The `Plugin` of an engine.
-
-    Raises:
-        StateError: there is none.
-    """
-    plugin = engine.__dict__.get(_ATTRIBUTE)
-    if plugin is None:
-        raise StateError("this engine has no plugin; make it with ds_plugin.initialize() or call ds_plugin.attach()")
-    return plugin
-
-
-def detach(engine: Any) -> None:
-    """Undo `attach`: the engine is again as DeepSpeed made it. The averaging window is dropped."""
-    attached(engine).detach()
-    del engine.__dict__[_ATTRIBUTE]
-
-
-def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> Plugin:
-    if _ATTRIBUTE in engine.__dict__:
-        raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
-    plugin = engine.__dict__[_ATTRIBUTE] = Plugin(engine, sections, shorten)
-    return plugin
-
-
-def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
-    _refuse_pipeline(sections, model)
-    ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
-    if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
-        raise ConfigError(
-            f"qk_layernorm with tensor parallelism {ranks}: each rank sees the gradients of its own heads only, and "
-            "DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use tensor parallelism 1 "
-            "or megatron-core's own training loop"
-        )
-
-
-def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
-    """What DeepSpeed's universal checkpoints cannot restore, with any method on."""
-    if sections == PluginConfig() or not engine.load_universal_checkpoint():
-        return
-    if engine.zero_optimization_stage() == 0:
-        raise ConfigError(
-            "checkpoint.load_universal: DeepSpeed loads no weights from universal checkpoints with "
-            "zero_optimization.stage 0; write stage 1, 2 or 3"
-        )
-
-
-def _refuse_pipeline(sections: PluginConfig, model: Any) -> None:
-    """The parameters of a pipeline's stage have roles where it was cut from a GPTModel by name."""
-    from deepspeed.pipe import PipelineModule
-
-    from megatron_patches.pipeline_gpt import PipelineGPT
-
-    known = isinstance(model, PipelineGPT) or not isinstance(model, PipelineModule)
-    if sections.completep is not None and not known:
-        raise ConfigError(
-            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
-            'known; build it with megatron_patches.pipeline_gpt.build_pipeline, write "enabled": false, or train '
-            "without a PipelineModule"
-        )

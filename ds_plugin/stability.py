@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -235,7 +236,8 @@ class StabilityMonitor:
         """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
 
         One vector per rank, in float64 (token counts do not fit float32): the losses' sums and counts by slot, l1 norm
-        and maximum, the numbers to compare. Every rank works out the same from the same table, with Python's floats.
+        and maximum, the numbers to compare. Every rank works out the same from the same table: on the host, and rank
+        after rank, since in which order a GPU adds up depends on its kind.
         """
         n, device = self.interval, self.engine.device
         equal = {"step": self.engine.global_steps, **self.extra()}
@@ -244,25 +246,28 @@ class StabilityMonitor:
         vector = torch.cat([self._sums, torch.stack(variance) if variance else absent, counts_and_equal])
         table = vector.new_empty(dist.get_world_size() * len(vector))
         dist.all_gather_into_tensor(table, vector)
-        rows = table.view(-1, len(vector)).tolist()  # the one host sync of the interval
+        rows = table.view(-1, len(vector)).cpu().numpy()  # the one host sync of the interval
 
-        for offset, name in enumerate(equal, start=2 * n + 2):
-            values = [row[offset] for row in rows]
-            rank = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-            if rank is not None:
-                raise StateError(
-                    f"{name} is {values[rank]:.17g} on rank {rank} and {values[0]:.17g} on "
-                    "rank 0, so they train different runs; give all ranks the same JSON and the same checkpoint"
-                )
+        _refuse_different(rows[:, 2 * n + 2 :], list(equal))
+        totals = rows.sum(axis=0).tolist()  # row by row: only along the fast axis does numpy add in pairs
         for slot in range(self._closed):
-            count = sum(row[n + 2 + slot] for row in rows)
-            loss = sum(row[slot] for row in rows) / count if count else None
-            self._ratios.append(self.loss_ratio.feed(loss))
+            count = totals[n + 2 + slot]
+            self._ratios.append(self.loss_ratio.feed(totals[slot] / count if count else None))
         # the open step moves to the first slot
         self._sums[: self._closed] = 0
         self._sums = self._sums.roll(-self._closed)
         self._counts = self._counts[self._closed :] + [0] * self._closed
         self._closed = 0
-        # max() drops a NaN that is not its first argument
-        maximum = max((row[n + 1] for row in rows), key=lambda value: (math.isnan(value), value))
-        return (None, None) if maximum == _ABSENT else (sum(row[n] for row in rows), maximum)
+        maximum = float(rows[:, n + 1].max())  # NaN if one is
+        return (None, None) if maximum == _ABSENT else (totals[n], maximum)
+
+
+def _refuse_different(numbers: np.ndarray, names: list[str]) -> None:
+    """``numbers``: [ranks, names]. Raises StateError for the first name whose number differs from rank 0's."""
+    differing = np.argwhere((numbers != numbers[0]).T)
+    if len(differing):
+        column, rank = differing[0]
+        raise StateError(
+            f"{names[column]} is {numbers[rank, column]:.17g} on rank {rank} and {numbers[0, column]:.17g} on rank 0, "
+            "so they train different runs; give all ranks the same JSON and the same checkpoint"
+        )

@@ -1,6 +1,7 @@
 """What a training run needs around the method and the loop: data, the run folder, progress, random streams, a figure.
 
 settings.py  the JSON and the flags of the example script
+host_config.py  the part of the JSON that is DeepSpeed's
 startup.py   a quiet log, nothing compiled without need
 optimizer.py the fastest AdamW that is installed; weight-decay groups
 recorder.py  one run's record: metrics, checkpoints, the report

@@ -5,7 +5,6 @@ dashes, and is read as the ``model``, ``training``, ``optimizer`` and ``schedule
 """
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from ds_plugin.config import load_json
 from ds_plugin.config_model import nearest
 from ds_plugin.errors import ConfigError, PluginError
-from ds_plugin.run import settings
+from ds_plugin.run import host_config, settings
 from ds_plugin.run.plan_costs import Layout
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
 from megatron_patches.gpt import padded_vocab_size
@@ -62,7 +61,7 @@ def read_job(
             guess = nearest(section, config)
             hint = f'is "{guess}" meant to be it?' if guess else 'configs/ has complete ones; "megatron" is another way'
             raise ConfigError(f'{named}: section "{section}" is missing; {hint}')
-    _check_hosts_sections(config)
+    host_config.check_types(config)
     layout = _layout(config, options, ranks, per_node)
     batch, micro, accumulation = _batch(config, layout)
     run = _settings(config, batch)
@@ -99,26 +98,6 @@ def arguments(options: Mapping[str, Any]) -> list[str]:
 # -- any host ----------------------------------------------------------------------------------------------------------
 
 
-def _check_hosts_sections(config: Mapping[str, Any]) -> None:
-    """What the plan reads of the sections that are DeepSpeed's, which would check them later."""
-    for name in ("optimizer", "scheduler", "zero_optimization"):
-        section = config.get(name, {})
-        if not isinstance(section, Mapping) or not isinstance(section.get("params", {}), Mapping):
-            raise ConfigError(f'"{name}" must be a JSON object (and its "params"), got {section!r}')
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage: {stage!r}; write 0, 1, 2 or 3")
-    params = config.get("optimizer", {}).get("params", {})
-    for name in ("lr", "weight_decay", "eps"):
-        if name in params and not _is_number(params[name]):
-            raise ConfigError(f"optimizer.params.{name}: {params[name]!r} is not a number of at least 0")
-
-
-def _is_number(value: object, *, whole: bool = False) -> bool:
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0 and math.isfinite(value)
-
-
 def _layout(config: Mapping[str, Any], options: Mapping[str, Any], ranks: int, per_node: int) -> Layout:
     model = config["model"] if isinstance(config["model"], Mapping) else {}
     sizes = {"tensor_parallel": model.get("tensor_parallel", 1)}
@@ -146,10 +125,6 @@ def _layout(config: Mapping[str, Any], options: Mapping[str, Any], ranks: int, p
 def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int, int]:
     """Samples of a step, of a micro-batch, micro-batches of a step: given two, DeepSpeed works out the third."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    for name in names:
-        value = config.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}: {value!r} is not a number of samples (or steps); write 1 or more")
     batch, micro, steps = (config.get(name) for name in names)
     ranks = layout.data
     if batch is None and micro is None:
@@ -252,7 +227,7 @@ def _megatron_options(options: Any, config: Mapping[str, Any]) -> Mapping[str, A
         (_NUMBERS, False, -1, "a number of at least 0"),
     ):
         for name in (n for n in names if n in options):
-            if not _is_number(options[name], whole=whole) or options[name] <= above:
+            if not host_config.is_number(options[name], whole=whole) or options[name] <= above:
                 raise ConfigError(f"{MEGATRON}.{name}: {options[name]!r}; write {said}")
     for name in _TWICE:
         if name in config:

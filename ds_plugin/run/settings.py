@@ -17,8 +17,10 @@ from pydantic import Field, model_validator
 from ds_plugin.config import PluginConfig, load_json, split_config
 from ds_plugin.config_model import SectionConfig, nearest, parse_section
 from ds_plugin.errors import ConfigError
+from ds_plugin.run import host_config
 from ds_plugin.sequence_length_warmup.plan import Plan, plan
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.weight_averaging.zero_shards import NVME_REFUSED
 from megatron_patches.gpt import GPTConfig
 
 
@@ -148,7 +150,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f'{args.config}: section "{name}" is missing; {hint}')
     model = parse_section(GPTConfig, "model", config.pop("model"))
     training = parse_section(TrainingConfig, "training", config.pop("training"))
-    plugin = split_config(config)[1]
+    host, plugin = split_config(config)
+    host_config.check(host)
     limit = training.steps or None
     training = _with_steps(config, training, model, plugin)
     _fill_auto(config, training, model, plugin)
@@ -157,20 +160,12 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 
 def _batch(config: Mapping[str, Any], model: GPTConfig) -> int:
-    """Samples of an optimizer step, all ranks together; 1 when the JSON does not say, which is refused elsewhere.
-
-    Raises:
-        ConfigError: a number is none, "auto" for instance.
-    """
-    parts = {name: config[name] for name in (*_DEEPSPEED_BATCH, "gradient_accumulation_steps") if name in config}
-    for name, value in parts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}: {value!r} is not a number of samples (or steps); write 1 or more")
-    if "train_batch_size" in parts:
-        return parts["train_batch_size"]
+    """Samples of an optimizer step, all ranks together; 1 when the JSON does not say, which is refused elsewhere."""
+    if config.get("train_batch_size") is not None:
+        return config["train_batch_size"]
     ranks = dist.get_world_size() // model.model_ranks if dist.is_initialized() else 1
-    micro, steps = parts.get("train_micro_batch_size_per_gpu", 1), parts.get("gradient_accumulation_steps", 1)
-    return max(1, micro * steps * ranks)
+    micro, steps = config.get("train_micro_batch_size_per_gpu"), config.get("gradient_accumulation_steps")
+    return max(1, (micro or 1) * (steps or 1) * ranks)
 
 
 def _planned(
@@ -211,7 +206,7 @@ def _fill_auto(config: dict[str, Any], training: TrainingConfig, model: GPTConfi
 
 
 def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginConfig) -> None:
-    if not any(key in config for key in _DEEPSPEED_BATCH):
+    if all(config.get(key) is None for key in _DEEPSPEED_BATCH):
         raise ConfigError("train_micro_batch_size_per_gpu: missing; write the samples per rank and micro-batch, e.g. 8")
     if not (config.get("optimizer") or {}).get("type"):
         raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
@@ -228,6 +223,9 @@ def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginC
         )
     if model.pipeline_parallel > 1:
         _check_pipeline(config, model, half)
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if plugin.weight_averaging is not None and offload.get("device") == "nvme":
+        raise ConfigError(NVME_REFUSED)
     warmup = plugin.sequence_length_warmup
     if warmup is not None and warmup.end_length != model.seq_length:
         raise ConfigError(

@@ -12,6 +12,12 @@ from ds_plugin import compat
 from ds_plugin.errors import ConfigError
 from ds_plugin.weight_averaging.fragments import Fragment, whole
 
+#: also said where only the JSON is known
+NVME_REFUSED = (
+    "weight_averaging: zero_optimization.offload_optimizer.device is 'nvme', whose master weights are not in memory; "
+    "write 'cpu' or 'none'"
+)
+
 Names = Mapping[int, str]  # a parameter's id -> its name in the model
 
 
@@ -163,10 +169,7 @@ def find_shards(engine: Any) -> MasterShards:
     if optimizer is None:
         raise ConfigError('weight_averaging: the engine has no optimizer; give "optimizer" in the JSON or optimizer=')
     if compat.is_nvme_offloaded(engine):
-        raise ConfigError(
-            "weight_averaging: zero_optimization.offload_optimizer.device is 'nvme', whose master weights are not in "
-            "memory; write 'cpu' or 'none'"
-        )
+        raise ConfigError(NVME_REFUSED)
     for name in compat.UPDATES_OUTSIDE_STEP:
         if compat.is_on(engine, name):
             raise ConfigError(

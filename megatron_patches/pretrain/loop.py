@@ -9,12 +9,14 @@ train_step                   ``args.seq_length`` is the iteration's length; afte
 num_floating_point_operations, training_log, compute_throughputs_and_append_to_progress_log
                              count what was trained
 evaluate_and_print_results   at full length, on the weights and then on their average, on the same batches
+get_tensorboard_writer, get_wandb_writer
+                             the average's figures have names of their own
 save_checkpoint              our files first, then the host's
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Loop:
         self._last = 0  # length of the iteration that ran last
         self._loaded: tuple[Path, int] | None = None
         self._validation: list[Replay] = []
+        self._mark = ""  # behind the names of what is written, while an average is evaluated
 
     def options(self) -> Any:
         """Megatron-LM's arguments."""
@@ -216,12 +219,25 @@ class Loop:
             for source in self._validation:
                 source.replay()
             over = f"average of steps {steps[0]} to {steps[-1]}" + (f", horizon {horizon}" if horizon else "")
+            self._mark = ", averaged" + (f", horizon {horizon}" if horizon else "")
             with self.averager.averaged_weights(horizon):
-                host(f"{prefix} | {over}", *args, **{**kwargs, "write_to_tensorboard": False})
+                host(f"{prefix} | {over}", *args, **kwargs)
+        self._mark = ""
         for source in self._validation:
             source.forget()
         options.consumed_valid_samples = consumed
         return result
+
+    def get_tensorboard_writer(self, host: Host) -> Any:
+        """The host's, which only the last rank has."""
+        return self._marked(host())
+
+    def get_wandb_writer(self, host: Host) -> Any:
+        """The host's, which only the last rank has."""
+        return self._marked(host())
+
+    def _marked(self, writer: Any) -> Any:
+        return _Marked(writer, self._mark) if self._mark and writer is not None else writer
 
     def save_checkpoint(self, host: Host, iteration: int, *args: Any, **kwargs: Any) -> Any:
         """Our files are on disk before the host's tracker file names the iteration."""
@@ -230,6 +246,22 @@ class Loop:
         if self._ready:  # before, the host only converts what it has read
             state.save(self, Path(self._get_args().save), iteration)
         return host(iteration, *args, **kwargs)
+
+
+class _Marked:
+    """A writer of TensorBoard's or W&B's that puts ``mark`` behind each name; the rest is the writer's own."""
+
+    def __init__(self, writer: Any, mark: str):
+        self._writer, self._mark = writer, mark
+
+    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self._writer.add_scalar(tag + self._mark, *args, **kwargs)
+
+    def log(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log({name + self._mark: value for name, value in values.items()}, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
 
 
 def _samples(options: Any) -> int:

@@ -29,6 +29,8 @@ WRAPPED = (
     "training_log",
     "compute_throughputs_and_append_to_progress_log",
     "evaluate_and_print_results",
+    "get_tensorboard_writer",
+    "get_wandb_writer",
     "save_checkpoint",
     "print_rank_last",
 )

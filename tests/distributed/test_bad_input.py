@@ -61,6 +61,29 @@ CASES = {
         (),
         ["managed_gradient_accumulation", "False", "remove it"],
     ),
+    "no sections": ([config()], (), ["must hold a JSON object", "got list"]),
+    "no section of DeepSpeed's": ({**config(), "zero_optimization": 5}, (), ["zero_optimization: 5", "a JSON object"]),
+    "two that are none": (
+        {**config(), "optimizer": [], "scheduler": "x"},
+        (),
+        ["optimizer: []", "scheduler: 'x'", "a JSON object"],
+    ),
+    "a batch in quotes": ({**config(), "train_batch_size": "8"}, (), ["train_batch_size: '8'", "1 or more"]),
+    "unknown key of DeepSpeed's section": (
+        {**config(), "bf16": {"enable": True}},
+        (),
+        ["bf16.enable", "True", '"enabled"'],
+    ),
+    "what DeepSpeed refuses itself": (
+        {**config(), "checkpoint": {"tag_validation": "Sometimes"}},
+        (),
+        ["checkpoint: {'tag_validation': 'Sometimes'}", "WARN"],
+    ),
+    "averaging what is on NVMe": (
+        {**config(), "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        (),
+        ["weight_averaging", "'nvme'", "write 'cpu' or 'none'"],
+    ),
     "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
     "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),
     "no text": (config(), ("--data", "{empty}"), ["data", "holds no text", "plain text files"]),
@@ -117,6 +140,16 @@ def test_every_case(workers, place):
         assert errors == [[message]] * RANKS, case
         assert all(seconds < 30 for _, _, seconds in results), case
         assert contents(runs) == before, case
+
+
+def test_a_misspelt_key_is_said_once(workers, tmp_path):
+    """On rank 0, and training goes on: here to the next error."""
+    path = tmp_path / "case.json"
+    path.write_text(json.dumps({**config(), "gradient_cliping": 1.0}))
+    arguments = ["--config", str(path), "--runs", str(tmp_path / "runs"), "--data", "/no/such/place"]
+    first, second = [text for _, text, _ in workers(RANKS).run(run_main, arguments, timeout=60)]
+    assert first.count("gradient_cliping: ") == 1 and 'did you mean "gradient_clipping"?' in first
+    assert "gradient_cliping" not in second and "/no/such/place" in first and "/no/such/place" in second
 
 
 def _interrupted(arguments):

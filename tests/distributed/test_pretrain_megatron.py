@@ -123,17 +123,44 @@ def test_warmup_and_averaging_equal_their_twins(workers, tmp_path, layout):
         steps = [(2, 4), (4, 8), (4, 8)]  # the sixth was not applied
         said = [f"average of steps {first} to {last}" for first, last in steps]
         assert [e[0].partition(" | ")[2] for e in averaged] == said
-        assert [e[2] for e in averaged] == [False] * 3
+        assert [e[2] for e in averaged] == [True] * 3
         seen = [found["eval"][i : i + micro_batches] for i in range(0, 6 * micro_batches, micro_batches)]
         assert seen[0::2] == seen[1::2] and sum(seen[0::2], []) == expected["eval"]
         assert {shape for shape, _ in found["eval"]} == {(2, FULL)}
         for (*_, weights), both in zip(averaged, steps, strict=True):
             assert same(weights, averaging.mean([expected["weights"][step - 1] for step in both])) == []
         assert all(a[1] != r[1] for r, a in zip(raw, averaged, strict=True)) or raw[0][1] == [None]
+    written_where_a_writer_is(hooked, plain, [4, 8, 8], ["", ", averaged"])
     printed = [line for line in hooked[-1]["printed"] if "consumed samples" in line]
     assert "consumed samples:            4 | sequence length:     8 | trained tokens:             32 |" in printed[0]
     assert [int(line.split("trained tokens:")[1].split("|")[0]) for line in printed] == trained
     assert [f["train"] for f in hooked][0][0][0] == hooked[1]["train"][0][0]
+
+
+def written_where_a_writer_is(hooked, plain, iterations, marks):
+    """TensorBoard and W&B have each evaluation under its own name, and without its mark the host's."""
+    found, expected = hooked[-1], plain[-1]
+    assert not any(name in rank for rank in hooked[:-1] for name in ("tensorboard", "wandb"))
+    losses = iter([losses[-1] for _, losses, *_ in found["evaluations"]])
+    scalars, logged = [], []
+    for step in iterations:
+        for mark in marks:
+            loss = next(losses)
+            scalars.append((f"lm loss validation{mark}", loss, step))
+            scalars.append((f"lm loss validation vs samples{mark}", loss, step * BATCH))
+            logged.append(({f"lm loss validation{mark}": loss}, step))
+    assert found["tensorboard"] == scalars and found["wandb"] == logged
+    assert expected["tensorboard"] == [entry for entry in scalars if "averaged" not in entry[0]]
+    assert expected["wandb"] == [entry for entry in logged if "averaged" not in str(entry)]
+
+
+def test_averages_of_several_horizons_are_written_apart(workers, tmp_path):
+    bank = {"enabled": True, "interval": 2, "mode": "ema", "horizons": [2, 5]}
+    options = {**LAYOUTS["data"], "train_iters": 4}
+    hooked = workers(2).run(run, str(tmp_path), {"weight_averaging": bank}, options)
+    plain = workers(2).run(run, str(tmp_path), {}, options)
+    assert [found["code"] for found in hooked] == [0, 0]
+    written_where_a_writer_is(hooked, plain, [4, 4], ["", ", averaged, horizon 2", ", averaged, horizon 5"])
 
 
 def test_hooks_that_change_nothing_leave_every_bit(workers, tmp_path):
@@ -322,7 +349,7 @@ def lacking(name):
 def test_a_missing_name_is_one_error_and_nothing_is_patched(workers):
     [(told, untouched, count, again, other)] = workers(1).run(lacking, "train_step")
     assert "has no train_step" in told and importlib.metadata.version("megatron-core") in told and str(FOLDER) in told
-    assert untouched and count == again == 10 + 3 and "one configuration holds in a process" in other
+    assert untouched and count == again == 12 + 3 and "one configuration holds in a process" in other
 
 
 # -- a checkout of Megatron-LM -----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The stability instruments the naive way: whole lists of losses, and Adam's state gathered parameter by parameter."""
 
+import functools
 import math
+import operator
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,22 @@ def mean_losses(micro_losses, accumulation):
     steps = len(micro_losses) // accumulation
     windows = [slice(step * accumulation, (step + 1) * accumulation) for step in range(steps)]
     return [math.fsum(x for losses in ranks for x in losses[w]) / (accumulation * len(ranks)) for w in windows]
+
+
+def exchanged(rows, slots):
+    """What a report makes of the table of all ranks' vectors, number by number: (losses, l1 norm, maximum).
+
+    A row: ``slots`` sums of losses, l1 norm, maximum (-1: no such state), then as many counts. Added up rank after
+    rank, without ``sum``, which compensates rounding from Python 3.12 on.
+    """
+
+    def total(column):
+        return functools.reduce(operator.add, (row[column] for row in rows))
+
+    counts = [total(slots + 2 + slot) for slot in range(slots)]
+    losses = [total(slot) / count if count else None for slot, count in enumerate(counts)]
+    maximum = max((row[slots + 1] for row in rows), key=lambda value: (math.isnan(value), value))
+    return (losses, None, None) if maximum == -1 else (losses, total(slots), maximum)
 
 
 def full_variances(engine):

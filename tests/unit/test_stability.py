@@ -2,11 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
-from ds_plugin.stability import Correlation, LossRatio
+from ds_plugin.errors import StateError
+from ds_plugin.stability import Correlation, LossRatio, StabilityMonitor
+from tests.reference import stability as reference
 
 INF, NAN = math.inf, math.nan
 
@@ -94,3 +99,64 @@ def test_correlation_resumes_exactly(cut):
     for a, b in zip(x[cut:], y[cut:], strict=True):
         resumed.add(float(a), float(b))
     assert resumed.state() == correlate(x, y).state() and resumed.count == 30
+
+
+# -- the table of all ranks --------------------------------------------------------------------------------------------
+
+SLOTS, RANKS = 5, 301
+
+
+def exchange(monkeypatch, table):
+    """A monitor whose job has sent ``table``, [ranks, numbers]: the losses it fed, and what it made of the rest."""
+    engine = SimpleNamespace(device=torch.device("cpu"), global_steps=12)
+    monitor = StabilityMonitor(engine, SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1}, variance=False)
+    monitor._closed = SLOTS
+    losses = []
+    monkeypatch.setattr(monitor.loss_ratio, "feed", losses.append)
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(table))
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda into, _: into.copy_(table.reshape(-1)))
+    return (losses, *monitor._exchange(None))
+
+
+def sent(ranks=RANKS):
+    """Vectors of ranks some of which have no loss in a slot, and no state of Adam's."""
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.rand(ranks, 2 * SLOTS + 5, dtype=torch.float64, generator=generator) * 1e3
+    counts = torch.randint(0, 3, (ranks, SLOTS), generator=generator)
+    counts[:, 2] = 0  # nobody has a loss
+    numbers[:, :SLOTS] *= counts > 0
+    numbers[:, SLOTS + 2 : -3] = counts
+    numbers[1::2, SLOTS : SLOTS + 2] = torch.tensor([0.0, -1.0], dtype=torch.float64)
+    numbers[:, -3:] = torch.tensor([12, 16, 10**11 + 1])
+    return numbers
+
+
+@pytest.mark.parametrize("ranks", [1, 2, RANKS])
+def test_a_report_adds_up_rank_after_rank(monkeypatch, ranks):
+    table = sent(ranks)
+    found = exchange(monkeypatch, table)
+    assert found == reference.exchanged(table.tolist(), SLOTS) and found[0][2] is None and found[2] > 0
+    table[0, SLOTS : SLOTS + 2] = torch.tensor([0.0, -1.0])
+    table[:, 0] *= float("inf") if ranks == RANKS else 1  # 0 x inf is NaN where a rank has no loss
+    expected = reference.exchanged(table.tolist(), SLOTS)
+    assert repr(exchange(monkeypatch, table)) == repr(expected)
+    assert ranks > 2 or expected[1:] == (None, None)
+
+
+@pytest.mark.parametrize("rank", [0, 1, RANKS - 1])
+def test_one_maximum_that_is_not_a_number_shows(monkeypatch, rank):
+    table = sent()
+    table[rank, SLOTS + 1] = NAN
+    found = exchange(monkeypatch, table)
+    assert math.isnan(found[2]) and repr(found) == repr(reference.exchanged(table.tolist(), SLOTS))
+
+
+def test_the_first_number_that_differs_is_named_with_its_rank(monkeypatch):
+    table = sent()
+    table[40, -1] += 1
+    table[200, -2] = 8
+    with pytest.raises(StateError, match="length is 8 on rank 200 and 16 on rank 0"):
+        exchange(monkeypatch, table)
+    table[200, -2] = 16
+    with pytest.raises(StateError, match="tokens is 100000000002 on rank 40 and 100000000001 on rank 0"):
+        exchange(monkeypatch, table)

@@ -17,6 +17,7 @@ from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.plan import plan as totals
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.zero_shards import NVME_REFUSED
 from megatron_patches.completep.rules import Role
 from megatron_patches.gpt import GPTConfig
 
@@ -350,13 +351,14 @@ def test_the_command_prints_what_it_writes(tmp_path, capsys):
         assert said in printed
 
 
+NVME = {"stage": 1, "offload_optimizer": {"device": "nvme"}}
 BAD = [
     # recipe, ranks, what the one message must hold
     (recipe(train_batch_size=30), 4, ["train_batch_size: 30", "4 data-parallel rank(s)", "24 or 32"]),
     (recipe(train_batch_size=30, gradient_accumulation_steps=2), 4, ["train_batch_size: 30", "= 16", "write 16"]),
     (recipe(train_batch_size=6, train_micro_batch_size_per_gpu=None), 4, ["train_batch_size: 6", "4 or 8"]),
     (recipe(train_micro_batch_size_per_gpu=None), 2, ["train_micro_batch_size_per_gpu: missing"]),
-    (recipe(train_micro_batch_size_per_gpu="auto"), 2, ["train_micro_batch_size_per_gpu: 'auto'", "write 1 or more"]),
+    (recipe(train_micro_batch_size_per_gpu="auto"), 2, ["train_micro_batch_size_per_gpu: 'auto'", "1 or more"]),
     (recipe(model={**MODEL, "tensor_parallel": 4}), 6, ["tensor_parallel 4 does not divide --world-size 6"]),
     (recipe(model={**MODEL, "tensor_parallel": 3}), 6, ["tensor_parallel = 3 does not divide num_attention_heads = 4"]),
     (recipe(model={**MODEL, "pipeline_parallel": 2}), 3, ["pipeline_parallel 2 does not divide --world-size 3"]),
@@ -367,8 +369,12 @@ BAD = [
     (recipe(completep={**COMPLETEP, "alpha": 2.0}), 2, ["completep.alpha"]),
     (recipe(sequence_length_warmup={**WARMUP, "end_length": 32}), 2, ["end_length: 32 is not model.seq_length 16"]),
     (recipe(), 0, ["--world-size: 0"]),
-    (recipe(zero_optimization=5), 2, ['"zero_optimization" must be a JSON object', "got 5"]),
+    (recipe(zero_optimization=5), 2, ["zero_optimization: 5", "a JSON object"]),
     (recipe(zero_optimization={"stage": "1"}), 2, ["zero_optimization.stage: '1'", "0, 1, 2 or 3"]),
+    (recipe(zero_optimization=NVME), 2, [NVME_REFUSED]),
+    (recipe(bf16=1), 2, ["bf16: 1", "a JSON object"]),
+    (recipe(zero_optimization={"stge": 1}), 2, ["zero_optimization.stge", 'did you mean "stage"?']),
+    ([1], 2, ["must hold a JSON object", "got list"]),
     (recipe(optimizer={"type": "AdamW", "params": {"lr": "x"}}), 2, ["optimizer.params.lr: 'x'"]),
     (recipe(training={"tokens": 9}, sequence_length_warmup=None, optimizer=None), 2, ["optimizer: missing"]),
     (megatron(lr=0), 2, ["megatron.lr: 0", "above 0"]),
@@ -394,6 +400,18 @@ def test_one_message_and_exit_code_2(tmp_path, capsys, config, ranks, said):
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     for part in said:
         assert part in err
+
+
+def test_what_goes_to_nvme_is_planned_without_averaging():
+    assert planned(recipe(zero_optimization=NVME, weight_averaging=None), 2)["weight_averaging"] is None
+
+
+def test_a_misspelt_key_of_deepspeeds_is_said_and_the_plan_made(tmp_path, capsys, caplog):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe(gradient_clippping=1.0)))
+    assert main(["plan", "--config", str(path), "--world-size", "2"]) == 0
+    [said] = [record.getMessage() for record in caplog.records if record.name == "ds_plugin"]
+    assert said.startswith("gradient_clippping: DeepSpeed") and 'did you mean "gradient_clipping"?' in said
 
 
 def test_no_half_written_plan(tmp_path, capsys):

@@ -1,7 +1,7 @@
 """The training loop of Megatron-LM reduced to its calls: the names, signatures and order that the hooks rely on.
 
 Underneath is the real megatron-core: schedules, DistributedDataParallel, optimizer, scheduler, rerun iterators. What
-the hooks do not touch is left out (timers, rerun, logging back ends), and a checkpoint is one file for each rank.
+the hooks do not touch is left out (timers, rerun, most of the logging), and a checkpoint is one file for each rank.
 `RECORD` holds what a test wants to see.
 """
 
@@ -28,8 +28,30 @@ def get_args():
 
 
 def print_rank_last(message):
-    if dist.get_rank() == dist.get_world_size() - 1:
+    if is_last_rank():
         RECORD["printed"].append(message)
+
+
+class Writer:
+    """TensorBoard's and W&B's in one."""
+
+    def add_scalar(self, tag, value, step):
+        RECORD["tensorboard"].append((tag, value, step))
+
+    def log(self, values, step):
+        RECORD["wandb"].append((values, step))
+
+
+def is_last_rank():
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def get_tensorboard_writer():
+    return Writer() if is_last_rank() else None
+
+
+def get_wandb_writer():
+    return Writer() if is_last_rank() else None
 
 
 def initialize_megatron(args):
@@ -163,6 +185,8 @@ def evaluate_and_print_results(
     verbose=False, write_to_tensorboard=True, non_loss_data_func=None,
 ):  # fmt: skip
     args = get_args()
+    writer = get_tensorboard_writer() if write_to_tensorboard else None
+    wandb_writer = get_wandb_writer()
     for chunk in model:
         chunk.eval()
     total = []
@@ -184,6 +208,11 @@ def evaluate_and_print_results(
         chunk.train()
     weights = {n: p.detach().clone() for n, p in model[0].module.named_parameters()}
     RECORD["evaluations"].append((prefix, total, write_to_tensorboard, args.consumed_valid_samples, weights))
+    if writer:
+        writer.add_scalar("lm loss validation", total[-1], iteration)
+        writer.add_scalar("lm loss validation vs samples", total[-1], args.consumed_train_samples)
+        if wandb_writer and is_last_rank():
+            wandb_writer.log({"lm loss validation": total[-1]}, iteration)
     print_rank_last(f" validation loss at {prefix} | lm loss value: {total}")
 
 
