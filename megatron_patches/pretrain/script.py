@@ -153,6 +153,8 @@ def _training() -> ModuleType:
 
 def _wrapped(name: str, method: Any) -> Patch:
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not patch.applied:  # a module imported in the meantime may have kept this function
+            return getattr(importlib.import_module(TRAINING), name)(*args, **kwargs)
         return method(patch.original, *args, **kwargs)
 
     patch = Patch(f"{TRAINING}.{name}", call, reason="the methods in the training loop")

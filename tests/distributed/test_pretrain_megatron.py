@@ -346,6 +346,26 @@ def lacking(name):
     return told, untouched, count, again, other
 
 
+def kept():
+    """A wrapper that somebody imported, called while it is on and after the undoing."""
+    import megatron_patches
+    from megatron_patches.pretrain import script
+
+    sys.path.insert(0, str(FOLDER))
+    script.prepare_host(SCRIPT)
+    from megatron.training import training
+
+    training.num_floating_point_operations = lambda *args: args
+    script.install(PluginConfig.from_dict({"sequence_length_warmup": WARMUP}))
+    wrapper = training.num_floating_point_operations
+    megatron_patches.revert()
+    return wrapper is training.num_floating_point_operations, wrapper(1, 2)
+
+
+def test_a_wrapper_kept_by_another_module_is_the_hosts_after_the_undoing(workers):
+    assert workers(1).run(kept) == [(False, (1, 2))]
+
+
 def test_a_missing_name_is_one_error_and_nothing_is_patched(workers):
     [(told, untouched, count, again, other)] = workers(1).run(lacking, "train_step")
     assert "has no train_step" in told and importlib.metadata.version("megatron-core") in told and str(FOLDER) in told
