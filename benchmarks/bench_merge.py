@@ -3,10 +3,11 @@
     python benchmarks/bench_merge.py [--out FILE.json] [--check]
 
 A plain copy reads every input file whole (in blocks of 1 MiB, as `cp` does) and writes as many bytes as the output has,
-one after another, each output file flushed to disk. Copy and merge take turns, with as many threads as each other, on
-files that are in the page cache; the figure is the median over the rounds of the copy's time over the merge's (1 is as
-fast as copying), with the smallest and the largest beside it, and the same of processor time, which other programs on
-the machine disturb less. Peak memory is that of a process of its own.
+one after another, each output file flushed to disk. Copy and merge take turns, with as many workers as each other, on
+files that are in the page cache. (A worker of a copy is one thread; of a merge it is two, one of which writes, where
+the machine has more cores than there are workers.) The figure is the median over the rounds of the copy's time over the
+merge's (1 is as fast as copying), with the smallest and the largest beside it, and the same of processor time, which
+other programs on the machine disturb less. Peak memory is that of a process of its own.
 """
 
 import argparse

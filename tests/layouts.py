@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the cells that are not kept yet, print each as it ends, write the table; 1 when one does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", type=Path, metavar="CHECKOUT", help="of Megatron-LM: run its script too")
-    parser.add_argument("--only", default="", help="cells whose names hold this text")
+    parser.add_argument("--only", action="append", default=[], help="cells whose names hold this; again: and this")
     parser.add_argument("--work", type=Path, default=Path("runs/layouts"), help="runs, and cells that are done")
     parser.add_argument("--out", type=Path, help="write the table here; a host that was not run keeps its part")
     args = parser.parse_args(arguments)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if layouts is MEGATRON and method in NOT_IN_MEGATRON:
                     continue
                 cell = f"{host} / {layout.name} / {method}"
-                if args.only in cell:
+                if all(text in cell for text in args.only):
                     cells[cell] = kept(args.work, cell, layout, method, run)
                     failed += not cells[cell]["held"]
                     print(f"{cell}: {cells[cell]['said']} ({cells[cell]['seconds']:.0f} s)", flush=True)
@@ -301,7 +301,8 @@ def table(host: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str, Any
             elif not cell["held"]:
                 row.append("**fails**")
             else:
-                row.append(f"resumed, {cell['difference']:.0e}" if "difference" in cell else "resumed")
+                apart = cell.get("difference")
+                row.append("resumed" if apart is None else f"resumed, {apart:.0e}" if apart else "resumed, equal")
         lines.append(f"| {layout.name} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -324,8 +325,8 @@ Every cell is a run of the host's own script (for DeepSpeed launch_scripts/pretr
 the same killed with SIGKILL after step {KILLED} and resumed from its checkpoint at step {SAVED}. "Resumed": every
 figure logged after it is the uninterrupted run's - losses, evaluations raw and averaged, learning rates, lengths,
 tokens, norms - and with DeepSpeed the exported average is, bit for bit. The number is the largest difference of a
-step's fp32 loss from the first row's, which must not exceed {TOLERANCE:g}. "All three" is truncated warmup, CompleteP
-in the forward pass and the sliding average. An empty cell was not run.
+step's fp32 loss from the first row's ("equal": none), which must not exceed {TOLERANCE:g}. "All three" is truncated
+warmup, CompleteP in the forward pass and the sliding average. An empty cell was not run.
 """
 
 

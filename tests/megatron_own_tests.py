@@ -8,7 +8,7 @@ rank on the CPU over gloo. Each test's outcome is compared, and for a failure th
 
 alone      Megatron-LM, made to run without a GPU as `megatron_patches` does it (`script.prepare_host`)
 off        also ``megatron_patches.apply(FILE)``, where FILE has all three sections with ``"enabled": false``
-reverted   also every wrapper put in place, and taken away again once the test files are imported: where they have kept a
+reverted   also every wrapper put in place, and taken away again once the test files are imported: where they kept a
            wrapper it has to do what the host's own does
 on         every wrapper stays and has nothing to do: CompleteP at ratios of 1, whatever the model; a warmup that starts
            at the full length; an average that is never taken. A test may be refused here, by an error of the plugin's

@@ -175,19 +175,22 @@ class Averaging:
 def averaging(config: WeightAveragingConfig, masters: Mapping[str, int], *, pinned: bool) -> Averaging:
     """``masters``: fp32 elements of this rank by optimizer group, each one flat tensor. ``pinned``: they are on a GPU.
 
-    torch rounds a pinned allocation up to a power of two, so that many small groups, or one just above a power of two,
-    take up to twice their size.
+    torch rounds a pinned allocation up to a power of two; several tensors lie in one where that wastes less (`memory`).
     """
-    shards = [torch.empty(count, device="meta") for count in masters.values()]
-    buffers = modes.buffers(config)
-    spare = memory.needed(shards, 1, pinned=pinned)
-    kept = sum(memory.needed(shards, 1, pinned=pinned and config.storage == "pinned", dtype=d) for d in buffers)
+    masters_bytes = {dtype: dtype.itemsize * sum(masters.values()) for dtype in (torch.float32, torch.bfloat16)}
+    spare, kept = [torch.float32], modes.buffers(config)
+    as_spare = [*kept, *spare] if config.storage == "pinned" else spare
+    other = 0 if config.storage == "pinned" else sum(masters_bytes[dtype] for dtype in kept)
+    if pinned:
+        held = memory.pinned(memory.pieces(list(masters.values()), as_spare))
+    else:
+        held = sum(masters_bytes[dtype] for dtype in as_spare)
     in_files = config.storage == "files"
     return Averaging(
-        snapshot=memory.needed(shards, 1, pinned=False),
-        exact=sum(memory.needed(shards, 1, pinned=False, dtype=d) for d in [*buffers, torch.float32]),
-        held=spare if in_files else spare + kept,
-        files=kept if in_files else 0,
+        snapshot=masters_bytes[torch.float32],
+        exact=sum(masters_bytes[dtype] for dtype in [*kept, *spare]),
+        held=held if in_files else held + other,
+        files=other if in_files else 0,
     )
 
 
@@ -226,11 +229,11 @@ def multiplied_bytes(model: GPTConfig, tokens: int, layout: Layout, width: int) 
     """Bytes of activations that CompleteP's forward mode multiplies in a step of ``tokens`` tokens on this rank.
 
     The branches' multipliers ride on the residual additions of the forward pass; the backward pass multiplies the
-    gradient of each of the two branches of a layer once. The logits' multiplier is on the output layer's input, forward
-    and backward. ``width``: bytes of an element.
+    gradient of each of the two branches of a layer once. The last layer's MLP and the output layer have theirs on what
+    enters a matrix, forward and backward. ``width``: bytes of an element.
     """
-    layers = model.num_layers // layout.pipeline
-    return 2 * (layers + 1) * model.hidden_size * tokens * width
+    branches = 2 * (model.num_layers // layout.pipeline) - 1
+    return ((branches + 2) * model.hidden_size + 2 * model.ffn_size // layout.tensor) * tokens * width
 
 
 def step_seconds(rates: Rates, matrices: int, tokens: int, ranks: int) -> float:

@@ -28,6 +28,7 @@ from ds_plugin.weight_averaging import fragments
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.fragments import Fragment
+from ds_plugin.weight_averaging.modes import Saved, Whole
 from ds_plugin.weight_averaging.reshard import READ_ELEMENTS, REMEDY, Resharded, Source, damage, plan
 
 #: "1" had sliding windows only, and neither mode, state nor hash; "2" no fragments, so that it fits one layout only
@@ -96,7 +97,7 @@ def load(
 ) -> None:
     """Read this rank's share back, on the ranks and the layout it was saved with or on others.
 
-    Besides the averager's own buffers it needs memory for one further copy of what is held on this rank.
+    It goes straight into the averager's buffers, a piece at a time.
 
     Args:
         save_id: that of the save to load.
@@ -123,15 +124,15 @@ def load(
 
         shapes = [shard.shape for shard in averager.shards.tensors()]
         own = share(rank) if world_size == saved_ranks else None
-        tensors: Mapping[str, torch.Tensor]
+        held: Saved
         if own is not None and (own.old or own.fits(coordinate, shapes, averager.shards.fragments())):
             compare(own.saved, averager.config, own.path)
-            tensors = own.whole(shapes)
+            held = Whole(own.whole(shapes))
         else:
             files = [share(saved_rank) for saved_rank in range(saved_ranks)]
-            own, tensors = _reshard(files, averager, rank=rank, world_size=world_size, coordinate=coordinate)
+            own, held = _reshard(files, averager, rank=rank, world_size=world_size, coordinate=coordinate)
         try:
-            averager.mode.load(own.state, tensors)
+            averager.mode.load(own.state, held)
         except KeyError as error:
             raise CheckpointError(f"weight_averaging: {own.path} is damaged (it has no {error}); {REMEDY}") from None
 

@@ -16,7 +16,7 @@ FP32, BF16 = 4, 2  # bytes
 class Cost:
     """Of one rank. Bytes, and seconds where the name says so."""
 
-    memory: int  # host memory: the snapshots and one buffer for their average
+    memory: int  # host memory: the snapshots and one buffer for their average, without what pinning rounds up
     node_memory: int  # of all ranks of a node
     snapshot: int  # accelerator to host, once per interval
     snapshot_seconds: float

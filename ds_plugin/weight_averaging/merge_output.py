@@ -8,7 +8,7 @@ import shutil
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,10 +182,12 @@ def write_all(
 ) -> None:
     """Write every shard, ``workers`` at a time; the first failure stops all."""
     stop = threading.Event()
+    at_a_time = min(workers, max(1, len(shards)))
+    behind = at_a_time < len(os.sched_getaffinity(0))  # else such a thread takes from the workers more than it gives
 
     def one(shard: Shard) -> None:
         torch.set_num_threads(1)  # of this thread: the workers are the parallelism
-        writer = _Writer(sources, weights, stop)
+        writer = _Writer(sources, weights, stop, behind=behind)
         (out / shard.name).parent.mkdir(exist_ok=True)
         with atomic_path(out / shard.name) as path, open(path, "wb", buffering=0) as file:
             writer.write(shard, file, advance)
@@ -193,7 +195,7 @@ def write_all(
         advance(0, shard.name)
 
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(min(workers, max(1, len(shards))), "merge")
+    pool = ThreadPoolExecutor(at_a_time, "merge")
     try:
         jobs: list[Future[None]] = [pool.submit(one, shard) for shard in shards]
         for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
@@ -209,14 +211,19 @@ class _Stopped(Exception):
 
 
 class _Writer:
-    """Writes one shard: buffers of a chunk each, and a few open files."""
+    """Writes one shard: buffers of a chunk each, and a few open files.
 
-    def __init__(self, sources: list[Source], weights: list[float], stop: threading.Event):
-        self.last, self.stop = sources[-1], stop
+    ``behind``: while the next chunk is read and worked out, another thread writes. What it writes lies in one of two
+    buffers that take turns.
+    """
+
+    def __init__(self, sources: list[Source], weights: list[float], stop: threading.Event, *, behind: bool):
+        self.last, self.stop, self.behind = sources[-1], stop, behind
         self.terms = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
         self.divisor = math.fsum(weights)
         self.checksum = 0
         self.written = self.sent = 0  # bytes
+        self.turn = False
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._buffers: dict[tuple[str, torch.dtype, int], tuple[torch.Tensor, memoryview]] = {}
@@ -224,35 +231,47 @@ class _Writer:
     def write(self, shard: Shard, file: Any, advance: Callable[[int, str | None], None]) -> None:
         """Stream the shard into ``file``; `checksum` is then the file's."""
         try:
-            for part in shard.parts:
-                if isinstance(part, bytes):
-                    self._put(file, memoryview(part))
-                    advance(len(part), None)
-                    continue
-                for start in range(0, part.count, CHUNK):
-                    if self.stop.is_set():
-                        raise _Stopped
-                    view = self._as(part.dtype, *self._mean(part.tensor, start, min(CHUNK, part.count - start)))
-                    self._put(file, view)
+            with ThreadPoolExecutor(1, "merge-write") as disk:
+                writing: Future[None] = Future()
+                writing.set_result(None)
+                for view in self._views(shard):
+                    writing.result()
+                    if self.behind:
+                        writing = disk.submit(self._put, file, view)
+                    else:
+                        self._put(file, view)
                     advance(len(view), None)
+                writing.result()
         finally:
             for opened in self._files.values():
                 opened.close()
+
+    def _views(self, shard: Shard) -> Iterator[memoryview]:
+        """The shard's bytes; each view is good until the one after the next is asked for."""
+        for part in shard.parts:
+            if isinstance(part, bytes):
+                yield memoryview(part)
+                continue
+            for start in range(0, part.count, CHUNK):
+                if self.stop.is_set():
+                    raise _Stopped
+                self.turn = not self.turn
+                yield self._as(part.dtype, *self._mean(part.tensor, start, min(CHUNK, part.count - start)))
 
     def _as(self, dtype: torch.dtype, values: torch.Tensor, view: memoryview) -> memoryview:
         """The bytes of ``values`` in the dtype written."""
         if values.dtype == dtype:
             return view
-        written, view = self._buffer("written", dtype, values.numel())
+        written, view = self._buffer(f"written {self.turn}", dtype, values.numel())
         written.copy_(values)
         return view
 
     def _mean(self, name: str, start: int, count: int) -> tuple[torch.Tensor, memoryview]:
         stored = self.last.tensors[name]
         if stored.latest:
-            return self._read(stored, start, *self._buffer("read", stored.dtype, count))
+            return self._read(stored, start, *self._buffer(f"latest {self.turn}", stored.dtype, count))
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        total, view = self._buffer("total", wide, count)
+        total, view = self._buffer(f"total {self.turn}", wide, count)
         for index, (source, weight) in enumerate(self.terms):
             # the first goes into the sum itself
             place = (total, view) if index == 0 and stored.dtype == wide else self._buffer("read", stored.dtype, count)

@@ -4,7 +4,7 @@ Each mode owns host buffers of this rank's shape, allocated once (`storage`). Al
 any communication, and read an average whose bits do not depend on the sharding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,34 @@ from ds_plugin.weight_averaging.config import WeightAveragingConfig
 
 Tensors = list[torch.Tensor]
 Allocate = Callable[[torch.dtype], Tensors]
+Place = tuple[Tensors, str, str]  # a buffer, the ``<what>`` that is loaded into it, and how an error calls that
+
+
+class Saved(Protocol):
+    """Saved tensors, ``<what>.<shard>``. What can be refused is refused by `shape`, before anything is read."""
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of one of them.
+
+        Raises:
+            KeyError: it is not there.
+        """
+
+    def read_(self, name: str, out: torch.Tensor) -> None:
+        """Read one of them into ``out``, which is contiguous and has its shape."""
+
+
+class Whole(Saved):
+    """Tensors in memory, or in a file that is mapped into it."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
+
+    def read_(self, name: str, out: torch.Tensor) -> None:
+        out.copy_(self._tensors[name])
 
 
 class Mode(Protocol):
@@ -46,11 +74,14 @@ class Mode(Protocol):
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """What is held, by name; ``<what>.<shard>``. The live buffers."""
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over a saved `state` and `tensors`, or raise and hold what it held before.
+    def load(self, state: Mapping[str, Any], saved: Saved) -> None:
+        """Take over a saved `state` and its tensors, or raise and hold what it held before.
+
+        They are read straight into the buffers. Should that fail half-way, after all checks, nothing is held.
 
         Raises:
             CheckpointError: a tensor's size is not that of this rank's shard.
+            KeyError: a tensor is not there.
         """
 
 
@@ -110,15 +141,12 @@ class Sliding(Mode):
     def tensors(self) -> Mapping[str, torch.Tensor]:
         return {f"snapshot.{i}.{j}": t for i, snapshot in enumerate(self.snapshots()) for j, t in enumerate(snapshot)}
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], saved: Saved) -> None:
         steps = state["steps"]
         newest = range(max(0, len(steps) - self._window), len(steps))  # all that a smaller window can hold
-        saved = [
-            _of_shape(self._slots[0], tensors, f"snapshot.{i}", f"the snapshot of step {steps[i]}") for i in newest
-        ]
+        places = zip(self._slots, newest, strict=False)
+        _load(self, saved, [(slot, f"snapshot.{i}", f"the snapshot of step {steps[i]}") for slot, i in places])
         self._steps, self._order = [steps[i] for i in newest], list(range(len(newest)))
-        for slot, snapshot in zip(self._order, saved, strict=True):
-            window.copy_(self._slots[slot], snapshot)
 
 
 class SlidingDeltas(Mode):
@@ -179,17 +207,14 @@ class SlidingDeltas(Mode):
         newest = {f"newest.{j}": t for j, t in enumerate(self._newest if self._steps else [])}
         return newest | {f"delta.{i}.{j}": t for i, delta in enumerate(self._deltas()) for j, t in enumerate(delta)}
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], saved: Saved) -> None:
         steps = state["steps"]
         kept = range(max(0, len(steps) - self._window), len(steps))  # all that a smaller window can hold
-        newest = _of_shape(self._newest, tensors, "newest", f"the snapshot of step {steps[-1]}") if steps else []
-        saved = [
-            _of_shape(self._newest, tensors, f"delta.{i}", f"the difference of step {steps[i]}") for i in kept[:-1]
-        ]
-        self._steps, self._order = [steps[i] for i in kept], list(range(len(saved)))
-        window.copy_(self._newest[: len(newest)], newest)
-        for slot, delta in zip(self._order, saved, strict=True):
-            window.copy_(self._slots[slot], delta)
+        places = [(self._newest, "newest", f"the snapshot of step {steps[-1]}")] if steps else []
+        for slot, i in zip(self._slots, kept[:-1], strict=False):
+            places.append((slot, f"delta.{i}", f"the difference of step {steps[i]}"))
+        _load(self, saved, places)
+        self._steps, self._order = [steps[i] for i in kept], list(range(len(kept[:-1])))
 
 
 class Block(Mode):
@@ -235,12 +260,11 @@ class Block(Mode):
         held = {"open": self._sum if self._open else [], "finished": self._mean if self._finished else []}
         return {f"{what}.{j}": t for what, tensors in held.items() for j, t in enumerate(tensors)}
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], saved: Saved) -> None:
         opened, finished = list(state["open"]), list(state["finished"])
-        total = _of_shape(self._sum, tensors, "open", "the open block") if opened else []
-        mean = _of_shape(self._mean, tensors, "finished", "the finished block") if finished else []
-        window.copy_(self._sum[: len(total)], total)
-        window.copy_(self._mean[: len(mean)], mean)
+        places = [(self._sum, "open", "the open block")] if opened else []
+        places += [(self._mean, "finished", "the finished block")] if finished else []
+        _load(self, saved, places)
         self._open, self._finished = opened, finished
 
 
@@ -283,15 +307,10 @@ class Ema(Mode):
         bank = self._bank.items() if self._count else ()
         return {f"ema.{horizon}.{j}": t for horizon, average in bank for j, t in enumerate(average)}
 
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, state: Mapping[str, Any], saved: Saved) -> None:
         count, steps = int(state["count"]), list(state["steps"])
-        saved = {
-            horizon: _of_shape(average, tensors, f"ema.{horizon}", f"the average of horizon {horizon}")
-            for horizon, average in self._bank.items()
-            if count
-        }
-        for horizon, average in saved.items():
-            window.copy_(self._bank[horizon], average)
+        bank = self._bank.items() if count else ()
+        _load(self, saved, [(average, f"ema.{h}", f"the average of horizon {h}") for h, average in bank])
         self._count, self._steps = count, steps
 
 
@@ -315,13 +334,16 @@ def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:
     return [torch.float32] * count
 
 
-def _of_shape(kept: Tensors, saved: Mapping[str, torch.Tensor], name: str, what: str) -> Tensors:
-    """The shards of a saved ``name``, which must have the shapes of the buffer they go into."""
-    found = [saved[f"{name}.{j}"] for j in range(len(kept))]
-    for j, (buffer, tensor) in enumerate(zip(kept, found, strict=True)):
-        if tensor.shape != buffer.shape:
-            raise CheckpointError(
-                f"weight_averaging: {what} holds a shard {j} of {list(tensor.shape)} elements, this rank's has "
-                f"{list(buffer.shape)}; resume with the model, ZeRO stage and ranks it was saved with"
-            )
-    return found
+def _load(mode: Mode, saved: Saved, places: Sequence[Place]) -> None:
+    """Read saved tensors into buffers of ``mode``, whose shapes they must have; it holds nothing then."""
+    for buffer, name, what in places:
+        for j, tensor in enumerate(buffer):
+            if (shape := saved.shape(f"{name}.{j}")) != tensor.shape:
+                raise CheckpointError(
+                    f"weight_averaging: {what} holds a shard {j} of {list(shape)} elements, this rank's has "
+                    f"{list(tensor.shape)}; resume with the model, ZeRO stage and ranks it was saved with"
+                )
+    mode.reset()
+    for buffer, name, _ in places:
+        for j, tensor in enumerate(buffer):
+            saved.read_(f"{name}.{j}", tensor)

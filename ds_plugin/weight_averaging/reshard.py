@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from ds_plugin.errors import CheckpointError
 from ds_plugin.weight_averaging.fragments import Fragment
+from ds_plugin.weight_averaging.modes import Saved
 
 #: elements read at a time: 16 MiB of fp32
 READ_ELEMENTS = 4 * 1024 * 1024
@@ -105,8 +106,8 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
         )
 
 
-class Resharded(Mapping[str, torch.Tensor]):
-    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads: each put together when asked for.
+class Resharded(Saved):
+    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads.
 
     Their dtypes are the files'; what no piece covers (padding) is zero.
     """
@@ -128,25 +129,33 @@ class Resharded(Mapping[str, torch.Tensor]):
         self._pieces = [[p for p in pieces if p.shard == shard] for shard in range(len(shapes))]
         self._shapes, self._dtypes, self._opened = shapes, dtypes, opened
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        what, _, shard = name.rpartition(".")
-        if what not in self._dtypes or not 0 <= int(shard) < len(self._shapes):
-            raise KeyError(name)
-        whole = torch.zeros(self._shapes[int(shard)], dtype=self._dtypes[what])
-        flat = whole.view(-1)
-        for piece in self._pieces[int(shard)]:
+    def shape(self, name: str) -> torch.Size:
+        what, shard = self._split(name)
+        for piece in self._pieces[shard]:
             with damage(piece.path):
-                source = self._opened(piece.path).get_slice(f"{what}.{piece.source}")
+                source = self._source(what, piece)
+                if source[0:0].dtype != self._dtypes[what] or source.get_shape()[0] < piece.start + piece.count:
+                    raise ValueError(f"{what}.{piece.source} is not of the type or size the files say")
+        return self._shapes[shard]
+
+    def read_(self, name: str, out: torch.Tensor) -> None:
+        what, shard = self._split(name)
+        flat, pieces = out.view(-1), self._pieces[shard]
+        if sum(piece.count for piece in pieces) < flat.numel():
+            flat.zero_()
+        for piece in pieces:
+            with damage(piece.path):
+                source = self._source(what, piece)
                 for done in range(0, piece.count, READ_ELEMENTS):
                     count = min(READ_ELEMENTS, piece.count - done)
                     values = source[piece.start + done : piece.start + done + count]
-                    if values.dtype != whole.dtype or values.numel() != count:
-                        raise ValueError(f"{what}.{piece.source} is not of the type or size the files say")
                     flat[piece.offset + done : piece.offset + done + count] = values
-        return whole
 
-    def __iter__(self) -> Iterator[str]:
-        return (f"{what}.{shard}" for what in self._dtypes for shard in range(len(self._shapes)))
+    def _split(self, name: str) -> tuple[str, int]:
+        what, _, shard = name.rpartition(".")
+        if what not in self._dtypes or not 0 <= int(shard) < len(self._shapes):
+            raise KeyError(name)
+        return what, int(shard)
 
-    def __len__(self) -> int:
-        return len(self._dtypes) * len(self._shapes)
+    def _source(self, what: str, piece: Piece) -> Any:
+        return self._opened(piece.path).get_slice(f"{what}.{piece.source}")

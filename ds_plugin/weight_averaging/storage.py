@@ -1,9 +1,11 @@
 """Where the snapshots lie: in pinned or plain host memory, or in files that are mapped into memory."""
 
+import itertools
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -24,36 +26,42 @@ class Storage:
     """
 
     def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor]):
-        self._masters = masters
-        self._kind, self._path = config.storage, config.storage_path
-        self._pin = any(t.device.type == "cuda" for t in masters)
+        self._masters, self._path = masters, config.storage_path
+        self._spare_in = "pinned" if any(t.device.type == "cuda" for t in masters) else "memory"
+        self._kept_in = self._spare_in if config.storage == "pinned" else config.storage
         #: whether a mode's fp32 buffer and the spare one are of one kind, so that they can change places
-        self.exchangeable = self._kind == "pinned" or (self._kind == "memory" and not self._pin)
+        self.exchangeable = self._kept_in == self._spare_in
+        self._pinned: Iterator[Tensors] = iter(())
 
     def reserve(self, dtypes: Sequence[torch.dtype], smaller: str) -> tuple[Memory, Memory | None]:
         """What one buffer of each of ``dtypes`` and the spare one take: host memory, and disk if there are files.
 
-        Every rank calls it. ``smaller``: the remedy to name if there is too little.
+        Every rank calls it. `allocate` is called for each of ``dtypes`` next, and `spare` last. ``smaller``: the remedy
+        to name if there is too little.
 
         Raises:
             ConfigError: on every rank alike, when there is too little on some node, or no such folder.
         """
-        pinned = self._pin and self._kind == "pinned"
-        spare = memory.needed(self._masters, 1, pinned=self._pin)
-        held = sum(memory.needed(self._masters, 1, pinned=pinned, dtype=dtype) for dtype in dtypes)
-        if self._kind != "files":
-            return memory.reserve(spare + held, f'{smaller}, or "storage": "files"'), None
+        held: dict[str, list[torch.dtype]] = {"pinned": [], "memory": [], "files": []}
+        held[self._kept_in] += dtypes
+        held[self._spare_in].append(torch.float32)
+        self._pinned = self._pin(held["pinned"])
+        in_memory = memory.pinned(self._pieces(held["pinned"]))
+        in_memory += sum(self._nbytes(dtype) for dtype in held["memory"])
+        if self._kept_in != "files":
+            return memory.reserve(in_memory, f'{smaller}, or "storage": "files"'), None
         assert self._path is not None
-        files = memory.reserve_files(self._path, held, f'{smaller}, or a "storage_path" with more room')
-        return memory.reserve(spare, "use more ranks under ZeRO, or fewer on a node"), files
+        in_files = sum(self._nbytes(dtype) for dtype in held["files"])
+        files = memory.reserve_files(self._path, in_files, f'{smaller}, or a "storage_path" with more room')
+        return memory.reserve(in_memory, "use more ranks under ZeRO, or fewer on a node"), files
 
     def spare(self) -> Tensors:
         """An fp32 buffer in memory."""
-        return self._in_memory(torch.float32, self._pin)
+        return next(self._pinned) if self._spare_in == "pinned" else self._in_memory(torch.float32)
 
     def flag(self) -> torch.Tensor:
         """One boolean that can arrive along with the `spare` buffer's contents."""
-        return torch.empty(1, dtype=torch.bool, device="cpu", pin_memory=self._pin)
+        return torch.empty(1, dtype=torch.bool, device="cpu", pin_memory=self._spare_in == "pinned")
 
     def allocate(self, dtype: torch.dtype) -> Tensors:
         """A buffer of the kind asked for; its contents are undefined.
@@ -61,12 +69,39 @@ class Storage:
         Raises:
             ConfigError: the disk has no room for it.
         """
-        if self._kind == "files":
+        if self._kept_in == "files":
             return self._in_a_file(dtype)
-        return self._in_memory(dtype, self._pin and self._kind == "pinned")
+        return next(self._pinned) if self._kept_in == "pinned" else self._in_memory(dtype)
 
-    def _in_memory(self, dtype: torch.dtype, pin: bool) -> Tensors:
-        return [torch.empty(t.shape, dtype=dtype, device="cpu", pin_memory=pin) for t in self._masters]
+    def _nbytes(self, dtype: torch.dtype) -> int:
+        return memory.needed(self._masters, 1, dtype=dtype)
+
+    def _in_memory(self, dtype: torch.dtype) -> Tensors:
+        return [torch.empty(t.shape, dtype=dtype, device="cpu") for t in self._masters]
+
+    def _pieces(self, dtypes: Sequence[torch.dtype]) -> list[int]:
+        return memory.pieces([t.numel() for t in self._masters], dtypes)
+
+    def _pin(self, dtypes: Sequence[torch.dtype]) -> Iterator[Tensors]:
+        """A buffer of each of ``dtypes``, their tensors several to an allocation where that wastes less."""
+        tensors = self._pinned_tensors(dtypes)
+        for _ in dtypes:
+            yield list(islice(tensors, len(self._masters)))
+
+    def _pinned_tensors(self, dtypes: Sequence[torch.dtype]) -> Iterator[torch.Tensor]:
+        sizes = self._pieces(dtypes)
+        left = zip(itertools.product(dtypes, self._masters), sizes, strict=True)
+        for count in memory.batches(sizes):
+            batch = list(islice(left, count))
+            whole = torch.empty(sum(size for _, size in batch), dtype=torch.uint8, device="cpu", pin_memory=True)
+            for ((dtype, master), _), part in zip(batch, whole.split([size for _, size in batch]), strict=True):
+                yield part[: dtype.itemsize * master.numel()].view(dtype).view(master.shape)
+
+    def _cut(self, held: torch.Tensor, dtype: torch.dtype) -> Tensors:
+        """The masters' shapes, one after another, in the bytes of ``held``."""
+        flat = held[: self._nbytes(dtype)].view(dtype)
+        parts = flat.split([t.numel() for t in self._masters])
+        return [part.view(t.shape) for part, t in zip(parts, self._masters, strict=True)]
 
     def _in_a_file(self, dtype: torch.dtype) -> Tensors:
         """One file, which has no name: its room returns when the tensors go, or the process, however it ends.
@@ -75,10 +110,9 @@ class Storage:
         blocks are allocated here: a full disk would otherwise be a SIGBUS at some later write. (Filesystems that write
         every block anew - btrfs, ZFS - promise less.)
         """
-        counts = [t.numel() for t in self._masters]
-        nbytes = dtype.itemsize * sum(counts)
+        nbytes = self._nbytes(dtype)
         if nbytes == 0:
-            return self._in_memory(dtype, False)
+            return self._in_memory(dtype)
         try:
             with tempfile.TemporaryFile(dir=self._path) as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
@@ -88,10 +122,4 @@ class Storage:
                 f"weight_averaging.storage_path: no file of {memory.size(nbytes)} could be made in {self._path!r} "
                 f"({error.strerror}); make room there, or write another folder"
             ) from None
-        buffer, start = [], 0
-        for tensor, count in zip(self._masters, counts, strict=True):
-            empty = torch.empty(0, dtype=dtype, device="cpu")
-            flat = torch.frombuffer(mapping, dtype=dtype, count=count, offset=start) if count else empty
-            buffer.append(flat.view(tensor.shape))
-            start += dtype.itemsize * count
-        return buffer
+        return self._cut(torch.frombuffer(mapping, dtype=torch.uint8), dtype)

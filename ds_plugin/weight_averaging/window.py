@@ -8,6 +8,7 @@ its end. So each element's bits do not depend on which rank holds it or where it
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 Tensors = Sequence[torch.Tensor]
@@ -44,19 +45,26 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
 
 
 def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
-    """Write the mean of ``snapshots`` (oldest first, all fp32 of ``out``'s shapes) into ``out``.
+    """Write the mean of ``snapshots`` (oldest first, all fp32 of ``out``'s shapes, in host memory) into ``out``.
 
     The order is fixed - add oldest to newest, then divide once - so that every sharding of the same weights gives the
-    same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights.
+    same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights. By numpy, whose calls and slices take
+    less time than torch's: about 5 % of the whole.
     """
-    for target, *sources in _pieces(out, *snapshots):
-        if len(sources) == 1:
-            target.copy_(sources[0])
-            continue
-        torch.add(sources[0], sources[1], out=target)
-        for source in sources[2:]:
-            target.add_(source)
-        target.div_(len(sources))
+    if len(snapshots) == 1:
+        copy_(out, snapshots[0])
+        return
+    for tensors in zip(out, *snapshots, strict=True):
+        pieces = [[t.numpy() for t in tensors]]
+        if all(t.is_contiguous() for t in tensors):
+            flat = [array.reshape(-1) for array in pieces[0]]
+            pieces = [[array[start : start + PIECE] for array in flat] for start in range(0, flat[0].size, PIECE)]
+        with np.errstate(all="ignore"):  # infinity and NaN are results like others, as they are to torch
+            for target, *sources in pieces:
+                np.add(sources[0], sources[1], out=target)
+                for source in sources[2:]:
+                    np.add(target, source, out=target)
+                np.divide(target, np.float32(len(sources)), out=target)
 
 
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:

@@ -302,7 +302,7 @@ def _chunks():
     engine = make(3)
     plain.train(engine, 2)
     whole = [value.item() for value in adam_variance(engine)]
-    stability._CHUNK = 7
+    stability._CHUNK_HOST = 7
     return whole, [value.item() for value in adam_variance(engine)]
 
 

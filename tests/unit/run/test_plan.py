@@ -202,14 +202,16 @@ def test_where_the_learning_rate_is_at_its_peak(by, ends):
 
 
 def test_pinned_buffers_are_rounded_up():
-    """1000 floats are 4000 bytes, pinned 4096; 3 are 12, pinned 16. Three snapshots and a spare buffer."""
-    config = WeightAveragingConfig(enabled=True, interval=1, window=3)
+    """1003 floats are 4012 bytes, 4032 to the next line of the cache. Five of them 20160, pinned 16384 + 4096."""
+    config = WeightAveragingConfig(enabled=True, interval=1, window=4)
     masters = {"a": 1000, "b": 3}
     taken = plan_costs.averaging(config, masters, pinned=True)
-    assert (taken.snapshot, taken.exact, taken.held, taken.files) == (4012, 4 * 4012, 4 * 4112, 0)
+    assert (taken.snapshot, taken.exact, taken.held, taken.files) == (4012, 5 * 4012, 16384 + 4096, 0)
     files = WeightAveragingConfig(enabled=True, interval=1, window=3, storage="files", storage_path="/scratch")
     taken = plan_costs.averaging(files, masters, pinned=True)
-    assert (taken.held, taken.files) == (4112, 3 * 4012)
+    assert (taken.held, taken.files) == (4096, 3 * 4012)
+    memory = WeightAveragingConfig(enabled=True, interval=1, window=3, storage="memory")
+    assert plan_costs.averaging(memory, masters, pinned=True).held == 4096 + 3 * 4012
     halves = WeightAveragingConfig(enabled=True, interval=1, window=3, deltas="bf16")
     assert plan_costs.averaging(halves, masters, pinned=False).held == 2 * 4012 + 2 * 2006
 
@@ -249,8 +251,8 @@ def test_seconds_by_hand():
     assert seconds["weight_averaging"] == pytest.approx(cpu.averaging_step + held * cpu.looked_at / 4)
     report = held * cpu.report + 2 * cpu.report_rank
     assert seconds["sequence_length_warmup"] == pytest.approx(cpu.warmup_step + report / 20)
-    # 2 branches x 4 layers and the logits' input twice, 32 tokens of this rank, width 32, fp32
-    assert seconds["completep"] == pytest.approx(10 * 32 * 32 * 4 * cpu.multiply)
+    # 7 gradients of branches, and twice the inputs of the logits and of the last MLP's second matrix; 32 tokens
+    assert seconds["completep"] == pytest.approx((9 * 32 + 2 * 128) * 32 * 4 * cpu.multiply)
     multiplying = found["parameters"]["all"] - found["parameters"]["embedding"]
     assert seconds["step"] == pytest.approx(6 * multiplying * 64 / (2 * cpu.flops))
     folded = planned(recipe(completep={**COMPLETEP, "residual": "folded"}), 2)["seconds"]

@@ -273,7 +273,7 @@ def test_memory_is_worked_out_and_allocated(changes, copies, monkeypatch):
 
 
 def test_pinned_memory_is_rounded_up():
-    assert memory.needed([torch.empty(7), torch.empty(0), torch.empty(16)], 2, pinned=True) == 2 * (32 + 64)
+    assert [memory.rounded(size) for size in (0, 1, 28, 32, 33)] == [0, 1, 32, 32, 64]
 
 
 def test_too_little_memory_is_refused_before_any_is_allocated(monkeypatch):

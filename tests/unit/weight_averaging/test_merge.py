@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -82,6 +83,34 @@ def test_equals_the_naive_mean_bit_for_bit(tmp_path, dtype, workers):
     ]
     merge(folders, tmp_path / "out", workers=workers)
     same(read(tmp_path / "out"), naive(folders, [1, 1, 1]))
+
+
+@pytest.mark.parametrize(("cores", "workers", "writer"), [(2, 1, "merge-write"), (1, 1, "merge"), (2, 2, "merge")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_core_that_is_left_writes(tmp_path, monkeypatch, cores, workers, writer, dtype):
+    """What is being written stays as it is while the next chunks are worked out, however slow the disk is."""
+    monkeypatch.setattr(merge_output.os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(merge_output, "CHUNK", 7)
+    tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
+    folders = [
+        write(tmp_path / f"step{n}", [{k: n * t for k, t in shard.items()} for shard in tensors]) for n in (1, 2)
+    ]
+    put, threads = merge_output._Writer._put, set()
+
+    def slow(self, file, view):
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        before = bytes(view)
+        time.sleep(0.005)
+        assert bytes(view) == before
+        put(self, file, view)
+
+    monkeypatch.setattr(merge_output._Writer, "_put", slow)
+    merge(folders, tmp_path / "out", workers=workers)
+    assert threads == {writer}
+    same(read(tmp_path / "out"), naive(folders, [1, 1]))
+    notes = []
+    merge(folders, tmp_path / "out", workers=workers, note=notes.append)  # the record has the files' checksums
+    assert notes == [f"{tmp_path / 'out'}: 2 of 2 shards were finished and are kept"]
 
 
 def test_keeps_sharding_metadata_index_and_small_files(tmp_path, checkpoints):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ds_plugin.errors import CheckpointError, StateError
 from ds_plugin.weight_averaging import checkpoint, reshard
@@ -71,7 +73,7 @@ def test_what_is_not_there_exactly_once_is_named(target, sources, parts):
 
 
 class File:
-    """A file's slices, and how many elements were read at a time."""
+    """A file's slices, and how many elements were read at a time (none, to learn the dtype, do not count)."""
 
     def __init__(self, tensors):
         self.tensors, self.read = tensors, []
@@ -82,8 +84,11 @@ class File:
 
     def __getitem__(self, place):
         found = self.tensors[self.name][place]
-        self.read.append(found.numel())
+        self.read += [found.numel()] if found.numel() else []
         return found
+
+    def get_shape(self):
+        return list(self.tensors[self.name].shape)
 
 
 def test_only_what_is_needed_is_read_in_pieces(monkeypatch):
@@ -94,15 +99,21 @@ def test_only_what_is_needed_is_read_in_pieces(monkeypatch):
     }
     pieces = plan([Fragment("w", W, 4, 5, 0, 1)], SAVED)
     found = Resharded(pieces, [torch.Size([2, 4]), torch.Size([0])], {"x": torch.float32}, files.__getitem__)
-    assert list(found) == ["x.0", "x.1"] and len(found) == 2
-    assert torch.equal(found["x.0"], torch.tensor([[0.0, 4, 5, 6], [7, 8, 0, 0]]))  # padding before and after
-    assert found["x.1"].shape == (0,)
+    assert found.shape("x.0") == (2, 4) and found.shape("x.1") == (0,)
+    assert files[F0].read == [] and files[F1].read == []
+    out = torch.full((2, 4), float("nan"))
+    found.read_("x.0", out)
+    assert torch.equal(out, torch.tensor([[0.0, 4, 5, 6], [7, 8, 0, 0]]))  # padding before and after
     assert files[F0].read == [2, 1] and files[F1].read == [2]
-    with pytest.raises(KeyError):
-        found["z.0"]
+    for name in ("z.0", "x.2"):
+        with pytest.raises(KeyError):
+            found.shape(name)
     other = Resharded(pieces, [torch.Size([8])], {"y": torch.bfloat16}, files.__getitem__)
-    with pytest.raises(CheckpointError, match="rank1 is damaged.*y.0 is not of the type"):
-        other["y.0"]
+    with pytest.raises(CheckpointError, match="rank1 is damaged.*y.0 is not of the type or size"):
+        other.shape("y.0")
+    files[F1].tensors["x.0"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match="rank1 is damaged.*x.0 is not of the type or size"):
+        found.shape("x.0")
 
 
 # -- whole files, on hosts that cut their weights as DistributedOptimizer does -----------------------------------------
@@ -259,6 +270,69 @@ def test_every_cut_is_read_by_every_other(tmp_path, mode, old):
                     mine = averager.shards.masters[f.shard].view(-1)[f.offset : f.offset + f.count]
                     assert torch.equal(mine, expected[f.name][f.start : f.start + f.count])
         [whole] = trained("one", mode)
+
+
+class Created(TorchDispatchMode):
+    """The largest storage, in bytes, that an operation allocates: not views, what is written in place, mapped files."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        found = function(*args, **kwargs or {})
+        mapped = function is torch.ops.aten.set_.source_Storage  # safetensors' tensor upon its file
+        for made in tree_leaves(None if mapped else found):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("old", ["one", "two", "uneven"])
+def test_a_window_is_read_into_its_place(tmp_path, mode, old, monkeypatch):
+    """No tensor of more than the pieces that are read is made, let alone a second copy of the window."""
+    for module in (reshard, checkpoint):
+        monkeypatch.setattr(module, "READ_ELEMENTS", 1)
+    saved(tmp_path, trained(old, mode))
+    after = ranks_of("padded", mode)
+    with Created() as created:
+        load(tmp_path, after, len(CUTS[old][1]))
+        assert created.largest <= 4
+        torch.zeros(2)
+    assert created.largest == 8  # it does see what is made
+    assert_same(after, trained("one", mode)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_refused_leaves_the_window_as_it_was(tmp_path, mode):
+    """The last tensor that is looked at does not fit, and nothing has been written."""
+    saved(tmp_path, trained("two", mode, seed=1))
+    [averager], [untouched] = trained("one", mode), trained("one", mode)
+    shape = Resharded.shape
+
+    def refused(self, name, seen=set()):  # noqa: B006 - of all calls
+        seen.add(name)
+        return shape(self, name) if len(seen) < len(averager.mode.tensors()) else torch.Size([7])
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(CheckpointError, match=r"shard \d of \[7\]"):
+        patched.setattr(Resharded, "shape", refused)
+        load(tmp_path, [averager], 2)
+    assert_same([averager], untouched)
+
+
+def test_what_fails_while_it_is_read_leaves_no_half_window(tmp_path, monkeypatch):
+    saved(tmp_path, trained("two", "sliding", seed=1))
+    [averager], read = trained("one", "sliding"), Resharded.read_
+
+    def fail(self, name, out):
+        if name == "snapshot.2.0":
+            raise OSError("the disk is gone")
+        read(self, name, out)
+
+    monkeypatch.setattr(Resharded, "read_", fail)
+    with pytest.raises(OSError, match="gone"):
+        load(tmp_path, [averager], 2)
+    assert averager.steps == []
 
 
 def test_a_smaller_window_takes_the_newest(tmp_path):

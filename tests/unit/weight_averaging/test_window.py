@@ -1,6 +1,7 @@
 """The arithmetic of averaging: against plain formulas, and the same bits however the weights are cut into shards."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -93,3 +94,16 @@ def test_weights_of_one_are_the_uniform_mean():
 )
 def test_all_finite(values, finite):
     assert window.all_finite([torch.zeros(3), torch.tensor(values, dtype=torch.float32)]) is finite
+
+
+def test_extreme_values_are_torchs_and_silent():
+    """The largest numbers overflow, the smallest stay subnormal, zeros keep their sign; nobody is warned."""
+    big, tiny, inf = torch.finfo(torch.float32).max, 1e-45, math.inf
+    snapshots = [torch.tensor(values) for values in ([big, tiny, -0.0, inf, 1.0], [big, tiny * 2, -0.0, -inf, inf])]
+    out = torch.empty(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        window.mean_([out], [[s] for s in snapshots])
+    expected = (snapshots[0] + snapshots[1]) / 2
+    assert torch.equal(out[:3].view(torch.int32), expected[:3].view(torch.int32))
+    assert out[0] == inf and out[1] != 0 and out[3].isnan() and out[4] == inf
