@@ -1,57 +1,50 @@
-"""What the plugin costs an iteration of Megatron-LM's own script: all methods on against the script alone.
+"""What the plugin costs an iteration of Megatron-LM's own script: all methods on, against off, in the same processes.
 
     python benchmarks/bench_megatron.py --megatron CHECKOUT [--out FILE.json] [--check]
 
-Jobs of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, distributed optimizer, CPU, gloo) that train
-the same model on samples of the same length are started together: two without anything wrapped ("alone", and "alone
-again", which says what the measurement is good for), one with sequence length warmup, CompleteP and averaging ("all
-methods"). They take turns iteration by iteration, in an order that rotates, and only one computes at a time: each rank
-is held where its training loop calls ``train_step``, outside the plugin's wrappers, and the jobs whose turn it is not
-are stopped. An iteration is what lies between two such calls, so that reading, counting and logging are in it. A round
-is as many iterations of each job as there are between two snapshots and two logged lines, so that one of each is in
-it; in the first, which is left out, the warmup reaches the full length. The figure is the median over the other rounds
-of the time over that of "alone" in the same round, with the middle half of the rounds beside it.
+One job of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, distributed optimizer, CPU, gloo) trains
+with sequence length warmup, CompleteP and averaging. In every other iteration all that they have put there is taken out
+of the way: the wrappers of the loop's functions, of the data, the optimizer and the scheduler, the residual additions
+and hooks of the model, which are the host's again, and the param groups, which are merged into the host's two. Two jobs
+side by side would not do: identical ones were 1 to 3 % apart. Which weights are trained is of no interest here. The
+first round, in which the warmup reaches the full length, is left out.
 
-Time is CPU time of the ranks' main threads, all ranks together: there the model and the plugin compute. "process" is
-that of all their threads. It is not what is bounded, because gloo wakes a thread of each process group 100 times a
-second, also in ranks that wait: that grows with the time on the clock, which other programs on the machine prolong.
+An iteration is what lies between two calls of the loop's ``train_step``, so that reading, counting and logging are in
+it. A round is twenty: on, off, off, on, and so on, with one snapshot, one logged line with the methods and one without.
+The figure is the median over rounds of the time with over that without; "off against off", every second of a round's
+iterations without over the others, says what the measurement is good for. Time is CPU time of the ranks' main threads,
+all ranks together: there the model and the plugin compute. (gloo's own threads wake up 100 times a second, also in
+ranks that wait.)
 """
 
 import argparse
-import contextlib
 import datetime
 import importlib
 import json
 import os
 import platform
-import signal
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ds_plugin.atomic import atomic_write
 
-ROUND = 10  # iterations; also between two snapshots, and between two logged lines
+ROUND = 20  # iterations; also between two snapshots
 BOUND = 1.01
 LENGTH = 256
-CLOCKS: dict[str, Callable[[], float]] = {"main thread": time.thread_time, "process": time.process_time}
 METHODS = {
     "sequence_length_warmup": {
-        "enabled": True, "start_length": LENGTH // 2, "end_length": LENGTH, "duration": {"steps": ROUND},
+        "enabled": True, "start_length": LENGTH // 2, "end_length": LENGTH, "duration": {"steps": ROUND - 1},
         "learning_rate": {"by": "tokens"},
     },
     "completep": {"enabled": True, "base_width": 64, "base_depth": 2},
     "weight_averaging": {"enabled": True, "interval": ROUND, "window": 5},
 }  # fmt: skip
-JOBS: dict[str, dict[str, Any]] = {"alone": {}, "alone again": {}, "all methods": METHODS}
-_SOCKET = "turns"
 _PROGRAM = """
 if __name__ == "__main__":  # a module of its own: Megatron-LM's script is executed in this one, over its names
     import sys
@@ -59,14 +52,13 @@ if __name__ == "__main__":  # a module of its own: Megatron-LM's script is execu
     bench_megatron.rank(sys.argv[1:])
 """
 _PACKAGES = ("torch", "deepspeed", "megatron-core")
-_SECONDS = 600.0  # that a job may take to start, or for an iteration
+_SECONDS = 3600.0
 
-Spent = dict[str, float]  # seconds by clock
 Row = dict[str, float]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a line per job and clock, write the JSON; exit code 1 when ``--check``'s bound is broken."""
+    """Measure, print a line for each figure, write the JSON; exit code 1 when ``--check``'s bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", type=Path, required=True, metavar="CHECKOUT", help="of Megatron-LM")
     parser.add_argument("--ranks", type=int, default=8, help="processes of a job: 1, 2, or a multiple of 4")
@@ -85,16 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if args.rounds < 2:
         parser.error(f"--rounds: {args.rounds} round(s) have no quartiles; write 2 or more")
-    load = os.getloadavg()[0]  # of other programs: it is taken before the jobs start
-    with tempfile.TemporaryDirectory(prefix="bench-megatron-") as folder, started(args, Path(folder)) as (jobs, core):
-        print(f"{len(jobs)} jobs of {args.ranks} ranks wait for their turns", flush=True)
-        spent = take_turns(jobs, (args.rounds + 1) * ROUND)
-    found = {clock: over_alone(spent, clock) for clock in CLOCKS}
-    seconds = {clock: statistics.median(s[clock] for s in spent["alone"][ROUND:]) / args.ranks for clock in CLOCKS}
-    for clock, rows in found.items():
-        print(f"{clock}: {seconds[clock]:.3f} s an iteration and rank alone")
-        for name, row in rows.items():
-            print(f"{clock}: {name}: {row['ratio']:.4f} (middle half {row['low']:.4f} to {row['high']:.4f})")
+    load = os.getloadavg()[0]  # of other programs: it is taken before the job starts
+    with tempfile.TemporaryDirectory(prefix="bench-megatron-") as folder:
+        spent, core = measured(args, Path(folder))
+    found = ratios(spent)
+    alone = statistics.median(s for i, s in enumerate(spent[ROUND:]) if not is_on(i + 1)) / args.ranks
+    print(f"{alone:.3f} s an iteration and rank without")
+    for name, row in found.items():
+        print(f"{name}: {row['ratio']:.4f} (middle half {row['low']:.4f} to {row['high']:.4f})")
     if args.out is not None:
         described = {
             "date": datetime.date.today().isoformat(),
@@ -107,145 +97,32 @@ def main(arguments: list[str] | None = None) -> int:
             "load_average": load,
             "settings": {k: v for k, v in vars(args).items() if k not in ("out", "check", "megatron")},
             "methods": METHODS,
-            "seconds": seconds,
+            "seconds": alone,
             "found": found,
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda path: path.write_text(json.dumps(described, indent=1) + "\n"))
-    return 1 if args.check and not found["main thread"]["all methods"]["ratio"] <= BOUND else 0
+    return 1 if args.check and not found["on against off"]["ratio"] <= BOUND else 0
 
 
-# -- the ranks ---------------------------------------------------------------------------------------------------------
+def is_on(iteration: int) -> bool:
+    """Whether the methods are on in an iteration, counted from 1: on, off, off, on; in the last of a round they are."""
+    return iteration % 4 in (1, 0)
 
 
-def rank(arguments: list[str]) -> None:
-    """Run a script with the sections of the last argument, a JSON file, each of its training steps held for its turn.
-
-    The file's name is the job's, and beside it lies the socket over which the turns are given. With a file that enables
-    nothing, nothing is wrapped but for the turns.
-    """
-    from megatron_patches import active
-    from megatron_patches.pretrain import script
-
-    path, given, sections = script.read_arguments(arguments)
-    script.prepare_host(path)
-    script.install(sections)
-    file = Path(arguments[-1])
-    training = importlib.import_module(script.TRAINING)
-    hello = {
-        "job": file.stem,
-        "pid": os.getpid(),
-        "core": importlib.import_module("megatron.core").__version__,
-        "wrapped": sum(change.name.startswith(script.TRAINING) for change in active()),
-    }
-    train_step: Callable[..., Any] = training.train_step
-    held = Held(file.with_name(_SOCKET), hello)
-
-    def in_turn(*args: Any, **kwargs: Any) -> Any:
-        held.wait()
-        return train_step(*args, **kwargs)
-
-    vars(training)["train_step"] = in_turn
-    sys.argv = [str(path), *given]
-    script.execute(path)
-
-
-class Held:
-    """One rank, held between two iterations until its job's turn comes."""
-
-    def __init__(self, address: Path, hello: Mapping[str, Any]):
-        """``hello``: what is said at the first `wait`, instead of the seconds since the last."""
-        self._address, self._hello = address, hello
-        self._turns: Connection | None = None
-        self._since: Spent = {}
-
-    def wait(self) -> None:
-        """Say what was spent since the last turn began, and return when the next one does. EOFError: there is none."""
-        now = {name: clock() for name, clock in CLOCKS.items()}
-        if self._turns is None:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(str(self._address))
-                self._turns = Connection(client.detach())
-            self._turns.send(self._hello)
-        else:
-            self._turns.send({name: now[name] - since for name, since in self._since.items()})
-        self._turns.recv()
-        self._since = {name: clock() for name, clock in CLOCKS.items()}
-
-
-# -- the turns ---------------------------------------------------------------------------------------------------------
-
-
-class Job:
-    """The ranks of a job, all of which wait for their turn."""
-
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-        self._ranks: list[Connection] = []
-
-    def join(self, pid: int, connection: Connection) -> None:
-        """Take in a rank that waits for the first turn, and stop it."""
-        self.pids.append(pid)
-        self._ranks.append(connection)
-        os.kill(pid, signal.SIGSTOP)  # its threads wake up while they wait, which would disturb the other jobs
-
-    def turn(self) -> Spent:
-        """One iteration, of this job alone: what its ranks spent, together.
-
-        Raises:
-            TimeoutError: it takes too long. EOFError: a rank has ended.
-        """
-        for pid in self.pids:
-            os.kill(pid, signal.SIGCONT)
-        for connection in self._ranks:
-            connection.send(None)
-        spent = [_received(connection) for connection in self._ranks]
-        for pid in self.pids:
-            os.kill(pid, signal.SIGSTOP)
-        return {clock: sum(one[clock] for one in spent) for clock in spent[0]}
-
-
-def _received(connection: Connection) -> dict[str, Any]:
-    if not connection.poll(_SECONDS):
-        raise TimeoutError(f"an iteration has taken {_SECONDS:g} s")
-    found: dict[str, Any] = connection.recv()
-    return found
-
-
-@contextlib.contextmanager
-def started(args: argparse.Namespace, folder: Path) -> Iterator[tuple[dict[str, Job], str]]:
-    """The jobs, each before its first iteration, and the version of the checkout's core; they are killed on leaving.
-
-    Raises:
-        TimeoutError: a job has not come so far; with its output.
-    """
+def measured(args: argparse.Namespace, folder: Path) -> tuple[list[float], str]:
+    """Seconds of each iteration, all ranks together, and the version of the checkout's core."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests are not installed
     from tests.megatron_lm import real
 
     (folder / "timed.py").write_text(_PROGRAM)
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(str(folder / _SOCKET), family=socket.AF_UNIX, backlog=128))
-        server.settimeout(_SECONDS)
-        launched = {}
-        for name, sections in JOBS.items():
-            file = folder / f"{name}.json"
-            given: list[str | Path] = [*flags(args), "--ds-plugin-config", file]
-            job = real(args.megatron, folder, name, sections, *given, program="timed", ranks=args.ranks)
-            launched[name] = stack.enter_context(job)
-        for process in launched.values():
-            process.wait_for("before the start of training step", _SECONDS)
-        jobs = {name: Job() for name in JOBS}
-        for _ in range(len(JOBS) * args.ranks):
-            connection = Connection(server.accept()[0].detach())
-            hello = _received(connection)
-            assert (hello["wrapped"] > 0) == bool(JOBS[hello["job"]]), hello
-            jobs[hello["job"]].join(hello["pid"], connection)
-        try:
-            yield jobs, hello["core"]
-        except (EOFError, ConnectionError):
-            for name, process in launched.items():
-                print(f"--- {name}\n{process.output[-4000:]}", file=sys.stderr)
-            raise
+    given: list[str | Path] = [*flags(args), "--ds-plugin-config", folder / "all.json"]
+    with real(args.megatron, folder, "all", METHODS, *given, program="timed", ranks=args.ranks) as job:
+        done = job.wait(_SECONDS)
+    ranks = [json.loads(file.read_text()) for file in folder.glob("rank*.json")]
+    if done.returncode != 0 or len(ranks) != args.ranks:
+        raise RuntimeError(f"the job ended with {done.returncode}; its output:\n{done.stdout[-4000:]}")
+    return [sum(seconds) for seconds in zip(*(rank["seconds"] for rank in ranks), strict=True)], ranks[0]["core"]
 
 
 def flags(args: argparse.Namespace) -> list[str]:
@@ -261,43 +138,143 @@ def flags(args: argparse.Namespace) -> list[str]:
         "max-position-embeddings": LENGTH,
         "micro-batch-size": 2,
         "global-batch-size": 2 * args.micro_batches * (args.ranks // (tensor * pipeline)),
-        "train-iters": (args.rounds + 1) * ROUND + 1,  # the last is begun only
-        "log-interval": ROUND,
+        "train-iters": (args.rounds + 1) * ROUND + 1,  # the last only ends the one before it
+        "log-interval": ROUND // 2,
         "eval-interval": 10**9,
         "eval-iters": 0,
     }
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
-def take_turns(jobs: Mapping[str, Any], iterations: int) -> dict[str, list[Spent]]:
-    """By job: what each of its iterations took. Who begins rotates."""
-    names = list(jobs)
-    spent: dict[str, list[Spent]] = {name: [] for name in names}
-    for number in range(iterations):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            spent[name].append(jobs[name].turn())
-    return spent
-
-
-def over_alone(spent: Mapping[str, Sequence[Spent]], clock: str) -> dict[str, Row]:
-    """By job but for the first: median and quartiles over the rounds of its time over the first's. Not the first round.
-
-    "best" is its smallest time over the first's smallest, which other programs disturb least.
-    ``spent``: by job, the iterations of whole rounds.
-    """
-    alone, *others = (
-        [sum(s[clock] for s in found[start : start + ROUND]) for start in range(ROUND, len(found), ROUND)]
-        for found in spent.values()
-    )
+def ratios(spent: Sequence[float]) -> dict[str, Row]:
+    """Medians and quartiles over the rounds but the first. ``spent``: seconds of each iteration of whole rounds."""
+    on_off, off_off = [], []
+    for start in range(ROUND, len(spent), ROUND):
+        one = list(enumerate(spent[start : start + ROUND], start=1))
+        on, off = ([s for i, s in one if is_on(i) == wanted] for wanted in (True, False))
+        on_off.append(sum(on) / sum(off))
+        off_off.append(sum(off[1::2]) / sum(off[::2]))
     rows = {}
-    for name, rounds in zip(list(spent)[1:], others, strict=True):
-        ratios = [one / base for one, base in zip(rounds, alone, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        rows[name] = {"ratio": middle, "low": low, "high": high, "best": min(rounds) / min(alone)}
+    for name, found in (("off against off", off_off), ("on against off", on_off)):
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        rows[name] = {"ratio": middle, "low": low, "high": high}
     return rows
 
 
+# -- a rank ------------------------------------------------------------------------------------------------------------
+
+
+def rank(arguments: list[str]) -> None:
+    """Run a script with the sections of the last argument, a JSON file, its methods in turns on and off.
+
+    Beside the file goes what this rank's iterations took, when the last is reached.
+    """
+    from megatron_patches.pretrain import script
+
+    path, given, sections = script.read_arguments(arguments)
+    script.prepare_host(path)
+    script.install(sections)
+    training = importlib.import_module(script.TRAINING)
+    out = Path(arguments[-1]).with_name(f"rank{os.environ['RANK']}.json")
+    iterations = int([value for name, value in zip(given, given[1:], strict=False) if name == "--train-iters"][-1])
+    switches = Switches()
+    train_step: Callable[..., Any] = training.train_step
+    setup: Callable[..., Any] = training.setup_model_and_optimizer
+    seconds: list[float] = []
+    began = 0.0
+
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        model, optimizer, scheduler = setup(*args, **kwargs)
+        switches.of_loop(training)
+        switches.of_model(model)
+        switches.of_optimizer(optimizer, scheduler)
+        return model, optimizer, scheduler
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal began
+        if began:
+            seconds.append(time.thread_time() - began)
+        number = len(seconds) + 1
+        if number == iterations:
+            core = importlib.import_module("megatron.core").__version__
+            atomic_write(out, lambda file: file.write_text(json.dumps({"seconds": seconds, "core": core})) and None)
+        switches.turn(number <= ROUND or is_on(number))  # the first round has the warmup in it
+        began = time.thread_time()
+        return (train_step if switches.on else switches.hosts_step)(*args, **kwargs)
+
+    vars(training)["train_step"], vars(training)["setup_model_and_optimizer"] = timed, set_up
+    sys.argv = [str(path), *given]
+    script.execute(path)
+
+
+class Switches:
+    """What the methods have put into a job, and what the host has in its places."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.hosts_step: Callable[..., Any] = _not_yet
+        self._places: list[tuple[dict[Any, Any], Any, Any, Any]] = []  # a namespace, a name, with and without methods
+
+    def turn(self, on: bool) -> None:
+        """Put in everything, or take it out."""
+        if on != self.on:
+            self.on = on
+            for namespace, name, ours, hosts in self._places:
+                namespace[name] = ours if on else hosts
+
+    def of_loop(self, training: Any) -> None:
+        """The wrapped functions that are called in an iteration, and the cutting of batches."""
+        from megatron_patches import patch
+        from megatron_patches.pretrain.batches import Cut
+
+        for change in patch._REGISTRY:
+            place, _, name = change.name.rpartition(".")
+            if place == training.__name__ and name == "train_step":
+                self.hosts_step = change.original  # type: ignore[attr-defined]
+            elif place == training.__name__ and name != "setup_model_and_optimizer":
+                self._add(vars(training), name, change.original)  # type: ignore[attr-defined]
+        cut = Cut.__next__
+        its_class: Any = Cut
+        its_class.__next__ = lambda batches: cut(batches) if self.on else next(batches._source)
+
+    def of_model(self, chunks: Sequence[Any]) -> None:
+        """Residual additions and the hooks that scale what enters a matrix."""
+        from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+
+        from megatron_patches.completep.residual import scale_input
+
+        for module in (module for chunk in chunks for module in chunk.modules()):
+            for name in ("self_attn_bda", "mlp_bda"):
+                if name in vars(module):
+                    self._add(vars(module), name, get_bias_dropout_add)
+            hooks = module._forward_pre_hooks
+            others = {key: hook for key, hook in hooks.items() if getattr(hook, "func", None) is not scale_input}
+            if len(others) < len(hooks):
+                self._add(vars(module), "_forward_pre_hooks", type(hooks)(others))
+
+    def of_optimizer(self, optimizer: Any, scheduler: Any) -> None:
+        """The wait for a snapshot's copy, the count by tokens, and the param groups of torch's optimizers."""
+        self._add(vars(optimizer), "step", type(optimizer).step.__get__(optimizer))
+        self._add(vars(scheduler), "step", type(scheduler).step.__get__(scheduler))
+        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+            groups = single.optimizer.param_groups
+            logged = next((group for group in groups if group.get("default_config")), groups[0])
+            merged = [
+                {
+                    **logged,
+                    "params": [p for group in groups if (group["wd_mult"] > 0) == decayed for p in group["params"]],
+                }
+                for decayed in (True, False)
+            ]
+            self._add(vars(single.optimizer), "param_groups", [group for group in merged if group["params"]])
+
+    def _add(self, namespace: dict[Any, Any], name: str, hosts: Any) -> None:
+        self._places.append((namespace, name, namespace[name], hosts))
+
+
+def _not_yet(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("no training step before the optimizer is set up")
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no job is left behind, stopped
     sys.exit(main())

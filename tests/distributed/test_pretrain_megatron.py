@@ -291,6 +291,7 @@ REFUSED = {
     "--non-persistent-save-interval 2": ("weight_averaging", {}, {"non_persistent_save_interval": 2}),
     "weight_averaging.restart": ("weight_averaging", {"restart": {"patience": 2}}, {}),
     "--use-mup": ("completep", {}, {"use_mup": True}),
+    "--decoupled-lr 0.1": ("completep", {}, {"decoupled_lr": 0.1}),
     "--num-experts 4": ("completep", {}, {"num_experts": 4}),
 }
 SECTIONS = {"sequence_length_warmup": WARMUP, "weight_averaging": AVERAGING, "completep": RECIPE}
