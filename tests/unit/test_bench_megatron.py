@@ -1,4 +1,4 @@
-"""The benchmark on Megatron-LM's script without the script: its rounds and figures, and what it takes out of the way."""
+"""The benchmark on Megatron-LM's script without the script: rounds, figures, and what it takes out of the way."""
 
 import functools
 import importlib.util
