@@ -14,6 +14,7 @@ import torch
 
 from ds_plugin.atomic import atomic_write
 from megatron_patches.completep import trial
+from megatron_patches.completep.residual import scaled_before
 from megatron_patches.completep.rules import Recipe
 from megatron_patches.completep.trial import Base, Shape
 
@@ -131,7 +132,10 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
 @torch.no_grad()
 def _outputs(model: Any, probe: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of the embedding, the last attention, the last MLP, the last block, and the logits, on the probe."""
+    """Outputs of the embedding, the last attention, the last MLP, the last block, and the logits, on the probe.
+
+    Those of attention and MLP are without the branch's multiplier.
+    """
     last = model.decoder.layers[-1]
     watched = {
         "embedding": model.embedding,
@@ -156,4 +160,5 @@ def _outputs(model: Any, probe: tuple[torch.Tensor, torch.Tensor]) -> dict[str, 
         model.train()
         for handle in handles:
             handle.remove()
+    found["mlp"] /= scaled_before(last)
     return found

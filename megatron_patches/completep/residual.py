@@ -45,6 +45,12 @@ def scale_before(layer: Any, multiplier: float) -> None:
     layer.mlp_bda = _bias_dropout_add(of_bias=multiplier, of_branch=1.0)
 
 
+def scaled_before(layer: Any) -> float:
+    """What a layer's MLP branch is multiplied by before its second matrix; 1 where it is not."""
+    hooks = layer.mlp.linear_fc2._forward_pre_hooks.values()
+    return next((h.keywords["multiplier"] for h in hooks if getattr(h, "func", None) is scale_input), 1.0)
+
+
 def scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
     """A forward pre-hook: the first argument times the multiplier."""
     return (args[0] * multiplier, *args[1:])
