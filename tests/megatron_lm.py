@@ -30,8 +30,16 @@ def real(
     """Start pretrain_gpt.py with `FLAGS`, then ``flags``; ``program`` is the module that runs it."""
     file = folder / f"{name}.json"
     file.write_text(json.dumps(sections))
-    given = [] if program != "megatron_patches" else ["--ds-plugin-config", file]
-    script = ["--module", "--no_local_rank", program, Path(checkout, "pretrain_gpt.py"), *FLAGS, *flags, *given]
+    given: list[str | Path] = [] if program != "megatron_patches" else ["--ds-plugin-config", file]
+    script: list[str | Path] = [
+        "--module",
+        "--no_local_rank",
+        program,
+        Path(checkout, "pretrain_gpt.py"),
+        *FLAGS,
+        *flags,
+        *given,
+    ]
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": f"{folder}:{harness.ROOT}"}
     return harness.Launched(script, ranks=ranks, env=environment)
 
