@@ -6,8 +6,8 @@ One job of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, dist
 with sequence length warmup, CompleteP and averaging. In every other iteration all that they have put there is taken out
 of the way: the wrappers of the loop's functions, of the data, the optimizer and the scheduler, the residual additions
 and hooks of the model, which are the host's again, and the param groups, which are merged into the host's two. Two jobs
-side by side would not do: identical ones were 1 to 3 % apart. Which weights are trained is of no interest here. The
-first round, in which the warmup reaches the full length, is left out.
+side by side would not do: identical ones differ by more than the bound. Which weights are trained is of no interest
+here. The first round, in which the warmup reaches the full length, is left out.
 
 An iteration is what lies between two calls of the loop's ``train_step``, so that reading, counting and logging are in
 it. A round is twenty: on, off, off, on, and so on, with one snapshot, one logged line with the methods and one without.

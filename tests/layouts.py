@@ -149,7 +149,7 @@ def kept(work: Path, cell: str, layout: Layout, method: str, run: Cell) -> dict[
             found["difference"] = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
             found["said"] += f", {found['difference']:.1e} from {DEEPSPEED[0].name}"
             found["held"] = found["difference"] <= TOLERANCE
-    except (AssertionError, TimeoutError) as error:
+    except (AssertionError, TimeoutError, WorkerError) as error:
         found = {"held": False, "said": f"FAILED: {error}"}
     found |= {"seconds": time.monotonic() - started, "date": datetime.date.today().isoformat()}
     if found["held"]:
