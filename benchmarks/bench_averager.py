@@ -5,8 +5,9 @@
 Everything takes turns in rounds, each in an order of its own, on one thread. A figure is the median over the rounds of
 a time over the reference's of the same round, with the middle half of the rounds ("low", "high") beside it and the
 smallest time over the reference's smallest ("best"). Times are CPU time of the thread unless a part says otherwise, so
-that other programs disturb them less. A *memcpy* is torch's copy of all masters, end to end, into one buffer of the
-kind the averager has. The parts:
+that other programs disturb them less. Which physical pages a process gets moves its memory's speed, too: ``memory``
+is the median over several processes, one after another (low and high then are the lowest and the highest of theirs). A
+*memcpy* is torch's copy of all masters, end to end, into one buffer of the kind the averager has. The parts:
 
 ``memory``  A snapshot, the mean of a window of 5, and what others do: torch's AveragedModel, and the mean of stacked
             snapshots, both on tensors of 4 MiB, as models have. The floor of the mean: it reads five arrays and writes
@@ -34,6 +35,7 @@ kind the averager has. The parts:
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -42,6 +44,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--processes", type=int, default=3, help="for the part memory; 1: this one")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure; default: all")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help="fail when a bound is broken; `broken` has them")
@@ -189,7 +193,25 @@ def over(seconds: list[float], reference: list[float], factor: float = 1.0) -> R
 
 
 def memory(args: argparse.Namespace) -> Found:
-    """All in memcpys of the same bytes."""
+    """All in memcpys of the same bytes: the median over ``args.processes`` fresh processes."""
+    if args.processes == 1:
+        return one_memory(args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        return middle_of(list(pool.map(one_memory, [args] * args.processes)))
+
+
+def middle_of(each: list[Found]) -> Found:
+    """The median of every figure; of "low" and "best" the lowest, of "high" the highest."""
+    take = {"low": min, "high": max, "best": min}
+    return {
+        name: {key: take.get(key, statistics.median)([found[name][key] for found in each]) for key in row}
+        for name, row in each[0].items()
+    }
+
+
+def one_memory(args: argparse.Namespace) -> Found:
+    """`memory` in this process."""
+    torch.set_num_threads(1)
     shards = Shards(sizes(args))
     masters = shards.tensors()
     averager, block = averager_of(shards), averager_of(shards, "block")

@@ -3,16 +3,19 @@
     python benchmarks/bench_merge.py [--out FILE.json] [--check]
 
 A plain copy reads every input file whole (in blocks of 1 MiB, as `cp` does) and writes as many bytes as the output has,
-one after another, each output file flushed to disk. Copy and merge take turns, with as many workers as each other, on
-files that are in the page cache. (A worker of a copy is one thread; of a merge it is two, one of which writes, where
-the machine has more cores than there are workers.) The figure is the median over the rounds of the copy's time over the
-merge's (1 is as fast as copying), with the smallest and the largest beside it, and the same of processor time, which
-other programs on the machine disturb less. Peak memory is that of a process of its own.
+one after another, each output file flushed to disk. It and the merge take turns. The figure is the median over the
+rounds of the copy's time over the merge's (1 is as fast as copying), with the smallest and the largest beside it; the
+bound is on it. With several workers a copy by as many threads takes its turns, too, and has a figure of its own: where
+every core has a worker already, that one says what the arithmetic costs, as processor time does, which other programs
+on the machine disturb less. (A worker of a merge has a second thread where the machine has more cores than workers.)
+The inputs are in the page cache, which is when arithmetic shows most, or, with ``--cold``, dropped from it before every
+turn, as checkpoints that are larger than memory are. Peak memory is that of a process of its own.
 """
 
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import statistics
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,8 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=int, default=5)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--shard-mb", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--workers", default="1,2")
+    parser.add_argument("--cold", action="store_true", help="read the inputs from the disk, not from the page cache")
     parser.add_argument("--folder", type=Path, help="where the files go meanwhile; default: the folder for temporaries")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help="fail below 0.6 of copying or above 2 shards + 300 MB")
@@ -56,11 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=args.folder) as folder:
             inputs = make(Path(folder), dtype, args)
             for workers in map(int, args.workers.split(",")):
-                found[f"{dtype}, {workers} workers"] = row = measure(Path(folder), inputs, workers, args.rounds)
+                found[f"{dtype}, {workers} workers"] = row = measure(Path(folder), inputs, workers, args)
                 print(
                     f"{dtype}, {workers} workers: {row['ratio']:.2f} of copying ({row['low']:.2f}-{row['high']:.2f}), "
-                    f"{row['cpu_ratio']:.2f} in processor time, {row['read_gb_s']:.2f} GB/s read, "
-                    f"peak {row['peak_mb']:.0f} MB with shards of {args.shard_mb} MB"
+                    f"{row['threads_ratio']:.2f} with as many threads, {row['cpu_ratio']:.2f} in processor time, "
+                    f"{row['read_gb_s']:.2f} GB/s read, peak {row['peak_mb']:.0f} MB with shards of {args.shard_mb} MB"
                 )
     if args.out is not None:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "check", "folder")}
@@ -86,25 +91,27 @@ def make(folder: Path, dtype: str, args: argparse.Namespace) -> list[Path]:
     return inputs
 
 
-def measure(folder: Path, inputs: list[Path], workers: int, rounds: int) -> dict[str, float]:
-    """Copy and merge in turns (the first round warms up), then the peak memory of one more merge."""
+def measure(folder: Path, inputs: list[Path], workers: int, args: argparse.Namespace) -> dict[str, float]:
+    """Copies and merge in turns (the first round warms up), then the peak memory of one more merge."""
     out = folder / "out"
-    ratios, processor, seconds = [], [], []
-    for number in range(rounds + 1):
-        times, cpu = {}, {}
-        for name in ("copy", "merge") if number % 2 else ("merge", "copy"):
+    turns: dict[str, Callable[[], object]] = {
+        "copy": lambda: copy(inputs, out, 1),
+        "threads": lambda: copy(inputs, out, workers),
+        "merge": lambda: merge(inputs, out, workers=workers),
+    }
+    if workers == 1:
+        del turns["threads"]
+    seconds, busy = ({name: list[float]() for name in turns} for _ in range(2))
+    for number in range(args.rounds + 1):
+        for name in random.Random(number).sample(list(turns), len(turns)):
             shutil.rmtree(out, ignore_errors=True)
             os.sync()  # or what one leaves to be written would be on the other's bill
-            started, busy = time.perf_counter(), time.process_time()
-            if name == "copy":
-                copy(inputs, out, workers)
-            else:
-                merge(inputs, out, workers=workers)
-            times[name], cpu[name] = time.perf_counter() - started, time.process_time() - busy
-        if number:
-            ratios.append(times["copy"] / times["merge"])
-            processor.append(cpu["copy"] / cpu["merge"])
-            seconds.append(times["merge"])
+            if args.cold:
+                drop(inputs)
+            started, processor = time.perf_counter(), time.process_time()
+            turns[name]()
+            seconds[name].append(time.perf_counter() - started)
+            busy[name].append(time.process_time() - processor)
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-c", _PEAK, str(out), str(workers), *map(str, inputs)]
     status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -112,11 +119,26 @@ def measure(folder: Path, inputs: list[Path], workers: int, rounds: int) -> dict
     assert peak is not None
     shutil.rmtree(out, ignore_errors=True)
     total = sum(file.stat().st_size for path in inputs for file in path.iterdir())
+    merging = statistics.median(seconds["merge"][1:])
+    ratios = over(seconds["copy"], seconds["merge"])
     return {
         "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-        "cpu_ratio": statistics.median(processor),
-        "read_gb_s": total / statistics.median(seconds) / 1e9, "peak_mb": int(peak[1]) * 1024 / 1e6,
+        "threads_ratio": statistics.median(over(seconds.get("threads", seconds["copy"]), seconds["merge"])),
+        "cpu_ratio": statistics.median(over(busy["copy"], busy["merge"])),
+        "read_gb_s": total / merging / 1e9, "peak_mb": int(peak[1]) * 1024 / 1e6,
     }  # fmt: skip
+
+
+def over(these: list[float], those: list[float]) -> list[float]:
+    """Ratios, round by round, without the first."""
+    return [a / b for a, b in zip(these[1:], those[1:], strict=True)]
+
+
+def drop(inputs: list[Path]) -> None:
+    """Out of the page cache."""
+    for file in (file for path in inputs for file in path.iterdir()):
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def copy(inputs: list[Path], out: Path, workers: int) -> None:

@@ -3,8 +3,8 @@
 Streams pieces of `CHUNK` elements through every checkpoint into one output shard per worker, so that memory does not
 grow with the size of a shard. The workers are threads: reading, writing and torch's arithmetic leave Python's lock, and
 processes would each hold a copy of torch (more than 200 MB). Where there are more cores than busy workers, each has a
-second thread that writes. Each output shard appears whole and flushed to disk, and only then is noted in
-``merge.json``, which is how an interrupted merge knows what to keep.
+second thread, which takes pieces of the same shard. Each output shard appears whole and flushed to disk, and only then
+is noted in ``merge.json``, which is how an interrupted merge knows what to keep.
 """
 
 import argparse

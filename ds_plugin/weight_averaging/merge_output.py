@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,23 +145,19 @@ def _stale(path: Path) -> bool:
     return int(match[1]) == os.getpid()
 
 
-def _digest(piece: bytes | memoryview, before: int) -> int:
-    """Take one more piece into a checksum: the sum of its words, ten times as fast as a CRC of its bytes."""
+def _digest(piece: bytes | memoryview) -> bytes:
+    """What a checksum takes of one piece: the sum of its words, ten times as fast as a CRC of its bytes."""
     words = len(piece) // 8
     total = int(np.frombuffer(piece, np.int64, words).sum())
-    return zlib.crc32(total.to_bytes(8, "little", signed=True) + bytes(piece[words * 8 :]), before)
+    return total.to_bytes(8, "little", signed=True) + bytes(piece[words * 8 :])
 
 
 def _checksum(path: Path, shard: Shard) -> int:
-    """Of a file, the pieces being those in which it was written."""
+    """Of a file."""
     found = 0
     with open(path, "rb", buffering=0) as file:
-        for part in shard.parts:
-            if isinstance(part, bytes):
-                found = _digest(file.read(len(part)), found)
-                continue
-            for start in range(0, part.count, CHUNK):
-                found = _digest(file.read(min(CHUNK, part.count - start) * part.dtype.itemsize), found)
+        for piece in _pieces(shard):
+            found = zlib.crc32(_digest(file.read(piece.size)), found)
     return found
 
 
@@ -183,15 +179,13 @@ def write_all(
     """Write every shard, ``workers`` at a time; the first failure stops all."""
     stop = threading.Event()
     at_a_time = min(workers, max(1, len(shards)))
-    behind = at_a_time < len(os.sched_getaffinity(0))  # else such a thread takes from the workers more than it gives
+    hands = 2 if at_a_time < len(os.sched_getaffinity(0)) else 1
 
     def one(shard: Shard) -> None:
-        torch.set_num_threads(1)  # of this thread: the workers are the parallelism
-        writer = _Writer(sources, weights, stop, behind=behind)
         (out / shard.name).parent.mkdir(exist_ok=True)
         with atomic_path(out / shard.name) as path, open(path, "wb", buffering=0) as file:
-            writer.write(shard, file, advance)
-        record.finish(shard, writer.checksum)
+            checksum = _Writing(shard, file, stop, advance).by([_Hand(sources, weights) for _ in range(hands)])
+        record.finish(shard, checksum)
         advance(0, shard.name)
 
     threads = torch.get_num_threads()
@@ -210,68 +204,115 @@ class _Stopped(Exception):
     """Another worker failed."""
 
 
-class _Writer:
-    """Writes one shard: buffers of a chunk each, and a few open files.
+class _Piece(NamedTuple):
+    """Consecutive bytes of a shard: given ones, or the mean of ``elements`` of a tensor, from ``start`` on."""
 
-    ``behind``: while the next chunk is read and worked out, another thread writes. What it writes lies in one of two
-    buffers that take turns.
-    """
+    offset: int
+    size: int
+    part: bytes | Part
+    start: int = 0
+    elements: int = 0
 
-    def __init__(self, sources: list[Source], weights: list[float], stop: threading.Event, *, behind: bool):
-        self.last, self.stop, self.behind = sources[-1], stop, behind
+
+def _pieces(shard: Shard) -> Iterator[_Piece]:
+    offset = 0
+    for part in shard.parts:
+        if isinstance(part, bytes):
+            yield _Piece(offset, len(part), part)
+            offset += len(part)
+            continue
+        for start in range(0, part.count, CHUNK):
+            count = min(CHUNK, part.count - start)
+            yield _Piece(offset, count * part.dtype.itemsize, part, start, count)
+            offset += count * part.dtype.itemsize
+
+
+class _Writing:
+    """One shard on its way into its ``file``: its pieces, which threads take as they have time, and what is written."""
+
+    def __init__(self, shard: Shard, file: Any, stop: threading.Event, advance: Callable[[int, str | None], None]):
+        self.file, self.stop, self.advance = file, stop, advance
+        self._pieces, self._lock = enumerate(_pieces(shard)), threading.Lock()
+        self._digests: dict[int, bytes] = {}
+        self._failed = threading.Event()
+        self._written = self._sent = 0  # bytes
+
+    def by(self, hands: "list[_Hand]") -> int:
+        """Write all of it, a thread to each hand, the first being this one; returns the file's checksum."""
+        with ThreadPoolExecutor(len(hands), "merge-hand") as pool:
+            others = [pool.submit(self._take, hand) for hand in hands[1:]]
+            self._take(hands[0])
+            for other in others:
+                other.result()
+        if self.stop.is_set():
+            raise _Stopped
+        return zlib.crc32(b"".join(digest for _, digest in sorted(self._digests.items())))
+
+    def _take(self, hand: "_Hand") -> None:
+        torch.set_num_threads(1)  # of this thread: the hands are the parallelism
+        try:
+            while not (self.stop.is_set() or self._failed.is_set()):
+                with self._lock:
+                    number, piece = next(self._pieces, (0, None))
+                if piece is None:
+                    return
+                view = hand.bytes_of(piece)
+                hand.put(self.file, view, piece.offset)
+                self._digests[number] = _digest(view)
+                self._count(piece.size)
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            hand.close()
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._written += size
+            if self._written - self._sent >= _WRITE_BACK:  # to the disk while the merge goes on, not all at the end
+                os.posix_fadvise(self.file.fileno(), self._sent, self._written - self._sent, os.POSIX_FADV_DONTNEED)
+                self._sent = self._written
+        self.advance(size, None)
+
+
+class _Hand:
+    """What one thread makes pieces with: buffers of a chunk each, and a few open files."""
+
+    def __init__(self, sources: list[Source], weights: list[float]):
+        self.last = sources[-1]
         self.terms = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
         self.divisor = math.fsum(weights)
-        self.checksum = 0
-        self.written = self.sent = 0  # bytes
-        self.turn = False
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._buffers: dict[tuple[str, torch.dtype, int], tuple[torch.Tensor, memoryview]] = {}
 
-    def write(self, shard: Shard, file: Any, advance: Callable[[int, str | None], None]) -> None:
-        """Stream the shard into ``file``; `checksum` is then the file's."""
-        try:
-            with ThreadPoolExecutor(1, "merge-write") as disk:
-                writing: Future[None] = Future()
-                writing.set_result(None)
-                for view in self._views(shard):
-                    writing.result()
-                    if self.behind:
-                        writing = disk.submit(self._put, file, view)
-                    else:
-                        self._put(file, view)
-                    advance(len(view), None)
-                writing.result()
-        finally:
-            for opened in self._files.values():
-                opened.close()
+    def close(self) -> None:
+        for opened in self._files.values():
+            opened.close()
 
-    def _views(self, shard: Shard) -> Iterator[memoryview]:
-        """The shard's bytes; each view is good until the one after the next is asked for."""
-        for part in shard.parts:
-            if isinstance(part, bytes):
-                yield memoryview(part)
-                continue
-            for start in range(0, part.count, CHUNK):
-                if self.stop.is_set():
-                    raise _Stopped
-                self.turn = not self.turn
-                yield self._as(part.dtype, *self._mean(part.tensor, start, min(CHUNK, part.count - start)))
-
-    def _as(self, dtype: torch.dtype, values: torch.Tensor, view: memoryview) -> memoryview:
-        """The bytes of ``values`` in the dtype written."""
-        if values.dtype == dtype:
+    def bytes_of(self, piece: _Piece) -> memoryview:
+        """A piece of the output, until the next is asked for."""
+        if isinstance(piece.part, bytes):
+            return memoryview(piece.part)
+        values, view = self._mean(piece.part.tensor, piece.start, piece.elements)
+        if values.dtype == piece.part.dtype:
             return view
-        written, view = self._buffer(f"written {self.turn}", dtype, values.numel())
+        written, view = self._buffer("written", piece.part.dtype, piece.elements)
         written.copy_(values)
         return view
+
+    def put(self, file: Any, view: memoryview, offset: int) -> None:
+        """Write at a place of the file."""
+        while view:
+            count = os.pwrite(file.fileno(), view, offset)
+            view, offset = view[count:], offset + count
 
     def _mean(self, name: str, start: int, count: int) -> tuple[torch.Tensor, memoryview]:
         stored = self.last.tensors[name]
         if stored.latest:
-            return self._read(stored, start, *self._buffer(f"latest {self.turn}", stored.dtype, count))
+            return self._read(stored, start, *self._buffer("latest", stored.dtype, count))
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        total, view = self._buffer(f"total {self.turn}", wide, count)
+        total, view = self._buffer("total", wide, count)
         for index, (source, weight) in enumerate(self.terms):
             # the first goes into the sum itself
             place = (total, view) if index == 0 and stored.dtype == wide else self._buffer("read", stored.dtype, count)
@@ -323,12 +364,3 @@ class _Writer:
             self._files[path] = open(path, "rb", buffering=0)
         self._files.move_to_end(path)
         return self._files[path].fileno()
-
-    def _put(self, file: Any, view: memoryview) -> None:
-        self.checksum = _digest(view, self.checksum)
-        while view:
-            count = file.write(view)
-            view, self.written = view[count:], self.written + count
-        if self.written - self.sent >= _WRITE_BACK:  # to the disk while the merge goes on, and not all at the end
-            os.posix_fadvise(file.fileno(), self.sent, self.written - self.sent, os.POSIX_FADV_DONTNEED)
-            self.sent = self.written

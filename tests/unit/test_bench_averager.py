@@ -11,6 +11,7 @@ import torch
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_averager.py"
 SMALL = ["--millions", "0.1", "--width", "64", "--depth", "1", "--length", "16", "--batch", "1", "--rounds", "3"]
+SMALL += ["--processes", "1"]
 
 
 def _benchmark():
@@ -66,6 +67,13 @@ def test_ratios_are_of_the_same_round():
     """Ratios by hand: 2 x 1/2, 2 x 4/2, 2 x 9/3, 2 x 8/2 = 1, 4, 6, 8."""
     row = _benchmark().over([1.0, 4.0, 9.0, 8.0], [2.0, 2.0, 3.0, 2.0], factor=2)
     assert row == {"ratio": 5.0, "low": 3.25, "high": 6.5, "best": 1.0}
+
+
+def test_several_processes_make_one_figure():
+    each = [{"mean": {"ratio": r, "low": r - 1, "high": r + 1, "best": r}, "floor": {"lines": 3}} for r in (4, 9, 5)]
+    assert _benchmark().middle_of(each) == {
+        "mean": {"ratio": 5, "low": 3, "high": 10, "best": 4}, "floor": {"lines": 3}
+    }  # fmt: skip
 
 
 def test_shards_are_uneven_and_those_of_a_rank_a_part():

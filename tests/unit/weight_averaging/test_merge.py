@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -85,32 +86,54 @@ def test_equals_the_naive_mean_bit_for_bit(tmp_path, dtype, workers):
     same(read(tmp_path / "out"), naive(folders, [1, 1, 1]))
 
 
-@pytest.mark.parametrize(("cores", "workers", "writer"), [(2, 1, "merge-write"), (1, 1, "merge"), (2, 2, "merge")])
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 1, 2), (1, 1, 1), (2, 2, 2), (3, 2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_core_that_is_left_writes(tmp_path, monkeypatch, cores, workers, writer, dtype):
-    """What is being written stays as it is while the next chunks are worked out, however slow the disk is."""
+def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, threads, dtype):
+    """What one thread writes stays as it is while others work, however slow the disk is, and in whichever order."""
     monkeypatch.setattr(merge_output.os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setattr(merge_output, "CHUNK", 7)
     tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
     folders = [
         write(tmp_path / f"step{n}", [{k: n * t for k, t in shard.items()} for shard in tensors]) for n in (1, 2)
     ]
-    put, threads = merge_output._Writer._put, set()
+    put, hands, slowness = merge_output._Hand.put, set(), random.Random(workers)
 
-    def slow(self, file, view):
-        threads.add(threading.current_thread().name.rpartition("_")[0])
+    def slow(self, file, view, offset):
+        hands.add(threading.get_ident())
         before = bytes(view)
-        time.sleep(0.005)
+        time.sleep(slowness.uniform(0, 0.01))
         assert bytes(view) == before
-        put(self, file, view)
+        put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Writer, "_put", slow)
+    monkeypatch.setattr(merge_output._Hand, "put", slow)
     merge(folders, tmp_path / "out", workers=workers)
-    assert threads == {writer}
+    assert len(hands) == threads
     same(read(tmp_path / "out"), naive(folders, [1, 1]))
     notes = []
     merge(folders, tmp_path / "out", workers=workers, note=notes.append)  # the record has the files' checksums
     assert notes == [f"{tmp_path / 'out'}: 2 of 2 shards were finished and are kept"]
+
+
+@pytest.mark.parametrize("thread", ["merge-hand", "merge"])
+def test_a_thread_that_fails_ends_the_others(tmp_path, checkpoints, monkeypatch, thread):
+    """Its error is the one that is raised, whichever of a worker's threads it was, and no piece is taken after it."""
+    monkeypatch.setattr(merge_output.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(merge_output, "CHUNK", 20_000)
+    put, after = merge_output._Hand.put, []
+
+    def failing(self, file, view, offset):
+        after.append(offset)
+        if threading.current_thread().name.rpartition("_")[0] == thread:
+            after.clear()
+            raise OSError(errno.EIO, "Input/output error")
+        time.sleep(0.01)
+        put(self, file, view, offset)
+
+    monkeypatch.setattr(merge_output._Hand, "put", failing)
+    with pytest.raises((OSError, PluginError), match="Input/output error"):
+        merge(checkpoints, tmp_path / "out")
+    assert len(after) <= 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
 
 
 def test_keeps_sharding_metadata_index_and_small_files(tmp_path, checkpoints):
@@ -322,13 +345,13 @@ def test_finished_shards_are_verified_and_kept(tmp_path, checkpoints):
 SLOW = """
 import sys, time
 from ds_plugin.weight_averaging import merge, merge_output
-put = merge_output._Writer._put
-def slow(self, file, view):
-    put(self, file, view)
+put = merge_output._Hand.put
+def slow(self, file, view, offset):
+    put(self, file, view, offset)
     if {second!r} in str(file.name):
         print("writing", file.name, flush=True)
         time.sleep(600)
-merge_output._Writer._put = slow
+merge_output._Hand.put = slow
 merge.merge({folders!r}, {out!r})
 """
 
@@ -352,14 +375,14 @@ def test_resumes_after_a_kill(tmp_path, checkpoints):
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, checkpoints, monkeypatch):
-    out, put = tmp_path / "out", merge_output._Writer._put
+    out, put = tmp_path / "out", merge_output._Hand.put
 
-    def full(self, file, view):
+    def full(self, file, view, offset):
         if "model-00002" in str(file.name):
             raise OSError(errno.ENOSPC, "No space left on device")
-        put(self, file, view)
+        put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Writer, "_put", full)
+    monkeypatch.setattr(merge_output._Hand, "put", full)
     with pytest.raises(PluginError, match=r"out is full; what is finished is kept"):
         merge(checkpoints, out)
     assert sorted(path.name for path in out.iterdir()) == ["merge.json", SHARDS[0]]
@@ -377,13 +400,13 @@ def test_too_little_space_is_said_before_writing(tmp_path, checkpoints, monkeypa
 
 
 def test_a_checkpoint_that_shrinks_meanwhile(tmp_path, checkpoints, monkeypatch):
-    put = merge_output._Writer._put
+    put = merge_output._Hand.put
 
-    def shrink(self, file, view):
-        put(self, file, view)
+    def shrink(self, file, view, offset):
+        put(self, file, view, offset)
         os.truncate(checkpoints[1] / SHARDS[0], 5000)
 
-    monkeypatch.setattr(merge_output._Writer, "_put", shrink)
+    monkeypatch.setattr(merge_output._Hand, "put", shrink)
     with pytest.raises(CheckpointError, match="became shorter"):
         merge(checkpoints, tmp_path / "out")
 

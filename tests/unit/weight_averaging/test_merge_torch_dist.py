@@ -185,14 +185,14 @@ def test_other_files_are_the_newest_ones_and_never_opened(tmp_path, monkeypatch)
 
 def test_an_interrupted_merge_is_completed(tmp_path, monkeypatch):
     folders = [write(tmp_path / f"step{step}", WEIGHTS, {"a": [[1, 2], []]}) for step in (0, 1)]
-    out, put = tmp_path / "out", merge_output._Writer._put
+    out, put = tmp_path / "out", merge_output._Hand.put
 
-    def interrupted(self, file, view):
+    def interrupted(self, file, view, offset):
         if FILES[2] in str(file.name).replace(f".{os.getpid()}.tmp", ""):
             raise KeyboardInterrupt
-        put(self, file, view)
+        put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Writer, "_put", interrupted)
+    monkeypatch.setattr(merge_output._Hand, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(folders, out)
     monkeypatch.undo()
