@@ -3,9 +3,9 @@
     python benchmarks/scaling_measure.py [--out docs/results/scaling]
 
 First, in one process, what a byte or a step costs: a snapshot of large masters, a report's pass over Adam's second
-moment, a multiplication, the bookkeeping of a step, a report's work for each rank of the job. These figures, rounded,
-are `ds_plugin.run.plan_costs.CPU`. Then DeepSpeed (fp32, ZeRO 1) with averaging and warmup on a small GPT in 1, 2, 4
-and 8 gloo processes, one after the other.
+moment, a multiplication, the bookkeeping of a step, a report with nothing to read, and its work for each rank of the
+job. These figures, rounded, are `ds_plugin.run.plan_costs.CPU`. Then DeepSpeed (fp32, ZeRO 1) with averaging and warmup
+on a small GPT in 1, 2, 4 and 8 gloo processes, one after the other.
 
 Seconds are CPU time of the thread that is measured. What is timed takes turns within each round, and one rank at a time
 works where no collective forbids it. Figures are medians over rounds; "low" and "high" hold the middle half of them.
@@ -17,6 +17,7 @@ import datetime
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -122,6 +124,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             rates = as_rates(written["rates"])
         rows += written["rows"]
         found["load_average"][str(processes)] = os.getloadavg()[0]
+        if processes == 1:
+            assert rates is not None
+            rows.append(_of_multiplier(args, rates))
     found["compared"] = rows
     return found
 
@@ -248,7 +253,7 @@ def measure_rates(run: Run) -> dict[str, dict[str, float]]:
     rates = _rates_of_bytes(run)
     for name, method in (("averaging_step", "weight_averaging"), ("warmup_step", "sequence_length_warmup")):
         rates[name] = _quiet_step(run, method)
-    rates["report_rank"] = _report_of_many(run)
+    rates["report_base"], rates["report_rank"] = _report_alone(run), _report_of_many(run)
     return rates
 
 
@@ -308,6 +313,30 @@ def _quiet_step(run: Run, method: str) -> dict[str, float]:
     seconds = rounds({"with": lambda: run.steps(count), "bare": bare}, run.args.rounds)
     run.detach()
     added = [a - b for a, b in zip(seconds["with"].seconds, seconds["bare"].seconds, strict=True)]
+    return _rate(Timed(added), 1 / count)
+
+
+def _report_alone(run: Run) -> dict[str, float]:
+    """Seconds of a report of one rank that does not read Adam's state."""
+    monitor = run.attach("sequence_length_warmup").warmup.monitor
+    monitor.variance = False
+    count = REPORT - 1  # the next would report by itself
+
+    def steps(*, reported: bool) -> None:
+        for _ in range(count):
+            monitor.record(run.loss)
+            monitor.close_step()
+            if reported:
+                monitor.report()
+
+    def close() -> None:
+        steps(reported=False)
+
+    timed = rounds(
+        {"reported": lambda: steps(reported=True), "closed": close, "after": monitor.report}, run.args.rounds
+    )
+    run.detach()
+    added = [a - b for a, b in zip(timed["reported"].seconds, timed["closed"].seconds, strict=True)]
     return _rate(Timed(added), 1 / count)
 
 
@@ -376,10 +405,10 @@ def held(run: Run) -> list[Row]:
     allocated = averager.memory.rank
     run.detach()
     return [
-        _row(run, "bytes of host memory, allocated", expected.taken.held, allocated),
-        _row(run, "bytes of host memory, resident", expected.taken.held, resident),
-        _row(run, "bytes of a snapshot", expected.taken.snapshot, snapshot),
-        _row(run, "bytes received for a swap", expected.received, received.bytes),
+        _row(run.processes, "bytes of host memory, allocated", expected.taken.held, allocated),
+        _row(run.processes, "bytes of host memory, resident", expected.taken.held, resident),
+        _row(run.processes, "bytes of a snapshot", expected.taken.snapshot, snapshot),
+        _row(run.processes, "bytes received for a swap", expected.received, received.bytes),
     ]
 
 
@@ -405,19 +434,19 @@ def timed(run: Run, rates: Rates) -> list[Row]:
     copies = 6 * expected.taken.snapshot * rates.snapshot  # three copies of the shard each way
     run.detach()
     rows = [
-        _row(run, "seconds of a snapshot", expected.taken.snapshot * rates.snapshot, snapshot[""].row()),
-        _row(run, "seconds of a swap's exchanges", copies, exchange[""].row()),
-        _row(run, "seconds per step in the plugin", per_step, Timed(added).row()),
+        _row(run.processes, "seconds of a snapshot", expected.taken.snapshot * rates.snapshot, snapshot[""].row()),
+        _row(run.processes, "seconds of a swap's exchanges", copies, exchange[""].row()),
+        _row(run.processes, "seconds per step in the plugin", per_step, Timed(added).row()),
     ]
-    return rows if run.processes > 1 else [*rows, _completep(run, rates)]
+    return rows
 
 
-def _row(run: Run, what: str, predicted: float, measured: Mapping[str, float] | float) -> Row:
+def _row(processes: int, what: str, predicted: float, measured: Mapping[str, float] | float) -> Row:
     figures = dict(measured) if isinstance(measured, Mapping) else {"seconds": measured}
     value = figures.pop("seconds")
     ratio = value / predicted if predicted else None
     return {
-        "processes": run.processes,
+        "processes": processes,
         "what": what,
         "predicted": predicted,
         "measured": value,
@@ -471,10 +500,26 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _completep(run: Run, rates: Rates) -> Row:
+def _of_multiplier(args: argparse.Namespace, rates: Rates) -> Row:
+    """Measured in a process that keeps the memory it has freed, as training does on a GPU.
+
+    glibc gives a gradient of 16 MB back to the system when it is freed; to get it again, page by page, takes up to ten
+    times as long as to multiply it, and would be counted, since only with the multiplier there is such a gradient.
+    """
+    keeping = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    with mock.patch.dict(os.environ, keeping):  # read when a process starts
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_multiplier, 2 * args.rounds, rates).result()
+
+
+def _multiplier(count: int, rates: Rates) -> Row:
     """A residual addition's forward and backward pass with the multiplier, over the host's own without."""
+    from megatron_patches import cpu_host
     from megatron_patches.completep.residual import scaled_bias_dropout_add
 
+    torch.set_num_threads(1)
+    cpu_host.enable()
     add = {name: scaled_bias_dropout_add(m)(True, False) for name, m in (("with", 0.5), ("without", 1.0))}
     x, residual = (torch.randn(4096, 1, 1024, requires_grad=True) for _ in range(2))
     gradient = torch.randn_like(x)
@@ -482,10 +527,10 @@ def _completep(run: Run, rates: Rates) -> Row:
     def one(name: str) -> None:  # not backward(): it would copy a gradient that two leaves share, but only without
         torch.autograd.grad(add[name]((x, None), residual, 0.0), (x, residual), gradient)
 
-    found = rounds({name: functools.partial(one, name) for name in add}, 2 * run.args.rounds)
+    found = rounds({name: functools.partial(one, name) for name in add}, count)
     added = [a - b for a, b in zip(found["with"].seconds, found["without"].seconds, strict=True)]
     predicted = 4 * x.numel() * rates.multiply
-    return _row(run, "seconds of a branch's multiplier, CompleteP", predicted, Timed(added).row())
+    return _row(1, "seconds of a branch's multiplier, CompleteP", predicted, Timed(added).row())
 
 
 def _time(seconds: float) -> str:

@@ -46,6 +46,7 @@ class Rates:
     snapshot: float  # seconds per byte of fp32 masters that go to the host memory
     looked_at: float  # the same, where a snapshot must look for what is not finite (fp32 without ZeRO)
     report: float  # seconds per byte of Adam's second moment that the stability instruments read
+    report_base: float  # seconds of a report whatever is read and whoever takes part: its collective is queued
     report_rank: float  # seconds of a report for each rank of the job, whose numbers every rank reads
     multiply: float  # seconds per byte of an activation that is multiplied (read and written)
     averaging_step: float  # seconds of bookkeeping in every step
@@ -54,16 +55,17 @@ class Rates:
     measured: str
 
 
-#: benchmarks/scaling.py measured it: docs/results/scaling/measured.json, to two digits
+#: benchmarks/scaling_measure.py measured it: docs/results/scaling/measured.json, to two digits
 CPU = Rates(
-    snapshot=6.3e-11,
-    looked_at=9.4e-11,
-    report=6.8e-10,
-    report_rank=3.3e-06,
-    multiply=6.2e-11,
-    averaging_step=2e-06,
-    warmup_step=4.5e-05,
-    flops=16000000000.0,
+    snapshot=6.2e-11,
+    looked_at=9.3e-11,
+    report=2.2e-10,
+    report_base=0.00019,
+    report_rank=3.8e-08,
+    multiply=6e-11,
+    averaging_step=2.1e-06,
+    warmup_step=4.4e-05,
+    flops=18000000000.0,
     measured="measured on 2 CPU cores, one thread (docs/results/scaling)",
 )
 
@@ -78,6 +80,7 @@ def gpu(link: float = 25e9, bandwidth: float = 2e12, flops: float = 400e12) -> R
         snapshot=1 / link,
         looked_at=1 / link,
         report=1 / bandwidth,
+        report_base=CPU.report_base,
         report_rank=CPU.report_rank,
         multiply=2 / bandwidth,
         averaging_step=CPU.averaging_step,
@@ -218,11 +221,11 @@ def averaging_seconds(rates: Rates, snapshot: int, interval: int, *, looked_at: 
 def warmup_seconds(rates: Rates, second_moment: int, interval: int, ranks: int) -> float:
     """Of a step, on average. ``second_moment``: bytes on this rank, read once in ``interval`` steps; 0: no reports.
 
-    The time that a report's collective is under way is not in it, what the ranks do with its result is.
+    The time that a report's collective is under way is not in it, what the ranks do before and after it is.
     """
     if not second_moment:
         return rates.warmup_step
-    return rates.warmup_step + (second_moment * rates.report + ranks * rates.report_rank) / interval
+    return rates.warmup_step + (second_moment * rates.report + rates.report_base + ranks * rates.report_rank) / interval
 
 
 def multiplied_bytes(model: GPTConfig, tokens: int, layout: Layout, width: int) -> int:

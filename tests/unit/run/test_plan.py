@@ -249,7 +249,7 @@ def test_seconds_by_hand():
     found = planned(recipe(zero_optimization={"stage": 0}), 2)
     held, cpu, seconds = 4 * found["parameters"]["all"], plan_costs.CPU, found["seconds"]
     assert seconds["weight_averaging"] == pytest.approx(cpu.averaging_step + held * cpu.looked_at / 4)
-    report = held * cpu.report + 2 * cpu.report_rank
+    report = held * cpu.report + cpu.report_base + 2 * cpu.report_rank
     assert seconds["sequence_length_warmup"] == pytest.approx(cpu.warmup_step + report / 20)
     # 7 gradients of branches, and twice the inputs of the logits and of the last MLP's second matrix; 32 tokens
     assert seconds["completep"] == pytest.approx((9 * 32 + 2 * 128) * 32 * 4 * cpu.multiply)
