@@ -37,7 +37,7 @@ from ds_plugin.atomic import atomic_write
 ROUND = 20  # iterations; also between two snapshots
 BOUND = 1.01
 LENGTH = 256
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "sequence_length_warmup": {
         "enabled": True, "start_length": LENGTH // 2, "end_length": LENGTH, "duration": {"steps": ROUND - 1},
         "learning_rate": {"by": "tokens"},
@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="of 2 samples, in each pipeline and iteration")
+    parser.add_argument("--methods", default=",".join(METHODS), help="that are put on and off; default: all")
+    parser.add_argument("--residual", choices=("forward", "folded"), default="forward", help="CompleteP's mode")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help="fail when the plugin costs more than 1 %%")
     args = parser.parse_args(arguments)
@@ -75,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--ranks: {args.ranks} does not divide into tensor x pipeline 2 x 2; write 1, 2 or a multiple of 4"
         )
+    if unknown := set(args.methods.split(",")) - set(METHODS):
+        parser.error(f"--methods: {', '.join(unknown)}; give some of {','.join(METHODS)}")
     if args.rounds < 2:
         parser.error(f"--rounds: {args.rounds} round(s) have no quartiles; write 2 or more")
     load = os.getloadavg()[0]  # of other programs: it is taken before the job starts
@@ -95,14 +99,22 @@ def main(arguments: list[str] | None = None) -> int:
             },
             "device": f"{os.cpu_count()} CPU cores, one thread a process",
             "load_average": load,
-            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "check", "megatron")},
-            "methods": METHODS,
+            "settings": {
+                k: v for k, v in vars(args).items() if k not in ("out", "check", "megatron", "methods", "residual")
+            },
+            "methods": methods(args),
             "seconds": alone,
             "found": found,
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda path: path.write_text(json.dumps(described, indent=1) + "\n"))
     return 1 if args.check and not found["on against off"]["ratio"] <= BOUND else 0
+
+
+def methods(args: argparse.Namespace) -> dict[str, Any]:
+    """The sections of those that are asked for."""
+    sections = {**METHODS, "completep": {**METHODS["completep"], "residual": args.residual}}
+    return {name: sections[name] for name in args.methods.split(",")}
 
 
 def is_on(iteration: int) -> bool:
@@ -117,7 +129,7 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[list[float], str]:
 
     (folder / "timed.py").write_text(_PROGRAM)
     given: list[str | Path] = [*flags(args), "--ds-plugin-config", folder / "all.json"]
-    with real(args.megatron, folder, "all", METHODS, *given, program="timed", ranks=args.ranks) as job:
+    with real(args.megatron, folder, "all", methods(args), *given, program="timed", ranks=args.ranks) as job:
         done = job.wait(_SECONDS)
     ranks = [json.loads(file.read_text()) for file in folder.glob("rank*.json")]
     if done.returncode != 0 or len(ranks) != args.ranks:
@@ -254,8 +266,9 @@ class Switches:
 
     def of_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         """The wait for a snapshot's copy, the count by tokens, and the param groups of torch's optimizers."""
-        self._add(vars(optimizer), "step", type(optimizer).step.__get__(optimizer))
-        self._add(vars(scheduler), "step", type(scheduler).step.__get__(scheduler))
+        for stepping in (optimizer, scheduler):
+            if "step" in vars(stepping):
+                self._add(vars(stepping), "step", type(stepping).step.__get__(stepping))
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             groups = single.optimizer.param_groups
             logged = next((group for group in groups if group.get("default_config")), groups[0])

@@ -15,7 +15,8 @@ load       our manifest is checked first, then the host loads, then our state
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class Plugin:
         if config.weight_averaging is not None:
             shards = find_shards(engine)
             finite.refuse_unknown(engine)
+            if config.weight_averaging.save_average:
+                publish.refuse(engine)
             self.averager = WeightAverager(config.weight_averaging, shards)
             if config.weight_averaging.restart is not None:
                 self.spikes = SpikeWatch(engine, config.weight_averaging.restart)
@@ -332,21 +335,37 @@ class Plugin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("save_checkpoint()")
+        averages = self.averager is not None and self.averager.config.save_average and self.has_average
+        if averages:
+            self._between_steps()
         call = inspect.signature(self._host_save_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
         call.apply_defaults()
         tag, root = call.arguments["tag"], Path(call.arguments["save_dir"])
         tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        publish = call.arguments["save_latest"] and not compat.decoupled_checkpoint(self.engine)
+        latest = call.arguments["save_latest"] and not compat.decoupled_checkpoint(self.engine)
         checkpoint.save(self, root / tag)
         call.arguments["tag"] = tag
-        if publish:  # DeepSpeed would write "latest" in place; a crash there would leave it empty
+        if latest:  # DeepSpeed would write "latest" in place; a crash there would leave it empty
             call.arguments["save_latest"] = False
         result = self._host_save_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
-        if publish:
+        if latest:
             with together():
                 if dist.get_rank() == 0:
                     checkpoint.write_text(root / "latest", tag)
+        if averages:
+            self._publish_averages(root / checkpoint.AVERAGED, tag)
         return result
+
+    def _publish_averages(self, root: Path, tag: str) -> None:
+        """Beside a checkpoint that is complete; where the tag is saved again, in place of what was there."""
+        assert self.averager is not None
+        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
+        for horizon in horizons:
+            folder = root / (tag if horizon is None else f"{tag}_horizon_{horizon}")
+            with together():
+                if dist.get_rank() == 0 and folder.exists():
+                    shutil.rmtree(folder)
+            self.publish(folder, horizon=horizon)
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("load_checkpoint()")

@@ -44,6 +44,9 @@ class WeightAveragingConfig(SectionConfig):
     restart: RestartConfig | None = Field(
         None, description='mode sliding: restart from the average when the loss stays high, {"loss_ratio": 1.5}'
     )
+    save_average: bool = Field(
+        False, description="with every checkpoint also the average's weights, in the folder averaged/ beside them"
+    )
     storage_path: str | None = Field(None, description='storage "files": a folder on a local disk, on every node')
 
     @field_validator("weights", mode="before")

@@ -156,7 +156,11 @@ def publish(
 ) -> list[Path]:
     """Write the average into the new folder ``folder``; see `ds_plugin.engine.Plugin.publish`."""
     with together():
-        _refuse(engine, dtype, max_shard_bytes)
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"publish: dtype={dtype}; give one of {', '.join(map(str, DTYPES))}, or leave it out")
+        if max_shard_bytes < 1:
+            raise ConfigError(f"publish: max_shard_bytes={max_shard_bytes}; give a positive number of bytes")
+        refuse(engine)
     average = averager.read(horizon)
     with together():
         held = _held(engine, averager.shards, average, dtype)
@@ -181,11 +185,8 @@ def publish(
     return [final / file.name for file in files]
 
 
-def _refuse(engine: Any, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"publish: dtype={dtype}; give one of {', '.join(map(str, DTYPES))}, or leave it out")
-    if max_shard_bytes < 1:
-        raise ConfigError(f"publish: max_shard_bytes={max_shard_bytes}; give a positive number of bytes")
+def refuse(engine: Any) -> None:
+    """Raise ConfigError for an engine whose parts of the model cannot be put together."""
     if compat.has_foreign_pipeline(engine):
         raise ConfigError(
             "publish: mpu has pipeline stages that DeepSpeed does not know, whose parameters may have equal names; use "

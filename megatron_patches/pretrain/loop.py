@@ -11,10 +11,11 @@ num_floating_point_operations, training_log, compute_throughputs_and_append_to_p
 evaluate_and_print_results   at full length, on the weights and then on their average, on the same batches
 get_tensorboard_writer, get_wandb_writer
                              the average's figures have names of their own
-save_checkpoint              our files first, then the host's
+save_checkpoint              our files first, with ``save_average`` the average's weights, then the host's
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ class Loop:
     def load_checkpoint(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         """Remember what was loaded; our state follows when there is a place for it."""
         options = self._get_args()
+        if options.load is not None and not options.finetune:
+            state.refuse_average(Path(options.load))
         found = host(*args, **kwargs)
         iteration = found[0]
         if iteration > 0 and not options.finetune:
@@ -245,7 +248,27 @@ class Loop:
             raise StateError("weight_averaging: save_checkpoint() while the averaged weights are swapped in")
         if self._ready:  # before, the host only converts what it has read
             state.save(self, Path(self._get_args().save), iteration)
+            if self.averager is not None and self.averager.config.save_average and self.averager.steps:
+                self._save_averages(host, iteration, *args, **kwargs)
         return host(iteration, *args, **kwargs)
+
+    def _save_averages(self, host: Host, *args: Any, **kwargs: Any) -> None:
+        """The weights alone, by the host's own function and in its format, so that its tools and layouts read them."""
+        assert self.averager is not None
+        options = self._get_args()
+        call = inspect.signature(host).bind(*args, **kwargs)
+        # nothing of the run's own checkpoints: neither its state nor what is kept from one save to the next
+        for name in ("optimizer", "opt_param_scheduler", "checkpointing_context", "train_data_iterator"):
+            if name in call.arguments:
+                call.arguments[name] = None
+        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
+        for horizon in horizons:
+            root = state.root_of_average(Path(options.save), horizon)
+            # earlier ones are removed with the run's: the host would do it in a thread that reads args.save later
+            without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
+            with self.averager.averaged_weights(horizon), _set(options, save=str(root), **without):
+                host(*call.args, **call.kwargs)
+            state.mark_average(root, call.arguments["iteration"], self.averager.steps)
 
 
 class _Marked:
@@ -262,6 +285,17 @@ class _Marked:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
+
+
+@contextlib.contextmanager
+def _set(options: Any, **values: Any) -> Iterator[None]:
+    """Options with other values for a while."""
+    before = {name: getattr(options, name, None) for name in values}
+    vars(options).update(values)
+    try:
+        yield
+    finally:
+        vars(options).update(before)
 
 
 def _samples(options: Any) -> int:

@@ -33,6 +33,9 @@ _AVERAGING = {
     "perform_rl_step": (False, "it exchanges the weights itself"),
     **_STATE,
 }
+_SAVE_AVERAGE = {
+    "async_save": (False, "two saves at a time would share the process's writers"),
+}
 _COMPLETEP = {
     "use_mup": (False, "both scale the same quantities"),
     "decoupled_lr": (None, "both set the learning rates of the embedding and the output layer"),
@@ -44,9 +47,11 @@ _COMPLETEP = {
 
 def check_options(sections: PluginConfig, options: Any) -> None:
     """Raise ConfigError for the first option that an enabled method cannot go with, naming both and the remedy."""
+    averaging = sections.weight_averaging
     for name, section, refused in (
         ("sequence_length_warmup", sections.sequence_length_warmup, _WARMUP),
-        ("weight_averaging", sections.weight_averaging, _AVERAGING),
+        ("weight_averaging", averaging, _AVERAGING),
+        ("weight_averaging.save_average", averaging if averaging and averaging.save_average else None, _SAVE_AVERAGE),
         ("completep", sections.completep, _COMPLETEP),
     ):
         for option, (off, why) in refused.items() if section is not None else ():
@@ -56,7 +61,7 @@ def check_options(sections: PluginConfig, options: Any) -> None:
                     f"{name}: --{option.replace('_', '-')} {value} does not go together with it: {why}; leave one of "
                     "the two out"
                 )
-    if sections.weight_averaging is not None and sections.weight_averaging.restart is not None:
+    if averaging is not None and averaging.restart is not None:
         raise ConfigError(
             "weight_averaging.restart: not supported in Megatron-LM's training loop; remove it, or train with DeepSpeed"
         )

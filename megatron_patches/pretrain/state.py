@@ -4,6 +4,7 @@
 its own (`ds_plugin.weight_averaging.checkpoint`). The folder is our own, because the host's loaders read all of theirs.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "ds_plugin.json"
 FORMAT = 1
+AVERAGED = "averaged"
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -52,6 +54,35 @@ def save(loop: "Loop", root: Path, iteration: int) -> None:
             atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
             if getattr(loop.options(), "save_retain_interval", None) is not None:
                 _forget_retired(root, iteration)
+
+
+def root_of_average(root: Path, horizon: int | None) -> Path:
+    """Where the host saves averages: checkpoints of weights, for ``--load`` with ``--finetune``."""
+    return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
+
+
+def mark_average(root: Path, iteration: int, steps: list[int]) -> None:
+    """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
+    with together():
+        if dist.get_rank() == 0:
+            folder = folder_of(root, iteration)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"format": FORMAT, "iteration": iteration, "average_of": steps}, indent=1)
+            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def refuse_average(root: Path) -> None:
+    """Raise CheckpointError if the checkpoints in ``root`` are averages. Every rank calls it, before the host loads."""
+    with together():
+        if dist.get_rank() == 0:
+            for path in sorted((root / "ds_plugin").glob(f"iter_*/{MANIFEST}"))[-1:]:
+                with contextlib.suppress(ValueError, TypeError):  # a damaged one is `load`'s to refuse
+                    if steps := dict(json.loads(path.read_text("utf-8"))).get("average_of"):
+                        raise CheckpointError(
+                            f"--load {root}: {path.parent.name} is the average of steps {steps[0]} to {steps[-1]}, "
+                            "which has no optimizer state; give --finetune to start from its weights, or resume from "
+                            "the run's own --save folder"
+                        )
 
 
 def load(loop: "Loop", root: Path, iteration: int) -> None:
@@ -134,11 +165,13 @@ def _compare(loop: "Loop", manifest: dict[str, Any], path: Path, iteration: int)
 
 
 def _forget_retired(root: Path, iteration: int) -> None:
-    """Remove the state of earlier iterations that the host has removed, as ``--save-retain-interval`` asks it to."""
-    for folder in (root / "ds_plugin").glob("iter_*"):
-        number = folder.name.removeprefix("iter_")
-        if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    """Remove what is of earlier iterations that the host has removed, as ``--save-retain-interval`` asks it to."""
+    averages = root / AVERAGED
+    for parent in (root / "ds_plugin", averages, *averages.glob("horizon_*"), *averages.glob("**/ds_plugin")):
+        for folder in parent.glob("iter_*"):
+            number = folder.name.removeprefix("iter_")
+            if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -313,6 +313,39 @@ def _checkpoint(zero, precision, folder):
     return expected, changed, said
 
 
+def _beside(folder, mode):
+    """Saved before there is an average, with one, once more under the same tag, and within an accumulation window."""
+    torch.manual_seed(7)
+    section = {**AVERAGING, "save_average": True, **mode}
+    config = plain.host_config(1, "fp32", 2, weight_averaging=section)
+    engine = ds_plugin.initialize(model=Odd(), config=config)[0]
+    engine.save_checkpoint(folder, tag="a")
+    early = Path(folder, "averaged").exists()
+    dist.barrier()
+    _trained(engine)
+    engine.save_checkpoint(folder, tag="a")
+    before = {p.name for p in Path(folder, "averaged").iterdir()}
+    dist.barrier()
+    expected = _trained(engine)
+    engine.save_checkpoint(folder, tag="a")
+    engine.backward(engine(*plain.micro_batch(0)))
+    with pytest.raises(StateError, match="between optimizer steps only"):
+        engine.save_checkpoint(folder, tag="b")
+    return early, before, expected
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "ema", "window": 5, "horizons": [1, 3]}], ids=["sliding", "ema"])
+def test_the_average_is_published_beside_each_checkpoint(workers, tmp_path, mode):
+    names = {"a"} if not mode else {"a_horizon_1", "a_horizon_3"}
+    ranks = workers(2).run(_beside, str(tmp_path), mode)
+    for early, before, _ in ranks:
+        assert not early and before == names == {p.name for p in (tmp_path / "averaged").iterdir()}
+    assert (tmp_path / "latest").read_text() == "a" and not (tmp_path / "b").exists()
+    if not mode:
+        expected, weights = ranks[0][2], load_file(tmp_path / "averaged" / "a" / "model.safetensors")
+        assert _different({name: weights[name] for name in expected}, expected) == []
+
+
 @pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_zero_to_fp32_reads_the_averaged_checkpoint(workers, tmp_path, zero, precision):
     ranks = workers(2).run(_checkpoint, zero, precision, str(tmp_path))

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.weight_averaging.merge import merge
 from tests.megatron_lm import logged, real
 from tests.reference import averaging
+from tests.unit.weight_averaging.test_merge_torch_dist import read as read_tensors
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
 SCRIPT = FOLDER / "pretrain_small.py"
@@ -33,7 +36,8 @@ OPTIONS = {
     "sequence_parallel": False, "num_layers": 2, "seq_length": FULL, "full_length": FULL, "micro_batch_size": 2,
     "global_batch_size": BATCH, "train_iters": STEPS, "lr": 0.01, "min_lr": 0.001, "lr_decay_iters": STEPS,
     "eval_interval": 4, "eval_iters": 1, "save": None, "save_interval": 4, "load": None, "ckpt_step": None,
-    "finetune": False, "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [],
+    "finetune": False, "no_save_optim": None, "save_retain_interval": None, "async_save": False,
+    "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [],
 }  # fmt: skip
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2, "num_layers": 1},
@@ -258,6 +262,52 @@ def test_completep_and_resume(workers, tmp_path):
         assert {shape for shape, _ in found["train"]} == {(2, FULL)}  # 3 x 4 x 32 tokens are beyond the warmup's 300
 
 
+def test_the_average_is_saved_beside_each_checkpoint(workers, tmp_path):
+    """The weights alone, by the host's function; nothing else of the run is touched, and no run resumes from them."""
+    options = {**LAYOUTS["pipeline"], "save": str(tmp_path / "run"), "save_retain_interval": 8}
+    sections = {"weight_averaging": {**AVERAGING, "save_average": True}}
+    found = workers(2).run(run, str(tmp_path), sections, options)
+    plain = workers(2).run(run, str(tmp_path), {}, {**LAYOUTS["pipeline"]})
+    root = tmp_path / "run"
+    for rank, (one, other) in enumerate(zip(found, plain, strict=True)):
+        assert one["losses"] == other["losses"]
+        assert [same(a, b) for a, b in zip(one["weights"], other["weights"], strict=True)] == [[]] * STEPS
+        assert one["saves"] == [(str(root / "averaged"), True, None, None), (str(root), None, 8, {})] * 2
+        for step in (4, 8):
+            file = f"iter_{step:07d}/rank_{rank}.pt"
+            saved = torch.load(root / "averaged" / file, weights_only=True)
+            expected = averaging_of(one, step)
+            weights = {name.removeprefix("module."): value for name, value in saved["model"][0].items()}
+            assert saved["adam"] == [] and saved["scheduler"] is None
+            assert same({name: weights[name] for name in expected}, expected) == []
+            assert torch.load(root / file, weights_only=True)["adam"] != []
+
+    load = {**options, "save": None, "load": str(root / "averaged"), "train_iters": 1}
+    started = workers(2).run(run, str(tmp_path), {}, {**load, "finetune": True})
+    as_by_hand = workers(2).run(run, str(tmp_path), sections, {**load, "finetune": True})
+    assert started[1]["losses"] == as_by_hand[1]["losses"] != found[1]["losses"][:1]
+    refused(workers(2).run(run, str(tmp_path), sections, load), "the average of steps 6 to 8, which has no optimizer")
+
+    bank = {"enabled": True, "interval": 2, "mode": "ema", "horizons": [2, 5], "save_average": True}
+    options["save"] = str(tmp_path / "bank")
+    shutil.copytree(root / "averaged" / "iter_0000004", tmp_path / "bank" / "averaged" / "horizon_2" / "iter_0000002")
+    found = workers(2).run(run, str(tmp_path), {"weight_averaging": bank}, {**options, "train_iters": 4})
+    kept = sorted(str(path.relative_to(tmp_path / "bank")) for path in (tmp_path / "bank" / "averaged").rglob("iter_*"))
+    for one in found:
+        assert [save for save, *_ in one["saves"]] == [
+            str(tmp_path / "bank" / name) for name in ("averaged/horizon_2", "averaged/horizon_5", "")
+        ]
+    assert kept == [  # what is of an iteration that the run has not kept is gone
+        f"averaged/{horizon}/{part}iter_0000004"
+        for horizon in ("horizon_2", "horizon_5")
+        for part in ("ds_plugin/", "")
+    ]
+
+
+def averaging_of(found, step):
+    return averaging.mean([found["weights"][step - 3], found["weights"][step - 1]])
+
+
 def refused(ranks, words):
     """Every rank has said so, and none has trained."""
     for found in ranks:
@@ -289,6 +339,7 @@ REFUSED = {
     "not divisible by 24": ("sequence_length_warmup", {}, {"context_parallel_size": 3}),
     "--use-megatron-fsdp": ("weight_averaging", {}, {"use_megatron_fsdp": True}),
     "--non-persistent-save-interval 2": ("weight_averaging", {}, {"non_persistent_save_interval": 2}),
+    "save_average: --async-save True": ("weight_averaging", {"save_average": True}, {"async_save": True}),
     "weight_averaging.restart": ("weight_averaging", {"restart": {"patience": 2}}, {}),
     "--use-mup": ("completep", {}, {"use_mup": True}),
     "--decoupled-lr 0.1": ("completep", {}, {"decoupled_lr": 0.1}),
@@ -462,3 +513,27 @@ if CHECKOUT is not None:
         ours = ("sequence length", "trained tokens")
         assert {s: {n: v for n, v in line.items() if n not in ours} for s, line in hooked.items()} == alone
         assert sorted(alone) == list(range(1, 9))
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_the_average_beside_a_real_checkpoint_is_the_mean_of_checkpoints(tmp_path):
+        """Saved at TP2 x PP2 x DP2; bit for bit the offline merge of the run's own; and trained on from at one rank."""
+        sections = {"weight_averaging": {"enabled": True, "interval": 2, "window": 3, "save_average": True}}
+        save = ["--ckpt-format", "torch_dist", "--save", tmp_path / "run", "--save-interval", "2"]
+        few = ["--eval-interval", "100", "--lr-warmup-iters", "2", "--lr-decay-iters", "6"]
+        finished(real(CHECKOUT, tmp_path, "run", sections, *save, *few, "--train-iters", "6"))
+        averaged = tmp_path / "run" / "averaged"
+        assert (averaged / "latest_checkpointed_iteration.txt").read_text() == "6"
+        merge([tmp_path / "run" / f"iter_{n:07d}" for n in (2, 4, 6)], tmp_path / "merged")
+        expected = read_tensors(tmp_path / "merged")
+        found = read_tensors(averaged / "iter_0000006")
+        names = [name for name in expected if "decoder" in name or "embedding" in name or "output_layer" in name]
+        assert len(names) >= 10 and [name for name in names if not torch.equal(found[name], expected[name])] == []
+        assert not any("optimizer" in name for name in found)
+        one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--global-batch-size", "2"]
+        load = ["--load", averaged, "--train-iters", "6", "--ckpt-format", "torch_dist", *few, *one]
+        started = finished(real(CHECKOUT, tmp_path, "again", {}, *load, "--finetune", ranks=1))
+        assert min(logged(started)[0]) == 1 and "successfully loaded checkpoint" in started
+        with real(CHECKOUT, tmp_path, "resumed", sections, *load, ranks=1) as resumed:
+            done = resumed.wait(600)
+        assert done.returncode != 0 and "no optimizer state; give --finetune" in done.stdout

@@ -217,17 +217,24 @@ def evaluate_and_print_results(
 
 
 def save_checkpoint(
-    iteration, model, optimizer, scheduler, operations, checkpointing_context=None, train_data_iterator=None
+    iteration,
+    model,
+    optimizer,
+    opt_param_scheduler,
+    operations,
+    checkpointing_context=None,
+    train_data_iterator=None,
 ):
     args = get_args()
     folder = Path(args.save) / f"iter_{iteration:07d}"
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         "model": [chunk.state_dict() for chunk in model],
-        "adam": [member.optimizer.state_dict() for member in optimizer.chained_optimizers],
-        "scheduler": scheduler.state_dict(),
+        "adam": [member.optimizer.state_dict() for member in getattr(optimizer, "chained_optimizers", ())],
+        "scheduler": opt_param_scheduler.state_dict() if opt_param_scheduler is not None else None,
         "run": (args.consumed_train_samples, args.consumed_valid_samples, operations),
     }
+    RECORD["saves"].append((args.save, args.no_save_optim, args.save_retain_interval, checkpointing_context))
     torch.save(state, folder / f"rank_{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 0:
@@ -245,6 +252,8 @@ def load_checkpoint(model, optimizer, scheduler, checkpointing_context=None):
     state = torch.load(folder / f"rank_{dist.get_rank()}.pt", weights_only=True)
     for chunk, saved in zip(model, state["model"], strict=True):
         chunk.load_state_dict(saved)
+    if args.finetune:
+        return 0, 0
     for member, saved in zip(optimizer.chained_optimizers, state["adam"], strict=True):
         member.optimizer.load_state_dict(saved)
     scheduler.load_state_dict(state["scheduler"])
