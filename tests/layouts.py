@@ -86,10 +86,12 @@ DEEPSPEED = (
     Layout("ZeRO 1, PP 2 x DP 2, bf16", 4, {"pipe": 2, "bf16": True}, ONLY, fp32=False),
     Layout("ZeRO 1, PP 2 x TP 2 x DP 2", 8, {"pipe": 2, "tensor": 2}, ONLY),
 )
+VIRTUAL = "--num-layers 8 --num-layers-per-virtual-pipeline-stage 1 --no-overlap-p2p-communication"
 MEGATRON = (
     Layout("DP 2, distributed optimizer", 2, {"tensor": 1, "pipe": 1}),
     Layout("TP 2", 2, {"tensor": 2, "pipe": 1}),
     Layout("PP 2", 2, {"tensor": 1, "pipe": 2}),
+    Layout("PP 4 x 2 virtual stages, 8 layers", 4, {"tensor": 1, "pipe": 4, "flags": VIRTUAL}, ONLY),
     Layout("TP 2 x PP 2 x DP 2, distributed optimizer", 8, {"tensor": 2, "pipe": 2}, ONLY),
 )
 NOT_IN_MEGATRON = ("warmup, carry",)  # refused there by name
@@ -235,6 +237,7 @@ def megatron_cell(checkout: Path) -> Cell:
     def run(folder: Path, layout: Layout, sections: dict[str, Any]) -> list[float]:
         sizes = [f"--tensor-model-parallel-size={layout.settings['tensor']}"]
         sizes += [f"--pipeline-model-parallel-size={layout.settings['pipe']}"]
+        sizes += layout.settings.get("flags", "").split()
 
         def start(name: str, *more: str | Path) -> Launched:
             save = ["--save", folder / name]

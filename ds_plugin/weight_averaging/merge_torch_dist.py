@@ -36,6 +36,7 @@ from ds_plugin.weight_averaging.merge_zero import stored_in, unpickled
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
 _COPIED = ("common.pt", "metadata.json")  # in this order: megatron-core looks for the second first
+_COMMON = "common_state/shard_0_1"  # what newer versions of it have in place of common.pt, an object like others
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ADMITTED = {
@@ -70,7 +71,10 @@ def read_torch_dist(path: Path) -> TorchDist:
     """
     _check_format(path)
     try:
-        return _source(path, *_entries(path / ".metadata"))
+        entries, places = _entries(path / ".metadata")
+        if _COMMON not in entries and not (path / "common.pt").is_file():
+            raise CheckpointError(f"{path / 'common.pt'} is missing; {RESTORE}")
+        return _source(path, entries, places)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / '.metadata'} is damaged ({error!r}); {RESTORE}") from None
 
@@ -88,8 +92,6 @@ def _check_format(path: Path) -> None:
         raise CheckpointError(f"{config} is damaged ({error!r}); {RESTORE}") from None
     if (backend, version) != ("torch_dist", 1):
         raise CheckpointError(f"{config}: the format is {backend} {version}, merge reads torch_dist 1; convert it")
-    if not (path / "common.pt").is_file():
-        raise CheckpointError(f"{path / 'common.pt'} is missing; {RESTORE}")
 
 
 class _Inert:
@@ -139,9 +141,13 @@ def _entries(path: Path) -> tuple[dict[str, Any], dict[_Key, Any]]:
     return found.state_dict_metadata, places
 
 
+def _copied(path: Path) -> list[Path]:
+    return [path / name for name in _COPIED if (path / name).is_file()]
+
+
 def _source(path: Path, entries: dict[str, Any], places: dict[_Key, Any]) -> TorchDist:
     masters = {match[1]: key for key in entries if (match := _MASTER.fullmatch(key))}
-    source = TorchDist(path, "a torch_dist checkpoint", {}, [path / name for name in (".metadata", *_COPIED)])
+    source = TorchDist(path, "a torch_dist checkpoint", {}, [path / ".metadata", *_copied(path)])
     low: list[str] = []
     high: list[str] = []
     for name, entry in entries.items():
@@ -287,8 +293,8 @@ def plan_torch_dist(sources: list[TorchDist], dtype: torch.dtype | None) -> Plan
     def finish(out: Path) -> None:
         metadata = _metadata(newest, dtypes, places)
         atomic_write(out / ".metadata", lambda path: path.write_bytes(metadata))
-        for name in _COPIED:
-            atomic_write(out / name, partial(shutil.copyfile, newest.path / name))
+        for file in _copied(newest.path):
+            atomic_write(out / file.name, partial(shutil.copyfile, file))
 
     return Plan([Shard(name, tuple(files[name].parts)) for name in sorted(files)], cut, finish)
 

@@ -20,6 +20,7 @@ from ds_plugin.weight_averaging.merge_rectangles import covers_once
 from tests.unit.weight_averaging.test_merge import Evil
 
 FILES = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp")
+COMMON = "common_state/shard_0_1"
 CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
@@ -181,6 +182,25 @@ def test_other_files_are_the_newest_ones_and_never_opened(tmp_path, monkeypatch)
     merge([tmp_path, folders[0]], tmp_path / "evil")  # its common.pt holds what would run if it were loaded
     assert (tmp_path / "evil" / "common.pt").read_bytes() == (folders[0] / "common.pt").read_bytes()
     assert not (tmp_path / "was-run").exists()
+
+
+def test_common_state_among_the_objects(tmp_path):
+    """Newer versions of megatron-core write no common.pt: the newest checkpoint's object is taken, never loaded."""
+    folders = []
+    for step in (0, 1):
+        state = pickle.dumps(Evil("was-run")) + bytes([step])
+        folders.append(write(tmp_path / f"step{step}", {"a": torch.full((3,), float(step))}, objects={COMMON: state}))
+        (folders[-1] / "common.pt").unlink()
+    merge(folders, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *FILES[:2],
+        ".metadata",
+        "metadata.json",
+        "merge.json",
+    }
+    place = FileSystemReader(tmp_path / "out").read_metadata().storage_data[metadata.MetadataIndex(COMMON)]
+    assert (tmp_path / "out" / place.relative_path).read_bytes()[place.offset :][: place.length] == state
+    assert read(tmp_path / "out")["a"].tolist() == [0.5] * 3
 
 
 def test_an_interrupted_merge_is_completed(tmp_path, monkeypatch):
