@@ -503,8 +503,8 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _of_multiplier(args: argparse.Namespace, rates: Rates) -> Row:
     """Measured in a process that keeps the memory it has freed, as training does on a GPU.
 
-    glibc gives a gradient of 16 MB back to the system when it is freed; to get it again, page by page, takes up to ten
-    times as long as to multiply it, and would be counted, since only with the multiplier there is such a gradient.
+    glibc gives a gradient of 16 MB back to the system when it is freed; to get it again, page by page, takes longer
+    than to multiply it, and would be counted, since only with the multiplier there is such a gradient.
     """
     keeping = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     with mock.patch.dict(os.environ, keeping):  # read when a process starts

@@ -266,9 +266,9 @@ class Loop:
             root = state.root_of_average(Path(options.save), horizon)
             # earlier ones are removed with the run's: the host would do it in a thread that reads args.save later
             without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
+            state.mark_average(root, call.arguments["iteration"], self.averager.steps)  # first: a save may be cut off
             with self.averager.averaged_weights(horizon), _set(options, save=str(root), **without):
                 host(*call.args, **call.kwargs)
-            state.mark_average(root, call.arguments["iteration"], self.averager.steps)
 
 
 class _Marked:
