@@ -5,9 +5,10 @@
 One job of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, distributed optimizer, CPU, gloo) trains
 with sequence length warmup, CompleteP and averaging. In every other iteration all that they have put there is taken out
 of the way: the wrappers of the loop's functions, of the data, the optimizer and the scheduler, the residual additions
-and hooks of the model, which are the host's again, and the param groups, which are merged into the host's two. Two jobs
-side by side would not do: identical ones differ by more than the bound. Which weights are trained is of no interest
-here. The first round, in which the warmup reaches the full length, is left out.
+and hooks of the model, which are the host's again (where CompleteP is in the forward pass), the norm that clips, and
+the param groups, which are merged into the host's two. Two jobs side by side would not do: identical ones differ by
+more than the bound. Which weights are trained is of no interest here. The first round, in which the warmup reaches the
+full length, is left out.
 
 An iteration is what lies between two calls of the loop's ``train_step``, so that reading, counting and logging are in
 it. A round is twenty: on, off, off, on, and so on, with one snapshot, one logged line with the methods and one without.
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="of 2 samples, in each pipeline and iteration")
     parser.add_argument("--methods", default=",".join(METHODS), help="that are put on and off; default: all")
-    parser.add_argument("--residual", choices=("forward", "folded"), default="forward", help="CompleteP's mode")
+    parser.add_argument("--residual", choices=("forward", "folded"), help="CompleteP's mode; default: the script's")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--check", action="store_true", help="fail when the plugin costs more than 1 %%")
     args = parser.parse_args(arguments)
@@ -113,7 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def methods(args: argparse.Namespace) -> dict[str, Any]:
     """The sections of those that are asked for."""
-    sections = {**METHODS, "completep": {**METHODS["completep"], "residual": args.residual}}
+    said = {} if args.residual is None else {"residual": args.residual}
+    sections = {**METHODS, "completep": {**METHODS["completep"], **said}}
     return {name: sections[name] for name in args.methods.split(",")}
 
 
@@ -265,11 +267,13 @@ class Switches:
                 self._add(vars(module), "_forward_pre_hooks", type(hooks)(others))
 
     def of_optimizer(self, optimizer: Any, scheduler: Any) -> None:
-        """The wait for a snapshot's copy, the count by tokens, and the param groups of torch's optimizers."""
-        for stepping in (optimizer, scheduler):
-            if "step" in vars(stepping):
-                self._add(vars(stepping), "step", type(stepping).step.__get__(stepping))
-        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        """The wait for a snapshot's copy, the count by tokens, the norm of gradients, and torch's param groups."""
+        singles = getattr(optimizer, "chained_optimizers", [optimizer])
+        for host in {id(each): each for each in (optimizer, scheduler, *singles)}.values():
+            for name in list(vars(host)):
+                if callable(method := getattr(type(host), name, None)):  # in an instance, over the class's
+                    self._add(vars(host), name, method.__get__(host))
+        for single in singles:
             groups = single.optimizer.param_groups
             logged = next((group for group in groups if group.get("default_config")), groups[0])
             merged = [

@@ -30,7 +30,8 @@ _applied: tuple[CompletePConfig, tuple[Patch, ...]] | None = None
 def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
 
-    A JSON file, or all its sections, apply to Megatron-LM's own training loop: the script then uses
+    A section that does not say ``residual`` is folded: an iteration multiplies nothing then, and checkpoints run in
+    stock code. A JSON file, or all its sections, apply to Megatron-LM's own training loop: the script then uses
     ``megatron.training``, and the other two methods are in it as well (`pretrain.script.install`).
 
     Without a section (the method is off) nothing is changed. `megatron_patches.revert()` undoes it, in every module
@@ -51,6 +52,7 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
         return install(section)
     if section is None:
         return
+    section = section.on_megatron()
     if _applied is not None and any(patch.applied for patch in _applied[1]):
         if _applied[0] != section:
             raise StateError(

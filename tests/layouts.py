@@ -59,7 +59,7 @@ def chosen(*names: str, **changes: dict[str, Any]) -> dict[str, Any]:
 METHODS = {
     "warmup, truncate": chosen("sequence_length_warmup"),
     "warmup, carry": chosen("sequence_length_warmup", sequence_length_warmup=CARRY),
-    "CompleteP, forward": chosen("completep"),
+    "CompleteP, forward": chosen("completep", completep={"residual": "forward"}),
     "CompleteP, folded": chosen("completep", completep={"residual": "folded"}),
     "averaging": chosen("weight_averaging"),
     "all three": chosen(*SECTIONS),

@@ -6,7 +6,7 @@ dashes, and is read as the ``model``, ``training``, ``optimizer`` and ``schedule
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +66,7 @@ def read_job(
     batch, micro, accumulation = _batch(config, layout)
     run = _settings(config, batch)
     if options:
-        _check_as_megatron_does(run, options)
+        run = _as_megatron_takes(run, options)
     warmup = run.plugin.sequence_length_warmup
     vocab = _vocabulary(run, vocab_size if vocab_size is not None else options.get("vocab-size"))
     stage = (run.host.get("zero_optimization") or {}).get("stage", 0)
@@ -271,14 +271,17 @@ def _as_deepspeed(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_as_megatron_does(run: settings.Settings, options: Mapping[str, Any]) -> None:
-    """What the wrapped training loop would refuse."""
+def _as_megatron_takes(run: settings.Settings, options: Mapping[str, Any]) -> settings.Settings:
+    """With CompleteP as its scripts have it. Raises ConfigError for what the wrapped training loop would refuse."""
     from megatron_patches.pretrain.lengths import Lengths
     from megatron_patches.pretrain.options import check_options
 
     check_options(run.plugin, SimpleNamespace(**{name.replace("-", "_"): value for name, value in options.items()}))
     if run.plugin.sequence_length_warmup is not None:
         Lengths(run.plugin.sequence_length_warmup, full=run.model.seq_length, layout_multiple=_parts(options))
+    if run.plugin.completep is None:
+        return run
+    return replace(run, plugin=replace(run.plugin, completep=run.plugin.completep.on_megatron()))
 
 
 def _parts(options: Mapping[str, Any]) -> int:

@@ -30,7 +30,8 @@ class CompletePConfig(SectionConfig):
     residual: Literal["forward", "folded"] = Field(
         "forward",
         description="where the multipliers of residual branches and logits go: into the forward pass, or folded into "
-        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is the host's own)",
+        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is the host's own); by itself "
+        "forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
     )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
@@ -39,6 +40,14 @@ class CompletePConfig(SectionConfig):
         "table",
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
     )
+
+    def on_megatron(self) -> "CompletePConfig":
+        """The section as Megatron-LM's scripts take it: folded, unless it says ``residual`` itself.
+
+        There every optimizer that the rules hold for can be folded into. An iteration then multiplies nothing, and a
+        checkpoint runs where this plugin is not: in the forward mode it would run there too, without the multipliers.
+        """
+        return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
 
     def differences(self, stored: object) -> list[tuple[str, object, object]]:
         """(setting, value there, value here) wherever the section of a checkpoint is another one.

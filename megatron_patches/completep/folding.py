@@ -16,7 +16,7 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.layers import ratios_of
+from megatron_patches.completep.layers import check_gains, ratios_of
 from megatron_patches.completep.roles import role_of
 
 
@@ -28,7 +28,8 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
 
     Raises:
-        ConfigError: the weights are of the folded mode, or a name has no role.
+        ConfigError: the weights are of the folded mode, a name has no role, or the final norm's gains are 1 + weight
+            where the multiplier of a tied output layer would go.
     """
     return _scaled(weights, config, section, tied, mode="forward", inverse=False)
 
@@ -50,6 +51,7 @@ def _scaled(
             f'completep.residual: these weights were trained with "{section.residual}"; '
             f'{"unfold" if inverse else "fold"}() takes those of "{mode}"'
         )
+    check_gains(config, tied=tied)
     ratios = ratios_of(config, section)
     scaled: dict[str, Any] = {}
     for name, value in weights.items():

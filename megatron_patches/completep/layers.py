@@ -143,6 +143,8 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
             "model without init_model_with_meta_device"
         )
     ratios = ratios_of(model.config, section)
+    if section.residual == "folded":
+        check_gains(model.config, tied=_tied(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = _init_scale(roles[name], section, ratios)
@@ -175,6 +177,16 @@ def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
 
 
+def check_gains(config: Any, *, tied: bool) -> None:
+    """Refuse to fold the logits' multiplier into gains that do not hold it. Raises ConfigError."""
+    if tied and getattr(config, "layernorm_zero_centered_gamma", False):
+        raise ConfigError(
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: the final "
+            "norm would scale the logits, but its gains are 1 + weight, into which nothing can be folded; leave it "
+            'False, untie the embeddings, or write "residual": "forward"'
+        )
+
+
 def _tied(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "share_embeddings_and_output_weights", False))
 
@@ -190,6 +202,23 @@ def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
     return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=_tied(model))
 
 
+def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, float]:
+    """What a forward pass of the model multiplies beside its weights, under a section; None: in stock code."""
+    config: Any = model.config
+    head = config.kv_channels
+    stock = {"residual branches": 1.0, "logits": 1.0, "q.k": rules.attention_scale(head, head, "standard")}
+    if section is None:
+        return stock
+    ratios, forward = ratios_of(config, section), section.residual == "forward"
+    return {
+        "residual branches": rules.residual_multiplier(ratios, section.recipe) if forward else 1.0,
+        "logits": rules.logit_multiplier(ratios, section.recipe, tied=_tied(model)) if forward else 1.0,
+        "q.k": stock["q.k"]
+        if section.base_head_dim in (None, head)
+        else rules.attention_scale(head, section.base_head_dim, section.recipe),
+    }
+
+
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
     """The ratios and the multipliers of the forward pass in one line."""
     ratios = ratios_of(model.config, section)
@@ -202,11 +231,6 @@ def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
 
 def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
     """Everything that sets one of our quantities another way, or adds parameters without a role."""
-    if section.residual == "folded" and getattr(config, "layernorm_zero_centered_gamma", False):
-        raise ConfigError(
-            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: its gains are 1 + weight, into which "
-            'nothing can be folded; leave it False or write "residual": "forward"'
-        )
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         method = getattr(config, name)
         if getattr(method, "func", None) is not torch.nn.init.normal_:

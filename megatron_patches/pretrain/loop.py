@@ -80,12 +80,11 @@ class Loop:
             print("\n".join(self.describe()), flush=True)
         return model, optimizer, scheduler
 
-    def load_checkpoint(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        """Remember what was loaded; our state follows when there is a place for it."""
+    def load_checkpoint(self, host: Host, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what cannot be gone on from, and remember what was loaded: our state follows when it has a place."""
         options = self._get_args()
-        if options.load is not None and not options.finetune:
-            state.refuse_average(Path(options.load))
-        found = host(*args, **kwargs)
+        state.check(self, model)
+        found = host(model, *args, **kwargs)
         iteration = found[0]
         if iteration > 0 and not options.finetune:
             self._loaded = (Path(options.load), iteration)
@@ -113,7 +112,10 @@ class Loop:
         if self.averager is not None:
             lines.append(self.averager.describe())
         if (recipe := self.sections.completep) is not None:
-            lines.append(f"completep: recipe {recipe.recipe}, base {recipe.base_width} x {recipe.base_depth}")
+            lines.append(
+                f"completep: recipe {recipe.recipe}, base {recipe.base_width} x {recipe.base_depth}, multipliers "
+                f"{'folded into the weights' if recipe.residual == 'folded' else 'in the forward pass'}"
+            )
         return lines
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ class Loop:
             root = state.root_of_average(Path(options.save), horizon)
             # earlier ones are removed with the run's: the host would do it in a thread that reads args.save later
             without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
-            state.mark_average(root, call.arguments["iteration"], self.averager.steps)  # first: a save may be cut off
+            state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
             with self.averager.averaged_weights(horizon), _set(options, save=str(root), **without):
                 host(*call.args, **call.kwargs)
 

@@ -4,6 +4,7 @@ The script is read and executed as it is, in this process's ``__main__``; nothin
 that may be changed needs two lines instead: ``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
 """
 
+import dataclasses
 import importlib
 import logging
 import os
@@ -108,6 +109,8 @@ def install(sections: PluginConfig) -> None:
     global _installed
     if sections == PluginConfig():
         return
+    if sections.completep is not None:
+        sections = dataclasses.replace(sections, completep=sections.completep.on_megatron())
     if _installed is not None and any(patch.applied for patch in _installed[1]):
         if _installed[0] != sections:
             raise StateError(

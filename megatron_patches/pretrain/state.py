@@ -4,7 +4,6 @@
 its own (`ds_plugin.weight_averaging.checkpoint`). The folder is our own, because the host's loaders read all of theirs.
 """
 
-import contextlib
 import json
 import logging
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ds_plugin.atomic import atomic_write
+from ds_plugin.config_model import parse_section
 from ds_plugin.errors import CheckpointError, together
 from ds_plugin.weight_averaging import checkpoint as window_files
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "ds_plugin.json"
 FORMAT = 1
 AVERAGED = "averaged"
+TRACKER = "latest_checkpointed_iteration.txt"  # the host's
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -61,28 +62,97 @@ def root_of_average(root: Path, horizon: int | None) -> Path:
     return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
 
 
-def mark_average(root: Path, iteration: int, steps: list[int]) -> None:
+def mark_average(loop: "Loop", root: Path, iteration: int) -> None:
     """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
     with together():
         if dist.get_rank() == 0:
             folder = folder_of(root, iteration)
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"format": FORMAT, "iteration": iteration, "average_of": steps}, indent=1)
+            manifest = {
+                "format": FORMAT,
+                "iteration": iteration,
+                "average_of": loop.averager.steps if loop.averager is not None else [],
+                "sections": loop.sections.to_dict(),
+            }
+            text = json.dumps(manifest, indent=1)
             atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def refuse_average(root: Path) -> None:
-    """Raise CheckpointError if the checkpoints in ``root`` are averages. Every rank calls it, before the host loads."""
+def check(loop: "Loop", model: Any) -> None:
+    """Look at what the host is about to load into ``model``, its chunks. Every rank calls it, before the host does.
+
+    Raises:
+        CheckpointError: on every rank alike: a run would be resumed from an average or with another ``completep``; or,
+            with ``--finetune``, weights would get another forward pass than they were trained in.
+    """
     with together():
-        if dist.get_rank() == 0:
-            for path in sorted((root / "ds_plugin").glob(f"iter_*/{MANIFEST}"))[-1:]:
-                with contextlib.suppress(ValueError, TypeError):  # a damaged one is `load`'s to refuse
-                    if steps := dict(json.loads(path.read_text("utf-8"))).get("average_of"):
-                        raise CheckpointError(
-                            f"--load {root}: {path.parent.name} is the average of steps {steps[0]} to {steps[-1]}, "
-                            "which has no optimizer state; give --finetune to start from its weights, or resume from "
-                            "the run's own --save folder"
-                        )
+        if dist.get_rank() == 0 and (found := _to_load(loop.options())) is not None:
+            root, iteration, finetune = found
+            path = folder_of(root, iteration) / MANIFEST
+            manifest = _read(path, path.read_text("utf-8")) if path.is_file() else None
+            if finetune:
+                _check_weights(loop, manifest, path, model[0])
+            else:
+                _check_run(loop, manifest, path)
+
+
+def _to_load(options: Any) -> tuple[Path, int, bool] | None:
+    """Where the host will find which iteration, and whether it will take the weights alone; None: it finds nothing."""
+    finetune = options.finetune
+    for given in (options.load, getattr(options, "pretrained_checkpoint", None)):
+        tracker = Path(given or "", TRACKER)
+        if given is not None and tracker.is_file():
+            text = tracker.read_text("utf-8").strip()
+            release = not text.isdigit()  # weights alone
+            iteration = getattr(options, "ckpt_step", None) or (0 if release else int(text))
+            return Path(given), iteration, finetune or release
+        finetune = True
+    return None
+
+
+def _check_run(loop: "Loop", manifest: dict[str, Any] | None, path: Path) -> None:
+    section = loop.sections.completep
+    if manifest is None:
+        if section is not None:
+            raise CheckpointError(
+                f"{path} is missing: a checkpoint of a run without this plugin, whose weights belong to another "
+                'parametrization; resume without "completep", or start a new run'
+            )
+        return
+    if steps := manifest.get("average_of"):
+        raise CheckpointError(
+            f"{path} is of the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state; give "
+            "--finetune to start from its weights, or resume from the run's own --save folder"
+        )
+    recipe = manifest["sections"].get("completep")
+    if (recipe is None) != (section is None):
+        ours = loop.sections.to_dict().get("completep")
+        raise CheckpointError(
+            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
+            "same section"
+        )
+    if section is not None and (different := section.differences(recipe)):
+        values = ", ".join(f"{name} {json.dumps(was)} there, {json.dumps(now)} here" for name, was, now in different)
+        raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
+
+
+def _check_weights(loop: "Loop", manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
+    from megatron.core.utils import unwrap_model
+
+    from megatron_patches.completep.config import CompletePConfig
+    from megatron_patches.completep.layers import forward_multipliers
+
+    recipe = manifest["sections"].get("completep") if manifest is not None else None
+    section = parse_section(CompletePConfig, f"{path}: completep", recipe) if recipe is not None else None
+    model = unwrap_model(chunk)
+    there, here = (forward_multipliers(model, each) for each in (section, loop.sections.completep))
+    if there != here:
+        values = ", ".join(f"{n} x {was:g} there, x {here[n]:g} here" for n, was in there.items() if was != here[n])
+        raise CheckpointError(
+            f"{path}: --finetune would take weights into another forward pass than they were trained in: {values}; "
+            'give the same completep section, or fold() weights of the forward mode and write "residual": "folded"'
+            f"{' (the file is missing: weights of a run without this plugin)' if manifest is None else ''}"
+        )
 
 
 def load(loop: "Loop", root: Path, iteration: int) -> None:
@@ -116,20 +186,8 @@ def load(loop: "Loop", root: Path, iteration: int) -> None:
             )
 
 
-def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
-    if text is None:
-        if loop.sections.completep is not None:
-            raise CheckpointError(
-                f"{path} is missing: a checkpoint of a run without this plugin, whose weights belong to another "
-                'parametrization; resume without "completep", or start a new run'
-            )
-        if dist.get_rank() == 0:
-            logging.getLogger("ds_plugin").warning(
-                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
-                "length, and the averaging window starts empty.",
-                path,
-            )
-        return None
+def _read(path: Path, text: str) -> dict[str, Any]:
+    """A manifest of this version. Raises CheckpointError."""
     try:
         manifest = dict(json.loads(text))
         if manifest["format"] != FORMAT:
@@ -137,24 +195,26 @@ def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
                 "wrote it"
             )
-        _compare(loop, manifest, path, iteration)
+        if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
+            raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
     return manifest
 
 
-def _compare(loop: "Loop", manifest: dict[str, Any], path: Path, iteration: int) -> None:
+def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
+    if text is None:
+        if dist.get_rank() == 0:
+            logging.getLogger("ds_plugin").warning(
+                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
+                "length, and the averaging window starts empty.",
+                path,
+            )
+        return None
+    manifest = _read(path, text)
     if manifest["iteration"] != iteration:
         raise CheckpointError(
             f"{path} is of iteration {manifest['iteration']}, Megatron-LM loaded {iteration}; restore the file"
-        )
-    recipe, section = manifest["sections"].get("completep"), loop.sections.completep
-    ours = loop.sections.to_dict().get("completep")
-    same = recipe == ours if recipe is None or section is None else not section.differences(recipe)
-    if not same:
-        raise CheckpointError(
-            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
-            "same section"
         )
     averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
     if averages and manifest["model_parallel"] != _sizes():
@@ -162,6 +222,7 @@ def _compare(loop: "Loop", manifest: dict[str, Any], path: Path, iteration: int)
             f"{path}: the averaging window was saved with tensor and pipeline sizes {manifest['model_parallel']}, this "
             f'run has {_sizes()}; load with the same, or write "enabled": false in weight_averaging'
         )
+    return manifest
 
 
 def _forget_retired(root: Path, iteration: int) -> None:

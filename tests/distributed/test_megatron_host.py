@@ -469,13 +469,16 @@ def test_refusals(workers):
         assert all(part in messages[name] for part in parts), messages[name]
 
 
-def script(folded):
-    """A script's own calls of the host, under apply(); then reverted, as its importers see it."""
+def script(said):
+    """A script's own calls of the host, under apply(); then reverted, as its importers see it.
+
+    ``said``: what the section says of ``residual``.
+    """
     import megatron.core.optimizer as optimizers
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    completep = section(residual="folded" if folded else "forward")
+    completep = section(**said)
     main, training = sys.modules["__main__"], types.ModuleType("megatron.training")
     mine = types.ModuleType("somebodys_training")
     for module in (main, training, mine):
@@ -486,7 +489,7 @@ def script(folded):
     untouched = megatron_patches.active() == []
     cpu_host.enable()
     megatron_patches.apply(completep)
-    megatron_patches.apply(section(residual="folded" if folded else "forward"))
+    megatron_patches.apply(section(**said))
     names = [change.name for change in megatron_patches.active() if "completep" in change.reason]
 
     cfg = gpt.GPTConfig.model_validate(SIZE)
@@ -523,11 +526,15 @@ def script(folded):
     return untouched, names, groups, messages, losses, restored, plain
 
 
-@pytest.mark.parametrize("folded", [False, True], ids=["forward", "folded"])
-def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, folded):
-    untouched, names, groups, messages, losses, restored, plain = workers(1).run(script, folded)[0]
+@pytest.mark.parametrize(
+    ("said", "table"),
+    [({"residual": "forward"}, GROUPS), ({"residual": "folded"}, FOLDED_GROUPS), ({}, FOLDED_GROUPS)],
+    ids=["forward", "folded", "not said"],
+)
+def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
+    untouched, names, groups, messages, losses, restored, plain = workers(1).run(script, said)[0]
     assert untouched and restored and len(names) == 3
-    assert groups == [set(FOLDED_GROUPS if folded else GROUPS)] * 6
+    assert groups == [set(table)] * 6
     assert set(plain) == {1.0}  # what a late importer kept is the host's own again
     for message, parts in zip(messages, (["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"]), strict=True):
         assert all(part in message for part in parts), message

@@ -191,7 +191,7 @@ def explicit_completep(training):
     from megatron_patches.completep.config import CompletePConfig
     from megatron_patches.completep.megatron import build_optimizer
 
-    section = CompletePConfig.model_validate(RECIPE)
+    section = CompletePConfig.model_validate({**RECIPE, "residual": "folded"})  # as it is if the JSON does not say
     model = host.GPTModel
 
     def build(*, config, transformer_layer_spec, **kwargs):
@@ -247,8 +247,27 @@ def test_completep_and_resume(workers, tmp_path):
     load = {**options, "load": options["save"], "ckpt_step": 4, "save": None}
     longer = {**sections, "sequence_length_warmup": {**by_tokens, "duration": {"tokens": 400}}}
     wider = {**sections, "completep": {**RECIPE, "base_width": 4}}
-    for changed, words in ((longer, "give the same section"), (wider, "trained with completep")):
+    forward = {**sections, "completep": {**RECIPE, "residual": "forward"}}
+    for changed, words in (
+        (longer, "give the same section"),
+        (wider, "another completep: base_width 8 there, 4 here;"),
+        (forward, 'another completep: residual "folded" there, "forward" here; give the same section'),
+    ):
         refused(workers(2).run(run, str(tmp_path), changed, load), words)
+    ours = {**load, "finetune": True, "train_iters": 1}
+    stock = {**ours, "load": str(tmp_path / "plain"), "ckpt_step": None}
+    averaging_alone = {"weight_averaging": AVERAGING}
+    for changed, given, words in (  # weights go where the forward pass is theirs
+        (forward, ours, "residual branches x 1 there, x 0.5 here, logits x 1 there, x 0.5 here; give"),
+        (forward, stock, "weights of a run without this plugin"),
+        (averaging_alone, ours, None),
+        ({**averaging_alone, "completep": RECIPE}, stock, None),
+        (wider, ours, None),
+    ):
+        ranks = workers(2).run(run, str(tmp_path), changed, given)
+        if words is not None:
+            refused(ranks, words)
+        assert words is not None or [found["code"] for found in ranks] == [0, 0], ranks[0]["said"]
     (folder / "weight_averaging_rank_00001.safetensors").unlink()
     refused(workers(2).run(run, str(tmp_path), sections, load), "weight_averaging_rank_00001.safetensors is missing")
     (folder / "ds_plugin.json").unlink()
@@ -537,3 +556,20 @@ if CHECKOUT is not None:
         with real(CHECKOUT, tmp_path, "resumed", sections, *load, ranks=1) as resumed:
             done = resumed.wait(600)
         assert done.returncode != 0 and "no optimizer state; give --finetune" in done.stdout
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_stock_code_runs_a_checkpoint_of_completep(tmp_path):
+        """Folded, as it is where the JSON does not say: the script alone has the same losses on the same batches."""
+        (tmp_path / "untouched.py").write_text(UNTOUCHED)
+        few = ["--train-iters", "6", "--eval-interval", "6", "--lr-warmup-iters", "2", "--ckpt-format", "torch_dist"]
+        losses = {}
+        for residual in ({}, {"residual": "forward"}):
+            folder = tmp_path / residual.get("residual", "not said")
+            sections = {"completep": {"enabled": True, "base_width": 16, "base_depth": 2, **residual}}
+            _, trained = logged(finished(real(CHECKOUT, tmp_path, "run", sections, *few, "--save", folder)))
+            load = [*few, "--load", folder, "--finetune", "--skip-train"]
+            _, alone = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *load, program="untouched")))
+            assert trained[0].startswith("iteration 6 |") and alone[0].startswith("iteration 0 on validation set")
+            losses[folder.name] = [line.rpartition(" ")[2] for line in (trained[0], alone[0])]
+        assert losses["not said"][0] == losses["not said"][1] and losses["forward"][0] != losses["forward"][1]

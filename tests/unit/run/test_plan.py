@@ -310,6 +310,15 @@ def test_a_megatron_recipe_by_hand():
     assert found["parameters"]["on the fullest rank"] == first
     assert found["parameters"]["all"] == 4 * (12 * 32**2 + 13 * 32) + 512 * 32 + 16 * 32 + 2 * 32
     assert found["parameters"]["embedding"] == 512 * 32 + 16 * 32
+    # what ends a branch, h^2 and 4 h^2 and their biases, has roles of its own: in its scripts multipliers are folded
+    assert found["parameters"]["branch_out"] == 4 * 5 * 32**2 and found["parameters"]["branch_out_bias"] == 4 * 2 * 32
+    assert "branch_out" in found["completep"]["roles"] and found["seconds"]["completep"] == 0.0
+
+
+def test_a_megatron_recipe_that_says_where_multipliers_go():
+    said = {**megatron(), "completep": {**COMPLETEP, "residual": "forward"}}
+    found = planned(said, 1)
+    assert "branch_out" not in found["parameters"] and found["seconds"]["completep"] > 0
 
 
 def test_a_tied_embedding_is_on_both_ends_of_the_pipeline():
