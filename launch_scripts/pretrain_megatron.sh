@@ -4,10 +4,12 @@
 #
 #   MEGATRON=~/Megatron-LM bash launch_scripts/pretrain_megatron.sh --save checkpoints --save-interval 50
 #   MEGATRON=~/Megatron-LM RECIPE=mine.json PROCESSES=8 bash launch_scripts/pretrain_megatron.sh --save checkpoints
+#   NODES=8 NODE_RANK=0 MASTER_ADDR=node0 MEGATRON=... RECIPE=...    # on each node, with its own NODE_RANK
 #
 # MEGATRON    a checkout of Megatron-LM: core_r0.16.0 for Python 3.11, main for 3.12 and newer
 # RECIPE      a JSON file with the methods' sections and the script's options under "megatron"; a small one if not given
 # PROCESSES   of this node; all GPUs if not given, 2 without any
+# NODES       1 if not given; with more, NODE_RANK, MASTER_ADDR (the first node) and MASTER_PORT (29500) are read
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -31,7 +33,18 @@ if [ "$gpus" -eq 0 ]; then
     export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1
 fi
 
-options="$("$PY" -m ds_plugin plan --config "$recipe" --world-size "$processes" --arguments)"
+nodes="${NODES:-1}"
+meeting=(--standalone)
+if [ "$nodes" != 1 ]; then
+    if [ -z "${NODE_RANK:-}" ] || [ -z "${MASTER_ADDR:-}" ]; then
+        _fail "NODES is $nodes, NODE_RANK '${NODE_RANK:-}' and MASTER_ADDR '${MASTER_ADDR:-}'; give each node its number," \
+            "from 0, and the name of the first: NODES=$nodes NODE_RANK=0 MASTER_ADDR=node0"
+    fi
+    meeting=(--nnodes "$nodes" --node_rank "$NODE_RANK")
+    meeting+=(--master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+fi
+
+options="$("$PY" -m ds_plugin plan --config "$recipe" --world-size "$((processes * nodes))" --arguments)"
 read -ra options <<<"$options"
-exec "$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes" \
+exec "$PY" -m torch.distributed.run "${meeting[@]}" --nproc_per_node "$processes" \
     -m megatron_patches "$script" --ds-plugin-config "$recipe" "${options[@]}" "$@"

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +21,10 @@ import torch
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.run import plan_inputs
 from ds_plugin.weight_averaging.merge import merge
+from megatron_patches.completep import rules
+from tests import harness
 from tests.megatron_lm import logged, real
 from tests.reference import averaging
 from tests.unit.weight_averaging.test_merge_torch_dist import read as read_tensors
@@ -478,7 +482,62 @@ if __name__ == "__main__":
     script.execute(Path(sys.argv[0]))
 """
 
+RECIPES = {"gpt-tiny_all_megatron-2xcpu": 2, "llama-7b_all_megatron-64xh100": 64}  # and their ranks
+PARSED = """
+import sys
+from pathlib import Path
+from ds_plugin.config import PluginConfig, load_json
+from megatron_patches.pretrain import options, script
+
+recipe = load_json(sys.argv[1])
+script.prepare_host(Path(sys.argv[2]))
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from megatron_patches.completep import prepare
+
+del sys.argv[1:3]
+args = parse_args()
+validate_args(args)
+sections = PluginConfig.from_dict(recipe)
+options.check_options(sections, args)
+config, spec = core_transformer_config_from_args(args), get_gpt_layer_local_spec(normalization=args.normalization)
+scaled, _ = prepare(config, spec, sections.completep.on_megatron())
+sizes = config.num_layers, config.hidden_size, config.kv_channels
+print("PARSED", args.data_parallel_size, *sizes, scaled.softmax_scale)
+"""
+
 if CHECKOUT is not None:
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_the_checkout_takes_the_recipe(recipe):
+        """Its own parser, checks and model config, at the recipe's ranks; the plan is of the same model and layout."""
+        file, ranks = harness.ROOT / "configs" / f"{recipe}.json", RECIPES[recipe]
+        job = plan_inputs.read_job(file, ranks)
+        place = {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        given = [*plan_inputs.arguments(job.options), "--no-rope-fusion"]  # that wants TransformerEngine
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                PARSED,
+                file,
+                Path(CHECKOUT, "pretrain_gpt.py"),
+                *given,
+            ],
+            env={**os.environ, **place},
+            cwd=harness.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = next(line for line in done.stdout.splitlines() if line.startswith("PARSED")).split()[1:]
+        model, section = job.settings.model, job.settings.plugin.completep
+        head = model.hidden_size // model.num_attention_heads
+        scale = None if section.base_head_dim == head else rules.attention_scale(head, section.base_head_dim)
+        expected = [job.layout.data, model.num_layers, model.hidden_size, head, scale]
+        assert found == [str(value) for value in expected]
 
     @pytest.mark.slow
     @pytest.mark.timeout(7200)

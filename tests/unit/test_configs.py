@@ -86,6 +86,19 @@ RECIPES = {
         "weight_averaging.snapshot_bytes": 6_738_415_616 * 4 // 64,
         "weight_averaging.averaged_steps": 400,
     },
+    ("llama-7b_all_megatron-64xh100", 64, None, "gpu"): {
+        "parameters.all": 6_738_415_616,
+        "run.tokens_trained": 140_002_131_968,  # what the recipe for DeepSpeed comes to
+        "layout.data": 16,
+        "batch.micro_batches": 64,
+        # half of the matrices of 16 layers, and whole norms; the last stage has the output and its norm besides
+        "parameters.on the fullest rank": 16 * ((4 * 4096**2 + 3 * 4096 * 11008) // 2 + 2 * 4096) + 16000 * 4096 + 4096,
+        "completep.roles.branch_out.lr": 3e-4 / 16,  # folded: by 1 / m_L
+        "completep.roles.branch_out.init_std": 0.02 / 4 / 16,
+        "completep.roles.unembedding.lr": 16 * 3e-4 / 16,
+        "completep.attention": 8 / 128,
+        "weight_averaging.averaged_steps": 400,
+    },
 }
 
 
