@@ -3,17 +3,27 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_patches.completep.folding import fold, unfold
+    from megatron_patches.completep.folding import fold, fold_attention, unfold
     from megatron_patches.completep.layers import describe, finish, finished_roles, prepare, ratios_of
     from megatron_patches.completep.param_groups import build_param_groups
 
 _HOMES = {
     **dict.fromkeys(("describe", "finish", "finished_roles", "prepare", "ratios_of"), "layers"),
-    **dict.fromkeys(("fold", "unfold"), "folding"),
+    **dict.fromkeys(("fold", "fold_attention", "unfold"), "folding"),
     "build_param_groups": "param_groups",
 }
 
-__all__ = ["build_param_groups", "describe", "finish", "finished_roles", "fold", "prepare", "ratios_of", "unfold"]
+__all__ = [
+    "build_param_groups",
+    "describe",
+    "finish",
+    "finished_roles",
+    "fold",
+    "fold_attention",
+    "prepare",
+    "ratios_of",
+    "unfold",
+]
 
 
 def __getattr__(name: str) -> Any:  # keeps the config importable without torch

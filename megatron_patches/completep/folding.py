@@ -5,9 +5,12 @@ the result is an ordinary GPT that any code for its architecture runs. A model t
 already; `unfold` gives the plain weights of Table 1, as the forward mode would have trained them.
 
 Both keep the attention scale out: where the head size differs from the base's, the model must be run with the
-softmax_scale that `prepare` set (`rules.attention_scale`).
+softmax_scale that `prepare` set (`rules.attention_scale`), or its weights be given to `fold_attention`, which writes
+that into the queries too. Such weights are for use elsewhere: queries share a matrix with keys and values, whose
+learning rate is theirs.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +21,8 @@ from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import check_gains, ratios_of
 from megatron_patches.completep.roles import role_of
+
+_QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
 
 
 def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
@@ -41,6 +46,49 @@ def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *,
         ConfigError: the weights are of the forward mode, or a name has no role.
     """
     return _scaled(weights, config, section, tied, mode="folded", inverse=True)
+
+
+def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> dict[str, Any]:
+    """Weights, of either mode, whose attention is the usual one: q.k over the square root of the head size.
+
+    ``weights``, ``config``: as `fold`'s; give it that one's result for a model without any multiplier. Query rows are
+    multiplied (with ``qk_layernorm``, the gains and biases of the queries' norm); where the head size is the base's,
+    nothing changes.
+
+    Raises:
+        ConfigError: query rows cannot be told apart: there are gates, or a tensor-parallel shard holds a part of a
+            query group; or the norm's gains are 1 + weight.
+    """
+    head = config.kv_channels
+    if section.base_head_dim in (None, head):
+        return dict(weights)
+    scale = rules.attention_scale(head, section.base_head_dim, section.recipe) * math.sqrt(head)
+    if getattr(config, "attention_output_gate", False):
+        raise ConfigError(
+            "completep: TransformerConfig.attention_output_gate is True: its gates share the queries' matrix, which is "
+            "not known here; run the model with softmax_scale"
+        )
+    if config.qk_layernorm and getattr(config, "layernorm_zero_centered_gamma", False):
+        raise ConfigError(
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: the gains of the queries' norm are "
+            "1 + weight, into which nothing can be folded; run the model with softmax_scale"
+        )
+    queries = config.num_attention_heads // config.num_query_groups * head
+    scaled = dict(weights)
+    for name, value in weights.items():
+        if ".self_attention.q_layernorm." in name and isinstance(value, torch.Tensor):
+            scaled[name] = value * scale
+        elif not config.qk_layernorm and name.endswith(_QKV):
+            rows = queries + 2 * head  # of each group: its queries, a key and a value
+            if value.shape[0] % rows:
+                raise ConfigError(
+                    f"completep: {name} has {value.shape[0]} rows, which are not whole query groups of {rows}; give "
+                    "the weights of fewer tensor-parallel ranks"
+                )
+            groups = value.clone().view(-1, rows, *value.shape[1:])
+            groups[:, :queries] *= scale
+            scaled[name] = groups.view_as(value)
+    return scaled
 
 
 def _scaled(

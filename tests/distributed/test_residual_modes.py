@@ -1,11 +1,13 @@
 """The two residual modes: multipliers in the forward pass, or folded into the weights. One training run either way."""
 
+import copy
+
 import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
 from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import build_param_groups, finish, fold, prepare, ratios_of, unfold
+from megatron_patches.completep import build_param_groups, finish, fold, fold_attention, prepare, ratios_of, unfold
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.residual import scaled_bias_dropout_add
 from megatron_patches.completep.rules import Role
@@ -138,6 +140,73 @@ def _stock_logits(tied):
 def test_fold_exports_to_a_stock_model(workers, tied):
     ours, stock = workers(1).run(_stock_logits, tied)[0]
     assert torch.allclose(ours, stock, rtol=0, atol=1e-6) and ours.std() > 1e-3
+
+
+ATTENTION = {  # a model with queries: heads of 8, queries in groups or not, biases or not, norms of queries and keys
+    "gpt": {"bias": True},
+    "llama, grouped": {**LLAMA, "num_query_groups": 2},
+    "qk norm": {"qk_norm": True},
+}
+
+
+def _attention_folded(shape, residual):
+    """Logits of a trained model with another head size than the base's; of stock code, with its queries and without."""
+    completep = section(residual, base_head_dim=2)
+    model, roles = build(completep, **shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "linear_qkv" in name:  # large enough for attention not to be even
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    train(model, roles, completep, steps=3)
+    assert model.config.softmax_scale == pytest.approx(2**0.5 / 8)
+    stock, _ = build(None, **shape)
+    weights = model.state_dict()
+    if residual == "forward":
+        weights = fold(weights, model.config, completep, tied=stock.share_embeddings_and_output_weights)
+    tokens, _ = batch(99)
+    found = [model(tokens, torch.arange(LENGTH).expand(3, -1), None)]
+    for state in (fold_attention(weights, model.config, completep), weights):
+        stock.load_state_dict(state)
+        found.append(stock(tokens, torch.arange(LENGTH).expand(3, -1), None))
+    before = {name: value.clone() for name, value in weights.items() if torch.is_tensor(value)}
+    fold_attention(weights, model.config, completep)
+    changed = [name for name, value in before.items() if not torch.equal(value, weights[name])]
+    return [logits.detach() for logits in found], changed
+
+
+@pytest.mark.parametrize("residual", ["forward", "folded"])
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_an_attention_scale_goes_into_the_queries(workers, shape, residual):
+    (ours, stock, without), changed = workers(1).run(_attention_folded, ATTENTION[shape], residual)[0]
+    assert torch.allclose(ours, stock, rtol=0, atol=1e-6) and changed == []
+    assert not torch.allclose(ours, without, rtol=0, atol=1e-4)
+
+
+def _attention_refused():
+    model, _ = build(section("folded", base_head_dim=2), **LLAMA, num_query_groups=2)
+    weights = model.state_dict()
+    of_the_base = fold_attention(weights, model.config, section("folded", base_head_dim=8))
+    assert of_the_base.keys() == weights.keys() and all(of_the_base[name] is value for name, value in weights.items())
+    part = {"decoder.layers.0.self_attention.linear_qkv.weight": torch.zeros(24, 64)}
+    said = []
+    for weights, changes in (
+        (part, {}),
+        (model.state_dict(), {"attention_output_gate": True}),
+        (model.state_dict(), {"qk_layernorm": True, "layernorm_zero_centered_gamma": True}),
+    ):
+        config = copy.copy(model.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        with pytest.raises(ConfigError) as caught:
+            fold_attention(weights, config, section("folded", base_head_dim=2))
+        said.append(str(caught.value))
+    return said
+
+
+def test_queries_that_cannot_be_told_apart_are_refused(workers):
+    said = workers(1).run(_attention_refused)[0]
+    for message, words in zip(said, ("24 rows", "attention_output_gate", "layernorm_zero_centered_gamma"), strict=True):
+        assert words in message
 
 
 def _wrong_mode():
