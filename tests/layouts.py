@@ -329,7 +329,8 @@ the same killed with SIGKILL after step {KILLED} and resumed from its checkpoint
 figure logged after it is the uninterrupted run's - losses, evaluations raw and averaged, learning rates, lengths,
 tokens, norms - and with DeepSpeed the exported average is, bit for bit. The number is the largest difference of a
 step's fp32 loss from the first row's ("equal": none), which must not exceed {TOLERANCE:g}. "All three" is truncated
-warmup, CompleteP in the forward pass and the sliding average. An empty cell was not run.
+warmup, CompleteP as the host has it by itself (DeepSpeed forward, Megatron-LM folded) and the sliding average. An
+empty cell was not run.
 """
 
 
