@@ -60,6 +60,9 @@ class Step:
     def step(self):
         return "host"
 
+    def get_main_grads_for_grad_norm(self):
+        return ["host"]
+
 
 def test_switches_put_the_hosts_own_in_place_and_ours_back(bench):
     layer = torch.nn.Linear(2, 2)
@@ -75,6 +78,7 @@ def test_switches_put_the_hosts_own_in_place_and_ours_back(bench):
     ]
     optimizer, scheduler = Step(), Step()
     optimizer.step = scheduler.step = lambda: "ours"
+    optimizer.get_main_grads_for_grad_norm = lambda: ["ours"]
     optimizer.optimizer = SimpleNamespace(param_groups=groups)
     switches = bench.Switches()
     switches.of_model([layer])
@@ -86,11 +90,12 @@ def test_switches_put_the_hosts_own_in_place_and_ours_back(bench):
         layer.mlp_bda is layer.self_attn_bda and callable(layer.mlp_bda) and layer.mlp_bda.__name__.startswith("get_")
     )
     assert list(layer._forward_pre_hooks) == [other.id]
-    assert optimizer.step() == scheduler.step() == "host"
+    assert optimizer.step() == scheduler.step() == "host" and optimizer.get_main_grads_for_grad_norm() == ["host"]
     merged = optimizer.optimizer.param_groups
     assert [[len(p) for p in group["params"]] for group in merged] == [[1, 1], [2]]
     assert all(group["default_config"] for group in merged)
     switches.turn(True)
     assert layer.mlp_bda == "ours" and layer._forward_pre_hooks is hooks
     assert optimizer.step() == "ours" and optimizer.optimizer.param_groups is groups
+    assert optimizer.get_main_grads_for_grad_norm() == ["ours"]
     assert torch.equal(layer(ours), torch.nn.functional.linear(ours / 2, layer.weight, layer.bias))
