@@ -632,3 +632,24 @@ if CHECKOUT is not None:
             assert trained[0].startswith("iteration 6 |") and alone[0].startswith("iteration 0 on validation set")
             losses[folder.name] = [line.rpartition(" ")[2] for line in (trained[0], alone[0])]
         assert losses["not said"][0] == losses["not said"][1] and losses["forward"][0] != losses["forward"][1]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    def test_the_launch_script_on_two_nodes():
+        """Of one process each; a node without a number is told what is missing before anything starts."""
+        place = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()), "PROCESSES": "1"}
+        environment = {**os.environ, **place, "MEGATRON": CHECKOUT, "DS_PLUGIN_PYTHON": sys.executable}
+        few = ["--train-iters", "5", "--lr-warmup-iters", "2", "--eval-iters", "0"]
+        command = ["bash", harness.ROOT / "launch_scripts" / "pretrain_megatron.sh", *few]
+
+        def started(**more):
+            return subprocess.Popen(
+                command, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+
+        nodes = [started(NODE_RANK=number) for number in "01"]
+        said = [node.communicate(timeout=500)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], said
+        assert list(logged(said[1])[0]) == [1, 5] and "world size: 2, data-parallel size: 2" in said[0]
+        nameless = started()
+        assert "give each node its number" in nameless.communicate(timeout=100)[0] and nameless.returncode == 1
