@@ -1,6 +1,8 @@
 """The example script on DeepSpeed's pipeline x tensor x data parallelism: the run that it is without them."""
 
 import argparse
+import contextlib
+import io
 import itertools
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ds_plugin
+from ds_plugin.__main__ import main
 from ds_plugin.completep import CompleteP
 from ds_plugin.errors import ConfigError, StateError
 from tests.distributed.test_pretrain import (  # noqa: F401 - folder is a fixture
@@ -184,6 +187,73 @@ def test_a_pipeline_of_every_kind_is_the_whole_model(workers, name):
                 torch.testing.assert_close(value, end[parameter], atol=1e-5, rtol=0, msg=parameter)
         if options.get("tie_embeddings"):
             assert torch.equal(stages[0][3][tied], stages[-1][3][tied])
+
+
+# -- universal checkpoints ---------------------------------------------------------------------------------------------
+
+HALF = 3
+
+
+def half(saves, options, completep, pipe, tensor, resumed=False):
+    """A run's first and second half, or from its universal checkpoint the second; its losses, and what it ends with."""
+    from megatron_patches import gpt, pipeline_gpt
+
+    changes = {"weight_averaging": {"enabled": True, "interval": 1, "window": 2}}
+    if resumed:
+        changes["checkpoint"] = {"load_universal": True}
+    engine, script = prepared(options, completep, pipe, tensor, **changes), load_script()
+    model, mpu, plugin = pipeline_gpt.gpt_of(engine.module), gpt.DeepSpeedMPU(), ds_plugin.attached(engine)
+    if resumed:
+        engine.load_checkpoint(saves)
+    ranks = mpu.get_data_parallel_world_size()
+    data = itertools.islice(
+        micro_batches(mpu.get_data_parallel_rank(), ranks), HALF * BATCH // MICRO // ranks if resumed else 0, None
+    )
+    batches = plugin.batches(lambda n: map(pipeline_gpt.micro_batch, data) if pipe > 1 else data)
+    losses = []
+    for step in range(HALF if resumed else 2 * HALF):
+        if step == HALF:
+            engine.save_checkpoint(saves, tag="half")
+        seen = Losses()
+        script.train_step(engine, batches, seen)
+        losses.append(torch.stack(seen).mean().item())
+
+    def weights():
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    groups = [{key: value for key, value in g.items() if key != "params"} for g in engine.optimizer.param_groups]
+    with plugin.averaged_weights():
+        average = weights()
+    return losses[-HALF:], groups, {"weights": weights(), "average": average}
+
+
+def convert(saves):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return main(["to-universal", f"{saves}/half", f"{saves}/universal"])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "options", "residual", "others"),
+    [(1, LEARNED, "forward", (4, 2)), (2, ROPE, "folded", (4,))],
+    ids=["tied, forward", "tensor 2, folded"],
+)
+def test_a_pipelines_universal_checkpoint(workers, tmp_path, tensor, options, residual, others):
+    """All but the number of data-parallel ranks stays as it was; other stages are refused, and nobody hangs."""
+    completep, saves = {"residual": residual}, str(tmp_path)
+    whole = workers(4).run(half, saves, options, completep, 2, tensor)
+    assert workers(1).run(convert, saves) == [0]
+    for ranks in others:
+        found = workers(ranks).run(half, saves, options, completep, 2, tensor, True)
+        for stage in range(2):
+            losses, groups, ends = found[stage * ranks // 2]
+            expected_losses, expected_groups, expected = whole[stage * 4 // 2]
+            assert losses == pytest.approx(expected_losses, abs=1e-6) and groups == expected_groups
+            for kind, values in expected.items():
+                for name, value in values.items():
+                    tolerance = 0 if ranks == 4 else 2e-6
+                    torch.testing.assert_close(ends[kind][name], value, atol=tolerance, rtol=0, msg=f"{kind} {name}")
+    errors = workers(tensor).run(half, saves, options, completep, 1, tensor, True, expect="errors")
+    assert {error.type for error in errors} == {"CheckpointError"} and "absent in this model" in errors[0].message
 
 
 # -- what is refused, and the launcher -------------------------------------------------------------------------------
