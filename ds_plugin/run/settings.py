@@ -135,6 +135,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
             if not isinstance(section, dict):
                 raise ConfigError(f'"{path[0]}" must be a JSON object, got {section!r}')
             section[path[1]] = value
+    _rename_bfloat16(config)
     if args.precision is not None:
         config = {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
         if args.precision != "fp32":
@@ -157,6 +158,19 @@ def load_settings(args: argparse.Namespace) -> Settings:
     _fill_auto(config, training, model, plugin)
     _check_together(config, model, plugin)
     return Settings(config, model, training, plugin, limit)
+
+
+def _rename_bfloat16(config: dict[str, Any]) -> None:
+    """DeepSpeed's older name for bf16, which it reads where there is no other: here there is one name for it."""
+    if "bfloat16" not in config:
+        return
+    older = config.pop("bfloat16")
+    if config.get("bf16") is None:
+        config["bf16"] = older
+    elif config["bf16"] != older:
+        raise ConfigError(
+            f'bfloat16: {older!r} and bf16: {config["bf16"]!r}; DeepSpeed reads "bf16" alone then, remove "bfloat16"'
+        )
 
 
 def _batch(config: Mapping[str, Any], model: GPTConfig) -> int:
