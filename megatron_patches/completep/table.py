@@ -41,6 +41,11 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     section = PluginConfig.from_dict(config).completep
     if section is None:
         raise ConfigError('completep: not enabled in this file; write "completep": {"enabled": true, ...}')
+    if "model" not in config and "megatron" in config:
+        raise ConfigError(
+            'model: missing; for a recipe of Megatron-LM\'s options ("megatron") the table is part of '
+            "python -m ds_plugin plan --config FILE --world-size N"
+        )
     if "model" not in config:
         raise ConfigError('model: missing; write {"num_layers": ..., "hidden_size": ..., ...} of the model to train')
     model = parse_section(GPTConfig, "model", config["model"])

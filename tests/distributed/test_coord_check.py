@@ -106,11 +106,13 @@ def test_minimum_ratio(scheduler, expected):
         ({"completep": {**CONFIG["completep"], "enabled": False}}, "completep: not enabled"),
         ({"optimizer": {}}, "optimizer.params.lr"),
         ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
+        ({"model": None}, "model: missing; write"),
+        ({"model": None, "megatron": {"num-layers": 4}}, "python -m ds_plugin plan --config FILE"),
     ],
 )
 def test_rules_command_refuses_in_one_line(tmp_path, capsys, changes, part):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**CONFIG, **changes}))
+    path.write_text(json.dumps({name: value for name, value in {**CONFIG, **changes}.items() if value is not None}))
     assert main(["rules", "--config", str(path)]) == 2
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
