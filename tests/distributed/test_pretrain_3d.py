@@ -234,7 +234,7 @@ def convert(saves):
 
 @pytest.mark.parametrize(
     ("tensor", "options", "residual", "others"),
-    [(1, LEARNED, "forward", (4, 2)), (2, ROPE, "folded", (4,))],
+    [(1, LEARNED, "forward", (2,)), (2, ROPE, "folded", (4,))],
     ids=["tied, forward", "tensor 2, folded"],
 )
 def test_a_pipelines_universal_checkpoint(workers, tmp_path, tensor, options, residual, others):

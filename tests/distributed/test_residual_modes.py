@@ -142,10 +142,10 @@ def test_fold_exports_to_a_stock_model(workers, tied):
     assert torch.allclose(ours, stock, rtol=0, atol=1e-6) and ours.std() > 1e-3
 
 
-ATTENTION = {  # a model with queries: heads of 8, queries in groups or not, biases or not, norms of queries and keys
-    "gpt": {"bias": True},
-    "llama, grouped": {**LLAMA, "num_query_groups": 2},
-    "qk norm": {"qk_norm": True},
+ATTENTION = {  # heads of 8: a model, and the mode it is trained in
+    "biases": ({"bias": True}, "folded"),
+    "queries in groups": ({**LLAMA, "num_query_groups": 2}, "forward"),
+    "norms on queries and keys": ({"qk_norm": True}, "folded"),
 }
 
 
@@ -174,10 +174,9 @@ def _attention_folded(shape, residual):
     return [logits.detach() for logits in found], changed
 
 
-@pytest.mark.parametrize("residual", ["forward", "folded"])
-@pytest.mark.parametrize("shape", ATTENTION)
-def test_an_attention_scale_goes_into_the_queries(workers, shape, residual):
-    (ours, stock, without), changed = workers(1).run(_attention_folded, ATTENTION[shape], residual)[0]
+@pytest.mark.parametrize("case", ATTENTION)
+def test_an_attention_scale_goes_into_the_queries(workers, case):
+    (ours, stock, without), changed = workers(1).run(_attention_folded, *ATTENTION[case])[0]
     assert torch.allclose(ours, stock, rtol=0, atol=1e-6) and changed == []
     assert not torch.allclose(ours, without, rtol=0, atol=1e-4)
 
