@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.atomic import atomic_write
+from megatron_patches.completep.config import CompletePConfig
 
 ROUND = 20  # iterations; also between two snapshots
 BOUND = 1.01
@@ -115,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 def methods(args: argparse.Namespace) -> dict[str, Any]:
     """The sections of those that are asked for."""
     said = {} if args.residual is None else {"residual": args.residual}
-    sections = {**METHODS, "completep": {**METHODS["completep"], **said}}
+    section = CompletePConfig.model_validate({**METHODS["completep"], **said}).on_megatron()
+    sections = {**METHODS, "completep": {**METHODS["completep"], "residual": section.residual}}
     return {name: sections[name] for name in args.methods.split(",")}
 
 

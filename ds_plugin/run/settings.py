@@ -135,11 +135,11 @@ def load_settings(args: argparse.Namespace) -> Settings:
             if not isinstance(section, dict):
                 raise ConfigError(f'"{path[0]}" must be a JSON object, got {section!r}')
             section[path[1]] = value
-    _rename_bfloat16(config)
     if args.precision is not None:
-        config = {key: value for key, value in config.items() if key not in ("bf16", "fp16")}
+        config = {key: value for key, value in config.items() if key not in ("bf16", "bfloat16", "fp16")}
         if args.precision != "fp32":
             config[args.precision] = {"enabled": True}
+    _rename_bfloat16(config)
     for name in ("model", "training"):
         if name not in config:
             guess = nearest(name, config)
@@ -162,7 +162,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 def _rename_bfloat16(config: dict[str, Any]) -> None:
     """DeepSpeed's older name for bf16, which it reads where there is no other: here there is one name for it."""
-    if "bfloat16" not in config:
+    if not isinstance(config.get("bfloat16"), dict):  # a wrong one is refused by its name
         return
     older = config.pop("bfloat16")
     if config.get("bf16") is None:

@@ -19,7 +19,7 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.layers import check_gains, ratios_of
+from megatron_patches.completep.layers import applied_section, check_gains, ratios_of
 from megatron_patches.completep.roles import role_of
 
 _QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
@@ -33,8 +33,9 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
 
     Raises:
-        ConfigError: the weights are of the folded mode, a name has no role, or the final norm's gains are 1 + weight
-            where the multiplier of a tied output layer would go.
+        ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
+            section does not say ``residual``); a name has no role; or the final norm's gains are 1 + weight where the
+            multiplier of a tied output layer would go.
     """
     return _scaled(weights, config, section, tied, mode="forward", inverse=False)
 
@@ -43,7 +44,7 @@ def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *,
     """The inverse of `fold`, for weights of the folded mode: those of Table 1, for a model in the forward mode.
 
     Raises:
-        ConfigError: the weights are of the forward mode, or a name has no role.
+        ConfigError: the weights are of the forward mode, or it cannot be told; or a name has no role.
     """
     return _scaled(weights, config, section, tied, mode="folded", inverse=True)
 
@@ -57,7 +58,7 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
 
     Raises:
         ConfigError: query rows cannot be told apart: there are gates, or a tensor-parallel shard holds a part of a
-            query group; or the norm's gains are 1 + weight.
+            query group; or what follows them undoes it: a norm without gains, or with gains of 1 + weight.
     """
     head = config.kv_channels
     if section.base_head_dim in (None, head):
@@ -68,6 +69,11 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
             "completep: TransformerConfig.attention_output_gate is True: its gates share the queries' matrix, which is "
             "not known here; run the model with softmax_scale"
         )
+    if getattr(config, "qk_l2_norm", False):
+        raise ConfigError(
+            "completep: TransformerConfig.qk_l2_norm is True: queries are brought to one length, whatever they are "
+            "multiplied by; run the model with softmax_scale"
+        )
     if config.qk_layernorm and getattr(config, "layernorm_zero_centered_gamma", False):
         raise ConfigError(
             "completep: TransformerConfig.layernorm_zero_centered_gamma is True: the gains of the queries' norm are "
@@ -76,7 +82,9 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     queries = config.num_attention_heads // config.num_query_groups * head
     scaled = dict(weights)
     for name, value in weights.items():
-        if ".self_attention.q_layernorm." in name and isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
+            continue
+        if ".self_attention.q_layernorm." in name:
             scaled[name] = value * scale
         elif not config.qk_layernorm and name.endswith(_QKV):
             rows = queries + 2 * head  # of each group: its queries, a key and a value
@@ -94,9 +102,18 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
 def _scaled(
     weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, mode: str, inverse: bool
 ) -> dict[str, Any]:
-    if section.residual != mode:
+    applied = applied_section(config)
+    said = [applied.residual] if applied is not None else []
+    if "residual" in section.model_fields_set:
+        said.append(section.residual)
+    if not said:
         raise ConfigError(
-            f'completep.residual: these weights were trained with "{section.residual}"; '
+            "completep.residual: not said, and what it was by itself depends on the host: folded in Megatron-LM's "
+            'scripts, forward with DeepSpeed; write "residual" into the section that is given with these weights'
+        )
+    if other := next((trained for trained in said if trained != mode), None):
+        raise ConfigError(
+            f'completep.residual: these weights were trained with "{other}"; '
             f'{"unfold" if inverse else "fold"}() takes those of "{mode}"'
         )
     check_gains(config, tied=tied)

@@ -69,6 +69,11 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     return config, layer_spec
 
 
+def applied_section(config: Any) -> CompletePConfig | None:
+    """The section that a TransformerConfig was prepared with; None: it is not `prepare`'s."""
+    return getattr(config, _MARK, None)
+
+
 def _layers(layer_spec: Any) -> list[Any]:
     """The layer specs inside a block's spec, or the one given."""
     block = getattr(layer_spec, "submodules", layer_spec)
@@ -192,7 +197,7 @@ def _tied(model: torch.nn.Module) -> bool:
 
 
 def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    built_with = getattr(getattr(model, "config", None), _MARK, None)
+    built_with = applied_section(getattr(model, "config", None))
     if built_with != section:
         found = "without it" if built_with is None else f"with {_short(built_with)}"
         raise ConfigError(

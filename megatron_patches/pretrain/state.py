@@ -97,17 +97,25 @@ def check(loop: "Loop", model: Any) -> None:
 
 
 def _to_load(options: Any) -> tuple[Path, int, bool] | None:
-    """Where the host will find which iteration, and whether it will take the weights alone; None: it finds nothing."""
-    finetune = options.finetune
-    for given in (options.load, getattr(options, "pretrained_checkpoint", None)):
-        tracker = Path(given or "", TRACKER)
-        if given is not None and tracker.is_file():
-            text = tracker.read_text("utf-8").strip()
-            release = not text.isdigit()  # weights alone
-            iteration = getattr(options, "ckpt_step", None) or (0 if release else int(text))
-            return Path(given), iteration, finetune or release
-        finetune = True
-    return None
+    """Where the host will find which iteration, and whether it will take the weights alone; None: it finds nothing.
+
+    As far as can be told beforehand: a newer checkpoint that is not persistent is found by the host alone. What was
+    loaded in the end is looked at again, by `load`.
+    """
+    finetune = options.finetune or getattr(options, "freeze_all_layers", False)
+    step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
+    root = options.load
+    if pretrained is not None and (root is None or not Path(root, TRACKER).is_file()):
+        root, finetune = pretrained, True
+    if root is None:
+        return None
+    tracker = Path(root, TRACKER)
+    text = tracker.read_text("utf-8").strip() if tracker.is_file() else ""
+    if text == "release":  # weights alone, of no iteration
+        return Path(root), 0, True
+    if not step and not text.isdigit():  # nothing, or what the host refuses
+        return None
+    return Path(root), step or int(text), finetune
 
 
 def _check_run(loop: "Loop", manifest: dict[str, Any] | None, path: Path) -> None:
@@ -195,6 +203,8 @@ def _read(path: Path, text: str) -> dict[str, Any]:
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
                 "wrote it"
             )
+        if "average_of" in manifest:  # the first of them said no more
+            manifest.setdefault("sections", {})
         if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
             raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
     except (ValueError, KeyError, TypeError) as error:
@@ -203,7 +213,9 @@ def _read(path: Path, text: str) -> dict[str, Any]:
 
 
 def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
-    if text is None:
+    manifest = _read(path, text) if text is not None else None
+    _check_run(loop, manifest, path)
+    if manifest is None:
         if dist.get_rank() == 0:
             logging.getLogger("ds_plugin").warning(
                 "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
@@ -211,7 +223,6 @@ def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[
                 path,
             )
         return None
-    manifest = _read(path, text)
     if manifest["iteration"] != iteration:
         raise CheckpointError(
             f"{path} is of iteration {manifest['iteration']}, Megatron-LM loaded {iteration}; restore the file"

@@ -272,6 +272,10 @@ def test_completep_and_resume(workers, tmp_path):
         if words is not None:
             refused(ranks, words)
         assert words is not None or [found["code"] for found in ranks] == [0, 0], ranks[0]["said"]
+    tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
+    tracker.rename(tmp_path / "tracker")  # the host does without, where --ckpt-step is given
+    refused(workers(2).run(run, str(tmp_path), forward, load), 'residual "folded" there, "forward" here')
+    (tmp_path / "tracker").rename(tracker)
     (folder / "weight_averaging_rank_00001.safetensors").unlink()
     refused(workers(2).run(run, str(tmp_path), sections, load), "weight_averaging_rank_00001.safetensors is missing")
     (folder / "ds_plugin.json").unlink()
@@ -347,6 +351,37 @@ def test_data_that_cannot_be_cut_are_refused_on_the_ranks_that_read_none_too(wor
         ),
         "24 positions, 32 are to be trained",
     )
+
+
+LOADED = {  # what is asked for, beside --load run, and the trackers' texts: what the host takes of which folder
+    "nothing": ({"load": None}, {"run": "8"}, None),
+    "the last": ({}, {"run": "8"}, ("run", 8, False)),
+    "an earlier": ({"ckpt_step": 4}, {"run": "8"}, ("run", 4, False)),
+    "an earlier, without a tracker": ({"ckpt_step": 4}, {}, ("run", 4, False)),
+    "none yet": ({}, {}, None),
+    "damaged": ({}, {"run": "eight"}, None),  # the host ends on it
+    "weights": ({"finetune": True}, {"run": "8"}, ("run", 8, True)),
+    "frozen": ({"freeze_all_layers": True}, {"run": "8"}, ("run", 8, True)),
+    "a release": ({"ckpt_step": 4}, {"run": "release"}, ("run", 0, True)),
+    "begun from another": ({"pretrained_checkpoint": "base"}, {"base": "8"}, ("base", 8, True)),
+    "begun from another, going on": ({"pretrained_checkpoint": "base"}, {"base": "8", "run": "3"}, ("run", 3, False)),
+    "only another": ({"pretrained_checkpoint": "base", "load": None}, {"base": "8"}, ("base", 8, True)),
+}
+
+
+@pytest.mark.parametrize("case", LOADED)
+def test_what_the_host_will_load(tmp_path, case):
+    from megatron_patches.pretrain import state
+
+    changes, trackers, expected = LOADED[case]
+    for name, text in trackers.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / state.TRACKER).write_text(f"{text}\n")
+    given = {"load": "run", "finetune": False, "ckpt_step": None, "pretrained_checkpoint": None, **changes}
+    for name in ("load", "pretrained_checkpoint"):
+        given[name] = given[name] and str(tmp_path / given[name])
+    found = state._to_load(SimpleNamespace(**given))
+    assert found == (expected and (tmp_path / expected[0], *expected[1:]))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -635,21 +670,24 @@ if CHECKOUT is not None:
 
     @pytest.mark.slow
     @pytest.mark.timeout(600)
-    def test_the_launch_script_on_two_nodes():
+    def test_the_launch_script_on_two_nodes(tmp_path):
         """Of one process each; a node without a number is told what is missing before anything starts."""
         place = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()), "PROCESSES": "1"}
         environment = {**os.environ, **place, "MEGATRON": CHECKOUT, "DS_PLUGIN_PYTHON": sys.executable}
         few = ["--train-iters", "5", "--lr-warmup-iters", "2", "--eval-iters", "0"]
         command = ["bash", harness.ROOT / "launch_scripts" / "pretrain_megatron.sh", *few]
 
-        def started(**more):
-            return subprocess.Popen(
-                command, env={**environment, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+        def started(name, **more):
+            with open(tmp_path / name, "w") as said:
+                return subprocess.Popen(command, env={**environment, **more}, stdout=said, stderr=subprocess.STDOUT)
 
-        nodes = [started(NODE_RANK=number) for number in "01"]
-        said = [node.communicate(timeout=500)[0] for node in nodes]
-        assert [node.returncode for node in nodes] == [0, 0], said
-        assert list(logged(said[1])[0]) == [1, 5] and "world size: 2, data-parallel size: 2" in said[0]
-        nameless = started()
-        assert "give each node its number" in nameless.communicate(timeout=100)[0] and nameless.returncode == 1
+        nodes = [started(number, NODE_RANK=number) for number in "01"] + [started("nameless")]
+        try:
+            codes = [node.wait(500) for node in nodes]
+        finally:
+            for node in nodes:
+                node.terminate()  # torchrun ends its processes
+        first, second, nameless = [(tmp_path / name).read_text() for name in ("0", "1", "nameless")]
+        assert codes == [0, 0, 1], first
+        assert list(logged(second)[0]) == [1, 5] and "world size: 2, data-parallel size: 2" in first
+        assert "give each node its number" in nameless

@@ -184,6 +184,9 @@ def test_an_attention_scale_goes_into_the_queries(workers, case):
 def _attention_refused():
     model, _ = build(section("folded", base_head_dim=2), **LLAMA, num_query_groups=2)
     weights = model.state_dict()
+    state = "decoder.layers.0.self_attention.q_layernorm._extra_state"  # TransformerEngine's are bytes
+    kept = fold_attention({state: torch.arange(5), **weights}, model.config, section("folded", base_head_dim=2))
+    assert torch.equal(kept[state], torch.arange(5))
     of_the_base = fold_attention(weights, model.config, section("folded", base_head_dim=8))
     assert of_the_base.keys() == weights.keys() and all(of_the_base[name] is value for name, value in weights.items())
     part = {"decoder.layers.0.self_attention.linear_qkv.weight": torch.zeros(24, 64)}
@@ -192,6 +195,7 @@ def _attention_refused():
         (part, {}),
         (model.state_dict(), {"attention_output_gate": True}),
         (model.state_dict(), {"qk_layernorm": True, "layernorm_zero_centered_gamma": True}),
+        (model.state_dict(), {"qk_l2_norm": True}),
     ):
         config = copy.copy(model.config)
         for name, value in changes.items():
@@ -204,7 +208,7 @@ def _attention_refused():
 
 def test_queries_that_cannot_be_told_apart_are_refused(workers):
     said = workers(1).run(_attention_refused)[0]
-    for message, words in zip(said, ("24 rows", "attention_output_gate", "layernorm_zero_centered_gamma"), strict=True):
+    for message, words in zip(said, ("24 rows", "output_gate", "zero_centered_gamma", "qk_l2_norm"), strict=True):
         assert words in message
 
 
@@ -215,11 +219,18 @@ def _wrong_mode():
         with pytest.raises(ConfigError) as caught:
             function(model.state_dict(), model.config, section(residual), tied=False)
         messages.append(str(caught.value))
+    plain = gpt.transformer_config(gpt.GPTConfig.model_validate(SIZE), torch.float32)
+    for function in (fold, unfold):
+        with pytest.raises(ConfigError) as caught:
+            function(model.state_dict(), plain, CompletePConfig.model_validate(BASE), tied=False)
+        messages.append(str(caught.value))
     return messages
 
 
 def test_weights_of_the_other_mode_are_refused(workers):
-    folded, forward = workers(1).run(_wrong_mode)[0]
+    """Also those of which it is not known: a section that does not say ``residual`` is another one on each host."""
+    folded, forward, *unsaid = workers(1).run(_wrong_mode)[0]
+    assert all("depends on the host" in message and 'write "residual"' in message for message in unsaid)
     assert 'trained with "folded"; fold() takes those of "forward"' in folded
     assert 'trained with "forward"; unfold() takes those of "folded"' in forward
 

@@ -27,6 +27,7 @@ def loaded(*flags, **changes):
         ((), {"bfloat16": {"enabled": True}, "bf16": {"enabled": True}}, torch.bfloat16, {"enabled": True}),
         (("--precision", "fp32"), {"bfloat16": {"enabled": True}}, torch.float32, None),
         (("--precision", "bf16"), {"bfloat16": {"enabled": False}}, torch.bfloat16, {"enabled": True}),
+        (("--precision", "fp32"), {"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}, torch.float32, None),
     ],
 )
 def test_bf16_has_one_name(flags, changes, dtype, host):
@@ -35,6 +36,8 @@ def test_bf16_has_one_name(flags, changes, dtype, host):
     assert run.dtype == dtype and run.host.get("bf16") == host and "bfloat16" not in run.host
 
 
-def test_two_names_that_disagree_are_refused():
+def test_two_names_that_disagree_and_a_wrong_value_are_refused():
+    with pytest.raises(ConfigError, match="bfloat16: 'yes'; write a JSON object"):
+        loaded(bfloat16="yes")
     with pytest.raises(ConfigError, match="bfloat16: {'enabled': True} and bf16: {'enabled': False}"):
         loaded(bfloat16={"enabled": True}, bf16={"enabled": False})

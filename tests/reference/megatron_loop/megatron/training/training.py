@@ -245,7 +245,7 @@ def save_checkpoint(
 def load_checkpoint(model, optimizer, scheduler, checkpointing_context=None):
     args = get_args()
     tracker = Path(args.load) / "latest_checkpointed_iteration.txt"
-    if not tracker.exists():
+    if not tracker.exists() and not args.ckpt_step:
         return 0, 0
     iteration = args.ckpt_step or int(tracker.read_text())
     folder = Path(args.load) / f"iter_{iteration:07d}"
