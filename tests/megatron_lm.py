@@ -49,6 +49,7 @@ def logged(output: str) -> tuple[dict[int, dict[str, str]], list[str]]:
     found = {}
     for line in output.splitlines():
         if match := re.search(r" iteration +(\d+)/ +\d+ \| (consumed samples.*)", line):
-            parts = [re.sub(r"\s+", " ", part).strip() for part in match[2].split("|")]
+            # behind the last bar another rank's words may follow
+            parts = [re.sub(r"\s+", " ", part).strip() for part in match[2].split("|")[:-1]]
             found[int(match[1])] = dict(part.split(": ") for part in parts if ": " in part and "time" not in part)
     return found, re.findall(r"validation loss at (.*?value: \S+)", output)

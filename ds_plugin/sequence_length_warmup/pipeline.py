@@ -108,7 +108,8 @@ class PipelineLengths:
             self._kept.append(batch)
         engine.batch_fn = None  # the user's function has seen the micro-batch, and nothing is to be cut
         try:
-            fly(engine, whole)
+            with preflight.remedy(self.warmup.full, preflight.MEANS):
+                fly(engine, whole)
         finally:
             engine.batch_fn = self._batch
             if reader is not None:
@@ -135,7 +136,7 @@ def fly(engine: Any, micro_batch: Any) -> None:
     engine.total_loss = engine.total_additional_losses = None
     setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
     try:
-        with preflight._untouched(engine.module):
+        with preflight.untouched(engine.module):
             count = min(engine.micro_batches, engine.num_stages)
             getattr(engine, compat.PIPELINE_RUN)(compat.forward_backward(count, engine.num_stages, engine.stage_id))
     finally:

@@ -14,6 +14,8 @@ from ds_plugin import compat
 from ds_plugin.run import rng
 from ds_plugin.sequence_length_warmup.batch import COMPANION_NAMES, MASK_NAMES, TOKEN_NAMES
 
+MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or a higher ZeRO stage"
+
 
 def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call ``engine.module`` and differentiate the mean of its output by its parameters; the result is dropped.
@@ -26,7 +28,7 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
     hooks = [p.register_hook(lambda grad: grad.new_zeros(()).expand_as(grad)) for p in parameters]
     try:
-        with _untouched(engine.module), compat.autocast(engine):
+        with untouched(engine.module), compat.autocast(engine):
             output = engine.module(*args, **kwargs)
             means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
             if means:
@@ -60,9 +62,25 @@ def lengthened(arguments: Mapping[str, Any], length: int, full: int) -> dict[str
 
 
 @contextlib.contextmanager
-def _untouched(module: torch.nn.Module) -> Iterator[None]:
+def remedy(length: int, means: str) -> Iterator[None]:
+    """An out-of-memory in the block says that it came from the preflight, and by which ``means`` a step fits."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, and "
+            f'neither will training at the end of the warmup; use {means}, or write "preflight": false to find out then'
+        )
+        raise
+
+
+@contextlib.contextmanager
+def untouched(module: torch.nn.Module) -> Iterator[None]:
+    """The module's buffers and this rank's random streams are afterwards what they were before the block."""
     streams = rng.capture()
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    buffers = [
+        (buffer, buffer.clone()) for _, buffer in module.named_buffers()
+    ]  # "buffers" is a list in Megatron's DDP
     try:
         yield
     finally:

@@ -200,7 +200,8 @@ class SequenceLengthWarmup:
             kwargs = grown
         else:  # samples may be longer than the longest that is trained
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
-        preflight.run(self.engine, args, kwargs)
+        with preflight.remedy(self.full, preflight.MEANS):
+            preflight.run(self.engine, args, kwargs)
 
     def _default_shorten(self) -> Shorten:
         if self.config.mode == "mask":

@@ -65,10 +65,16 @@ class Cut:
             DataError: as `cut`, for the longest of the lengths.
         """
         try:
-            self._ahead.append(next(self._source))
+            batch = self.ahead()
         except StopIteration:  # a run that has reached its end reads nothing
             return
-        cut(self._ahead[0], full)
+        cut(batch, full)
+
+    def ahead(self) -> Any:
+        """The batch that comes next, whole; it still comes. Raises StopIteration if there is none."""
+        if not self._ahead:
+            self._ahead.append(next(self._source))
+        return self._ahead[0]
 
     def __iter__(self) -> "Cut":
         return self

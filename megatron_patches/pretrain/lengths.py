@@ -7,6 +7,8 @@ from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.plan import plan
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
 
+_FREE = {"preflight", "report_interval"}  # fields of the section that a resumed run may have otherwise
+
 
 class Lengths:
     """The schedule on one run. Tokens are of all ranks together; every rank counts the same, asking no other."""
@@ -74,12 +76,15 @@ class Lengths:
             self.iterations, self.trained = iteration, samples * self.full
             return
         for name, value in self._fixed().items():
-            if state.get(name) != value:
+            there = state.get(name)
+            if isinstance(there, dict):
+                there = {field: said for field, said in there.items() if field not in _FREE}
+            if there != value:
                 raise CheckpointError(
-                    f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
+                    f"sequence_length_warmup: the checkpoint was trained with {name} {there!r}, this run has "
                     f"{value!r}; give the same section and layout"
                 )
         self.iterations, self.trained = state["iterations"], state["trained"]
 
     def _fixed(self) -> dict[str, Any]:
-        return {"section": self.config.model_dump(mode="json"), "multiple_of": self.schedule.multiple_of}
+        return {"section": self.config.model_dump(mode="json", exclude=_FREE), "multiple_of": self.schedule.multiple_of}

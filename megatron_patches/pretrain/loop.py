@@ -5,7 +5,8 @@ which take the host's function first. What a run is made of comes with the host'
 
 setup_model_and_optimizer    the options are checked; model and optimizer are taken note of; the state is loaded
 build_..._data_iterators     training batches are cut to the iteration's length, validation batches can be seen again
-train_step                   ``args.seq_length`` is the iteration's length; after it tokens are booked, a snapshot taken
+train_step                   ``args.seq_length`` is the iteration's length, before the first short one once the full
+                             one; after it tokens are booked, a snapshot taken
 num_floating_point_operations, training_log, compute_throughputs_and_append_to_progress_log
                              count what was trained
 evaluate_and_print_results   at full length, on the weights and then on their average, on the same batches
@@ -15,6 +16,7 @@ save_checkpoint              our files first, with ``save_average`` the average'
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.finite import finite_everywhere
 from ds_plugin.weight_averaging.megatron_shards import find_megatron_shards
-from megatron_patches.pretrain import state
+from megatron_patches.pretrain import preflight, state
 from megatron_patches.pretrain.batches import Cut, Replay
 from megatron_patches.pretrain.lengths import Lengths
 from megatron_patches.pretrain.options import check_options, layout_multiple
@@ -49,6 +51,7 @@ class Loop:
         self._get_args = get_args
         self._ready = False  # model, optimizer and state are there
         self._last = 0  # length of the iteration that ran last
+        self._flown = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
         self._loaded: tuple[Path, int] | None = None
         self._validation: list[Replay] = []
         self._mark = ""  # behind the names of what is written, while an average is evaluated
@@ -126,6 +129,9 @@ class Loop:
             raise StateError("weight_averaging: a training step while the averaged weights are swapped in")
         if self.lengths is not None:
             self._last = self.lengths.length
+            if not self._flown and self._last < self.lengths.full:
+                self._flown = True
+                host = functools.partial(preflight.before, host, self.lengths.full, self._get_args())
         with self._at_length(self._last):
             result = host(*args, **kwargs)
         _, skipped, _, leaves, _, norm, *_ = result

@@ -1,4 +1,4 @@
-"""The methods in Megatron-LM's training loop: on the stand-in of tests/reference/megatron_loop, and on a checkout.
+"""The methods in Megatron-LM's training loop, on the stand-in of tests/reference/megatron_loop.
 
 The stand-in has the names and calls of the host's loop over the real megatron-core; what is compared on it is bitwise.
 """
@@ -8,11 +8,8 @@ import importlib.metadata
 import io
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,19 +18,17 @@ import torch
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, PluginError
-from ds_plugin.run import plan_inputs
-from ds_plugin.weight_averaging.merge import merge
-from megatron_patches.completep import rules
-from tests import harness
-from tests.megatron_lm import logged, real
+from megatron_patches.pretrain import preflight
 from tests.reference import averaging
-from tests.unit.weight_averaging.test_merge_torch_dist import read as read_tensors
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
 SCRIPT = FOLDER / "pretrain_small.py"
 FULL, STEPS, BATCH = 32, 8, 4
 LENGTHS = [8, 16, 16, 24, 32, 32, 32, 32]  # 8 + 24 * step / 5, floored to a multiple of 8
-WARMUP = {"enabled": True, "start_length": 8, "end_length": FULL, "duration": {"steps": 5}, "multiple_of": 8}
+WARMUP = {
+    "enabled": True, "start_length": 8, "end_length": FULL, "duration": {"steps": 5}, "multiple_of": 8,
+    "preflight": False,  # what is trained on is compared with a twin's; the preflight has tests of its own
+}  # fmt: skip
 AVERAGING = {"enabled": True, "interval": 2, "window": 2}
 OPTIONS = {
     "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
@@ -41,7 +36,7 @@ OPTIONS = {
     "global_batch_size": BATCH, "train_iters": STEPS, "lr": 0.01, "min_lr": 0.001, "lr_decay_iters": STEPS,
     "eval_interval": 4, "eval_iters": 1, "save": None, "save_interval": 4, "load": None, "ckpt_step": None,
     "finetune": False, "no_save_optim": None, "save_retain_interval": None, "async_save": False,
-    "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [],
+    "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [], "dropout": 0.0,
 }  # fmt: skip
 LAYOUTS = {
     "tensor": {"tensor_model_parallel_size": 2, "num_layers": 1},
@@ -65,9 +60,10 @@ def run(folder, sections, options, twin=None):
     warned = io.StringIO()
     logging.getLogger("ds_plugin").addHandler(logging.StreamHandler(warned))
     arguments = ["--options", json.dumps({**OPTIONS, **options})]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as out:
         code = script.run([str(SCRIPT), *arguments, "--ds-plugin-config", str(file)])
     record = {"code": code, "said": said.getvalue(), "warned": warned.getvalue(), **training.RECORD}
+    record["out"] = out.getvalue()
     return {**record, "full": training.get_args().seq_length}
 
 
@@ -160,6 +156,115 @@ def written_where_a_writer_is(hooked, plain, iterations, marks):
     assert found["tensorboard"] == scalars and found["wandb"] == logged
     assert expected["tensorboard"] == [entry for entry in scalars if "averaged" not in entry[0]]
     assert expected["wandb"] == [entry for entry in logged if "averaged" not in str(entry)]
+
+
+FLOWN = {**WARMUP, "preflight": True, "learning_rate": {"by": "tokens"}}
+
+
+def of_adam(training):
+    """Record how much room the preflight takes for Adam's state, and how much that has once there is one."""
+    from megatron_patches.pretrain.preflight import state_to_come
+
+    setup, evaluate = training.setup_model_and_optimizer, training.evaluate_and_print_results
+    kept = []
+
+    def bytes_to_come():
+        return sum(tensor.nbytes for tensor in state_to_come(kept[0]))
+
+    def set_up(*args, **kwargs):
+        model, optimizer, scheduler = setup(*args, **kwargs)
+        kept.append(optimizer)
+        training.RECORD["room"].append(bytes_to_come())
+        return model, optimizer, scheduler
+
+    def with_states(*args, **kwargs):
+        inner = [single.optimizer for single in kept[0].chained_optimizers]
+        states = [state for optimizer in inner for state in optimizer.state.values()]
+        found = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
+        training.RECORD["state"].append((found, bytes_to_come()))
+        return evaluate(*args, **kwargs)
+
+    training.setup_model_and_optimizer, training.evaluate_and_print_results = set_up, with_states
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
+    """Passes at full length before the first short iteration, of a resumed run, too: everything else is as without."""
+    options = {**LAYOUTS[layout], "dropout": 0.1, "save": str(tmp_path / "run"), "save_interval": 2}
+    sections = {"sequence_length_warmup": FLOWN, "weight_averaging": AVERAGING, "completep": RECIPE}
+    without = {**sections, "sequence_length_warmup": {**FLOWN, "preflight": False}}
+    micro_batches = 1 if layout == "data" else 2
+    for resumed in (False, True):  # the stand-in's checkpoints have no random streams: a resumed run draws anew
+        load = {**options, "load": options["save"], "ckpt_step": 2, "save": None} if resumed else options
+        flown = workers(2).run(run, str(tmp_path), sections, load, twin=of_adam)
+        plain = workers(2).run(run, str(tmp_path), without, {**load, "save": None})
+        for found, expected in zip(flown, plain, strict=True):
+            assert found["code"] == expected["code"] == 0
+            trained = expected["train"]
+            assert len({shape for shape, _ in trained}) == 4 - resumed and trained[0][0] != (2, FULL)
+            assert found["train"] == [((2, FULL), trained[0][1])] * micro_batches + trained
+            for name in ("losses", "lr", "tokens of the log", "eval", "operations"):
+                assert found[name] == expected[name], name
+            for one, other in zip(found["weights"], expected["weights"], strict=True):
+                assert same(one, other) == []
+            assert [e[:4] for e in found["evaluations"]] == [e[:4] for e in expected["evaluations"]]
+            state, to_come = found["state"][0]
+            assert found["room"] == [0 if resumed else state] and state > 0 == to_come
+        said = "sequence length warmup: preflight: an iteration at 32 tokens fits"
+        assert [said in found["out"] for found in (*flown, *plain)] == [True, False, False, False]
+
+
+def out_of_memory(training):
+    """The host's passes of more than 24 tokens fail, as they would on a GPU."""
+    schedule = training.get_forward_backward_func
+
+    def limited(*, seq_length, **settings):
+        if seq_length > 24:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return schedule()(seq_length=seq_length, **settings)
+
+    training.get_forward_backward_func = lambda: limited
+
+
+def notes_of(*args):
+    try:
+        run(*args, twin=out_of_memory)
+    except torch.OutOfMemoryError as error:
+        return error.__notes__, sys.modules["megatron.training.training"].RECORD["losses"]
+    return None
+
+
+def test_an_out_of_memory_shows_before_the_first_iteration(workers, tmp_path):
+    for notes, losses in workers(2).run(notes_of, str(tmp_path), {"sequence_length_warmup": FLOWN}, LAYOUTS["data"]):
+        assert "a step at the full length of 32 tokens, does not fit" in notes[0] and "--micro-batch-size" in notes[0]
+        assert losses == []
+
+
+def test_what_the_preflight_could_not_put_back_leaves_it_out(workers, tmp_path):
+    options = {**LAYOUTS["data"], "qk_clip": True, "train_iters": 1}
+    ranks = workers(2).run(run, str(tmp_path), {"sequence_length_warmup": FLOWN}, options)
+    assert [found["code"] for found in ranks] == [0, 0]
+    assert [shape for found in ranks for shape, _ in found["train"]] == [(2, 8)] * 2
+    assert "preflight: none at 32 tokens, since --qk-clip keeps" in ranks[0]["out"]
+    by_default = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed"), SimpleNamespace(fp8=None, fp8_recipe="delayed")
+    assert [preflight.left_out(options) is None for options in by_default] == [False, True]
+
+
+def test_the_preflights_room_is_the_optimizers_own():
+    """By the dtypes that a precision-aware Adam is told, whose masters are state; none where it cannot be known."""
+    weight = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
+    aware = {"use_precision_aware_optimizer": True, "main_params_dtype": torch.float32, "exp_avg_dtype": torch.bfloat16}
+
+    def room(inner, **config):
+        single = SimpleNamespace(optimizer=inner, config=SimpleNamespace(**config))
+        return sum(tensor.nbytes for tensor in preflight.state_to_come(single))
+
+    inner = SimpleNamespace(param_groups=[{"params": [weight]}], state={})
+    assert room(inner, optimizer="adam") == 80 and room(inner, optimizer="adam", **aware) == 100
+    assert room(inner, optimizer="sgd") == room(inner, optimizer="adam", optimizer_cpu_offload=True) == 0
+    assert room(None, optimizer="adam") == 0
+    inner.state[weight] = {"exp_avg": weight}
+    assert room(inner, optimizer="adam") == 0
 
 
 def test_averages_of_several_horizons_are_written_apart(workers, tmp_path):
@@ -480,214 +585,3 @@ def test_a_missing_name_is_one_error_and_nothing_is_patched(workers):
     [(told, untouched, count, again, other)] = workers(1).run(lacking, "train_step")
     assert "has no train_step" in told and importlib.metadata.version("megatron-core") in told and str(FOLDER) in told
     assert untouched and count == again == 12 + 3 and "one configuration holds in a process" in other
-
-
-# -- a checkout of Megatron-LM -----------------------------------------------------------------------------------------
-CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
-
-
-def test_a_checkout_is_tested_or_its_absence_is_said():
-    if CHECKOUT is None:
-        assert "MEGATRON_LM_PATH" not in os.environ
-        warnings.warn(
-            "MEGATRON_LM_PATH is not set: Megatron-LM's own script was not run, only the stand-in; set it to a "
-            "checkout of core_r0.16.0 (Python 3.12 or newer: of main), and select the slow tests",
-            stacklevel=1,
-        )
-    else:
-        assert Path(CHECKOUT, "pretrain_gpt.py").is_file()
-
-
-def finished(started):
-    with started:
-        done = started.wait(1500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
-
-
-UNTOUCHED = """
-import sys
-import warnings
-from pathlib import Path
-from megatron_patches.pretrain import script
-
-if __name__ == "__main__":
-    script.prepare_host(Path(sys.argv[1]))
-    sys.argv = sys.argv[1:]
-    script.execute(Path(sys.argv[0]))
-"""
-
-RECIPES = {"gpt-tiny_all_megatron-2xcpu": 2, "llama-7b_all_megatron-64xh100": 64}  # and their ranks
-PARSED = """
-import sys
-from pathlib import Path
-from ds_plugin.config import PluginConfig, load_json
-from megatron_patches.pretrain import options, script
-
-recipe = load_json(sys.argv[1])
-script.prepare_host(Path(sys.argv[2]))
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
-from megatron_patches.completep import prepare
-
-del sys.argv[1:3]
-args = parse_args()
-validate_args(args)
-sections = PluginConfig.from_dict(recipe)
-options.check_options(sections, args)
-config, spec = core_transformer_config_from_args(args), get_gpt_layer_local_spec(normalization=args.normalization)
-scaled, _ = prepare(config, spec, sections.completep.on_megatron())
-sizes = config.num_layers, config.hidden_size, config.kv_channels
-print("PARSED", args.data_parallel_size, *sizes, scaled.softmax_scale)
-"""
-
-if CHECKOUT is not None:
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(600)
-    @pytest.mark.parametrize("recipe", RECIPES)
-    def test_the_checkout_takes_the_recipe(recipe):
-        """Its own parser, checks and model config, at the recipe's ranks; the plan is of the same model and layout."""
-        file, ranks = harness.ROOT / "configs" / f"{recipe}.json", RECIPES[recipe]
-        job = plan_inputs.read_job(file, ranks)
-        place = {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        given = [*plan_inputs.arguments(job.options), "--no-rope-fusion"]  # that wants TransformerEngine
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                PARSED,
-                file,
-                Path(CHECKOUT, "pretrain_gpt.py"),
-                *given,
-            ],
-            env={**os.environ, **place},
-            cwd=harness.ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = next(line for line in done.stdout.splitlines() if line.startswith("PARSED")).split()[1:]
-        model, section = job.settings.model, job.settings.plugin.completep
-        head = model.hidden_size // model.num_attention_heads
-        scale = None if section.base_head_dim == head else rules.attention_scale(head, section.base_head_dim)
-        expected = [job.layout.data, model.num_layers, model.hidden_size, head, scale]
-        assert found == [str(value) for value in expected]
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(7200)
-    @pytest.mark.parametrize("layout", ["torch_dist", "torch"])
-    def test_the_real_script_killed_and_resumed_equals_the_uninterrupted(tmp_path, layout):
-        """TP2 x PP2 x DP2, all three methods, through four lengths; killed after the checkpoint at iteration 30."""
-        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 40}, "multiple_of": 16}
-        sections = {
-            "sequence_length_warmup": {**warmup, "learning_rate": {"by": "tokens"}},
-            "weight_averaging": {"enabled": True, "interval": 5, "window": 3},
-            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
-        }
-        save = ["--ckpt-format", layout, "--save"]
-        whole, evaluations = logged(finished(real(CHECKOUT, tmp_path, "whole", sections, *save, tmp_path / "whole")))
-        lengths = [max(16, (16 + 48 * min(step, 40) // 40) // 16 * 16) for step in range(1, 61)]
-        assert [int(whole[step]["sequence length"]) for step in range(1, 61)] == lengths and len(set(lengths)) == 4
-        assert int(whole[60]["trained tokens"]) == 8 * sum(lengths)
-        prefixes = [line.partition(" | lm loss")[0] for line in evaluations]
-        assert prefixes[:4] == [
-            "iteration 25", "iteration 25 | average of steps 15 to 25",
-            "iteration 50", "iteration 50 | average of steps 40 to 50",
-        ]  # fmt: skip
-
-        with real(CHECKOUT, tmp_path, "killed", sections, *save, tmp_path / "killed") as killed:
-            killed.wait_for("iteration       31/", 1500)
-            before, _ = logged(killed.output)
-        assert before[30] == whole[30] and 60 not in before
-        tracker = tmp_path / "killed" / "latest_checkpointed_iteration.txt"
-        assert tracker.read_text() == "30"
-        again = [*save, tmp_path / "killed", "--load", tmp_path / "killed"]
-        resumed, later = logged(finished(real(CHECKOUT, tmp_path, "killed", sections, *again)))
-        assert min(resumed) == 31 and later == evaluations[2:]
-        for step in range(31, 61):
-            names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there the host logs a mean of two
-            assert {n: resumed[step][n] for n in names} == {n: whole[step][n] for n in names}, step
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(3600)
-    def test_the_real_script_with_hooks_that_change_nothing_logs_what_it_logs_alone(tmp_path):
-        (tmp_path / "untouched.py").write_text(UNTOUCHED)
-        few = ["--train-iters", "8", "--eval-interval", "4", "--lr-warmup-iters", "2"]
-        alone, evaluations = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *few, program="untouched")))
-        still = {"enabled": True, "start_length": 64, "end_length": 64, "duration": {"steps": 5}}
-        sections = {
-            "sequence_length_warmup": {**still, "learning_rate": {"by": "tokens"}},
-            "weight_averaging": {"enabled": True, "interval": 2, "start_step": 1000},
-        }
-        hooked, same_evaluations = logged(finished(real(CHECKOUT, tmp_path, "hooked", sections, *few)))
-        off, off_evaluations = logged(finished(real(CHECKOUT, tmp_path, "off", {}, *few)))
-        assert off == alone and off_evaluations == same_evaluations == evaluations and len(evaluations) == 4
-        ours = ("sequence length", "trained tokens")
-        assert {s: {n: v for n, v in line.items() if n not in ours} for s, line in hooked.items()} == alone
-        assert sorted(alone) == list(range(1, 9))
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(3600)
-    def test_the_average_beside_a_real_checkpoint_is_the_mean_of_checkpoints(tmp_path):
-        """Saved at TP2 x PP2 x DP2; bit for bit the offline merge of the run's own; and trained on from at one rank."""
-        sections = {"weight_averaging": {"enabled": True, "interval": 2, "window": 3, "save_average": True}}
-        save = ["--ckpt-format", "torch_dist", "--save", tmp_path / "run", "--save-interval", "2"]
-        few = ["--eval-interval", "100", "--lr-warmup-iters", "2", "--lr-decay-iters", "6"]
-        finished(real(CHECKOUT, tmp_path, "run", sections, *save, *few, "--train-iters", "6"))
-        averaged = tmp_path / "run" / "averaged"
-        assert (averaged / "latest_checkpointed_iteration.txt").read_text() == "6"
-        merge([tmp_path / "run" / f"iter_{n:07d}" for n in (2, 4, 6)], tmp_path / "merged")
-        expected = read_tensors(tmp_path / "merged")
-        found = read_tensors(averaged / "iter_0000006")
-        names = [name for name in expected if "decoder" in name or "embedding" in name or "output_layer" in name]
-        assert len(names) >= 10 and [name for name in names if not torch.equal(found[name], expected[name])] == []
-        assert not any("optimizer" in name for name in found)
-        one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--global-batch-size", "2"]
-        load = ["--load", averaged, "--train-iters", "6", "--ckpt-format", "torch_dist", *few, *one]
-        started = finished(real(CHECKOUT, tmp_path, "again", {}, *load, "--finetune", ranks=1))
-        assert min(logged(started)[0]) == 1 and "successfully loaded checkpoint" in started
-        with real(CHECKOUT, tmp_path, "resumed", sections, *load, ranks=1) as resumed:
-            done = resumed.wait(600)
-        assert done.returncode != 0 and "no optimizer state; give --finetune" in done.stdout
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(3600)
-    def test_stock_code_runs_a_checkpoint_of_completep(tmp_path):
-        """Folded, as it is where the JSON does not say: the script alone has the same losses on the same batches."""
-        (tmp_path / "untouched.py").write_text(UNTOUCHED)
-        few = ["--train-iters", "6", "--eval-interval", "6", "--lr-warmup-iters", "2", "--ckpt-format", "torch_dist"]
-        losses = {}
-        for residual in ({}, {"residual": "forward"}):
-            folder = tmp_path / residual.get("residual", "not said")
-            sections = {"completep": {"enabled": True, "base_width": 16, "base_depth": 2, **residual}}
-            _, trained = logged(finished(real(CHECKOUT, tmp_path, "run", sections, *few, "--save", folder)))
-            load = [*few, "--load", folder, "--finetune", "--skip-train"]
-            _, alone = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *load, program="untouched")))
-            assert trained[0].startswith("iteration 6 |") and alone[0].startswith("iteration 0 on validation set")
-            losses[folder.name] = [line.rpartition(" ")[2] for line in (trained[0], alone[0])]
-        assert losses["not said"][0] == losses["not said"][1] and losses["forward"][0] != losses["forward"][1]
-
-    @pytest.mark.slow
-    @pytest.mark.timeout(600)
-    def test_the_launch_script_on_two_nodes(tmp_path):
-        """Of one process each; a node without a number is told what is missing before anything starts."""
-        place = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()), "PROCESSES": "1"}
-        environment = {**os.environ, **place, "MEGATRON": CHECKOUT, "DS_PLUGIN_PYTHON": sys.executable}
-        few = ["--train-iters", "5", "--lr-warmup-iters", "2", "--eval-iters", "0"]
-        command = ["bash", harness.ROOT / "launch_scripts" / "pretrain_megatron.sh", *few]
-
-        def started(name, **more):
-            with open(tmp_path / name, "w") as said:
-                return subprocess.Popen(command, env={**environment, **more}, stdout=said, stderr=subprocess.STDOUT)
-
-        nodes = [started(number, NODE_RANK=number) for number in "01"] + [started("nameless")]
-        try:
-            codes = [node.wait(500) for node in nodes]
-        finally:
-            for node in nodes:
-                node.terminate()  # torchrun ends its processes
-        first, second, nameless = [(tmp_path / name).read_text() for name in ("0", "1", "nameless")]
-        assert codes == [0, 0, 1], first
-        assert list(logged(second)[0]) == [1, 5] and "world size: 2, data-parallel size: 2" in first
-        assert "give each node its number" in nameless

@@ -20,7 +20,8 @@ def model_provider(pre_process=True, post_process=True):
     training.RECORD["models built"].append(args.seq_length)
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True,
-        tensor_model_parallel_size=args.tensor_model_parallel_size, attention_dropout=0.0, hidden_dropout=0.0,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        attention_dropout=args.dropout, hidden_dropout=args.dropout,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size, pipeline_dtype=torch.float32,
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
         bias_activation_fusion=False,

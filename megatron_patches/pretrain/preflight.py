@@ -1,0 +1,156 @@
+"""An iteration's forward and backward passes at full length before the first short one, so that an out-of-memory shows
+at once, and not when the warmup has come so far.
+
+They are the host's own: its schedule, its number of micro-batches, its reduction of gradients. The optimizer does not
+step.
+"""
+
+import contextlib
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin.errors import PluginError
+from ds_plugin.sequence_length_warmup.preflight import remedy, untouched
+from megatron_patches.pretrain.batches import cut
+
+TrainStep = Callable[..., Any]
+_GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
+_SAYS = "sequence length warmup: preflight"
+
+
+def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``train_step(*args, **kwargs)``, the host's, with passes at ``length`` tokens before its own.
+
+    They train on the next micro-batch, which is read ahead, and with room taken for the optimizer's state. Gradients,
+    buffers, random streams and what the host sums up for its log are put back: the run that follows is bit for bit the
+    run without them. Rank 0 prints how it went.
+
+    Raises:
+        PluginError: the host calls its step, or the step its passes, in another way than the tested versions.
+        torch.OutOfMemoryError: with a note that names the remedies.
+    """
+    if (why := left_out(options)) is not None:
+        _print(f"none at {length} tokens, since {why}")
+        return train_step(*args, **kwargs)
+    call = inspect.signature(train_step).bind(*args, **kwargs)
+    _need(call.arguments, _GIVEN, "train_step")
+    passes, iterators, model, optimizer, config = (call.arguments[name] for name in _GIVEN)
+    flown = False
+
+    def with_preflight(**settings: Any) -> Any:
+        nonlocal flown
+        if not flown:
+            flown = True
+            _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
+            longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(_silent(options, length, config))
+                for chunk in model:
+                    stack.enter_context(untouched(chunk))
+                stack.enter_context(
+                    remedy(length, "a smaller --micro-batch-size, more recomputation or a wider layout")
+                )
+                room = state_to_come(optimizer)
+                passes(**{**settings, **longest})
+                del room
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            _print(f"an iteration at {length} tokens fits{_peak(model)}")
+        return passes(**settings)
+
+    call.arguments["forward_backward_func"] = with_preflight
+    return train_step(*call.args, **call.kwargs)
+
+
+def left_out(options: Any) -> str | None:
+    """Why there is none with these options, which keep more between iterations than is put back here. None: there is.
+
+    Args:
+        options: Megatron-LM's.
+    """
+    if getattr(options, "fp8", None) and getattr(options, "fp8_recipe", "delayed") == "delayed":
+        return "--fp8-recipe delayed keeps the largest values of iterations before"
+    for name in ("qk_clip", "log_max_attention_logit"):
+        if getattr(options, name, False):
+            return f"--{name.replace('_', '-')} keeps the largest attention logits until the optimizer steps"
+    return None
+
+
+def repeated(iterators: Any, length: int) -> Any:
+    """In place of the loop's iterators (one, a list for virtual stages, None where none is read): their next
+    micro-batch, without end, at ``length`` tokens. Each time it is another dictionary, since hosts write into them.
+    """
+    if isinstance(iterators, list):
+        return [repeated(each, length) for each in iterators]
+    if iterators is None:
+        return None
+    batch = iterators.iterable.ahead()
+    return (cut(batch, length) for _ in itertools.count())
+
+
+def state_to_come(optimizer: Any) -> list[torch.Tensor]:
+    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet."""
+    room = []
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        config, inner = single.config, single.optimizer
+        if inner is None or config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False):
+            continue
+        kinds = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+        if getattr(config, "use_precision_aware_optimizer", False):
+            kinds.append(config.main_params_dtype)  # masters are state, too
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state.get(parameter):
+                    room += [torch.empty_like(parameter, dtype=kind) for kind in kinds]
+    return room
+
+
+@contextlib.contextmanager
+def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
+    """The host at ``length``; its timers, its checks for unlucky iterations and its sums know nothing of it."""
+    rerun = importlib.import_module("megatron.core.rerun_state_machine")
+    machine = rerun.get_rerun_state_machine()
+    before = options.seq_length, config.timers, machine.get_mode()
+    options.seq_length, config.timers = length, None
+    machine.set_mode(rerun.RerunMode.DISABLED)
+    try:
+        yield
+    finally:
+        options.seq_length, config.timers = before[:2]
+        machine.set_mode(before[2])
+    if getattr(options, "num_experts", None):
+        importlib.import_module("megatron.core.transformer.moe.moe_utils").clear_aux_losses_tracker()
+    if getattr(options, "mtp_num_layers", None):
+        prediction = importlib.import_module("megatron.core.transformer.multi_token_prediction")
+        if (sums := prediction.MTPLossLoggingHelper.tracker.get("values")) is not None:
+            sums.zero_()
+
+
+def _peak(chunks: Sequence[torch.nn.Module]) -> str:
+    """The fullest GPU's, from the process's start on; every rank calls it. Nothing on the CPU."""
+    if not all(parameter.is_cuda for chunk in chunks for parameter in chunk.parameters()):
+        return ""  # it is asked of the weights: without a GPU, `cpu_host` says that there is one
+    most = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda", dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    total = torch.cuda.get_device_properties(most.device).total_memory
+    return f", with at most {most.item() / 2**30:.1f} of {total / 2**30:.1f} GiB allocated on a GPU"
+
+
+def _print(said: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"{_SAYS}: {said}", flush=True)
+
+
+def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None:
+    if lacking := [name for name in names if name not in given]:
+        raise PluginError(
+            f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}; use a "
+            'version this plugin was tested with (core 0.16 or 0.20), or write "preflight": false'
+        )

@@ -1,0 +1,250 @@
+"""The methods in Megatron-LM's own script, of the checkout at ``MEGATRON_LM_PATH``, on CPU processes."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_plugin.run import plan_inputs
+from ds_plugin.weight_averaging.merge import merge
+from megatron_patches.completep import rules
+from tests import harness
+from tests.megatron_lm import logged, real
+from tests.unit.weight_averaging.test_merge_torch_dist import read as read_tensors
+
+CHECKOUT = os.environ.get("MEGATRON_LM_PATH")
+
+
+def test_a_checkout_is_tested_or_its_absence_is_said():
+    if CHECKOUT is None:
+        assert "MEGATRON_LM_PATH" not in os.environ
+        warnings.warn(
+            "MEGATRON_LM_PATH is not set: Megatron-LM's own script was not run, only the stand-in; set it to a "
+            "checkout of core_r0.16.0 (Python 3.12 or newer: of main), and select the slow tests",
+            stacklevel=1,
+        )
+    else:
+        assert Path(CHECKOUT, "pretrain_gpt.py").is_file()
+
+
+def finished(started):
+    with started:
+        done = started.wait(1500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+UNTOUCHED = """
+import sys
+import warnings
+from pathlib import Path
+from megatron_patches.pretrain import script
+
+if __name__ == "__main__":
+    script.prepare_host(Path(sys.argv[1]))
+    sys.argv = sys.argv[1:]
+    script.execute(Path(sys.argv[0]))
+"""
+
+DROPOUT = " --attention-dropout 0.1 --hidden-dropout 0.1 "
+FLOWN = {  # layout by its number of ranks
+    "8 3D": DROPOUT + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 ",
+    "4 virtual": "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 --num-layers 8 "
+    "--num-layers-per-virtual-pipeline-stage 1 --no-overlap-p2p-communication ",
+    "2 overlapped": "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --overlap-grad-reduce "
+    "--overlap-param-gather --mtp-num-layers 1 --position-embedding-type rope" + DROPOUT,
+}
+
+RECIPES = {"gpt-tiny_all_megatron-2xcpu": 2, "llama-7b_all_megatron-64xh100": 64}  # and their ranks
+PARSED = """
+import sys
+from pathlib import Path
+from ds_plugin.config import PluginConfig, load_json
+from megatron_patches.pretrain import options, script
+
+recipe = load_json(sys.argv[1])
+script.prepare_host(Path(sys.argv[2]))
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from megatron_patches.completep import prepare
+
+del sys.argv[1:3]
+args = parse_args()
+validate_args(args)
+sections = PluginConfig.from_dict(recipe)
+options.check_options(sections, args)
+config, spec = core_transformer_config_from_args(args), get_gpt_layer_local_spec(normalization=args.normalization)
+scaled, _ = prepare(config, spec, sections.completep.on_megatron())
+sizes = config.num_layers, config.hidden_size, config.kv_channels
+print("PARSED", args.data_parallel_size, *sizes, scaled.softmax_scale)
+"""
+
+if CHECKOUT is not None:
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("recipe", RECIPES)
+    def test_the_checkout_takes_the_recipe(recipe):
+        """Its own parser, checks and model config, at the recipe's ranks; the plan is of the same model and layout."""
+        file, ranks = harness.ROOT / "configs" / f"{recipe}.json", RECIPES[recipe]
+        job = plan_inputs.read_job(file, ranks)
+        place = {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        given = [*plan_inputs.arguments(job.options), "--no-rope-fusion"]  # that wants TransformerEngine
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                PARSED,
+                file,
+                Path(CHECKOUT, "pretrain_gpt.py"),
+                *given,
+            ],
+            env={**os.environ, **place},
+            cwd=harness.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = next(line for line in done.stdout.splitlines() if line.startswith("PARSED")).split()[1:]
+        model, section = job.settings.model, job.settings.plugin.completep
+        head = model.hidden_size // model.num_attention_heads
+        scale = None if section.base_head_dim == head else rules.attention_scale(head, section.base_head_dim)
+        expected = [job.layout.data, model.num_layers, model.hidden_size, head, scale]
+        assert found == [str(value) for value in expected]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(7200)
+    @pytest.mark.parametrize("layout", ["torch_dist", "torch"])
+    def test_the_real_script_killed_and_resumed_equals_the_uninterrupted(tmp_path, layout):
+        """TP2 x PP2 x DP2, all three methods, through four lengths; killed after the checkpoint at iteration 30."""
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 40}, "multiple_of": 16}
+        sections = {
+            "sequence_length_warmup": {**warmup, "learning_rate": {"by": "tokens"}},
+            "weight_averaging": {"enabled": True, "interval": 5, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
+        }
+        save = ["--ckpt-format", layout, "--save"]
+        whole, evaluations = logged(finished(real(CHECKOUT, tmp_path, "whole", sections, *save, tmp_path / "whole")))
+        lengths = [max(16, (16 + 48 * min(step, 40) // 40) // 16 * 16) for step in range(1, 61)]
+        assert [int(whole[step]["sequence length"]) for step in range(1, 61)] == lengths and len(set(lengths)) == 4
+        assert int(whole[60]["trained tokens"]) == 8 * sum(lengths)
+        prefixes = [line.partition(" | lm loss")[0] for line in evaluations]
+        assert prefixes[:4] == [
+            "iteration 25", "iteration 25 | average of steps 15 to 25",
+            "iteration 50", "iteration 50 | average of steps 40 to 50",
+        ]  # fmt: skip
+
+        with real(CHECKOUT, tmp_path, "killed", sections, *save, tmp_path / "killed") as killed:
+            killed.wait_for("iteration       31/", 1500)
+            before, _ = logged(killed.output)
+        assert before[30] == whole[30] and 60 not in before
+        tracker = tmp_path / "killed" / "latest_checkpointed_iteration.txt"
+        assert tracker.read_text() == "30"
+        again = [*save, tmp_path / "killed", "--load", tmp_path / "killed"]
+        resumed, later = logged(finished(real(CHECKOUT, tmp_path, "killed", sections, *again)))
+        assert min(resumed) == 31 and later == evaluations[2:]
+        for step in range(31, 61):
+            names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there the host logs a mean of two
+            assert {n: resumed[step][n] for n in names} == {n: whole[step][n] for n in names}, step
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_the_real_script_with_hooks_that_change_nothing_logs_what_it_logs_alone(tmp_path):
+        (tmp_path / "untouched.py").write_text(UNTOUCHED)
+        few = ["--train-iters", "8", "--eval-interval", "4", "--lr-warmup-iters", "2"]
+        alone, evaluations = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *few, program="untouched")))
+        still = {"enabled": True, "start_length": 64, "end_length": 64, "duration": {"steps": 5}}
+        sections = {
+            "sequence_length_warmup": {**still, "learning_rate": {"by": "tokens"}},
+            "weight_averaging": {"enabled": True, "interval": 2, "start_step": 1000},
+        }
+        hooked, same_evaluations = logged(finished(real(CHECKOUT, tmp_path, "hooked", sections, *few)))
+        off, off_evaluations = logged(finished(real(CHECKOUT, tmp_path, "off", {}, *few)))
+        assert off == alone and off_evaluations == same_evaluations == evaluations and len(evaluations) == 4
+        ours = ("sequence length", "trained tokens")
+        assert {s: {n: v for n, v in line.items() if n not in ours} for s, line in hooked.items()} == alone
+        assert sorted(alone) == list(range(1, 9))
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("layout", FLOWN)
+    def test_the_preflight_leaves_no_trace_in_the_log(tmp_path, layout):
+        """Dropout draws on as without it, synchronization goes on, and what is summed up for the log is of the run."""
+        flags = FLOWN[layout] + "--train-iters 3 --lr-warmup-iters 1 --eval-interval 3 --save-interval 100"
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 3}, "multiple_of": 16}
+        found = []
+        for preflight in (True, False):
+            sections = {"sequence_length_warmup": {**warmup, "preflight": preflight}}
+            said = finished(real(CHECKOUT, tmp_path, "run", sections, *flags.split(), ranks=int(layout.split()[0])))
+            assert said.count("sequence length warmup: preflight: an iteration at 64 tokens fits") == preflight
+            found.append(logged(said))
+        assert found[0] == found[1] and [len(lines) for lines in found[0]] == [3, 3]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_the_average_beside_a_real_checkpoint_is_the_mean_of_checkpoints(tmp_path):
+        """Saved at TP2 x PP2 x DP2; bit for bit the offline merge of the run's own; and trained on from at one rank."""
+        sections = {"weight_averaging": {"enabled": True, "interval": 2, "window": 3, "save_average": True}}
+        save = ["--ckpt-format", "torch_dist", "--save", tmp_path / "run", "--save-interval", "2"]
+        few = ["--eval-interval", "100", "--lr-warmup-iters", "2", "--lr-decay-iters", "6"]
+        finished(real(CHECKOUT, tmp_path, "run", sections, *save, *few, "--train-iters", "6"))
+        averaged = tmp_path / "run" / "averaged"
+        assert (averaged / "latest_checkpointed_iteration.txt").read_text() == "6"
+        merge([tmp_path / "run" / f"iter_{n:07d}" for n in (2, 4, 6)], tmp_path / "merged")
+        expected = read_tensors(tmp_path / "merged")
+        found = read_tensors(averaged / "iter_0000006")
+        names = [name for name in expected if "decoder" in name or "embedding" in name or "output_layer" in name]
+        assert len(names) >= 10 and [name for name in names if not torch.equal(found[name], expected[name])] == []
+        assert not any("optimizer" in name for name in found)
+        one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--global-batch-size", "2"]
+        load = ["--load", averaged, "--train-iters", "6", "--ckpt-format", "torch_dist", *few, *one]
+        started = finished(real(CHECKOUT, tmp_path, "again", {}, *load, "--finetune", ranks=1))
+        assert min(logged(started)[0]) == 1 and "successfully loaded checkpoint" in started
+        with real(CHECKOUT, tmp_path, "resumed", sections, *load, ranks=1) as resumed:
+            done = resumed.wait(600)
+        assert done.returncode != 0 and "no optimizer state; give --finetune" in done.stdout
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_stock_code_runs_a_checkpoint_of_completep(tmp_path):
+        """Folded, as it is where the JSON does not say: the script alone has the same losses on the same batches."""
+        (tmp_path / "untouched.py").write_text(UNTOUCHED)
+        few = ["--train-iters", "6", "--eval-interval", "6", "--lr-warmup-iters", "2", "--ckpt-format", "torch_dist"]
+        losses = {}
+        for residual in ({}, {"residual": "forward"}):
+            folder = tmp_path / residual.get("residual", "not said")
+            sections = {"completep": {"enabled": True, "base_width": 16, "base_depth": 2, **residual}}
+            _, trained = logged(finished(real(CHECKOUT, tmp_path, "run", sections, *few, "--save", folder)))
+            load = [*few, "--load", folder, "--finetune", "--skip-train"]
+            _, alone = logged(finished(real(CHECKOUT, tmp_path, "alone", {}, *load, program="untouched")))
+            assert trained[0].startswith("iteration 6 |") and alone[0].startswith("iteration 0 on validation set")
+            losses[folder.name] = [line.rpartition(" ")[2] for line in (trained[0], alone[0])]
+        assert losses["not said"][0] == losses["not said"][1] and losses["forward"][0] != losses["forward"][1]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    def test_the_launch_script_on_two_nodes(tmp_path):
+        """Of one process each; a node without a number is told what is missing before anything starts."""
+        place = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(harness.free_port()), "PROCESSES": "1"}
+        environment = {**os.environ, **place, "MEGATRON": CHECKOUT, "DS_PLUGIN_PYTHON": sys.executable}
+        few = ["--train-iters", "5", "--lr-warmup-iters", "2", "--eval-iters", "0"]
+        command = ["bash", harness.ROOT / "launch_scripts" / "pretrain_megatron.sh", *few]
+
+        def started(name, **more):
+            with open(tmp_path / name, "w") as said:
+                return subprocess.Popen(command, env={**environment, **more}, stdout=said, stderr=subprocess.STDOUT)
+
+        nodes = [started(number, NODE_RANK=number) for number in "01"] + [started("nameless")]
+        try:
+            codes = [node.wait(500) for node in nodes]
+        finally:
+            for node in nodes:
+                node.terminate()  # torchrun ends its processes
+        first, second, nameless = [(tmp_path / name).read_text() for name in ("0", "1", "nameless")]
+        assert codes == [0, 0, 1], first
+        assert list(logged(second)[0]) == [1, 5] and "world size: 2, data-parallel size: 2" in first
+        assert "give each node its number" in nameless
