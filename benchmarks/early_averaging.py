@@ -16,28 +16,20 @@ scan.csv only. Runs that are there are not repeated: use another DIR for other s
 
 import argparse
 import math
-import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
+import small_runs
 
 import ds_plugin
-from ds_plugin.atomic import atomic_write
-from ds_plugin.run import corpus, data, startup
-from ds_plugin.run.optimizer import choose_optimizer, decay_groups
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from megatron_patches import gpt
 from megatron_patches.completep.records import read_records, write_records
-from megatron_patches.completep.trial import start_host
 
 ALL = 10**9  # an ema horizon beyond any run's number of snapshots: the plain mean of all of them, which is SWA
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the run, where steps saved are read
@@ -79,18 +71,13 @@ class Spike:
         return self.factor if self.after < step <= self.end else 1.0
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(small_runs.Small):
     """What all runs of a sweep share."""
 
     regimes: Mapping[str, Regime]
     spike: Spike
-    layers: int = 4
-    width: int = 96
-    heads: int = 2
-    length: int = 256
     eval_samples: int = 32
-    data: str = corpus.STDLIB
 
 
 @dataclass(frozen=True, order=True)
@@ -214,44 +201,33 @@ SMOKE = Plan(
 def json_of(setting: Setting, plan: Plan) -> dict[str, Any]:
     """The run's JSON. Its averager is the first of the regime's; the others are built beside it."""
     regime = plan.regimes[setting.regime]
-    warmup = {"warmup_num_steps": regime.warmup, "warmup_type": "linear"}
     first = next(iter(regime.averages.values()), None)
-    return {
-        "train_batch_size": regime.batch,
-        "train_micro_batch_size_per_gpu": regime.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 1_000_000,
-        "zero_optimization": {"stage": 0},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": setting.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
-        },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {**warmup, "total_num_steps": regime.steps, "cos_min_ratio": 0.1},
-        }
-        if regime.cosine
-        else {"type": "WarmupLR", "params": {**warmup, "warmup_max_lr": setting.lr}},
-        **({"weight_averaging": {"enabled": True, **first}} if first is not None else {}),
-    }
+    constant = {"warmup_num_steps": regime.warmup, "warmup_type": "linear", "warmup_max_lr": setting.lr}
+    scheduler = (
+        small_runs.cosine(regime.steps, regime.warmup) if regime.cosine else {"type": "WarmupLR", "params": constant}
+    )
+    config = small_runs.json_of(regime.batch, setting.lr, scheduler)
+    return config if first is None else {**config, "weight_averaging": {"enabled": True, **first}}
 
 
 def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[float]]:
-    """One run in this process, which must be a world of one rank (`prepare_process`): evaluations, training losses."""
+    """One run in this process (`small_runs.prepare_process`): evaluations, and training losses."""
     regime, spike = plan.regimes[setting.regime], plan.spike if setting.after else None
-    engine, text = _build(setting, plan, cache)
+    engine, text = small_runs.build(json_of(setting, plan), plan, setting.seed, cache)
     plugin = ds_plugin.attached(engine)
     watching = _averagers(plugin, regime)
-    batches, evaluation = _datasets(setting, plan, text, cache)
+    count = regime.steps * regime.batch
+    samples = small_runs.Samples(plan, text, cache, count=count, seed=setting.seed)
+    batches = samples.batches(regime.batch)
     points: list[Point] = []
     losses: list[float] = []
 
     def evaluate(step: int) -> None:
-        found = {"raw": _evaluate(engine, evaluation)}
+        found = {"raw": small_runs.evaluate(engine, samples.evaluation)}
         for name, averager in watching.items():
             if averager.steps:
                 with averager.averaged_weights():
-                    found[name] = _evaluate(engine, evaluation)
+                    found[name] = small_runs.evaluate(engine, samples.evaluation)
         points.extend(Point(**vars(setting), average=n, step=step, eval_loss=round(x, 5)) for n, x in found.items())
 
     engine.train()
@@ -259,7 +235,7 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
         if spike is not None:
             for group in engine.optimizer.param_groups:  # the scheduler sets it anew after every step
                 group["lr"] *= spike.factor_at(step)
-        loss = _loss(engine, next(batches))
+        loss = small_runs.loss_of(engine, next(batches))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -277,26 +253,6 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
     return points, losses
 
 
-def _build(setting: Setting, plan: Plan, cache: Path) -> tuple[Any, corpus.Corpus]:
-    model_config = gpt.GPTConfig.model_validate(
-        {
-            "num_layers": plan.layers,
-            "hidden_size": plan.width,
-            "num_attention_heads": plan.heads,
-            "seq_length": plan.length,
-        }
-    )
-    gpt.initialize_parallel(model_config, setting.seed)
-    text = corpus.prepare(plan.data, tokenizer=None, cache_dir=cache)
-    transformer = gpt.transformer_config(model_config, torch.float32)
-    model = gpt.build_gpt(model_config, text.vocab_size, transformer, gpt.layer_spec(model_config))
-    host, optimizer = choose_optimizer(json_of(setting, plan))
-    engine, *_ = ds_plugin.initialize(
-        model=model, config=host, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
-    )
-    return engine, text
-
-
 def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
     """By name: the run's own for the first, and others that read the same masters."""
     return {
@@ -305,40 +261,6 @@ def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
         else WeightAverager(WeightAveragingConfig.model_validate(section), plugin.averager.shards)
         for number, (name, section) in enumerate(regime.averages.items())
     }
-
-
-def _datasets(setting: Setting, plan: Plan, text: corpus.Corpus, cache: Path) -> tuple[Iterator[Any], list[Any]]:
-    """The training batches in the seed's order, and the evaluation's, the same for every run."""
-    regime = plan.regimes[setting.regime]
-    build = partial(data.build_datasets, text, sequence_length=plan.length, cache_dir=cache)
-    samples = regime.steps * regime.batch
-    training, _ = build(train_samples=samples, valid_samples=plan.eval_samples, seed=setting.seed)
-    _, validation = build(train_samples=plan.eval_samples, valid_samples=plan.eval_samples, seed=1234)
-    assert validation is not None
-    read = partial(data.batches, start_sample=0, dp_rank=0, dp_size=1)
-    evaluation = read(validation, micro_batch=16)
-    return read(training, micro_batch=regime.batch), list(islice(evaluation, plan.eval_samples // 16))
-
-
-def _loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
-
-
-@torch.no_grad()
-def _evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    engine.eval()
-    found = mean(_loss(engine, batch).item() for batch in batches)
-    engine.train()
-    return found
-
-
-def prepare_process() -> None:
-    """Make this process one that can `train`."""
-    startup.quiet()
-    torch.set_num_threads(1)
-    startup.skip_inference_kernel()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
-    start_host()
 
 
 def sweep(settings: Iterable[Setting], plan: Plan, cache: Path, path: Path) -> list[Point]:
@@ -544,9 +466,7 @@ def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("evaluation loss (nats per byte)")
-    figure.tight_layout()
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    pyplot.close(figure)
+    small_runs.save_figure(figure, path)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -594,7 +514,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="default 2,3,4; with --scan 1")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model: does it run?")
     args = parser.parse_args(arguments)
-    prepare_process()
+    small_runs.prepare_process()
     plan, cache = SMOKE if args.smoke else FULL, args.cache.absolute()
     seeds = [int(seed) for seed in (args.seeds or ("1" if args.scan else "2,3,4")).split(",")]
     if args.scan:

@@ -23,24 +23,18 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
+import small_runs
 
 import ds_plugin
 from ds_plugin.atomic import atomic_write
-from ds_plugin.run import corpus, data, startup
-from ds_plugin.run.optimizer import choose_optimizer, decay_groups
 from ds_plugin.stability import LossRatio
-from megatron_patches import gpt
 from megatron_patches.completep.records import read_records, write_records
-from megatron_patches.completep.trial import start_host
 
 ARMS = ("plain", "truncate", "carry")
 SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
@@ -49,18 +43,13 @@ EVALUATIONS = 24
 _COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73"}
 
 
-@dataclass(frozen=True)
-class Scale:
+@dataclass(frozen=True, kw_only=True)
+class Scale(small_runs.Small):
     """What all runs share. ``tokens`` are trained tokens; a run ends with the first step that has trained them."""
 
     tokens: int
-    layers: int = 4
-    width: int = 96
-    heads: int = 2
-    length: int = 256
     start: int = 8
     eval_samples: int = 64
-    data: str = corpus.STDLIB
 
     def steps(self, batch: int) -> int:
         """Steps of a plain run."""
@@ -153,26 +142,7 @@ Result = tuple[Run, list[Point], list[float]]
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
     """The run's JSON: plain or with the method, the same otherwise."""
     steps = scale.steps(setting.batch)
-    config: dict[str, Any] = {
-        "train_batch_size": setting.batch,
-        "train_micro_batch_size_per_gpu": setting.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 1_000_000,
-        "zero_optimization": {"stage": 0},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": setting.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
-        },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": steps,
-                "warmup_num_steps": max(2, steps // 20),
-                "warmup_type": "linear",
-                "cos_min_ratio": 0.1,
-            },
-        },
-    }
+    config = small_runs.json_of(setting.batch, setting.lr, small_runs.cosine(steps, max(2, steps // 20)))
     if setting.arm != "plain":
         config["sequence_length_warmup"] = {
             "enabled": True,
@@ -188,30 +158,13 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
 
 
 def train(setting: Setting, scale: Scale, cache: Path) -> Result:
-    """One training run in this process, which must be a world of one rank (`start_host`)."""
-    model_config = gpt.GPTConfig.model_validate(
-        {
-            "num_layers": scale.layers,
-            "hidden_size": scale.width,
-            "num_attention_heads": scale.heads,
-            "seq_length": scale.length,
-        }
-    )
-    gpt.initialize_parallel(model_config, setting.seed)
-    text = corpus.prepare(scale.data, tokenizer=None, cache_dir=cache)
-    model = gpt.build_gpt(
-        model_config,
-        text.vocab_size,
-        gpt.transformer_config(model_config, torch.float32),
-        gpt.layer_spec(model_config),
-    )
-    host, optimizer = choose_optimizer(json_of(setting, scale))
-    engine, *_ = ds_plugin.initialize(
-        model=model, config=host, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
-    )
+    """One training run in this process (`small_runs.prepare_process`)."""
+    engine, text = small_runs.build(json_of(setting, scale), scale, setting.seed, cache)
     plugin = ds_plugin.attached(engine)
-    source, evaluation = _datasets(setting, scale, text, cache)
-    batches = plugin.batches(source)
+    # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
+    count = 2 * scale.steps(setting.batch) * setting.batch
+    samples = small_runs.Samples(scale, text, cache, count=count, seed=setting.seed)
+    batches = plugin.batches(lambda n: samples.batches(setting.batch, n))
 
     ratio = LossRatio()
     losses: list[float] = []
@@ -222,7 +175,7 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
     engine.train()
     while trained < scale.tokens and (not losses or math.isfinite(losses[-1])):
         started, started_wall = time.process_time(), time.perf_counter()
-        loss = _loss(engine, next(batches))
+        loss = small_runs.loss_of(engine, next(batches))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -231,7 +184,7 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
         before = trained
         trained = plugin.ledger.trained if plugin.ledger is not None else trained + full_batch
         if trained // mark > before // mark or trained >= scale.tokens:
-            found = _evaluate(engine, evaluation)
+            found = small_runs.evaluate(engine, samples.evaluation)
             at: dict[str, Any] = {"step": len(losses), "tokens": trained, "cpu_seconds": cpu, "wall_seconds": wall}
             points.append(Point(**vars(setting), **at, eval_loss=round(found, 5)))
     read = plugin.ledger.read if plugin.ledger is not None else trained
@@ -250,35 +203,6 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
         wall_seconds=round(wall, 2),
     )
     return run, points, losses
-
-
-def _datasets(setting: Setting, scale: Scale, text: corpus.Corpus, cache: Path) -> tuple[Any, list[Any]]:
-    """The training samples in the seed's order, and the evaluation's batches, the same for every run."""
-    # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
-    samples = 2 * scale.steps(setting.batch) * setting.batch
-    build = partial(data.build_datasets, text, sequence_length=scale.length, cache_dir=cache)
-    training, _ = build(train_samples=samples, valid_samples=scale.eval_samples, seed=setting.seed)
-    _, validation = build(train_samples=samples, valid_samples=scale.eval_samples, seed=1234)
-    assert validation is not None
-    read = partial(data.batches, dp_rank=0, dp_size=1)
-    evaluation = read(validation, start_sample=0, micro_batch=16)
-
-    def source(n: int) -> Iterator[Any]:
-        return read(training, start_sample=n * setting.batch, micro_batch=setting.batch)
-
-    return source, list(islice(evaluation, scale.eval_samples // 16))
-
-
-def _loss(engine: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return engine(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean()
-
-
-@torch.no_grad()
-def _evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
-    engine.eval()
-    found = mean(_loss(engine, batch).item() for batch in batches)
-    engine.train()
-    return found
 
 
 # -- the sweep -------------------------------------------------------------------------------------------------------
@@ -350,16 +274,7 @@ def _start_worker() -> None:
 
     # A sweep that is killed must not leave workers that train on.
     threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    prepare_process()
-
-
-def prepare_process() -> None:
-    """Make this process one that can `train`."""
-    startup.quiet()
-    torch.set_num_threads(1)
-    startup.skip_inference_kernel()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
-    start_host()
+    small_runs.prepare_process()
 
 
 def _write_losses(losses: dict[Setting, list[float]], path: Path) -> None:
@@ -497,9 +412,7 @@ def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
         axis.set_ylabel("evaluation loss (nats per byte)")
     axes[0][0].set_ylabel(f"training loss, seed {seed}")
     axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    pyplot.close(figure)
+    small_runs.save_figure(figure, path)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -520,7 +433,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
     parser.add_argument("--seeds", type=_numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
-    sweep = Sweep(args.out, Scale(args.tokens), args.cache.absolute(), args.workers)
+    sweep = Sweep(args.out, Scale(tokens=args.tokens), args.cache.absolute(), args.workers)
     batch, first = max(args.batches), args.seeds[0]
     sweep.train(Setting(batch, lr, first, "plain") for lr in sorted(args.rates))
     best = best_rate(sweep.runs, batch, first)

@@ -15,6 +15,7 @@ This file is the pytest side, and the launcher for whole scripts; fork_server.py
 
 import contextlib
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -30,11 +31,25 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tests.fork_server import Job, Outcome, RankError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of benchmarks/, read anew, as the script would be: it is not installed, and imports those beside it."""
+    folder = ROOT / "benchmarks"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
 
 # Every rank inherits these from the fork server. They are set before torch is imported, which is when most are read.
 RANK_ENV = {

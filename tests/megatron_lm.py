@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def real(
     *flags: str | Path,
     program: str = "megatron_patches",
     ranks: int = 8,
+    without: Sequence[str] = (),
 ) -> harness.Launched:
-    """Start pretrain_gpt.py with `FLAGS`, then ``flags``; ``program`` is the module that runs it."""
+    """Start pretrain_gpt.py with `FLAGS` but for those ``without``, then ``flags``; ``program`` runs it, a module."""
     file = folder / f"{name}.json"
     file.write_text(json.dumps(sections))
     given: list[str | Path] = [] if program != "megatron_patches" else ["--ds-plugin-config", file]
@@ -36,7 +38,7 @@ def real(
         "--no_local_rank",
         program,
         Path(checkout, "pretrain_gpt.py"),
-        *FLAGS,
+        *(flag for flag in FLAGS if flag not in without),
         *flags,
         *given,
     ]

@@ -1,27 +1,18 @@
 """The stability benchmark: its arithmetic by hand, and a miniature of it. Losses and times are for the real one."""
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "stability.py"
-
-
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("bench_stability", BENCHMARK)
-    module = sys.modules["bench_stability"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests import harness
 
 
 def _sweep(out, text, cache):
     """Every arm for 10 full-length batches, and a second time from the files; the rows as plain values."""
-    bench = _benchmark()
-    bench.prepare_process()
-    scale = bench.Scale(10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
+    bench = harness.benchmark("stability")
+    bench.small_runs.prepare_process()
+    scale = bench.Scale(tokens=10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
     sweep = bench.Sweep(Path(out), scale, Path(cache), workers=1)
     settings = [bench.Setting(4, 1e-2, 1, arm) for arm in bench.ARMS]
     for setting in settings:
@@ -65,7 +56,7 @@ def test_all_arms_train_the_same_tokens(workers, tmp_path):
 
 
 def test_target_is_reached_between_two_evaluations():
-    bench = _benchmark()
+    bench = harness.benchmark("stability")
 
     def curve(arm, losses, seconds):
         return [

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -183,6 +184,42 @@ if CHECKOUT is not None:
             assert said.count("sequence length warmup: preflight: an iteration at 64 tokens fits") == preflight
             found.append(logged(said))
         assert found[0] == found[1] and [len(lines) for lines in found[0]] == [3, 3]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_an_indexed_dataset_through_loader_processes_resumed(tmp_path):
+        """Documents on disk in place of mock data, read by the loader's processes; resumed, the rest is the same."""
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=numpy.uint16)
+        for start in range(200):  # a line of successors each, so that there is something to learn
+            tokens = torch.arange(start, start + 100 + start % 7) % 40
+            builder.add_document(tokens.to(torch.int32), [len(tokens)])
+        builder.finalize(str(tmp_path / "corpus.idx"))
+        data = ["--data-path", tmp_path / "corpus", "--data-cache-path", tmp_path / "cache", "--num-workers", "2"]
+        few = ["--train-iters", "20", "--lr-warmup-iters", "2", "--lr", "1e-2", "--eval-interval", "10"]
+        save = ["--save-interval", "10", "--ckpt-format", "torch", "--save"]
+        one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 15}, "multiple_of": 16}
+        sections = {
+            "sequence_length_warmup": warmup,
+            "weight_averaging": {"enabled": True, "interval": 2, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
+        }
+
+        def trained(name, *more):
+            flags = [*data, *few, *one, *save, tmp_path / name, *more]
+            return logged(finished(real(CHECKOUT, tmp_path, name, sections, *flags, ranks=2, without=["--mock-data"])))
+
+        whole, evaluations = trained("whole")
+        losses = [float(whole[step]["lm loss"]) for step in (1, 20)]
+        assert losses[0] > 5 and losses[1] < 4 and len({whole[step]["sequence length"] for step in whole}) == 4
+        tracker = tmp_path / "whole" / "latest_checkpointed_iteration.txt"
+        tracker.write_text("10")
+        resumed, later = trained("again", "--load", tmp_path / "whole")
+        assert min(resumed) == 11 and len(evaluations) == 8 and later == evaluations[2:]
+        del resumed[12]["lm loss"], whole[12]["lm loss"]  # there the host logs a mean of two
+        assert resumed == {step: whole[step] for step in range(11, 21)}
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)

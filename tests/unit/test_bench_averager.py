@@ -1,24 +1,15 @@
 """The averager's benchmark: its bounds by hand, and a miniature of it. Times are for the real one."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_averager.py"
+from tests import harness
+
 SMALL = ["--millions", "0.1", "--width", "64", "--depth", "1", "--length", "16", "--batch", "1", "--rounds", "3"]
 SMALL += ["--processes", "1"]
-
-
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("bench_averager", BENCHMARK)
-    module = sys.modules["bench_averager"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def good():
@@ -50,7 +41,7 @@ def good():
     ],
 )  # fmt: skip
 def test_bounds(part, figure, key, value, said):
-    bench, found = _benchmark(), good()
+    bench, found = harness.benchmark("bench_averager"), good()
     assert bench.broken(found) == [] == bench.broken({})
     found[part][figure][key] = value
     lines = bench.broken(found)
@@ -60,24 +51,24 @@ def test_bounds(part, figure, key, value, said):
 def test_a_byte_of_device_memory_is_too_much():
     found = good()
     found["device"]["extra bytes"] = 1
-    assert _benchmark().broken(found) == ["device memory of a snapshot, in bytes: 1, at most 0"]
+    assert harness.benchmark("bench_averager").broken(found) == ["device memory of a snapshot, in bytes: 1, at most 0"]
 
 
 def test_ratios_are_of_the_same_round():
     """Ratios by hand: 2 x 1/2, 2 x 4/2, 2 x 9/3, 2 x 8/2 = 1, 4, 6, 8."""
-    row = _benchmark().over([1.0, 4.0, 9.0, 8.0], [2.0, 2.0, 3.0, 2.0], factor=2)
+    row = harness.benchmark("bench_averager").over([1.0, 4.0, 9.0, 8.0], [2.0, 2.0, 3.0, 2.0], factor=2)
     assert row == {"ratio": 5.0, "low": 3.25, "high": 6.5, "best": 1.0}
 
 
 def test_several_processes_make_one_figure():
     each = [{"mean": {"ratio": r, "low": r - 1, "high": r + 1, "best": r}, "floor": {"lines": 3}} for r in (4, 9, 5)]
-    assert _benchmark().middle_of(each) == {
+    assert harness.benchmark("bench_averager").middle_of(each) == {
         "mean": {"ratio": 5, "low": 3, "high": 10, "best": 4}, "floor": {"lines": 3}
     }  # fmt: skip
 
 
 def test_shards_are_uneven_and_those_of_a_rank_a_part():
-    bench = _benchmark()
+    bench = harness.benchmark("bench_averager")
     args = SimpleNamespace(millions=0.1)
     assert bench.sizes(args) == [40003, 30000, 20001, 10000, 0, 4097, 13]
     assert bench.sizes(args, 4) == [10001, 7500, 5001, 2500, 0, 1025, 4]
@@ -85,13 +76,13 @@ def test_shards_are_uneven_and_those_of_a_rank_a_part():
 
 def _run(out):
     threads = torch.get_num_threads()
-    code = _benchmark().main([*SMALL, "--parts", "memory,ranks,step,device", "--out", out])
+    code = harness.benchmark("bench_averager").main([*SMALL, "--parts", "memory,ranks,step,device", "--out", out])
     torch.set_num_threads(threads)
     return code
 
 
 def _gathered():
-    return _benchmark().gathered(SimpleNamespace(millions=0.1, rounds=2))
+    return harness.benchmark("bench_averager").gathered(SimpleNamespace(millions=0.1, rounds=2))
 
 
 def test_a_miniature(workers, tmp_path):
@@ -99,7 +90,7 @@ def test_a_miniature(workers, tmp_path):
     described = json.loads((tmp_path / "found.json").read_text())
     assert set(described["versions"]) == {"python", "torch", "deepspeed", "megatron-core"}
     found = described["found"]
-    assert described["broken"] == _benchmark().broken(found)
+    assert described["broken"] == harness.benchmark("bench_averager").broken(found)
     memory, step = found["memory"], found["step"]
     assert memory["memcpy"] == {"ratio": 1.0, "low": 1.0, "high": 1.0, "best": 1.0}
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for name, row in memory.items() if name != "floor")

@@ -1,9 +1,6 @@
 """The benchmark on Megatron-LM's script without the script: rounds, figures, and what it takes out of the way."""
 
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +9,12 @@ import torch
 from ds_plugin.config import PluginConfig
 from megatron_patches.completep.residual import scale_input
 from megatron_patches.pretrain.lengths import Lengths
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_megatron.py"
+from tests import harness
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_megatron", BENCHMARK)
-    module = sys.modules["bench_megatron"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return harness.benchmark("bench_megatron")
 
 
 def test_a_round_is_half_on_with_a_snapshot_and_a_logged_line_of_each_kind(bench):

@@ -1,28 +1,19 @@
 """The benchmark of early averaging: its arithmetic by hand, and a miniature of it. Losses are for the real one."""
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "early_averaging.py"
-
-
-def _benchmark():
-    spec = importlib.util.spec_from_file_location("bench_early_averaging", BENCHMARK)
-    module = sys.modules["bench_early_averaging"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests import harness
 
 
 def _miniature(out, text, cache):
     """Every run of a miniature, published, and what it takes to compare runs with and without averagers watching."""
-    bench = _benchmark()
-    bench.prepare_process()
+    bench = harness.benchmark("early_averaging")
+    bench.small_runs.prepare_process()
     plan, out, cache = replace(bench.SMOKE, data=text), Path(out), Path(cache)
     settings = bench.settings_of(plan, [1]) + bench.spiked(plan, [1])
     points = bench.sweep(settings, plan, cache, out / "curves.csv")
@@ -36,14 +27,15 @@ def _watched(text, cache):
     """Training losses of the same run: without averagers, with three, and with three and a spike in the middle; the
     learning rates of the last; and what the plain means of the masters after steps 4 and 6, and 4 to 10, evaluate to.
     """
-    bench = _benchmark()
-    bench.prepare_process()
+    bench = harness.benchmark("early_averaging")
+    bench.small_runs.prepare_process()
     plan, cache = replace(bench.SMOKE, data=text), Path(cache)
     constant = bench.Setting("constant", 1e-2, 1)
     unwatched = replace(plan, regimes={"constant": replace(plan.regimes["constant"], averages={})})
     _, alone = bench.train(constant, unwatched, cache)
     points, watched = bench.train(constant, plan, cache)
-    rates, masters, evaluate, build = [], [], bench._evaluate, bench._build
+    small = bench.small_runs
+    rates, masters, build = [], [], small.build
 
     def built(*args):
         engine, text = build(*args)
@@ -58,15 +50,16 @@ def _watched(text, cache):
         built.engine = engine
         return engine, text
 
-    bench._build = built
+    small.build = built
     _, spiked = bench.train(replace(constant, after="on"), plan, cache)
-    bench._build = build
+    small.build = build
     engine, expected = built.engine, {}
-    _, evaluation = bench._datasets(constant, plan, bench.corpus.prepare(text, tokenizer=None, cache_dir=cache), cache)
+    text = small.corpus.prepare(text, tokenizer=None, cache_dir=cache)
+    evaluation = small.Samples(plan, text, cache, count=24 * 4, seed=1).evaluation
     for name, steps in (("lawa", (8, 10)), ("swa", (4, 6, 8, 10))):  # start 3, interval 2, window 2
         for parameter, *found in zip(engine.module.parameters(), *(masters[step - 1] for step in steps), strict=True):
             parameter.data.copy_(torch.stack(found).mean(0))
-        expected[name] = evaluate(engine, evaluation)
+        expected[name] = small.evaluate(engine, evaluation)
     found = {p.average: p.eval_loss for p in points if p.step == 10}
     return alone, watched, spiked, rates, expected, found
 
@@ -119,7 +112,7 @@ def _key(point):
 
 
 def test_steps_saved_by_hand():
-    bench = _benchmark()
+    bench = harness.benchmark("early_averaging")
     raw = [(10, 6.0), (20, 5.0), (30, 4.0), (40, 3.0), (50, 2.0)]
     # 3.0 lies half-way between steps 20 and 30: 15 of 40 steps saved, and the loss at step 40 is 0.75 lower
     assert bench.saved([(20, 4.0), (30, 2.0), (40, 2.25)], raw, 40) == (3.0, 0.375, 0.75)
@@ -140,7 +133,7 @@ def test_steps_saved_by_hand():
 
 
 def test_recovery_from_a_spike_by_hand():
-    bench = _benchmark()
+    bench = harness.benchmark("early_averaging")
     spike = bench.Spike(lr=0.1, after=20, steps=5, factor=30.0, until=50)
     losses = {
         ("on", "raw"): [(10, 2.5), (20, 2.0), (25, 6.0), (30, 4.0), (40, 2.5), (50, 1.5)],

@@ -1,10 +1,8 @@
 """The dry run: against numbers worked out by hand, and against the model, groups and averager that are really built."""
 
 import csv
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +18,7 @@ from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.zero_shards import NVME_REFUSED
 from megatron_patches.completep.rules import Role
 from megatron_patches.gpt import GPTConfig
+from tests import harness
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -265,15 +264,8 @@ def test_rates_are_the_measured_ones():
         assert getattr(plan_costs.CPU, name) == float(f"{rate['value']:.2g}"), name
 
 
-def _benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_scaling_tables_are_the_published_ones():
-    bench = _benchmark("scaling")
+    bench = harness.benchmark("scaling")
     rows = bench.work_out()
     document = (ROOT / "docs/scaling.md").read_text()
     for table in bench.tables(rows).split("\n\n"):
@@ -288,7 +280,7 @@ def test_scaling_tables_are_the_published_ones():
 
 
 def test_measured_figures_are_the_published_ones():
-    bench = _benchmark("scaling_measure")
+    bench = harness.benchmark("scaling_measure")
     measured = json.loads((ROOT / "docs/results/scaling/measured.json").read_text())
     assert bench.compared(measured["compared"]) in (ROOT / "docs/scaling.md").read_text()
     exact = [row for row in measured["compared"] if row["what"] == "bytes of a snapshot"]
