@@ -5,10 +5,11 @@ DeepSpeed takes what it knows from the file and ignores the rest; a value of ano
 
 import copy
 import functools
+import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -83,9 +84,11 @@ def check(config: Mapping[str, Any]) -> None:
     """``config``: what DeepSpeed will be given. A key that it does not know is a warning, on rank 0.
 
     Raises:
-        ConfigError: a value is of the wrong type, or DeepSpeed cannot read its sections.
+        ConfigError: a value is of the wrong type, an optimizer, a scheduler or a parameter of it is not known, or
+            DeepSpeed cannot read its sections.
     """
     check_types(config)
+    _check_named(config)
     _check_as_deepspeed_does(config)
     _warn_of_unknown(config)
 
@@ -102,6 +105,37 @@ def check_types(config: Mapping[str, Any]) -> None:
             wrong.append(f"{path}: {section[name]!r}; write {what}")
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _check_named(config: Mapping[str, Any]) -> None:
+    """What DeepSpeed looks up by name only when it builds the engine: its own, else one of torch's."""
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+    from torch import optim
+
+    torchs = {n: kind for n, kind in vars(optim).items() if inspect.isclass(kind) and kind is not optim.Optimizer}
+    name = (config.get("optimizer") or {}).get("type")
+    if name is not None and name not in torchs and name.lower() not in DEEPSPEED_OPTIMIZERS:
+        raise ConfigError(f"optimizer.type: {name!r} is not known; {_write_one_of(name, 'AdamW', torchs)}")
+    section = config.get("scheduler") or {}
+    name = section.get("type")
+    schedulers = {**vars(optim.lr_scheduler), **vars(lr_schedules)}  # DeepSpeed's come first
+    schedulers = {n: kind for n, kind in schedulers.items() if inspect.isclass(kind) and hasattr(kind, "step")}
+    schedulers = {n: kind for n, kind in schedulers.items() if n not in ("Optimizer", "LRScheduler", "_LRScheduler")}
+    if name is not None and name not in schedulers:
+        raise ConfigError(f"scheduler.type: {name!r} is not known; {_write_one_of(name, 'WarmupCosineLR', schedulers)}")
+    if name is not None:
+        known = list(inspect.signature(schedulers[name]).parameters)[1:]  # the first is the optimizer
+        for key in section.get("params") or {}:
+            if key not in known:
+                raise ConfigError(
+                    f"scheduler.params.{key} is not known to {name}; {_write_one_of(key, known[0], known)}"
+                )
+
+
+def _write_one_of(name: str, usual: str, known: Iterable[str]) -> str:
+    guess = nearest(name, known)
+    return f'did you mean "{guess}"?' if guess else f'write "{usual}", or another of {", ".join(sorted(known))}'
 
 
 def _warn_of_unknown(config: Mapping[str, Any]) -> None:

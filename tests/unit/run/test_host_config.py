@@ -77,6 +77,13 @@ WRONG = [
     ),
     ({"scheduler": None}, ["scheduler: None"]),
     ({"scheduler": {"type": "WarmupLR", "params": [1]}}, ["scheduler.params: [1]"]),
+    ({"optimizer": {"type": "AdmW"}}, ["optimizer.type: 'AdmW' is not known", 'mean "AdamW"?']),
+    ({"optimizer": {"type": "Sophia"}}, ["optimizer.type: 'Sophia' is not known", 'write "AdamW"', "RMSprop"]),
+    ({"scheduler": {"type": "WarmupCosinLR"}}, ["scheduler.type: 'WarmupCosinLR'", 'mean "WarmupCosineLR"?']),
+    (
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 1}}},
+        ["scheduler.params.warmup_num_step is not known to WarmupLR", 'mean "warmup_num_steps"?'],
+    ),
     ({"bf16": 1}, ["bf16: 1; write a JSON object"]),
     ({"fp16": {"enabled": "no"}}, ["fp16.enabled: 'no'; write true or false"]),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["the JSON", "cannot be simultaneously enabled"]),
@@ -108,6 +115,9 @@ def test_what_deepspeed_takes_is_taken():
     }  # fmt: skip
     before = json.dumps(config)
     host_config.check(config)
+    for optimizer in ("adamw", "Lion", "RMSprop"):
+        for scheduler in ("OneCycle", "CosineAnnealingLR", "WarmupDecayLR"):
+            host_config.check({**config, "optimizer": {"type": optimizer}, "scheduler": {"type": scheduler}})
     # a section that is complete only beside another: what holds one key at a time is not asked for
     masters = {"enabled": True, "bf16_master_weights_and_grads": True}
     host_config.check({**config, "bf16": masters})
