@@ -310,6 +310,10 @@ def _get_device_capability(device: Any = None) -> tuple[int, int]:
     return (0, 0)
 
 
+def _no_accelerator() -> bool:
+    return False
+
+
 def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
     return tensor
 
@@ -444,6 +448,8 @@ _PRETEND: list[Change] = [
     _cuda("get_device_properties", _get_device_properties),
     _cuda("get_device_capability", _get_device_capability),
     Patch("torch.Tensor.pin_memory", _pin_memory, reason="there is no pinned memory without CUDA"),
+    # A torch that was built with CUDA asks torch.cuda here, and then the driver for the device.
+    Patch("torch.accelerator.is_available", _no_accelerator, reason="loaders' processes pin memory where there is one"),
     *(
         Patch(f"torch.optim.Optimizer.{name}", _graph_health_check, reason="it asks CUDA once is_available() says yes")
         for name in _GRAPH_HEALTH_CHECKS

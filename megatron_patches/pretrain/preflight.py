@@ -17,11 +17,20 @@ import torch.distributed as dist
 
 from ds_plugin.errors import PluginError
 from ds_plugin.sequence_length_warmup.preflight import remedy, untouched
+from megatron_patches import cpu_host
 from megatron_patches.pretrain.batches import cut
 
 TrainStep = Callable[..., Any]
 _GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
 _SAYS = "sequence length warmup: preflight"
+_KEPT = {  # what an option keeps of every pass
+    "qk_clip": "the largest attention logits until the optimizer steps",
+    "log_max_attention_logit": "the largest attention logits until the optimizer steps",
+    "dsa_indexer_loss_coeff": "the indexer's loss for the log",
+    "fine_grained_activation_offloading": "what the first pass has shown of the activations",
+    "moe_routing_trace_path": "a trace of the passes",
+    "save_tokens_per_expert_interval": "a trace of the passes",
+}
 
 
 def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +71,8 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
             for chunk in model:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            _print(f"an iteration at {length} tokens fits{_peak(model)}")
+            known = getattr(options, "optimizer", "adam") == "adam"
+            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{_peak()}")
         return passes(**settings)
 
     call.arguments["forward_backward_func"] = with_preflight
@@ -70,16 +80,16 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
 
 
 def left_out(options: Any) -> str | None:
-    """Why there is none with these options, which keep more between iterations than is put back here. None: there is.
+    """Why there is none with these options, which keep more of a pass than is put back here. None: there is one.
 
     Args:
         options: Megatron-LM's.
     """
     if getattr(options, "fp8", None) and getattr(options, "fp8_recipe", "delayed") == "delayed":
-        return "--fp8-recipe delayed keeps the largest values of iterations before"
-    for name in ("qk_clip", "log_max_attention_logit"):
-        if getattr(options, name, False):
-            return f"--{name.replace('_', '-')} keeps the largest attention logits until the optimizer steps"
+        return "--fp8-recipe delayed keeps the largest values of earlier passes"
+    for name, kept in _KEPT.items():
+        if getattr(options, name, None):
+            return f"--{name.replace('_', '-')} keeps {kept}"
     return None
 
 
@@ -96,47 +106,56 @@ def repeated(iterators: Any, length: int) -> Any:
 
 
 def state_to_come(optimizer: Any) -> list[torch.Tensor]:
-    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet."""
-    room = []
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        config, inner = single.config, single.optimizer
-        if inner is None or config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False):
-            continue
+    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet.
+
+    Nothing for other optimizers, and for state that is kept in host memory.
+    """
+    if hasattr(optimizer, "chained_optimizers"):
+        return [tensor for single in optimizer.chained_optimizers for tensor in state_to_come(single)]
+    config = optimizer.config
+    if config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False) or optimizer.optimizer is None:
+        return []
+    inner, room = optimizer.optimizer, []
+    for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state.get(p)):
         kinds = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
-        if getattr(config, "use_precision_aware_optimizer", False):
-            kinds.append(config.main_params_dtype)  # masters are state, too
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state.get(parameter):
-                    room += [torch.empty_like(parameter, dtype=kind) for kind in kinds]
+        if getattr(inner, "master_weights", False):  # TransformerEngine's: whole, or the bits that bf16 lacks
+            rest = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
+            kinds.append(torch.int16 if rest else config.main_params_dtype)
+        room += [torch.empty_like(parameter, dtype=kind) for kind in kinds]
     return room
 
 
 @contextlib.contextmanager
 def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
-    """The host at ``length``; its timers, its checks for unlucky iterations and its sums know nothing of it."""
-    rerun = importlib.import_module("megatron.core.rerun_state_machine")
-    machine = rerun.get_rerun_state_machine()
-    before = options.seq_length, config.timers, machine.get_mode()
+    """The host at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
+    machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
+    before = options.seq_length, config.timers
     options.seq_length, config.timers = length, None
-    machine.set_mode(rerun.RerunMode.DISABLED)
+    machine.validate_result = lambda *args, **kwargs: None  # of this object: it would keep the largest values
     try:
         yield
     finally:
-        options.seq_length, config.timers = before[:2]
-        machine.set_mode(before[2])
+        options.seq_length, config.timers = before
+        del machine.validate_result
+    forget_sums(options)
+
+
+def forget_sums(options: Any) -> None:
+    """Take back what layers have summed up for the log, in which there was nothing before."""
     if getattr(options, "num_experts", None):
         importlib.import_module("megatron.core.transformer.moe.moe_utils").clear_aux_losses_tracker()
     if getattr(options, "mtp_num_layers", None):
         prediction = importlib.import_module("megatron.core.transformer.multi_token_prediction")
-        if (sums := prediction.MTPLossLoggingHelper.tracker.get("values")) is not None:
-            sums.zero_()
+        for value in prediction.MTPLossLoggingHelper.tracker.values():  # by names that differ between versions
+            if torch.is_tensor(value):
+                value.zero_()
 
 
-def _peak(chunks: Sequence[torch.nn.Module]) -> str:
+def _peak() -> str:
     """The fullest GPU's, from the process's start on; every rank calls it. Nothing on the CPU."""
-    if not all(parameter.is_cuda for chunk in chunks for parameter in chunk.parameters()):
-        return ""  # it is asked of the weights: without a GPU, `cpu_host` says that there is one
+    if cpu_host.enabled() or not torch.cuda.is_available():
+        return ""
+    torch.cuda.empty_cache()  # the run's own tensors do not go into the pieces of what is no longer needed
     most = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda", dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     total = torch.cuda.get_device_properties(most.device).total_memory

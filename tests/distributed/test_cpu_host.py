@@ -323,6 +323,20 @@ def test_enable_and_disable_restore_everything(workers, pretend):
     assert (left, modes, active) == ([], 0, [])
 
 
+def load_as_with_a_cuda_build():
+    """A torch that was built with CUDA names a GPU as its accelerator, be there one or not."""
+    torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cuda")
+    cpu_host.enable(pretend_cuda=True)
+    assert torch.get_device_module(torch.device("cuda")).is_available()
+    numbers = torch.utils.data.TensorDataset(torch.arange(4))
+    loader = torch.utils.data.DataLoader(numbers, num_workers=1, pin_memory=True, multiprocessing_context="fork")
+    return [batch[0].item() for batch in loader]
+
+
+def test_loader_processes_run_where_torch_was_built_for_gpus(workers):
+    assert workers(1).run(load_as_with_a_cuda_build) == [[0, 1, 2, 3]]
+
+
 def leave_out_of_order():
     from torch.overrides import TorchFunctionMode
 

@@ -52,12 +52,13 @@ if __name__ == "__main__":
 """
 
 DROPOUT = " --attention-dropout 0.1 --hidden-dropout 0.1 "
+MULTI_TOKEN = " --mtp-num-layers 1" if sys.version_info < (3, 12) else ""  # main's wants TransformerEngine
 FLOWN = {  # layout by its number of ranks
     "8 3D": DROPOUT + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 ",
     "4 virtual": "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 4 --num-layers 8 "
     "--num-layers-per-virtual-pipeline-stage 1 --no-overlap-p2p-communication ",
     "2 overlapped": "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --overlap-grad-reduce "
-    "--overlap-param-gather --mtp-num-layers 1 --position-embedding-type rope" + DROPOUT,
+    "--overlap-param-gather --position-embedding-type rope" + MULTI_TOKEN + DROPOUT,
 }
 
 RECIPES = {"gpt-tiny_all_megatron-2xcpu": 2, "llama-7b_all_megatron-64xh100": 64}  # and their ranks

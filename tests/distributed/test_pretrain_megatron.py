@@ -4,6 +4,7 @@ The stand-in has the names and calls of the host's loop over the real megatron-c
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import json
@@ -246,25 +247,61 @@ def test_what_the_preflight_could_not_put_back_leaves_it_out(workers, tmp_path):
     assert [found["code"] for found in ranks] == [0, 0]
     assert [shape for found in ranks for shape, _ in found["train"]] == [(2, 8)] * 2
     assert "preflight: none at 32 tokens, since --qk-clip keeps" in ranks[0]["out"]
+    assert "--moe-routing-trace-path keeps" in preflight.left_out(SimpleNamespace(moe_routing_trace_path="x"))
     by_default = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed"), SimpleNamespace(fp8=None, fp8_recipe="delayed")
     assert [preflight.left_out(options) is None for options in by_default] == [False, True]
 
 
 def test_the_preflights_room_is_the_optimizers_own():
     """By the dtypes that a precision-aware Adam is told, whose masters are state; none where it cannot be known."""
-    weight = torch.nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
-    aware = {"use_precision_aware_optimizer": True, "main_params_dtype": torch.float32, "exp_avg_dtype": torch.bfloat16}
+    weight, gain = (torch.nn.Parameter(torch.zeros(10, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
 
     def room(inner, **config):
-        single = SimpleNamespace(optimizer=inner, config=SimpleNamespace(**config))
-        return sum(tensor.nbytes for tensor in preflight.state_to_come(single))
+        chain = [SimpleNamespace(optimizer=inner, config=SimpleNamespace(**config))]
+        return sum(tensor.nbytes for tensor in preflight.state_to_come(SimpleNamespace(chained_optimizers=chain)))
 
-    inner = SimpleNamespace(param_groups=[{"params": [weight]}], state={})
-    assert room(inner, optimizer="adam") == 80 and room(inner, optimizer="adam", **aware) == 100
-    assert room(inner, optimizer="sgd") == room(inner, optimizer="adam", optimizer_cpu_offload=True) == 0
+    groups = [{"params": [weight]}, {"params": [gain]}]
+    inner = SimpleNamespace(param_groups=groups, state={})
+    assert room(inner, optimizer="adam") == 2 * 80
+    assert room(inner, optimizer="muon") == room(inner, optimizer="adam", optimizer_cpu_offload=True) == 0
     assert room(None, optimizer="adam") == 0
-    inner.state[weight] = {"exp_avg": weight}
-    assert room(inner, optimizer="adam") == 0
+    dtypes = {"main_params_dtype": torch.float32, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.float32}
+    aware = SimpleNamespace(param_groups=groups, state={}, master_weights=True, store_param_remainders=False)
+    assert room(aware, optimizer="adam", **dtypes) == 2 * (20 + 40 + 40)
+    aware.store_param_remainders = True
+    assert room(aware, optimizer="adam", **dtypes) == (20 + 40 + 20) + (20 + 40 + 40)
+    aware.master_weights = False  # the host keeps them itself
+    assert room(aware, optimizer="adam", **dtypes) == 2 * (20 + 40)
+    aware.state[weight] = {"exp_avg": weight}
+    assert room(aware, optimizer="adam", **dtypes) == 20 + 40
+    in_the_chain = SimpleNamespace(chained_optimizers=[], config=SimpleNamespace(optimizer="adam"))
+    assert preflight.state_to_come(SimpleNamespace(chained_optimizers=[in_the_chain])) == []
+
+
+def test_the_preflight_leaves_nothing_for_the_log_and_for_later_checks():
+    """The host's sums are empty, whatever it calls them, and its spike checks have seen no loss of full length."""
+    from megatron.core import rerun_state_machine
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    tracker = {"values": torch.ones(1), "loss_values": torch.ones(2), "reduce_group": None}
+    before, MTPLossLoggingHelper.tracker = MTPLossLoggingHelper.tracker, tracker
+    machine = rerun_state_machine.get_rerun_state_machine()
+    options, config = SimpleNamespace(seq_length=8, mtp_num_layers=1), SimpleNamespace(timers="the host's")
+    try:
+        with preflight._silent(options, 32, config):
+            assert (options.seq_length, config.timers) == (32, None)
+            for _ in range(2):
+                machine.validate_result(
+                    torch.tensor(float("nan")), rejection_func=torch.isnan, message="a loss", fatal=True
+                )
+                large = functools.partial(machine.is_unexpectedly_large, threshold=10, context="loss")
+                machine.validate_result(torch.tensor(500.0), rejection_func=large, message="a loss", fatal=False)
+    finally:
+        MTPLossLoggingHelper.tracker = before
+        rerun_state_machine.destroy_rerun_state_machine()
+    assert (options.seq_length, config.timers) == (8, "the host's") and "validate_result" not in vars(machine)
+    assert machine.large_value_counts == machine.max_values == {}
+    assert [name for name, value in tracker.items() if value is not None and value.any()] == []
 
 
 def test_averages_of_several_horizons_are_written_apart(workers, tmp_path):
