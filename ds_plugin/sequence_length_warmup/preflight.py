@@ -78,9 +78,8 @@ def remedy(length: int, means: str) -> Iterator[None]:
 def untouched(module: torch.nn.Module) -> Iterator[None]:
     """The module's buffers and this rank's random streams are afterwards what they were before the block."""
     streams = rng.capture()
-    buffers = [
-        (buffer, buffer.clone()) for _, buffer in module.named_buffers()
-    ]  # "buffers" is a list in Megatron's DDP
+    # by named_buffers: in Megatron's DDP, "buffers" is a list
+    buffers = [(buffer, buffer.clone()) for _, buffer in module.named_buffers()]
     try:
         yield
     finally:

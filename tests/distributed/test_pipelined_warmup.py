@@ -336,6 +336,25 @@ def test_the_preflight_leaves_no_trace(workers, layout, zero, precision, section
         assert all(torch.equal(value, expected[1][name]) for name, value in weights.items())
 
 
+def out_of_memory():
+    engine = pipelined.make(Layout(), ds_plugin.initialize, 1, "bf16", section("truncate"))
+
+    def fail(module, given):
+        raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+    engine.module.register_forward_pre_hook(fail)
+    try:
+        engine.train_batch(pipelined.batches(engine))
+    except torch.OutOfMemoryError as error:
+        return error.__notes__
+    return None
+
+
+def test_an_out_of_memory_of_the_preflight_says_so(workers):
+    [notes] = workers(1).run(out_of_memory)
+    assert f"a step at the full length of {LENGTH} tokens, does not fit" in notes[0]
+
+
 # -- interruptions and refusals ---------------------------------------------------------------------------------------
 
 RESUMED = Layout(pipe=2, data=2)

@@ -330,6 +330,28 @@ def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, pr
         assert with_it[2] == [plain.LENGTH, *without[2]] and plain.LENGTH not in without[2]
 
 
+class TooLarge(plain.TinyLM):
+    def forward(self, input_ids, labels):
+        if input_ids.shape[1] == plain.LENGTH:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+        return super().forward(input_ids, labels)
+
+
+def _out_of_memory():
+    engine = ds_plugin.initialize(model=TooLarge(), config=plain.host_config(1, **section()))[0]
+    try:
+        plain.train(engine, 1)
+    except torch.OutOfMemoryError as error:
+        return error.__notes__
+    return None
+
+
+def test_an_out_of_memory_of_the_preflight_says_so(workers):
+    [notes] = workers(1).run(_out_of_memory)
+    assert f"a step at the full length of {plain.LENGTH} tokens, does not fit" in notes[0]
+    assert "train_micro_batch_size_per_gpu" in notes[0]
+
+
 class Checkpointing(plain.TinyLM):
     def forward(self, input_ids, labels):
         self.lengths = [*getattr(self, "lengths", []), input_ids.shape[1]]
