@@ -27,6 +27,6 @@ setup(
     ],
     extras_require={
         "monitor": ["tensorboard"],
-        "test": ["pytest>=8", "pytest-timeout", "ruff", "mypy"],
+        "test": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "transformers>=5"],
     },
 )
