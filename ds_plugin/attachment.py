@@ -1,5 +1,6 @@
 """How the methods come onto a DeepSpeed engine and off it again, and what is refused on the way."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ def initialize(
     ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
 
     Raises:
-        ConfigError: a wrong setting in one of the sections, or a combination that cannot work, before anything is
-            built.
+        ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
+            built, or else the engine is destroyed, and an optimizer that was given has its own param groups again.
     """
     import deepspeed
 
@@ -59,31 +60,36 @@ def initialize(
         )
     host_config, sections = split_config(given[0])
     _refuse_conflicts(sections, model, mpu)
-    if sections.completep is not None:
-        model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
-            model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
-        )
     host_args = copy.copy(args)
     if getattr(args, "deepspeed_config", None) is not None:
         host_args.deepspeed_config = None
     port = {} if distributed_port is None else {"distributed_port": distributed_port}
-    engine, *rest = deepspeed.initialize(
-        args=host_args,
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        lr_scheduler=lr_scheduler,
-        mpu=mpu,
-        dist_init_required=dist_init_required,
-        collate_fn=collate_fn,
-        config=host_config,
-        mesh_param=mesh_param,
-        **port,
-    )
+    with contextlib.ExitStack() as refused:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            refused.callback(_kept(optimizer))
+        if sections.completep is not None:
+            model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
+                model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
+            )
+        engine, *rest = deepspeed.initialize(
+            args=host_args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=host_config,
+            mesh_param=mesh_param,
+            **port,
+        )
+        refused.callback(_destroy, engine)
+        _register(engine, sections, shorten)
+        refused.pop_all()
     if hasattr(args, "local_rank"):
         args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
-    _register(engine, sections, shorten)
     return (engine, *rest[:-1], engine.lr_scheduler)  # type: ignore[return-value]
 
 
@@ -135,8 +141,35 @@ def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> P
     if _ATTRIBUTE in engine.__dict__:
         raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
     _refuse_universal(sections, engine)
-    plugin = engine.__dict__[_ATTRIBUTE] = Plugin(engine, sections, shorten)
+    plugin = Plugin(engine, sections, shorten)
+    plugin.install()
+    engine.__dict__[_ATTRIBUTE] = plugin
     return plugin
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What gives an optimizer its param groups and state back, as they are now: DeepSpeed and CompleteP change both."""
+    groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
+    state = set(optimizer.state)
+
+    def restore() -> None:
+        for group, settings, params in groups:
+            group.clear()
+            group.update(settings, params=params)
+        optimizer.param_groups[:] = [group for group, _, _ in groups]
+        for parameter in optimizer.state.keys() - state:
+            del optimizer.state[parameter]
+
+    return restore
+
+
+def _destroy(engine: Any) -> None:
+    """Take DeepSpeed's hooks off the model of an engine that nobody gets, so that another can be built of it."""
+    for name in compat.MODULE_HOOKS:  # destroy() leaves them
+        if (handle := getattr(engine, name, None)) is not None:
+            handle.remove()
+    with contextlib.suppress(Exception):  # the error that is under way says more
+        engine.destroy()
 
 
 def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:

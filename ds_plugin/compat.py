@@ -43,6 +43,9 @@ BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose 
 BF16_GRADIENTS = "fp32_groups_gradients"  # [group][parameter], the same tensors
 FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the norm of the parameters' own gradients
 
+# -- the handles of the engine's own hooks on its module, before and after its forward pass -------------------------
+MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
 UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
 

@@ -4,6 +4,7 @@ The method itself is in `megatron_patches.completep`. `set_up` runs before DeepS
 what stays on it. In DeepSpeed's pipeline both work on one stage of the model, a `pipeline_gpt.PipelineGPT`.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ class CompleteP:
     """The method on a built engine: what its checkpoints hold of the groups, and the gradient norm in folded mode."""
 
     def __init__(self, engine: Any, section: CompletePConfig):
-        """Raises as `FoldedNorm` does; in a pipeline also where the host would clip by another norm."""
+        """Nothing changes on the engine before `install`. Raises as `FoldedNorm` does; in a pipeline also where
+        DeepSpeed would clip by another norm."""
         self.engine, self.section = engine, section
         pipeline = compat.is_pipeline(engine)
         if pipeline and section.residual == "folded":
@@ -93,10 +95,10 @@ class CompleteP:
         """The ratios and multipliers in one line."""
         return describe(self.engine.module, self.section)
 
-    def remove(self) -> None:
-        """Give the engine its own gradient norm back."""
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Have the engine clip by the forward mode's gradient norm; ``undo`` gives its own back."""
         if self._norm is not None:
-            self._norm.remove()
+            self._norm.install(undo)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

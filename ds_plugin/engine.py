@@ -27,6 +27,7 @@ from ds_plugin import checkpoint, compat
 from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, StateError, together
+from ds_plugin.replaced import replaced
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
 from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
@@ -40,7 +41,10 @@ from ds_plugin.weight_averaging.zero_shards import find_shards
 
 
 class Plugin:
-    """The methods on one engine. Made by `attachment.initialize` or `attach`, found again by `attached`."""
+    """The methods on one engine. Made by `attachment.initialize` or `attach`, found again by `attached`.
+
+    The constructor builds them and `install` puts them on: what refuses, refuses before the engine is changed.
+    """
 
     def __init__(self, engine: Any, config: PluginConfig, shorten: Shorten | None = None):
         self.engine = engine
@@ -49,9 +53,15 @@ class Plugin:
         self.averager: WeightAverager | None = None
         self.spikes: SpikeWatch | None = None
         self.completep: CompleteP | None = None
-        self._replaced: list[str] = []
         self._pipeline: PipelineLengths | None = None
+        self._scheduler: TokenScheduler | None = None
         self._window_open = False  # a micro-batch has been accumulated that no step has used yet
+        self._undo = contextlib.ExitStack()
+        with self._undone_on_error():
+            self._build(shorten)
+
+    def _build(self, shorten: Shorten | None) -> None:
+        engine, config = self.engine, self.config
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
@@ -60,28 +70,64 @@ class Plugin:
             if config.weight_averaging.save_average:
                 publish.refuse(engine)
             self.averager = WeightAverager(config.weight_averaging, shards)
+            self._undo.callback(self.averager.close)
             if config.weight_averaging.restart is not None:
                 self.spikes = SpikeWatch(engine, config.weight_averaging.restart)
         if config.completep is not None:
             self.completep = CompleteP(engine, config.completep)
+        if self.warmup is not None and self.warmup.config.learning_rate.by == "tokens":
+            self._scheduler = TokenScheduler(engine.lr_scheduler, self.warmup.batches_trained)
+        if self.warmup is not None and compat.is_pipeline(engine):
+            self._pipeline = PipelineLengths(engine, self.warmup)
+
+    def install(self) -> None:
+        """Everything that changes the engine, and nowhere else. Undone by `detach`, and here on any error."""
+        with self._undone_on_error():
+            for part in (self.warmup, self._pipeline, self.completep):
+                if part is not None:
+                    part.install(self._undo)
+            for name, method in self._methods().items():
+                setattr(self, f"_host_{name}", getattr(self.engine, name))
+                self._undo.enter_context(replaced(self.engine, name, method))
+            if self._scheduler is not None:
+                self.engine.lr_scheduler = self._scheduler
+                self._undo.callback(self._give_scheduler_back, self._scheduler)
+
+    def _methods(self) -> dict[str, Callable[..., Any]]:
+        """What stands in for which methods of the engine."""
+        methods: dict[str, Callable[..., Any]] = {}
         if self.warmup is not None:
-            self._replace("set_train_batch_size", self._refuse_other_batch)
-            self._replace("set_train_micro_batch_size", self._refuse_other_batch)
-            if self.warmup.config.learning_rate.by == "tokens":
-                warmup = self.warmup
-                engine.lr_scheduler = TokenScheduler(engine.lr_scheduler, warmup.batches_trained)
-        if compat.is_pipeline(engine) and (self.warmup is not None or self.averager is not None):
-            self._replace("train_batch", self._train_batch)
-            if self.warmup is not None:
-                self._pipeline = PipelineLengths(engine, self.warmup)
-                self._replace("eval_batch", self._eval_batch)
-                self._replace("set_batch_fn", self._pipeline.set_batch_fn)
-        elif self.warmup is not None or self.averager is not None:
-            self._replace("backward", self._backward)
-            self._replace("step", self._step)
-        if config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
-            self._replace("save_checkpoint", self._save_checkpoint)
-            self._replace("load_checkpoint", self._load_checkpoint)
+            methods |= dict.fromkeys(("set_train_batch_size", "set_train_micro_batch_size"), self._refuse_other_batch)
+        if self._pipeline is not None:
+            methods |= {"eval_batch": self._eval_batch, "set_batch_fn": self._pipeline.set_batch_fn}
+        if self.warmup is not None or self.averager is not None:
+            if compat.is_pipeline(self.engine):
+                methods["train_batch"] = self._train_batch
+            else:
+                methods |= {"backward": self._backward, "step": self._step}
+        if self.config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
+            methods |= {"save_checkpoint": self._save_checkpoint, "load_checkpoint": self._load_checkpoint}
+        return methods
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Put the engine back as it was, and let go of memory, files and threads; harmless when nothing was done."""
+        try:
+            self._undo.close()
+        finally:
+            self.warmup = self.averager = self.completep = self.spikes = None
+            self._pipeline = self._scheduler = None
+
+    def _give_scheduler_back(self, scheduler: TokenScheduler) -> None:
+        if self.engine.lr_scheduler is scheduler:  # a user's own, set since, is left alone
+            self.engine.lr_scheduler = scheduler.scheduler
 
     @property
     def length(self) -> int | None:
@@ -224,25 +270,9 @@ class Plugin:
     def detach(self) -> None:
         """Leave the engine as plain DeepSpeed made it (param groups and the model excepted); the window is dropped."""
         self._refuse_while_swapped("detach()")
-        if self.warmup is not None:
-            self.warmup.remove()
-            if isinstance(self.engine.lr_scheduler, TokenScheduler):
-                self.engine.lr_scheduler = self.engine.lr_scheduler.scheduler
-        if self._pipeline is not None:
-            self._pipeline.remove()
-        if self.completep is not None:
-            self.completep.remove()
-        for name in self._replaced:
-            delattr(self.engine, name)
-        self._replaced, self.warmup, self.averager, self.completep, self.spikes = [], None, None, None, None
+        self.close()
 
     # -- the engine's methods, wrapped -------------------------------------------------------------------------------
-
-    def _replace(self, name: str, method: Callable[..., Any]) -> None:
-        """Shadow a method of the engine by an attribute of the instance; deleting the attribute restores it."""
-        setattr(self, f"_host_{name}", getattr(self.engine, name))
-        setattr(self.engine, name, method)
-        self._replaced.append(name)
 
     def _refuse_while_swapped(self, what: str) -> None:
         if self.averager is not None and self.averager.swapped:

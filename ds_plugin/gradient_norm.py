@@ -4,6 +4,7 @@ There a role with fold factor c has gradients 1/c of those of the forward mode (
 norm over all of them would be another, and clipping by it another training run.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ds_plugin import compat
 from ds_plugin.errors import ConfigError
+from ds_plugin.replaced import replaced
 
 
 class FoldedNorm:
@@ -22,7 +24,7 @@ class FoldedNorm:
     """
 
     def __init__(self, engine: Any, factors: Sequence[float]):
-        """``factors``: one for each param group, in order.
+        """``factors``: one for each param group, in order. Nothing changes before `install`.
 
         Raises:
             ConfigError: gradients are clipped in an optimizer wrapper whose norm cannot be corrected.
@@ -33,7 +35,7 @@ class FoldedNorm:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         self.engine = engine
-        self._shadowed: list[tuple[Any, str]] = []
+        self._shadows: list[tuple[Any, str, Callable[..., Any]]] = []  # owner, method, and what wraps it
         wrapper = engine.optimizer
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             self._weigh_zero3(wrapper, factors)
@@ -50,16 +52,14 @@ class FoldedNorm:
                 'zero_optimization.stage 1, or "residual": "forward"'
             )
 
-    def remove(self) -> None:
-        """Give the engine its own norm back."""
-        for owner, name in self._shadowed:
-            delattr(owner, name)
-        self._shadowed = []
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Shadow the methods; ``undo`` gives the engine its own norm back."""
+        for owner, name, wrap in self._shadows:
+            undo.enter_context(replaced(owner, name, wrap(getattr(owner, name))))
 
     def _shadow(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         compat.need(owner, name)
-        setattr(owner, name, wrap(getattr(owner, name)))
-        self._shadowed.append((owner, name))
+        self._shadows.append((owner, name, wrap))
 
     def _weigh_zero12(self, wrapper: Any, factors: Sequence[float]) -> None:
         compat.need(wrapper, compat.ZERO12_NORM_PARAMS)

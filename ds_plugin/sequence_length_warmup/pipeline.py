@@ -25,11 +25,16 @@ class PipelineLengths:
             compat.need(engine.module, compat.PIPELINE_MICRO_OFFSET)
             compat.forward_backward(1, 1, 0)
         self.engine, self.warmup = engine, warmup
-        self._users: Callable[[Any], Any] | None = engine.batch_fn
+        self._users: Callable[[Any], Any] | None = None  # the batch function that ours stands in for
         self._length: int | None = None  # of the activations the engine remembers
         self._flown = not warmup.config.preflight
         self._kept: list[Any] = []  # a micro-batch that was read ahead, as the user's batch function returned it
-        engine.batch_fn = self._batch
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Take the place of the engine's batch function; ``undo`` gives it back, or what `set_batch_fn` made of it."""
+        self._users = self.engine.batch_fn
+        self.engine.batch_fn = self._batch
+        undo.callback(lambda: setattr(self.engine, "batch_fn", self._users))
 
     def set_batch_fn(self, function: Callable[[Any], Any] | None) -> None:
         """As the engine's: a user's function sees every micro-batch first, at full length.
@@ -66,10 +71,6 @@ class PipelineLengths:
     def before_evaluation(self) -> None:
         """An evaluation is about to run, at full length."""
         self._expect(self.warmup.full)
-
-    def remove(self) -> None:
-        """Give the engine its batch function back."""
-        self.engine.batch_fn = self._users
 
     def _refuse_uncarried(self, source: Any) -> None:
         # Without a source a stage loads nothing, or is given its batches by the user's function, from another rank.

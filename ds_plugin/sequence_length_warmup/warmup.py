@@ -1,5 +1,6 @@
 """Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
+import contextlib
 import math
 import weakref
 from collections.abc import Mapping
@@ -47,7 +48,8 @@ class SequenceLengthWarmup:
     """
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
-        """
+        """Nothing changes on the engine before `install`.
+
         Raises:
             ConfigError: the layout does not divide the lengths, the model cannot do what the mode asks for, or ranks
                 were given different sections.
@@ -71,13 +73,19 @@ class SequenceLengthWarmup:
         self._window = Ledger()  # this rank's tokens in the accumulation window that is open
         self._flown = not config.preflight
         self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
-        self._handle: Any = None
+        self._shorten: Shorten | None = None  # in pipelines their batch function does it
         self._start_at_the_engines_step()
         if compat.is_pipeline(engine):
             self._refuse_in_pipelines(shorten)
         else:
             self._shorten = shorten or self._default_shorten()
-            self._handle = engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Put the hook on the engine; ``undo`` takes it off, and ends the `Batches` that were read through it."""
+        undo.callback(self._close_batches)
+        if self._shorten is not None:
+            handle = self.engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+            undo.callback(handle.remove)
 
     # -- which length ------------------------------------------------------------------------------------------------
 
@@ -143,10 +151,7 @@ class SequenceLengthWarmup:
         self._batches.add(batches)
         return batches
 
-    def remove(self) -> None:
-        """Take the hook off the engine."""
-        if self._handle is not None:
-            self._handle.remove()
+    def _close_batches(self) -> None:
         for batches in self._batches:
             batches.close()
 
@@ -170,6 +175,7 @@ class SequenceLengthWarmup:
             )
         else:
             whole = args, kwargs
+            assert self._shorten is not None
             args, kwargs, read, trained = self._shorten(args, kwargs, stretch.length)
             self._window.read += read
             self._window.trained += trained
@@ -199,6 +205,7 @@ class SequenceLengthWarmup:
             args = tuple(grown.pop(name) for name in self._names[: len(args)])
             kwargs = grown
         else:  # samples may be longer than the longest that is trained
+            assert self._shorten is not None
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
         with preflight.remedy(self.full, preflight.MEANS):
             preflight.run(self.engine, args, kwargs)

@@ -44,14 +44,27 @@ class WeightAverager:
         masters = shards.tensors()
         storage = Storage(config, masters)
         self.memory, self.files = storage.reserve(modes.buffers(config), _SMALLER[config.mode])
-        with together():
-            self._mode = modes.make(config, storage.allocate)
-            self._spare = storage.spare()
-        self._exchangeable = storage.exchangeable
         self._copies = copies.copies_from(masters)
+        try:
+            with together():
+                self._mode = modes.make(config, storage.allocate)
+                self._spare = storage.spare()
+        except BaseException:
+            self.close()
+            raise
+        self._exchangeable = storage.exchangeable
         if self._copies is not None:
             self._verdict = storage.flag()
         self._said = False
+
+    def close(self) -> None:
+        """Let go of the snapshots' memory or files, and of the thread; the averager is of no use afterwards."""
+        try:
+            if self._copies is not None:
+                self._copies.close()
+        finally:
+            for name in ("_mode", "_spare"):  # as far as the constructor has come
+                vars(self).pop(name, None)
 
     @property
     def mode(self) -> modes.Mode:

@@ -83,6 +83,13 @@ class Copies:
         if job is not None:
             job.result()
 
+    def close(self) -> None:
+        """`drain`, and end the thread: no copy can begin afterwards."""
+        try:
+            self.drain()
+        finally:
+            self._worker.shutdown()
+
     def _finish(self, src: Tensors, then: Callable[[], None]) -> None:
         """In the worker thread; the executor holds ``src`` until it ends."""
         self._done.synchronize()
