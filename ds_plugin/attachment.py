@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_plugin import compat, completep
 from ds_plugin.config import PluginConfig, split_config
@@ -94,16 +96,27 @@ def initialize(
 
 
 def attach(
-    engine: Any, config: str | Path | Mapping[str, Any] | PluginConfig, *, shorten: Shorten | None = None
+    engine: Any,
+    config: str | Path | Mapping[str, Any] | PluginConfig,
+    *,
+    shorten: Shorten | None = None,
+    resume_from: str | Path | None = None,
+    tag: str | None = None,
 ) -> Plugin:
-    """Wire sequence length warmup and weight averaging to an engine that already exists.
+    """Wire sequence length warmup and weight averaging to an engine that already exists. Every rank calls it.
 
     ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
+    ``resume_from``: for an engine that has loaded a checkpoint already, as a trainer's has before its callbacks run:
+    the folder that ``engine.load_checkpoint`` was given, and ``tag`` if it was given one. The methods' state is
+    restored from there, and the run goes on as if they had been attached before the load.
 
     Raises:
         ConfigError: a wrong setting, or ``completep`` enabled: its param groups must exist before the engine does.
         StateError: the engine already has a plugin.
+        CheckpointError: ``resume_from`` is not the checkpoint that was loaded, or does not fit this run.
     """
+    if tag is not None and resume_from is None:
+        raise ConfigError(f"attach: tag={tag!r} without resume_from=, the folder that it is in; give both")
     sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
     if sections.completep is not None:
         raise ConfigError(
@@ -116,7 +129,10 @@ def attach(
             "enabled, and both set the length; remove one of the two"
         )
     _refuse_conflicts(sections, engine.module, engine.mpu)
-    return _register(engine, sections, shorten)
+    plugin = _register(engine, sections, shorten, resume_from, tag)
+    if resume_from is None:
+        _say_what_counts(plugin)
+    return plugin
 
 
 def attached(engine: Any) -> Plugin:
@@ -137,14 +153,39 @@ def detach(engine: Any) -> None:
     del engine.__dict__[_ATTRIBUTE]
 
 
-def _register(engine: Any, sections: PluginConfig, shorten: Shorten | None) -> Plugin:
+def _register(
+    engine: Any,
+    sections: PluginConfig,
+    shorten: Shorten | None,
+    resume_from: str | Path | None = None,
+    tag: str | None = None,
+) -> Plugin:
     if _ATTRIBUTE in engine.__dict__:
         raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
     _refuse_universal(sections, engine)
     plugin = Plugin(engine, sections, shorten)
+    if resume_from is not None:
+        plugin.resume(resume_from, tag)
     plugin.install()
     engine.__dict__[_ATTRIBUTE] = plugin
     return plugin
+
+
+def _say_what_counts(plugin: Plugin) -> None:
+    """Once, on rank 0, if steps lie behind the engine of which the methods know nothing."""
+    steps, counts = plugin.engine.global_steps, []
+    if plugin.warmup is not None:
+        counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
+    if plugin.averager is not None:
+        counts.append("are in no average")
+    if steps > 0 and counts and dist.get_rank() == 0:
+        logging.getLogger("ds_plugin").warning(
+            "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
+            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given, "
+            "and the methods go on where they were saved",
+            steps,
+            " and ".join(counts),
+        )
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

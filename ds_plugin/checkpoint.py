@@ -111,6 +111,9 @@ def check(
                         "run to resume; give the tag of another checkpoint"
                     )
                 _compare(plugin, manifest, path, here if same_model else None, same_run=same_run)
+                if same_run and plugin.averager is not None:
+                    saved = manifest["sections"].get("weight_averaging", {})
+                    window_files.compare(saved, plugin.averager.config, folder)
                 if universal:
                     _compare_universal(plugin, manifest, path)
                 elif same_run and same_optimizer:
@@ -162,6 +165,33 @@ def _load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> No
                 plugin.averager.reset()
         if plugin.spikes is not None:
             plugin.spikes.load_state(state.get("weight_averaging", {}).get("spikes"))
+
+
+def resume(plugin: "Plugin", folder: Path, tag: str | None) -> None:
+    """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already.
+
+    ``folder``, ``tag``: as they were given to ``engine.load_checkpoint``. What DeepSpeed could load is not judged
+    again; that it is this checkpoint shows in the step.
+
+    Raises:
+        CheckpointError: as `check` and `load` do, there is no ``latest`` and no tag was given, or the engine is not at
+            the step of the checkpoint. The engine is as it was.
+    """
+    universal = bool(plugin.engine.load_universal_checkpoint())
+    tag = tag if tag is not None else latest_tag(folder, universal=universal)
+    if tag is None:
+        raise CheckpointError(
+            f"resume_from: {folder} names no latest checkpoint; give the folder that engine.load_checkpoint() was "
+            "given, or tag= beside it"
+        )
+    manifest = check(plugin, folder / tag, same_optimizer=False, universal=universal)
+    step = plugin.engine.global_steps
+    if manifest is not None and manifest["global_steps"] != step:
+        raise CheckpointError(
+            f"resume_from: {folder / tag} was saved at step {manifest['global_steps']} and the engine is at step "
+            f"{step}; load that checkpoint before attach(), or give the folder and tag that were loaded"
+        )
+    load(plugin, folder / tag, manifest)
 
 
 def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:

@@ -33,7 +33,6 @@ from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
 from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
-from ds_plugin.weight_averaging import checkpoint as averaging_files
 from ds_plugin.weight_averaging import finite, publish, restart
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
@@ -79,6 +78,11 @@ class Plugin:
             self._scheduler = TokenScheduler(engine.lr_scheduler, self.warmup.batches_trained)
         if self.warmup is not None and compat.is_pipeline(engine):
             self._pipeline = PipelineLengths(engine, self.warmup)
+
+    def resume(self, folder: str | Path, tag: str | None) -> None:
+        """Restore the methods beside an engine that was loaded already, before `install`. See `checkpoint.resume`."""
+        with self._undone_on_error():
+            checkpoint.resume(self, Path(folder), tag)
 
     def install(self) -> None:
         """Everything that changes the engine, and nowhere else. Undone by `detach`, and here on any error."""
@@ -416,8 +420,6 @@ class Plugin:
             same_optimizer=call.arguments["load_optimizer_states"],
             universal=universal,
         )
-        if self.averager is not None and manifest is not None and not weights_only:
-            averaging_files.compare(manifest["sections"].get("weight_averaging", {}), self.averager.config, root / tag)
         groups = self.completep.state() if universal and self.completep is not None else []
         call.arguments["tag"] = tag
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]

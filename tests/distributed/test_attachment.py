@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import resource
 import signal
 import threading
@@ -228,3 +229,86 @@ def _refused_when_built():
 def test_a_refused_initialize_leaves_model_and_optimizer(workers):
     for fresh, after in workers(2).run(_refused_when_built):
         assert fresh == after
+
+
+# -- an engine that has loaded a checkpoint before the methods come onto it --------------------------------------------
+
+
+class Said(logging.Handler):
+    """What the plugin has logged since."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+        logging.getLogger("ds_plugin").addHandler(self)
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+
+def make(kind):
+    if kind == "pipeline":
+        return pipelined.make(Layout(pipe=2), deepspeed.initialize, zero=1), pipelined
+    return plain.make(plain.host_config(kind), initialize=deepspeed.initialize), plain
+
+
+def going_on(engine, module, plugin):
+    """Losses, lengths, tokens and averaged steps of the next steps."""
+    rows = []
+    losses = module.train(engine, 3, lambda engine: rows.append((plugin.length, plugin.ledger.trained)))
+    averages = [tensor.tolist() for tensor in plugin.averager.read()]
+    return losses, rows, list(plugin.averager.steps), averages
+
+
+def _saved(kind, folder):
+    engine, module = make(kind)
+    ds_plugin.attach(engine, BOTH)
+    module.train(engine, 3)
+    engine.save_checkpoint(folder)
+    engine.save_checkpoint(folder, tag="mine")
+
+
+def _resumed(kind, folder):
+    """Load after attach, attach after load, and what is refused."""
+    said = Said()
+    expected, module = make(kind)
+    first = ds_plugin.attach(expected, BOTH)
+    expected.load_checkpoint(folder)
+    engine, _ = make(kind)
+    engine.load_checkpoint(folder)
+    before, refused = held(engine), []
+    for given in (
+        {"resume_from": f"{folder}/nowhere"},
+        {"resume_from": folder, "tag": "other"},
+        {"tag": "mine"},
+    ):
+        with pytest.raises(PluginError) as error:
+            ds_plugin.attach(engine, BOTH, **given)
+        refused.append(str(error.value))
+    unchanged = changed(before, held(engine))
+    fresh, _ = make(kind)
+    with pytest.raises(PluginError) as error:
+        ds_plugin.attach(fresh, BOTH, resume_from=folder)
+    refused.append(str(error.value))
+    second = ds_plugin.attach(engine, BOTH, resume_from=folder, tag="mine")
+    quiet = list(said.texts)
+    same = going_on(expected, module, first) == going_on(engine, module, second)
+    fresh.load_checkpoint(folder)
+    forgetful = ds_plugin.attach(fresh, BOTH)
+    steps, batch = 3, fresh.train_batch_size() * plain.LENGTH
+    counted = forgetful.ledger.trained == steps * batch and not forgetful.has_average
+    return refused, unchanged, quiet, same, said.texts, counted
+
+
+@pytest.mark.parametrize("kind", [0, 3, "pipeline"])
+def test_attached_after_the_load_is_attached_before_it(workers, tmp_path, kind):
+    workers(2).run(_saved, kind, str(tmp_path))
+    for rank, (refused, unchanged, quiet, same, said, counted) in enumerate(
+        workers(2).run(_resumed, kind, str(tmp_path))
+    ):
+        nowhere, other, alone, fresh = refused
+        assert "names no latest checkpoint" in nowhere and "no checkpoint in" in other and "resume_from=" in alone
+        assert "saved at step 3" in fresh and "at step 0" in fresh
+        assert unchanged == [] and same and counted
+        assert quiet == [] and len(said) == (1 if rank == 0 else 0)
+        assert all("3 steps" in text and "full length" in text and "resume_from=FOLDER" in text for text in said)
