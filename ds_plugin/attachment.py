@@ -1,12 +1,14 @@
 """How the methods come onto a DeepSpeed engine and off it again, and what is refused on the way."""
 
 import contextlib
+import contextvars
 import copy
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -17,6 +19,9 @@ from ds_plugin.errors import ConfigError, StateError
 from ds_plugin.sequence_length_warmup.batch import Shorten
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
+#: DeepSpeed's, bound before ours can take its place by ``deepspeed.initialize = ds_plugin.initialize``
+_deepspeed_initialize = deepspeed.initialize
+_running = contextvars.ContextVar("ds_plugin.initialize", default=False)
 
 
 def initialize(
@@ -52,8 +57,6 @@ def initialize(
         ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
             built, or else the engine is destroyed, and an optimizer that was given has its own param groups again.
     """
-    import deepspeed
-
     given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
     if len(given) != 1:
         what = "none was given" if not given else f"{len(given)} were given"
@@ -73,7 +76,7 @@ def initialize(
             model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
                 model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
             )
-        engine, *rest = deepspeed.initialize(
+        engine, *rest = _build(
             args=host_args,
             model=model,
             optimizer=optimizer,
@@ -111,12 +114,14 @@ def attach(
     restored from there, and the run goes on as if they had been attached before the load.
 
     Raises:
-        ConfigError: a wrong setting, or ``completep`` enabled: its param groups must exist before the engine does.
+        ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
+            ``engine`` is no engine.
         StateError: the engine already has a plugin.
         CheckpointError: ``resume_from`` is not the checkpoint that was loaded, or does not fit this run.
     """
     if tag is not None and resume_from is None:
         raise ConfigError(f"attach: tag={tag!r} without resume_from=, the folder that it is in; give both")
+    _refuse_no_engine(engine, "attach")
     sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
     if sections.completep is not None:
         raise ConfigError(
@@ -140,9 +145,11 @@ def attached(engine: Any) -> Plugin:
 
     Raises:
         StateError: there is none.
+        ConfigError: ``engine`` is no engine.
     """
-    plugin = engine.__dict__.get(_ATTRIBUTE)
+    plugin = getattr(engine, "__dict__", {}).get(_ATTRIBUTE)
     if plugin is None:
+        _refuse_no_engine(engine, "attached")
         raise StateError("this engine has no plugin; make it with ds_plugin.initialize() or call ds_plugin.attach()")
     return plugin
 
@@ -151,6 +158,39 @@ def detach(engine: Any) -> None:
     """Undo `attach`: the engine is again as DeepSpeed made it. The averaging window is dropped."""
     attached(engine).detach()
     del engine.__dict__[_ATTRIBUTE]
+
+
+def _build(**given: Any) -> Any:
+    """DeepSpeed's own ``initialize``; on a CPU it is spared what it would compile for inference."""
+    if _running.get():
+        found = f"{_deepspeed_initialize.__module__}.{_deepspeed_initialize.__qualname__}"
+        raise StateError(
+            f"initialize: {found} had taken the place of deepspeed.initialize before ds_plugin was first used, and "
+            "calls ds_plugin.initialize, which calls it; write deepspeed.initialize = ds_plugin.initialize, or take "
+            "ds_plugin.initialize before replacing it by your own"
+        )
+    if compat.starts_on_cpu():
+        compat.skip_inference_kernel()
+    token = _running.set(True)
+    try:
+        return _deepspeed_initialize(**given)
+    finally:
+        _running.reset(token)
+
+
+def _refuse_no_engine(thing: Any, call: str) -> None:
+    if compat.is_engine(thing):
+        return
+    hint = ""
+    if isinstance(thing, tuple) and any(map(compat.is_engine, thing)):
+        hint = " (the first of the tuple is one)"
+    elif compat.is_engine(getattr(thing, "engine", None)):
+        hint = " (its .engine is one)"
+    kind = type(thing)
+    raise ConfigError(
+        f"{call}: needs the engine that deepspeed.initialize() returns, and was given a "
+        f"{kind.__module__}.{kind.__qualname__}{hint}; give the engine, or build it with ds_plugin.initialize()"
+    )
 
 
 def _register(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ds_plugin.errors import StateError
+from megatron_patches.patch import Patch
 
 # -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
 BF16_MASTERS = "fp32_groups_flat_partition"  # BF16_Optimizer: one flat partition per param group
@@ -72,6 +73,13 @@ def need(owner: Any, *names: str) -> None:
             )
 
 
+def is_engine(thing: Any) -> bool:
+    """Whether ``thing`` is a DeepSpeed engine, of a pipeline or not."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return isinstance(thing, DeepSpeedEngine)
+
+
 def is_pipeline(engine: Any) -> bool:
     """Whether ``engine`` is DeepSpeed's pipeline engine, whose step is `train_batch`."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -108,6 +116,32 @@ def sequence_parallel_size(engine: Any) -> int:
 def has_curriculum(engine: Any) -> bool:
     """Whether the engine reads its batches through DeepSpeed's own curriculum learning."""
     return is_on(engine, "curriculum_learning_enabled")
+
+
+# -- what DeepSpeed compiles when communication starts on a CPU: half a minute, a C++ compiler, and a lock -------------
+_INFERENCE_KERNEL = Patch(
+    "deepspeed.comm.torch.build_shm_op",
+    lambda: None,
+    reason="the kernel serves inference only; compiling it needs a C++ compiler",
+    prefixes=("deepspeed",),
+)
+
+
+def skip_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which only its inference uses.
+
+    Nor is the lock waited for that a killed compile leaves, for ever and without a word. Shown by
+    ``megatron_patches.active()``; ``megatron_patches.revert()`` undoes it.
+    """
+    _INFERENCE_KERNEL.apply()
+
+
+def starts_on_cpu() -> bool:
+    """Whether DeepSpeed's communication is still to start in this process, and on a CPU."""
+    import deepspeed.comm
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu" and not deepspeed.comm.is_initialized()
 
 
 # -- Adam's second moments -------------------------------------------------------------------------------------------

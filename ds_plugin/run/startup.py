@@ -6,8 +6,6 @@ import sys
 import time
 import warnings
 
-from megatron_patches.patch import Patch
-
 #: said by the hosts on every ordinary start; each is true and asks nothing of the user
 _USUAL = ("Attempting to get learning rate from scheduler before it has started",)
 
@@ -30,17 +28,10 @@ def quiet() -> None:
 
 
 def skip_inference_kernel() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which only its inference uses.
+    """For a script that starts communication before it calls `ds_plugin.initialize`, which does this itself."""
+    from ds_plugin import compat  # late: it imports torch, which `quiet` comes before
 
-    It is compiled when communication starts, which takes half a minute and a C++ compiler. Shown by
-    ``megatron_patches.active()``; ``megatron_patches.revert()`` undoes it.
-    """
-    Patch(
-        "deepspeed.comm.torch.build_shm_op",
-        lambda: None,
-        reason="the kernel serves inference only; compiling it needs a C++ compiler",
-        prefixes=("deepspeed",),
-    ).apply()
+    compat.skip_inference_kernel()
 
 
 def fail(error: Exception) -> int:

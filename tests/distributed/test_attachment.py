@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.errors import PluginError
+from ds_plugin.errors import ConfigError, PluginError
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout
 
@@ -312,3 +312,51 @@ def test_attached_after_the_load_is_attached_before_it(workers, tmp_path, kind):
         assert unchanged == [] and same and counted
         assert quiet == [] and len(said) == (1 if rank == 0 else 0)
         assert all("3 steps" in text and "full length" in text and "resume_from=FOLDER" in text for text in said)
+
+
+# -- what initialize and attach are called on, and by whom -------------------------------------------------------------
+
+
+def _in_place_of_deepspeeds():
+    theirs = deepspeed.initialize
+    expected = plain.train(plain.make(plain.host_config(1, **BOTH)), 3)
+    deepspeed.initialize = ds_plugin.initialize
+    found = plain.train(plain.make(plain.host_config(1, **BOTH), initialize=deepspeed.initialize), 3)
+    off = plain.train(plain.make(plain.host_config(1), initialize=deepspeed.initialize), 3)
+    deepspeed.initialize = theirs
+    return found == expected, off == plain.train(plain.make(plain.host_config(1), initialize=theirs), 3)
+
+
+def test_it_takes_the_place_of_deepspeeds_initialize(workers):
+    assert workers(2).run(_in_place_of_deepspeeds) == [(True, True)] * 2
+
+
+def _on_what_is_no_engine():
+    model = plain.TinyLM()
+    engine, optimizer, *rest = deepspeed.initialize(model=model, config=plain.host_config(1))
+    messages = {}
+    for name, thing in {
+        "None": None,
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters()),
+        "wrapper": SimpleNamespace(engine=engine),
+        "tuple": (engine, optimizer, *rest),
+    }.items():
+        for call in (lambda thing: ds_plugin.attach(thing, BOTH), ds_plugin.attached, ds_plugin.detach):
+            with pytest.raises(ConfigError) as error:
+                call(thing)
+            messages.setdefault(name, []).append(str(error.value))
+    return messages
+
+
+def test_what_is_no_engine_is_named(workers):
+    kinds = {
+        "None": "builtins.NoneType",
+        "module": "plain.TinyLM",
+        "optimizer": "torch.optim.sgd.SGD",
+        "wrapper": "types.SimpleNamespace (its .engine is one)",
+        "tuple": "builtins.tuple (the first of the tuple is one)",
+    }
+    [messages] = workers(1).run(_on_what_is_no_engine)
+    for name, kind in kinds.items():
+        assert len(messages[name]) == 3 and all(kind in message for message in messages[name]), messages[name]
