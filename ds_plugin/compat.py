@@ -47,6 +47,10 @@ FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the n
 # -- the handles of the engine's own hooks on its module, before and after its forward pass -------------------------
 MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
 
+# -- where a backward pass through the engine's outputs begins, by engine.backward(loss) and loss.backward() alike ----
+BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on the outputs: before any gradient of the module
+SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
+
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
 UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
 

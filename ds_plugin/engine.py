@@ -2,6 +2,7 @@
 
 forward    the batch is shortened (training mode only)               sequence_length_warmup
 backward   refused while the average is swapped in                   weight_averaging
+           its loss is noted (`backward`)
 step       refused while the average is swapped in                   weight_averaging
            it waits for the last snapshot's copy, on the device      weight_averaging
            the host's step; when it closed an accumulation window:
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import checkpoint, compat
+from ds_plugin.backward import BackwardPasses
 from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, StateError, together
@@ -54,7 +56,7 @@ class Plugin:
         self.completep: CompleteP | None = None
         self._pipeline: PipelineLengths | None = None
         self._scheduler: TokenScheduler | None = None
-        self._window_open = False  # a micro-batch has been accumulated that no step has used yet
+        self._passes: BackwardPasses | None = None
         self._undo = contextlib.ExitStack()
         with self._undone_on_error():
             self._build(shorten)
@@ -78,6 +80,9 @@ class Plugin:
             self._scheduler = TokenScheduler(engine.lr_scheduler, self.warmup.batches_trained)
         if self.warmup is not None and compat.is_pipeline(engine):
             self._pipeline = PipelineLengths(engine, self.warmup)
+        if (self.warmup is not None or self.averager is not None) and not compat.is_pipeline(engine):
+            heard = self.warmup is not None or self.spikes is not None
+            self._passes = BackwardPasses(engine, self._refuse_while_swapped, self._record if heard else None)
 
     def resume(self, folder: str | Path, tag: str | None) -> None:
         """Restore the methods beside an engine that was loaded already, before `install`. See `checkpoint.resume`."""
@@ -87,7 +92,7 @@ class Plugin:
     def install(self) -> None:
         """Everything that changes the engine, and nowhere else. Undone by `detach`, and here on any error."""
         with self._undone_on_error():
-            for part in (self.warmup, self._pipeline, self.completep):
+            for part in (self.warmup, self._pipeline, self.completep, self._passes):
                 if part is not None:
                     part.install(self._undo)
             for name, method in self._methods().items():
@@ -104,11 +109,10 @@ class Plugin:
             methods |= dict.fromkeys(("set_train_batch_size", "set_train_micro_batch_size"), self._refuse_other_batch)
         if self._pipeline is not None:
             methods |= {"eval_batch": self._eval_batch, "set_batch_fn": self._pipeline.set_batch_fn}
-        if self.warmup is not None or self.averager is not None:
-            if compat.is_pipeline(self.engine):
-                methods["train_batch"] = self._train_batch
-            else:
-                methods |= {"backward": self._backward, "step": self._step}
+        if self._passes is not None:
+            methods["step"] = self._step
+        elif self.warmup is not None or self.averager is not None:
+            methods["train_batch"] = self._train_batch
         if self.config != PluginConfig():  # CompleteP alone has no state, but its recipe must not change on a resume
             methods |= {"save_checkpoint": self._save_checkpoint, "load_checkpoint": self._load_checkpoint}
         return methods
@@ -127,7 +131,7 @@ class Plugin:
             self._undo.close()
         finally:
             self.warmup = self.averager = self.completep = self.spikes = None
-            self._pipeline = self._scheduler = None
+            self._pipeline = self._scheduler = self._passes = None
 
     def _give_scheduler_back(self, scheduler: TokenScheduler) -> None:
         if self.engine.lr_scheduler is scheduler:  # a user's own, set since, is left alone
@@ -264,7 +268,7 @@ class Plugin:
             raise StateError(
                 'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
             )
-        if self._window_open:
+        if self._passes is not None and self._passes.open:
             raise StateError(
                 "weight_averaging: the averaged weights can be swapped in between optimizer steps only, not within an "
                 "accumulation window; finish the window first"
@@ -311,12 +315,6 @@ class Plugin:
         self._pipeline.before_evaluation()
         return self._host_eval_batch(*args, **kwargs)  # type: ignore[attr-defined]
 
-    def _backward(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_while_swapped("engine.backward()")
-        self._record(args[0] if args else kwargs.get("loss"))
-        self._window_open = True
-        return self._host_backward(*args, **kwargs)  # type: ignore[attr-defined]
-
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.step()")
         if self.averager is not None:
@@ -324,9 +322,13 @@ class Plugin:
         before = self.engine.global_steps
         result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
         if self.engine.global_steps != before:  # an accumulation window has closed
-            self._window_open = False
+            self._forget_open_window()
             self._close_step()
         return result
+
+    def _forget_open_window(self) -> None:
+        if self._passes is not None:
+            self._passes.open = False
 
     def _record(self, loss: Any) -> None:
         for instruments in (self.warmup, self.spikes):
@@ -425,7 +427,7 @@ class Plugin:
         result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
         if result[0] is None:
             return result
-        self._window_open = False
+        self._forget_open_window()
         if universal and self.completep is not None:
             assert manifest is not None  # check() insists on one
             resumed = call.arguments["load_optimizer_states"] and not weights_only

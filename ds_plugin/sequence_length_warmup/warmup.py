@@ -240,8 +240,9 @@ class SequenceLengthWarmup:
         """Close an accumulation window: the host has finished an optimizer step, applied or skipped."""
         if self.config.pacing == "adaptive" and not self._recorded and not compat.is_pipeline(self.engine):
             raise StateError(
-                'sequence_length_warmup.pacing: "adaptive" and no loss came through engine.backward(loss) in this '
-                'step, so that nothing could be held; call it in place of loss.backward(), or write "schedule"'
+                "sequence_length_warmup.pacing: \"adaptive\" and this step's loss is not known, so that nothing could "
+                "be held; call engine.backward(loss), or loss.backward() on the loss that the model returns, or write "
+                '"schedule"'
             )
         self._recorded = False
         trained_before = self.ledger.trained

@@ -43,8 +43,9 @@ class SpikeWatch:
         """
         if not self._recorded and not compat.is_pipeline(self._engine):
             raise StateError(
-                "weight_averaging.restart: no loss came through engine.backward(loss) in this step, so that nothing "
-                'could be watched; call it in place of loss.backward(), or leave "restart" out'
+                "weight_averaging.restart: this step's loss is not known, so that nothing could be watched; call "
+                "engine.backward(loss), or loss.backward() on the loss that the model returns, or leave "
+                '"restart" out'
             )
         self._recorded = False
         report = self.monitor.close_step()

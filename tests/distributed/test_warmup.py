@@ -177,13 +177,6 @@ def _detached():
     next(batches)
 
 
-def _own_backward():
-    engine = plain.make(plain.host_config(1, **section(pacing="adaptive")))
-    engine.train()
-    engine(*plain.micro_batch(0)).backward()
-    engine.step()
-
-
 def _broken_on_one_rank():
     schedule = "math:floor" if dist.get_rank() else "no.such.module:f"
     plain.make(plain.host_config(**section(schedule=schedule)))
@@ -212,7 +205,6 @@ REFUSED = {
     "another full length": (_other_end, "CheckpointError", ["end_length", "16", "8"]),
     "held in other units": (_held_in_other_units, "CheckpointError", ["3 steps", "duration in steps", "tokens"]),
     "read after detach": (_detached, "StateError", ["detached"]),
-    "losses that are not seen": (_own_backward, "StateError", ['"adaptive"', "engine.backward(loss)"]),
     "a schedule broken on one rank": (_broken_on_one_rank, "ConfigError", ["'no.such.module:f'", "cannot be imported"]),
     "ranks that disagree": (_rank_dependent, "ConfigError", ["ranks disagree", "section", "rank 1"]),
     "samples divided over ranks": (_nested_ulysses, "StateError", ["divided over 2 ranks", "batches("]),
