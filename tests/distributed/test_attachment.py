@@ -17,6 +17,7 @@ import torch.distributed as dist
 import ds_plugin
 from ds_plugin.errors import ConfigError, PluginError
 from tests.distributed import pipelined, plain
+from tests.distributed import test_completep_deepspeed as roles
 from tests.distributed.pipelined import Layout
 
 WARMUP = {**plain.WARMUP, "preflight": False}
@@ -133,7 +134,7 @@ def refusals(engine, folder):
         "ranks disagree": (both({"start_length": 4 + 4 * rank}), none, "ranks disagree"),
         "completep": (both(completep={"enabled": True, "base_width": 8, "base_depth": 1}), none, "completep"),
         "curriculum": (both(), pretending(engine, "curriculum_learning_enabled", lambda: True), "both set the length"),
-        "half-way": (both({"learning_rate": {"by": "tokens"}}), without_a_name(engine), "division"),
+        "half-way": (both({"learning_rate": {"by": "tokens"}}, files), without_a_name(engine), "division"),
     }
 
 
@@ -229,6 +230,27 @@ def _refused_when_built():
 def test_a_refused_initialize_leaves_model_and_optimizer(workers):
     for fresh, after in workers(2).run(_refused_when_built):
         assert fresh == after
+
+
+def _refused_with_groups_of_roles():
+    """CompleteP replaces the groups of an optimizer that is built already, before averaging is refused."""
+    nowhere = {**plain.AVERAGING, "storage": "files", "storage_path": "/no/such"}
+    completep, model = roles.small(), roles.model_of(roles.small())
+    config = {key: value for key, value in roles.host_config(completep).items() if key != "optimizer"}
+    optimizer = roles.BUILT["no decay on some"](model)
+    groups = list(optimizer.param_groups)
+    contents = [dict(group) for group in groups]
+    with pytest.raises(PluginError, match="storage_path"):
+        roles.engine_of(completep, {**config, "weight_averaging": nowhere}, model, optimizer=optimizer)
+    back = all(a is b for a, b in zip(groups, optimizer.param_groups, strict=True)) and contents == groups
+    again = roles.engine_of(completep, config, model, optimizer=optimizer)
+    fresh = roles.model_of(roles.small())
+    other = roles.engine_of(completep, config, fresh, optimizer=roles.BUILT["no decay on some"](fresh))
+    return back, [group["role"] for group in optimizer.param_groups], roles.train(again, 2) == roles.train(other, 2)
+
+
+def test_a_refused_initialize_gives_back_the_groups_that_completep_replaced(workers):
+    assert workers(1).run(_refused_with_groups_of_roles) == [(True, list(roles.ROWS), True)]
 
 
 # -- an engine that has loaded a checkpoint before the methods come onto it --------------------------------------------
