@@ -21,9 +21,24 @@ import torch
 
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
 from ds_plugin.weight_averaging.config import KINDS
-from ds_plugin.weight_averaging.merge_inputs import Source, compare
-from ds_plugin.weight_averaging.merge_output import Plan, Progress, Record, Shard, check_space, write_all
-from ds_plugin.weight_averaging.merge_safetensors import Safetensors, plan_new, plan_same, read_safetensors
+from ds_plugin.weight_averaging.merge_inputs import RESTORE, Source, compare
+from ds_plugin.weight_averaging.merge_output import (
+    Plan,
+    Progress,
+    Record,
+    Shard,
+    check_space,
+    refuse_different_integers,
+    write_all,
+)
+from ds_plugin.weight_averaging.merge_safetensors import (
+    Safetensors,
+    is_model_folder,
+    plan_new,
+    plan_same,
+    read_safetensors,
+    refuse_quantized,
+)
 from ds_plugin.weight_averaging.merge_torch_dist import TorchDist, plan_torch_dist, read_torch_dist
 from ds_plugin.weight_averaging.merge_zero import read_deepspeed
 from ds_plugin.weight_averaging.window import read_weights
@@ -32,6 +47,7 @@ SHARD_BYTES = 5 * 10**9  # of an output that has no sharding to follow; Hugging 
 OUTPUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OURS = "weight_averaging_rank_"  # the plugin's window files, which lie beside DeepSpeed's
 _MEGATRONS_LATEST = "latest_checkpointed_iteration.txt"
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # what transformers calls its files
 _LOG_SECONDS = 5.0
 
 
@@ -73,9 +89,11 @@ def merge(
 
     What is read, and what is written:
 
-    - Safetensors folders: the same files, keeping names, sharding, dtypes, metadata and index; the first one's other
-      small files are copied.
-    - DeepSpeed checkpoints: their fp32 masters under the module's names, as safetensors in shards of ``shard_bytes``.
+    - Safetensors folders: the same files, keeping names, sharding, dtypes, metadata and index. The first one's
+      configuration and tokenizer are copied, with the dtype that is written; nothing of a trainer's state is.
+    - DeepSpeed checkpoints: their fp32 masters under the module's names, as safetensors in shards of ``shard_bytes``,
+      and the configuration and tokenizer that Hugging Face's Trainer wrote beside them. Of a folder with a file
+      ``latest`` the checkpoint it names is read, whatever 16-bit weights lie there too.
       Pipeline stages lie together in one folder, where each finds its layers by name. Of tensor parallelism each rank
       has a folder of its own, ``tp0-of-2`` and so on, to be loaded into the model on that rank, before the host wraps
       it (not strictly: megatron-core's layers would miss their ``_extra_state``, which is empty)::
@@ -86,15 +104,16 @@ def merge(
       checkpoints hold fp32 masters, which `dist_checkpointing.load` reads at any parallelism; see `merge_torch_dist`.
 
     Sums are made in fp32 (fp64 for fp64), oldest to newest, and divided once by the sum of the weights: with
-    ``uniform`` the bits are those of `window.mean_`. Integers, and the buffers and frozen weights of a DeepSpeed
-    checkpoint, are the last checkpoint's. ``dtype`` is that of the floating-point tensors written. A folder that an
-    interrupted merge of the same arguments left is completed: its finished shards are verified and kept.
+    ``uniform`` the bits are those of `window.mean_`. Single integers, and the buffers and frozen weights of a DeepSpeed
+    checkpoint, are the last checkpoint's; other integers must be equal in all. ``dtype`` is that of the floating-point
+    tensors written. A folder that an interrupted merge of the same arguments left is completed: its finished shards are
+    verified and kept.
 
     ``progress`` is called from the workers with the bytes done, the bytes in all, and the shard now finished if one is.
 
     Raises:
         ConfigError: an argument is wrong, or ``out`` holds anything else.
-        CheckpointError: a checkpoint is missing, damaged, unsafe to read, or of another model or layout.
+        CheckpointError: a checkpoint is missing, damaged, unsafe to read, quantized, or of another model or layout.
         PluginError: the output cannot be written, such as on a full disk.
     """
     if not checkpoints:
@@ -106,6 +125,8 @@ def merge(
     out = Path(out)
     numbers = parse_weights(weights, len(checkpoints))
     sources = [open_source(Path(path)) for path in checkpoints]
+    for source in sources:
+        refuse_quantized(source.beside)
     for other in sources[1:]:
         compare(sources[0], other)
     if sources[-1].remark:
@@ -114,6 +135,7 @@ def merge(
     shards = plan.shards
     described = _describe(sources, numbers, shards)
     try:
+        refuse_different_integers(plan.sources)
         record = Record(out, described)
         finished = [shard for shard in shards if record.verified(shard, note)]
         if finished:
@@ -140,23 +162,51 @@ def open_source(path: Path) -> Source:
         return read_safetensors(path, [path], None)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}; give a folder that exists")
+    if any(path.glob("zero/*/fp32.pt")):
+        raise CheckpointError(
+            f"{path} is a universal checkpoint, which merge cannot read; give the tag folder that it was converted "
+            "from, or resume from it (checkpoint.load_universal) and save again"
+        )
     if any(path.glob("*_states.pt")):
-        return read_deepspeed(path)
+        source = read_deepspeed(path)
+        source.beside = path.parent if is_model_folder(path.parent) else None
+        return source
+    adapters = (path / "adapter_config.json").is_file()  # PEFT's, which only its own file is loaded from
+    if (path / "latest").is_file() and not adapters:
+        return _named_by_latest(path)
     files = sorted(p for p in path.glob("*.safetensors") if not p.name.startswith((_OURS, ".")))
     indices = sorted(path.glob("*.safetensors.index.json"))
     if files or indices:
-        return read_safetensors(path, files, indices[0] if indices else None)
+        found = read_safetensors(path, files, indices[0] if indices else None)
+        if adapters:
+            found.remark = f"{path}: the mean is of the adapters in {found.files[0].name}, in that file's precision"
+        return found
     if (path / ".metadata").is_file():
         return read_torch_dist(path)
-    if (path / "latest").is_file():
-        return open_source(path / (path / "latest").read_text("utf-8").strip())
     if (path / _MEGATRONS_LATEST).is_file():
         tag = (path / _MEGATRONS_LATEST).read_text("utf-8").strip()
         return open_source(path / (f"iter_{int(tag):07d}" if tag.isdecimal() else tag))
+    if (path / "latest_universal").is_file():
+        return open_source(path / (path / "latest_universal").read_text("utf-8").strip())
     raise CheckpointError(
         f"{path} holds neither *.safetensors, nor DeepSpeed's *_optim_states.pt, nor torch_dist's .metadata, nor a "
         f"file 'latest' or '{_MEGATRONS_LATEST}'; give the folder that does"
     )
+
+
+def _named_by_latest(path: Path) -> Source:
+    """DeepSpeed's newest checkpoint in a folder, which may be a Trainer's and hold the 16-bit weights as well."""
+    tag = (path / "latest").read_text("utf-8").strip()
+    if not (path / tag).is_dir():
+        raise CheckpointError(
+            f"{path / 'latest'} names {tag}, which is missing; {RESTORE}, or remove 'latest' to merge the safetensors "
+            "beside it"
+        )
+    source = open_source(path / tag)
+    low = next((p.name for pattern in _WEIGHTS for p in sorted(path.glob(pattern))), None)
+    if low is not None:
+        source.remark = f"{path}: the mean is of the fp32 masters in {tag}, which 'latest' names, not of {low}"
+    return source
 
 
 def _counted(

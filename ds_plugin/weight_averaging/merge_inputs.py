@@ -22,6 +22,10 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 RESTORE = "restore the file, or leave this checkpoint out"
+DEQUANTIZE = (
+    "give the checkpoints as they were before they were quantized, or dequantized (transformers: model.dequantize(), "
+    "or load them by a quantization config with dequantize=True; then save_pretrained)"
+)
 
 
 class Piece(NamedTuple):
@@ -45,12 +49,17 @@ def cut(pieces: Iterable[Piece], start: int, count: int, itemsize: int) -> Itera
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor. ``latest``: a buffer or a frozen weight, of which the newest is taken and no mean is made."""
+    """One tensor.
+
+    ``latest``: a buffer, a frozen weight or integers, of which the newest is taken and no mean is made. ``varies``: a
+    single number, or known to be a buffer, so that it may differ between checkpoints where it has no mean.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     latest: bool = False
+    varies: bool = False
 
     @property
     def numel(self) -> int:
@@ -66,7 +75,8 @@ class Source:
     """One checkpoint.
 
     ``folders``: the names of each folder to be written, by the prefix that tells them apart in ``tensors`` ("" alone,
-    or "tp0-of-2/" and so on). ``remark``: what a user should know about how it was read.
+    or "tp0-of-2/" and so on). ``beside``: the folder with the model's configuration and tokenizer. ``remark``: what a
+    user should know about how it was read.
     """
 
     path: Path
@@ -74,6 +84,7 @@ class Source:
     tensors: dict[str, Stored]
     files: list[Path]
     folders: dict[str, list[str]] = field(default_factory=dict)
+    beside: Path | None = None
     remark: str = ""
 
 

@@ -20,7 +20,7 @@ import torch
 
 from ds_plugin.atomic import atomic_path, atomic_write
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
-from ds_plugin.weight_averaging.merge_inputs import Source, Stored
+from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, Source, Stored
 
 RECORD = "merge.json"
 CHUNK = 256 * 1024  # elements read at a time: the buffers stay in the cache, and calls cost little beside the work
@@ -161,6 +161,38 @@ def _checksum(path: Path, shard: Shard) -> int:
     return found
 
 
+def refuse_different_integers(sources: list[Source]) -> None:
+    """Integers have no mean: packed weights of one input with the averaged scales of all would be a wrong model.
+
+    Single numbers (step counters, BatchNorm's num_batches_tracked) and what is known to be a buffer may differ: the
+    newest is taken. Stops at the first difference; what is equal is read once from every source.
+
+    Raises:
+        CheckpointError: naming the tensor, both files and the remedy.
+    """
+    *others, last = sources
+    if not others:
+        return
+    hand = _Hand(sources, [1.0] * len(sources))
+    try:
+        for name, stored in last.tensors.items():
+            if stored.dtype.is_floating_point or stored.varies:
+                continue
+            for start in range(0, stored.numel, CHUNK):
+                count = min(CHUNK, stored.numel - start)
+                newest, _ = hand.read(stored, start, *hand.buffer("latest", stored.dtype, count))
+                for other in (source.tensors[name] for source in others):
+                    values, _ = hand.read(other, start, *hand.buffer("read", stored.dtype, count))
+                    if not torch.equal(values, newest):
+                        files = [next(one.span(start, 1)).path for one in (other, stored)]
+                        raise CheckpointError(
+                            f"tensor {name} is {stored.dtype} and differs between {files[0]} and {files[1]}, and "
+                            f"integers have no mean: leave one of the two out; if it holds packed weights, {DEQUANTIZE}"
+                        )
+    finally:
+        hand.close()
+
+
 def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -297,7 +329,7 @@ class _Hand:
         values, view = self._mean(piece.part.tensor, piece.start, piece.elements)
         if values.dtype == piece.part.dtype:
             return view
-        written, view = self._buffer("written", piece.part.dtype, piece.elements)
+        written, view = self.buffer("written", piece.part.dtype, piece.elements)
         written.copy_(values)
         return view
 
@@ -310,15 +342,15 @@ class _Hand:
     def _mean(self, name: str, start: int, count: int) -> tuple[torch.Tensor, memoryview]:
         stored = self.last.tensors[name]
         if stored.latest:
-            return self._read(stored, start, *self._buffer("latest", stored.dtype, count))
+            return self.read(stored, start, *self.buffer("latest", stored.dtype, count))
         wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        total, view = self._buffer("total", wide, count)
+        total, view = self.buffer("total", wide, count)
         for index, (source, weight) in enumerate(self.terms):
             # the first goes into the sum itself
-            place = (total, view) if index == 0 and stored.dtype == wide else self._buffer("read", stored.dtype, count)
-            values, _ = self._read(source.tensors[name], start, *place)
+            place = (total, view) if index == 0 and stored.dtype == wide else self.buffer("read", stored.dtype, count)
+            values, _ = self.read(source.tensors[name], start, *place)
             if stored.dtype != wide:  # first, since torch adds tensors of two dtypes one element at a time
-                values = (total if index == 0 else self._buffer("wide", wide, count)[0]).copy_(values)
+                values = (total if index == 0 else self.buffer("wide", wide, count)[0]).copy_(values)
             if weight != 1:
                 values.mul_(weight)
             if index:
@@ -327,7 +359,7 @@ class _Hand:
             total.div_(self.divisor)
         return total, view
 
-    def _buffer(self, use: str, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
+    def buffer(self, use: str, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, memoryview]:
         """Memory that is used again and again, as a tensor and as its bytes.
 
         Fresh memory costs the kernel more than the arithmetic in it, and even a new view costs several microseconds.
@@ -338,7 +370,7 @@ class _Hand:
             found = self._buffers[use, dtype, count] = whole[:count], whole[:count].view(torch.uint8).numpy().data
         return found
 
-    def _read(
+    def read(
         self, stored: Stored, start: int, target: torch.Tensor, view: memoryview
     ) -> tuple[torch.Tensor, memoryview]:
         """Fill ``target``, whose bytes ``view`` are, with the tensor's elements from ``start`` on."""

@@ -53,10 +53,10 @@ def window(stored: Stored, chunks: Sequence[Chunk], wanted: Chunk) -> Stored:
     """The rectangle ``wanted`` of a tensor that is ``stored`` in ``chunks``, which cover it."""
     for chunk in chunks:
         if (chunk.offsets, chunk.sizes) == (wanted.offsets, wanted.sizes):
-            return Stored(stored.dtype, chunk.sizes, (chunk.piece,), stored.latest)
+            return Stored(stored.dtype, chunk.sizes, (chunk.piece,), stored.latest, stored.varies)
     frame, *folded = _fold([wanted, *(chunk for chunk in chunks if _overlap(chunk, wanted))])
     in_order = tuple(sorted(folded, key=lambda chunk: chunk.offsets[-1]))
-    return Window(stored.dtype, wanted.sizes, (), stored.latest, frame.offsets, frame.sizes, in_order)
+    return Window(stored.dtype, wanted.sizes, (), stored.latest, stored.varies, frame.offsets, frame.sizes, in_order)
 
 
 def covers_once(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:

@@ -13,12 +13,14 @@ import torch
 
 from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES, DTYPES, RESTORE, Piece, Source, Stored
+from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, DTYPE_NAMES, DTYPES, RESTORE, Piece, Source, Stored
 from ds_plugin.weight_averaging.merge_output import RECORD, Part, Plan, Shard
 
 _COPIED_BYTES = 100 * 10**6
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 _INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+_STATE = (RECORD, "latest", "latest_universal", "trainer_state.json", "zero_to_fp32.py", "ds_plugin.json")
 
 
 @dataclass
@@ -35,7 +37,8 @@ def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Safet
     Raises:
         CheckpointError: a file is missing, truncated or damaged, or does not hold what the index says.
     """
-    source = Safetensors(path, "a safetensors checkpoint", {}, files, index=index)
+    beside = path if path.is_dir() else None
+    source = Safetensors(path, "a safetensors checkpoint", {}, files, beside=beside, index=index)
     wanted: Mapping[str, str] = {}
     if index is not None:
         try:
@@ -74,12 +77,13 @@ def _read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}, which merge cannot average")
+                raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}, which has no mean; {DEQUANTIZE}")
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             start, stop = (8 + count + offset for offset in entry["data_offsets"])
-            if start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            numel = math.prod(shape)
+            if start != end or stop - start != numel * dtype.itemsize:
                 raise ValueError(f"tensor {name} lies at bytes {start} to {stop}")
-            tensors[name] = Stored(dtype, shape, (Piece(path, start, math.prod(shape)),), not dtype.is_floating_point)
+            tensors[name] = Stored(dtype, shape, (Piece(path, start, numel),), not dtype.is_floating_point, numel == 1)
             end = stop
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {RESTORE}") from None
@@ -105,11 +109,10 @@ def plan_same(sources: list[Safetensors], dtype: torch.dtype | None) -> Plan:
             shards.append(_shard(file, parts, first, json.loads(header[8:]).get("__metadata__")))
 
     def finish(out: Path) -> None:
-        if first.path.is_dir():
-            _copy_others(first.path, out)
+        _copy_others(first.beside, out, dtype)
         if first.index is not None:
             index = first.index.read_bytes()
-            _write_index(out / first.index.name, index if dtype is None else _index(shards, "", json.loads(index)))
+            _write(out / first.index.name, index if dtype is None else _index(shards, "", json.loads(index)))
 
     return Plan(shards, list(sources), finish)
 
@@ -140,9 +143,10 @@ def plan_new(sources: list[Source], dtype: torch.dtype | None, shard_bytes: int)
         ]
 
     def finish(out: Path) -> None:
+        _copy_others(first.beside, out, dtype or torch.float32)
         for folder, shards in by_folder.items():
             if len(shards) > 1:
-                _write_index(out / folder / _INDEX, _index(shards, folder, {}))
+                _write(out / folder / _INDEX, _index(shards, folder, {}))
 
     return Plan([shard for shards in by_folder.values() for shard in shards], sources, finish)
 
@@ -165,12 +169,56 @@ def _shard(name: str, parts: list[Part], source: Source, metadata: Any, folder: 
     return Shard(name, (len(text).to_bytes(8, "little") + text, *parts))
 
 
-def _copy_others(source: Path, out: Path) -> None:
-    """Configuration and tokenizer, which a safetensors folder needs to be loaded; never weights of another format."""
-    for path in sorted(source.iterdir()):
-        skipped = path.name.startswith(".") or path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not skipped and path.name != RECORD and path.stat().st_size <= _COPIED_BYTES:
+def is_model_folder(path: Path) -> bool:
+    """Whether a model of transformers' lies here: its configuration says which."""
+    return "model_type" in _config(path)
+
+
+def refuse_quantized(folder: Path | None) -> None:
+    """Raise CheckpointError where the configuration says that the weights are packed: scales alone have no meaning."""
+    config = _config(folder) if folder is not None else {}
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if found := part.get("quantization_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise CheckpointError(
+                f"{folder}/{_CONFIG} has a quantization_config ({method}): packed weights have no mean; {DEQUANTIZE}"
+            )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """``config.json``; empty where there is none."""
+    path = folder / _CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {RESTORE}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _copy_others(source: Path | None, out: Path, dtype: torch.dtype | None) -> None:
+    """Configuration and tokenizer, which a safetensors folder needs to be loaded; never weights or training state.
+
+    ``dtype``: that of the weights, for the configuration to say; None: its own.
+    """
+    for path in sorted(source.iterdir()) if source is not None else []:
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.name in _STATE or path.name.startswith(".") or weights or not path.is_file():
+            continue
+        if path.name == _CONFIG and dtype is not None:
+            config = _with_dtype(_config(path.parent), str(dtype).removeprefix("torch."))
+            _write(out / _CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+        elif path.stat().st_size <= _COPIED_BYTES:
             atomic_write(out / path.name, partial(shutil.copyfile, path))
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """``dtype`` wherever the configuration, or one within it, names one; where none does, readers ask the weights."""
+    if not isinstance(config, dict):
+        return config
+    named = {key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
+    return {key: dtype if key in named else _with_dtype(value, dtype) for key, value in config.items()}
 
 
 def _index(shards: list[Shard], folder: str, before: dict[str, Any]) -> bytes:
@@ -182,6 +230,5 @@ def _index(shards: list[Shard], folder: str, before: dict[str, Any]) -> bytes:
     ).encode()
 
 
-def _write_index(path: Path, content: bytes) -> None:
-    """It is what a reader looks for first, so it is written last."""
+def _write(path: Path, content: bytes) -> None:
     atomic_write(path, lambda temporary: temporary.write_bytes(content))

@@ -163,7 +163,7 @@ def _source(path: Path, entries: dict[str, Any], places: dict[_Key, Any]) -> Tor
             key = name
         dtype = entries[key].properties.state[0]
         if dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{path}: tensor {key} is {dtype}, which merge cannot average")
+            raise CheckpointError(f"{path}: tensor {key} is {dtype}, which has no mean; save the weights in bf16")
         (high if key != name else low).append(name)
         chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entries[key].chunks]
         if not covers_once(shape, chunks):
@@ -171,7 +171,7 @@ def _source(path: Path, entries: dict[str, Any], places: dict[_Key, Any]) -> Tor
                 f"{path}: the {len(chunks)} chunks of {key} {list(shape)} do not cover it once; {RESTORE}"
             )
         source.chunks[name] = tuple(_chunk(path, key, *chunk, dtype, places[key, chunk[0]]) for chunk in chunks)
-        source.tensors[name] = Stored(dtype, shape, (), not dtype.is_floating_point)
+        source.tensors[name] = Stored(dtype, shape, (), not dtype.is_floating_point, math.prod(shape) == 1)
     if not source.tensors:
         raise CheckpointError(f"{path} holds no weights of a model; give a checkpoint that does")
     used = {chunk.piece.path for chunks in source.chunks.values() for chunk in chunks}
@@ -286,7 +286,7 @@ def plan_torch_dist(sources: list[TorchDist], dtype: torch.dtype | None) -> Plan
             values = Part(key, dtypes[name], math.prod(chunk.sizes))
             places[name, chunk.offsets] = file, *files.setdefault(file, _File()).add(before, values, after)
     for name, piece in newest.objects.items():
-        cut[-1].tensors[name] = Stored(torch.uint8, (piece.length,), (piece,), latest=True)
+        cut[-1].tensors[name] = Stored(torch.uint8, (piece.length,), (piece,), latest=True, varies=True)
         file = piece.path.name
         places[name, None] = file, *files.setdefault(file, _File()).add(Part(name, torch.uint8, piece.length))
 

@@ -20,7 +20,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES, RESTORE, Piece, Source, Stored, cut
+from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, DTYPE_NAMES, RESTORE, Piece, Source, Stored, cut
 
 #: what these files hold besides tensors and plain values; none of it is needed, so none of it is built
 HARMLESS = (
@@ -147,7 +147,7 @@ def _model_rank(path: Path, rank: int, ranks: dict[int, Path], pipeline: bool) -
     buffers = set(model.get("buffer_names") or ())
     for name, value in module.items():  # what the optimizer does not have: buffers, and under ZeRO 1/2 frozen weights
         if name not in tensors and isinstance(value, torch.Tensor) and (name in buffers or not stage_3):
-            tensors[name] = stored_in(model_path, name, value, latest=True)
+            tensors[name] = stored_in(model_path, name, value, latest=True, varies=name in buffers)
     tensors = {name: tensors[name] for name in [*(n for n in module if n in tensors), *tensors]}
     files = [model_path, *(ranks[r] for r in range(world))]
     layout = f"a checkpoint of ZeRO {'3' if stage_3 else '1/2'} on {world} ranks"
@@ -215,13 +215,17 @@ def unpickled(file: str | IO[bytes], name: str) -> Any:
         raise CheckpointError(f"{name} is truncated or damaged ({str(error).splitlines()[0]}); {RESTORE}") from None
 
 
-def stored_in(path: Path, name: str, tensor: torch.Tensor, *, latest: bool = False, base: int = 0) -> Stored:
+def stored_in(
+    path: Path, name: str, tensor: torch.Tensor, *, latest: bool = False, varies: bool = False, base: int = 0
+) -> Stored:
     """Where a tensor of `unpickled` lies in ``path``, whose part from byte ``base`` on was read."""
     if tensor.dtype not in DTYPE_NAMES or not tensor.is_contiguous():
-        raise CheckpointError(f"{path}: {name} is {tensor.dtype} with strides {tensor.stride()}; merge cannot read it")
+        raise CheckpointError(
+            f"{path}: {name} is {tensor.dtype} with strides {tensor.stride()}, which merge cannot read; {DEQUANTIZE}"
+        )
     begin: int = base + tensor.untyped_storage()._checkpoint_offset  # type: ignore  # set by torch.load
     piece = Piece(path, begin + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.numel())
-    return Stored(tensor.dtype, tuple(tensor.shape), (piece,), latest)
+    return Stored(tensor.dtype, tuple(tensor.shape), (piece,), latest, varies or tensor.numel() == 1)
 
 
 def _stage_0(path: Path, rank: int, pipeline: bool) -> _Share:
@@ -236,7 +240,9 @@ def _stage_0(path: Path, rank: int, pipeline: bool) -> _Share:
         )
     buffers = set(model.get("buffer_names") or ())
     tensors = {
-        name: stored_in(model_path, name, value, latest=name in buffers or not value.is_floating_point())
+        name: stored_in(
+            model_path, name, value, latest=name in buffers or not value.is_floating_point(), varies=name in buffers
+        )
         for name, value in (model.get("module") or {}).items()
         if isinstance(value, torch.Tensor)
     }
@@ -244,7 +250,7 @@ def _stage_0(path: Path, rank: int, pipeline: bool) -> _Share:
         if not stored.latest and stored.dtype.itemsize < 4:
             raise CheckpointError(
                 f"{model_path}: {name} is {stored.dtype}, and stage 0 keeps its fp32 master elsewhere, without its "
-                "name; use zero_optimization.stage 1"
+                "name; use zero_optimization.stage 1, or give the model's safetensors"
             )
     return _Share(path, "a checkpoint of stage 0", tensors, [model_path], ranks=model.get("mp_world_size", 1))
 

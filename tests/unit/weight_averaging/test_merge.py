@@ -27,13 +27,14 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights_of(seed, dtype=torch.float32):
-    """Two shards' tensors: several chunks, odd sizes, an empty one, a scalar, integers that differ."""
+    """Two shards' tensors: several chunks, odd sizes, an empty one, a scalar, integers, of which a counter differs."""
     torch.manual_seed(seed)
     chunk = merge_output.CHUNK
     first = {"embed.weight": torch.randn(3, chunk // 2 + 1), "norm.weight": torch.randn(7), "none": torch.empty(0, 3)}
     second = {"head.weight": torch.randn(11, 13), "scale": torch.randn(())}
     shards = [{name: t.to(dtype) for name, t in shard.items()} for shard in (first, second)]
-    shards[1] |= {"positions": torch.arange(5) + seed, "mask": torch.tensor([True, seed % 2 == 0])}
+    shards[1] |= {"positions": torch.arange(chunk + 5), "mask": torch.tensor([True, False])}
+    shards[1] |= {"count": torch.tensor(seed)}
     return shards
 
 
@@ -94,7 +95,10 @@ def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, thread
     monkeypatch.setattr(merge_output, "CHUNK", 7)
     tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
     folders = [
-        write(tmp_path / f"step{n}", [{k: n * t for k, t in shard.items()} for shard in tensors]) for n in (1, 2)
+        write(
+            tmp_path / f"step{n}", [{k: n * t if t.is_floating_point() else t for k, t in x.items()} for x in tensors]
+        )
+        for n in (1, 2)
     ]
     put, hands, slowness = merge_output._Hand.put, set(), random.Random(workers)
 
@@ -136,9 +140,18 @@ def test_a_thread_that_fails_ends_the_others(tmp_path, checkpoints, monkeypatch,
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
 
 
+STATE = (
+    "latest_universal", "trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt",
+    "rng_state_0.pth", "zero_to_fp32.py", "ds_plugin.json",
+)  # fmt: skip
+
+
 def test_keeps_sharding_metadata_index_and_small_files(tmp_path, checkpoints):
     (checkpoints[0] / "pytorch_model.bin").write_bytes(b"a pickle")
+    (checkpoints[0] / "pytorch_model.bin.index.json").write_text("{}")
     (checkpoints[0] / "tokenizer.json").write_text("{}")
+    for name in STATE:
+        (checkpoints[0] / name).write_text("{}")
     merge(checkpoints, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {*SHARDS, INDEX, "config.json", "tokenizer.json", "merge.json"}
@@ -156,6 +169,20 @@ def test_another_dtype_rewrites_headers_and_index(tmp_path, checkpoints):
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
     assert index["weight_map"] == json.loads((checkpoints[0] / INDEX).read_text())["weight_map"]
+
+
+def test_the_dtype_reaches_the_configuration(tmp_path, checkpoints):
+    """Under the key that is there, in a configuration within it too; where there is none, readers ask the weights."""
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "x": 1}, "dtype_of": "float32"}
+    (checkpoints[0] / "config.json").write_text(json.dumps(config))
+    merge(checkpoints, tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "config.json").read_text()) == config
+    merge(checkpoints, tmp_path / "half", dtype="bf16")
+    expected = config | {"dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "x": 1}}
+    assert json.loads((tmp_path / "half" / "config.json").read_text()) == expected
+    (checkpoints[0] / "config.json").write_text('{"model_type": "tiny"}')
+    merge(checkpoints, tmp_path / "none", dtype="fp16")
+    assert json.loads((tmp_path / "none" / "config.json").read_text()) == {"model_type": "tiny"}
 
 
 def test_fp64_is_averaged_in_fp64(tmp_path):
@@ -259,6 +286,40 @@ def twice_the_name(folder):
     altered(folder, 0, lambda tensors: tensors.update({"scale": torch.zeros(())}))
 
 
+def other_integers(folder):
+    altered(folder, 1, lambda tensors: tensors["positions"][-1:].add_(1))  # beyond what is read at a time
+
+
+def other_mask(folder):
+    altered(folder, 1, lambda tensors: tensors["mask"].logical_not_())
+
+
+def fp8(folder):
+    altered(folder, 1, lambda tensors: tensors.update({"scale": tensors["scale"].to(torch.float8_e4m3fn)}))
+
+
+def quantized(folder):
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4}}')
+
+
+def quantized_within(folder):
+    (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "fp8"}}}')
+
+
+def damaged_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def universal(folder):
+    (folder / "zero" / "embed.weight").mkdir(parents=True)
+    (folder / "zero" / "embed.weight" / "fp32.pt").touch()
+    (folder / "mp_rank_00_model_states.pt").touch()
+
+
+def lost_tag(folder):
+    (folder / "latest").write_text("global_step8")
+
+
 def emptied(folder):
     for path in folder.iterdir():
         path.unlink()
@@ -278,6 +339,14 @@ def emptied(folder):
         (other_names, r"tensor more is float32 \[1\] in .*step2 and absent in .*step1"),
         (fewer_names, r"norm.weight is absent in .*step2 and float32 \[7\] in .*step1"),
         (twice_the_name, r"model-00002.* holds tensor scale, which another file"),
+        (other_integers, r"positions is torch.int64 and differs between .*/step.*/step.*dequantized"),
+        (other_mask, r"mask is torch.bool and differs between .*have no mean: leave one"),
+        (fp8, r"step2/model-00002.*: tensor scale is F8_E4M3, which has no mean; .*dequantized \(transformers: "),
+        (quantized, r"step2/config.json has a quantization_config \(gptq\): .*dequantized"),
+        (quantized_within, r"step2/config.json has a quantization_config \(fp8\)"),
+        (damaged_config, r"step2/config.json is damaged"),
+        (universal, r"step2 is a universal checkpoint, .* give the tag folder that it was converted from"),
+        (lost_tag, r"step2/latest names global_step8, which is missing; .*remove 'latest' to merge"),
         (emptied, r"step2 holds neither"),
     ],
 )
@@ -486,6 +555,64 @@ def test_latest_names_the_tag(tmp_path):
     assert torch.equal(read(tmp_path / "out")["b"], torch.tensor([6.0, 7.0, 8.0]))
 
 
+def test_a_trainers_folder_gives_the_masters(tmp_path):
+    """Not the 16-bit weights that Trainer writes beside ``latest``, which is said; with what readers want."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        flat = torch.arange(9.0) + step
+        zero_folder(folder / f"global_step{step}", SHAPES, [flat[:5], flat[5:]])
+        save_file({"a": flat[:6].view(2, 3).bfloat16(), "b": flat[6:].bfloat16()}, folder / "model.safetensors")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+        (folder / "config.json").write_text('{"model_type": "tiny", "dtype": "bfloat16"}')
+        (folder / "latest").write_text(f"global_step{step}")
+        for name in (*STATE, "tokenizer.json"):
+            (folder / name).write_text("{}")
+    said, checkpoints = [], [tmp_path / f"checkpoint-{step}" for step in (1, 2)]
+    merge(checkpoints, tmp_path / "out", note=said.append)
+    assert said == [
+        f"{checkpoints[1]}: the mean is of the fp32 masters in global_step2, which 'latest' names, not of "
+        "model.safetensors"
+    ]
+    expected = torch.arange(9.0) + 1.5
+    same(read(tmp_path / "out"), {"a": expected[:6].view(2, 3), "b": expected[6:]})
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json", "merge.json"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "tiny", "dtype": "float32"}
+    tags = [folder / f"global_step{step}" for step, folder in enumerate(checkpoints, 1)]
+    merge(tags, tmp_path / "tags", dtype="bf16")
+    assert json.loads((tmp_path / "tags" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_adapters_stay_adapters(tmp_path):
+    """PEFT loads them from their own file; DeepSpeed's masters have the names of another model."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"lora": torch.full((3,), float(step))}, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "latest").write_text("global_step8")
+    said = []
+    merge([tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"], tmp_path / "out", note=said.append)
+    assert torch.equal(read(tmp_path / "out")["lora"], torch.full((3,), 1.5))
+    assert (tmp_path / "out" / "adapter_config.json").is_file() and "adapters in adapter_model.safetensors" in said[0]
+
+
+def test_integers_of_deepspeed(tmp_path):
+    """What it calls a buffer is the newest's; packed weights that are frozen must be equal."""
+    for step in (0, 1):
+        module = {"count": torch.arange(3) + step, "packed": torch.arange(4, dtype=torch.uint8)}
+        more = {"module": module, "buffer_names": ["count"]}
+        zero_folder(tmp_path / f"step{step}", SHAPES, [torch.arange(9.0)], **more)
+    merge([tmp_path / "step0", tmp_path / "step1"], tmp_path / "out")
+    assert torch.equal(read(tmp_path / "out")["count"], torch.arange(3) + 1)
+    module["packed"] = torch.zeros(4, dtype=torch.uint8)
+    zero_folder(tmp_path / "step2", SHAPES, [torch.arange(9.0)], **more)
+    with pytest.raises(CheckpointError, match="packed is torch.uint8 and differs between .*step0/mp_.*step2/mp_"):
+        merge([tmp_path / "step0", tmp_path / "step2"], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("file", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])
 def test_a_foreign_class_is_named_and_never_loaded(tmp_path, file):
     folder = zero_folder(tmp_path / "step", SHAPES, [torch.zeros(5), torch.zeros(4)])
@@ -639,14 +766,18 @@ def test_other_layouts_are_refused(tmp_path, checkpoints):
 PEAK = """
 import re, sys
 from ds_plugin.__main__ import main
+from ds_plugin.weight_averaging import merge
+def kilobytes(field):
+    return int(re.search(rf"{field}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+imported = kilobytes("VmRSS")
 code = main(sys.argv[1:])
-peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
-print(code, int(peak) * 1024, "deepspeed" in sys.modules)
+print(code, (kilobytes("VmHWM") - imported) * 1024, "deepspeed" in sys.modules)
 """
 
 
 def test_memory_stays_below_two_shards_and_300_mb(tmp_path):
-    """Six checkpoints, two workers, bf16 (which is widened); the host is never imported."""
+    """Above what the imports take (more with a CUDA build of torch); six checkpoints, two workers, bf16 (which is
+    widened). DeepSpeed is never imported."""
     megabytes = 24
     names = [write(tmp_path / f"step{seed}", weights_of(seed)) for seed in (1, 2)]
     for seed, folder in enumerate(names):
@@ -660,8 +791,8 @@ def test_memory_stays_below_two_shards_and_300_mb(tmp_path):
     code, peak, host = result.stdout.splitlines()[-1].split()
     assert code == "0" and host == "False"
     assert int(peak) < 2 * megabytes * 10**6 + 300 * 10**6
-    # and far below it: nothing grows with the shards (torch itself takes some 230 MB)
-    assert int(peak) < 300 * 10**6
+    # and far below it: nothing grows with the shards
+    assert int(peak) < 60 * 10**6
 
 
 def test_a_log_gets_few_lines(tmp_path, checkpoints, monkeypatch, capsys):

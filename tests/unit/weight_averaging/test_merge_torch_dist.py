@@ -104,7 +104,8 @@ def test_equals_the_naive_mean_however_each_is_cut(tmp_path, monkeypatch, seed):
     checkpoints, folders, cuts = [], [], {}
     for step in range(3):
         tensors = {f"t{len(shape)}.{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
-        tensors |= {"half": torch.randn(6, 6).bfloat16(), "count": torch.arange(8).view(2, 4) + step}
+        tensors |= {"half": torch.randn(6, 6).bfloat16(), "count": torch.tensor(step)}
+        tensors["table"] = torch.arange(8).view(2, 4)
         if step < 2 or seed % 2:
             cuts = random_cuts(tensors, generator)
         folders.append(write(tmp_path / f"step{step}", tensors, cuts, {"x._extra_state/shard_0_1": b"%d" % step}))
@@ -116,6 +117,12 @@ def test_equals_the_naive_mean_however_each_is_cut(tmp_path, monkeypatch, seed):
         assert written.state_dict_metadata[name] == entry  # chunks, shapes and dtypes
     place = written.storage_data[metadata.MetadataIndex("x._extra_state/shard_0_1")]
     assert (tmp_path / "out" / place.relative_path).read_bytes()[place.offset :][: place.length] == b"2"
+    tensors["table"].view(-1)[generator.randrange(8)] = 99
+    other = write(tmp_path / "other", tensors, cuts, {"x._extra_state/shard_0_1": b"3"})
+    with pytest.raises(
+        CheckpointError, match=r"table .* is torch.int64 and differs between .*distcp and .*distcp, and integers"
+    ):
+        merge([*folders, other], tmp_path / "again")
 
 
 @pytest.mark.parametrize(
