@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,20 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then put it in place: see `atomic_path`."""
     with atomic_path(path) as temporary:
         write(temporary)
+
+
+def replace_folder(staging: Path, final: Path) -> None:
+    """Rename the folder `staging` to `final`. Whenever this is killed, a whole folder is there, old or new.
+
+    No rename replaces a folder that holds something, so the old one steps aside first, as `<name>.previous`.
+    """
+    previous = final.with_name(f"{final.name}.previous")
+    if final.exists() and any(final.iterdir()):
+        shutil.rmtree(previous, ignore_errors=True)  # of a kill after both renames
+        os.rename(final, previous)
+    os.rename(staging, final)
+    sync_folder(final.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

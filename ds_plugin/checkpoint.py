@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "ds_plugin.json"
 FORMAT = 1
-AVERAGED = "averaged"  # the folder of the averages that are published with checkpoints
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,8 +16,7 @@ load       our manifest is checked first, then the host loads, then our state
 import contextlib
 import inspect
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,7 +222,8 @@ class Plugin:
         must see the folder (a shared file system). It appears whole, or not at all; only a kill leaves a hidden
         ``.<name>.*.tmp`` beside it. Every rank calls it, between optimizer steps. Names are the model's own; what
         tensor parallelism and pipeline stages divide is whole in it. Parameters without an entry in the optimizer, and
-        persistent buffers, are written as they are; a tied parameter once, under the first of its names.
+        persistent buffers, are written as they are; a tied parameter once, under the first of its names. A model of
+        transformers' has its configuration beside it, with the dtype written: ``from_pretrained(folder)`` loads it.
 
         ``dtype``: of all floating-point tensors; each one's own in the model if not given, which is then what
         `averaged_weights` computes with, bit for bit. ``horizon``: as there. ``max_shard_bytes``: of one file.
@@ -389,19 +389,8 @@ class Plugin:
                 if dist.get_rank() == 0:
                     checkpoint.write_text(root / "latest", tag)
         if averages:
-            self._publish_averages(root / checkpoint.AVERAGED, tag)
+            publish.publish_with_checkpoint(self.engine, self._between_steps(), root / tag)
         return result
-
-    def _publish_averages(self, root: Path, tag: str) -> None:
-        """Beside a checkpoint that is complete; where the tag is saved again, in place of what was there."""
-        assert self.averager is not None
-        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
-        for horizon in horizons:
-            folder = root / (tag if horizon is None else f"{tag}_horizon_{horizon}")
-            with together():
-                if dist.get_rank() == 0 and folder.exists():
-                    shutil.rmtree(folder)
-            self.publish(folder, horizon=horizon)
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("load_checkpoint()")

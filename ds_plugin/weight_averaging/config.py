@@ -45,7 +45,7 @@ class WeightAveragingConfig(SectionConfig):
         None, description='mode sliding: restart from the average when the loss stays high, {"loss_ratio": 1.5}'
     )
     save_average: bool = Field(
-        False, description="with every checkpoint also the average's weights, in the folder averaged/ beside them"
+        False, description="with every checkpoint also the average's weights, in its averaged/ (Megatron-LM: beside it)"
     )
     storage_path: str | None = Field(None, description='storage "files": a folder on a local disk, on every node')
 

@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import compat
-from ds_plugin.atomic import atomic_write, sync_folder
+from ds_plugin.atomic import atomic_write, replace_folder, sync_folder
 from ds_plugin.errors import ConfigError, PluginError, StateError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.fragments import check
 from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
+from ds_plugin.weight_averaging.publish_config import write_config
 from ds_plugin.weight_averaging.publish_plan import (
     Cut,
     Entry,
@@ -42,6 +43,7 @@ from ds_plugin.weight_averaging.zero_shards import MasterShards
 
 #: elements converted and written at a time: 4 MiB of fp32
 PIECE = 1024 * 1024
+AVERAGED = "averaged"  # the folder of the average that is published with a checkpoint, within the checkpoint's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATED = "linear_fc1"  # megatron-core's name for the two halves of a gated unit's first layer, laid end to end
 
@@ -153,8 +155,12 @@ def publish(
     dtype: torch.dtype | None = None,
     horizon: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    replace: bool = False,
 ) -> list[Path]:
-    """Write the average into the new folder ``folder``; see `ds_plugin.engine.Plugin.publish`."""
+    """Write the average into the new folder ``folder``; see `ds_plugin.engine.Plugin.publish`.
+
+    ``replace``: what the folder holds goes when the new average is whole.
+    """
     with together():
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"publish: dtype={dtype}; give one of {', '.join(map(str, DTYPES))}, or leave it out")
@@ -172,9 +178,10 @@ def publish(
         entries, mine = agree(reports, rank, averager.shards.layout)
         files = plan_files(entries, max_shard_bytes)
         shares = [(held[i], held[i].average if of_average else held[i].own()) for i, of_average in mine]
-    with _new_folder(Path(folder)) as (final, staging):
+    with _new_folder(Path(folder), replace) as (final, staging):
         with _disk(final, sum(file.size for file in files)):
             if rank == 0:
+                write_config(engine.module, staging, dtype)
                 _create(staging, files)
         with _disk(final):
             _write(staging, files, shares)
@@ -183,6 +190,23 @@ def publish(
                 index = index_of(files)
                 atomic_write(staging / "model.safetensors.index.json", lambda path: path.write_text(index, "utf-8"))
     return [final / file.name for file in files]
+
+
+def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: Path) -> None:
+    """The average, or that of each horizon, into the folder of a complete checkpoint: it goes with the checkpoint.
+
+    Where a tag is saved again, what is of its earlier average goes when the new one is whole.
+    """
+    horizons: Sequence[int | None] = averager.config.horizons or [None]
+    names = {AVERAGED if horizon is None else f"{AVERAGED}_horizon_{horizon}": horizon for horizon in horizons}
+    for name, horizon in names.items():
+        publish(engine, averager, checkpoint / name, horizon=horizon, replace=True)
+    with _disk(checkpoint):
+        if _rank() == 0:
+            for pattern in (f"{AVERAGED}*", f".{AVERAGED}*.tmp"):
+                for left in checkpoint.glob(pattern):
+                    if left.name not in names:
+                        shutil.rmtree(left)
 
 
 def refuse(engine: Any) -> None:
@@ -200,7 +224,7 @@ def refuse(engine: Any) -> None:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
+def _new_folder(folder: Path, replace: bool) -> Iterator[tuple[Path, Path]]:
     """Yield ``(folder, staging)``: a hidden folder beside it, seen by all ranks, which becomes ``folder`` at the end.
 
     One rename makes the whole model appear; whatever fails before, on any rank, leaves nothing. Its name is new, so no
@@ -210,7 +234,7 @@ def _new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
     with _disk(folder):
         if _rank() == 0:
             folder = folder.resolve()
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
                 raise ConfigError(f"publish: {folder} exists already; give a new or an empty folder")
             paths = folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -227,8 +251,7 @@ def _new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
         with _disk(final):
             if _rank() == 0:
                 sync_folder(staging)
-                os.rename(staging, final)
-                sync_folder(final.parent)
+                replace_folder(staging, final)
     except BaseException:
         if _rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)

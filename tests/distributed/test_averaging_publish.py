@@ -21,6 +21,7 @@ from ds_plugin.run.export import export_average
 from ds_plugin.weight_averaging import publish as publishing
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.merge import merge
 from ds_plugin.weight_averaging.zero_shards import find_shards
 from tests.distributed import pipelined, plain
 from tests.reference import averaging as reference
@@ -142,6 +143,14 @@ def test_equals_the_gathered_mean(workers, tmp_path, ranks, zero, precision, sec
     assert torch.equal(model.head.weight, weights["embedding.weight"].float())
 
 
+def _full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def _failures(folder):
     engine, first, folder = _make(1, "fp32"), dist.get_rank() == 0, Path(folder)
     plugin, said = ds_plugin.attached(engine), {}
@@ -160,9 +169,6 @@ def _failures(folder):
     _trained(engine)
     attempt("dtype", dtype=torch.int64 if first else None)
 
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def patched(name, owner, function, rank, **changes):
         original = getattr(owner, name)
         if dist.get_rank() == rank:
@@ -172,10 +178,10 @@ def _failures(folder):
         finally:
             setattr(owner, name, original)
 
-    patched("posix_fallocate", os, full, 0)
+    patched("posix_fallocate", os, _full, 0)
     calls = itertools.count()
     pwrite = os.pwrite
-    patched("pwrite", os, lambda *a: full() if next(calls) == 2 else pwrite(*a), 1)
+    patched("pwrite", os, lambda *a: _full() if next(calls) == 2 else pwrite(*a), 1)
     patched("is_dir", Path, lambda path: False, 1)
     with plugin.averaged_weights():
         attempt("swapped")
@@ -313,20 +319,40 @@ def _checkpoint(zero, precision, folder):
     return expected, changed, said
 
 
+def _averages(folder):
+    return {p.name for p in Path(folder, "a").glob("*averaged*")}
+
+
 def _beside(folder, mode):
-    """Saved before there is an average, with one, once more under the same tag, and within an accumulation window."""
+    """Saved before there is an average, with one, once more under the same tag, and within an accumulation window.
+
+    The second save under the tag ends in a failure before the new average is whole: the earlier one is as it was. Then
+    in a kill between the renames: the earlier one lies whole under another name.
+    """
     torch.manual_seed(7)
     section = {**AVERAGING, "save_average": True, **mode}
     config = plain.host_config(1, "fp32", 2, weight_averaging=section)
     engine = ds_plugin.initialize(model=Odd(), config=config)[0]
     engine.save_checkpoint(folder, tag="a")
-    early = Path(folder, "averaged").exists()
+    early = _averages(folder)
     dist.barrier()
     _trained(engine)
     engine.save_checkpoint(folder, tag="a")
-    before = {p.name for p in Path(folder, "averaged").iterdir()}
+    before = _averages(folder)
     dist.barrier()
     expected = _trained(engine)
+    name = sorted(before)[0]
+    earlier, fsync, rename = _content(Path(folder, "a", name)), os.fsync, os.rename
+    for function, failing in (("fsync", lambda fd: _full()), ("rename", lambda old, new: rename(old, new) or _full())):
+        setattr(os, function, failing if dist.get_rank() == 0 else getattr(os, function))
+        with pytest.raises(PluginError, match="is full"):
+            publishing.publish_with_checkpoint(engine, ds_plugin.attached(engine).averager, Path(folder, "a"))
+        os.fsync, os.rename = fsync, rename
+        left = Path(folder, "a", name if function == "fsync" else f"{name}.previous")
+        assert _content(left) == earlier
+        dist.barrier()
+    if dist.get_rank() == 0:
+        Path(folder, "a", f".{name}.0.tmp").mkdir()  # as a kill leaves it
     engine.save_checkpoint(folder, tag="a")
     engine.backward(engine(*plain.micro_batch(0)))
     with pytest.raises(StateError, match="between optimizer steps only"):
@@ -335,15 +361,82 @@ def _beside(folder, mode):
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "ema", "window": 5, "horizons": [1, 3]}], ids=["sliding", "ema"])
-def test_the_average_is_published_beside_each_checkpoint(workers, tmp_path, mode):
-    names = {"a"} if not mode else {"a_horizon_1", "a_horizon_3"}
+def test_the_average_is_published_with_each_checkpoint(workers, tmp_path, mode):
+    names = {"averaged"} if not mode else {"averaged_horizon_1", "averaged_horizon_3"}
     ranks = workers(2).run(_beside, str(tmp_path), mode)
     for early, before, _ in ranks:
-        assert not early and before == names == {p.name for p in (tmp_path / "averaged").iterdir()}
+        assert not early and before == names == _averages(tmp_path)
     assert (tmp_path / "latest").read_text() == "a" and not (tmp_path / "b").exists()
     if not mode:
-        expected, weights = ranks[0][2], load_file(tmp_path / "averaged" / "a" / "model.safetensors")
+        expected, weights = ranks[0][2], load_file(tmp_path / "a" / "averaged" / "model.safetensors")
         assert _different({name: weights[name] for name in expected}, expected) == []
+
+
+def _causal_model(kind):
+    """A transformers model from its configuration: GPT-2 with its head tied, Llama with one of its own."""
+    import transformers
+
+    size = {"vocab_size": plain.VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "gpt2":
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=12, n_layer=1, n_head=2, n_positions=plain.LENGTH, **size)
+        )
+    shape = {"hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=False, **shape, **size))
+
+
+CAUSAL = {"gpt2-0": ("fp32", torch.bfloat16), "llama-2": ("bf16", None), "gpt2-3": ("bf16", torch.float32)}
+
+
+def _transformers(folder):
+    """Checkpoints as a Trainer lays them out, the average published with the last; what the model computes with inside
+    `averaged_weights`, and the masters, by name."""
+    found = {}
+    for case, (precision, dtype) in CAUSAL.items():
+        torch.manual_seed(7)
+        kind, _, zero = case.partition("-")
+        section = {**AVERAGING, "save_average": True}
+        config = plain.host_config(int(zero), precision, weight_averaging=section)
+        engine = ds_plugin.initialize(model=_causal_model(kind), config=config)[0]
+        plugin, root = ds_plugin.attached(engine), Path(folder, case)
+        for step in range(1, 4):
+            tokens = plain.micro_batch(step)[0]
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+            if step > 1:
+                engine.save_checkpoint(root / f"checkpoint-{step}")
+        before = engine.module.config.to_dict()
+        plugin.publish(root / "cast", dtype=dtype, max_shard_bytes=1000)
+        assert engine.module.config.to_dict() == before
+        if dist.get_rank() == 0:
+            engine.module.config.save_pretrained(root / "checkpoint-2")  # as Trainer does
+        with plugin.averaged_weights():
+            found[case] = reference.full_parameters(engine), reference.full_masters(engine)
+    return found
+
+
+def test_from_pretrained_gives_the_bits_of_the_average(workers, tmp_path):
+    """Of what `publish` and `save_average` write, and of the merged masters of the same checkpoints."""
+    from transformers import AutoModelForCausalLM
+
+    for case, (parameters, masters) in workers(2).run(_transformers, str(tmp_path))[0].items():
+        root, (precision, dtype) = tmp_path / case, CAUSAL[case]
+        merge([root / "checkpoint-2", root / "checkpoint-3"], root / "merged")
+        own = torch.float32 if precision == "fp32" else torch.bfloat16
+        for folder, expected, kept in (
+            ("checkpoint-3/global_step3/averaged", parameters, own),
+            ("cast", {name: value.to(dtype or own) for name, value in masters.items()}, dtype or own),
+            ("merged", masters, torch.float32),
+        ):
+            model, said = AutoModelForCausalLM.from_pretrained(root / folder, output_loading_info=True)
+            assert not any(said.values()), (case, folder, said)
+            assert _different(dict(model.named_parameters()), expected) == [], (case, folder)
+            assert model.dtype == kept
+        names = {path.name for path in (root / "cast").iterdir() if "-of-" not in path.name}
+        assert names == {"config.json", "generation_config.json", "model.safetensors.index.json"}
+        written = json.loads((root / "cast" / "config.json").read_text())
+        assert written["architectures"] == [type(model).__name__]
+        assert f"torch.{written['dtype']}" == str(dtype or own)
 
 
 @pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
