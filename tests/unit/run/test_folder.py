@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_plugin.atomic import atomic_path, atomic_write
+from ds_plugin.atomic import atomic_path, atomic_write, replace_folder
 from ds_plugin.errors import CheckpointError, ConfigError, DataError
 from ds_plugin.run.folder import COLUMNS, RunFolder, read_metrics
 
@@ -212,3 +212,41 @@ def test_several_atomic_paths_go_in_place_last_first(tmp_path: Path, monkeypatch
         mark.write_text("x")
         content.write_text("y")
     assert order == ["content.bin", "complete"]
+
+
+def test_a_folder_is_replaced_and_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also after kills: before the second rename the old one lies whole as ``x.previous``, later the new one is there."""
+    final, previous, rename = tmp_path / "x", tmp_path / "x.previous", os.rename
+
+    def staging(text: str) -> Path:
+        folder = tmp_path / f".{text}"
+        folder.mkdir()
+        (folder / "file").write_text(text)
+        return folder
+
+    def killed(at: int) -> None:
+        done = []
+
+        def stop(old: Path, new: Path) -> None:
+            if len(done) == at:
+                raise KeyboardInterrupt
+            done.append(new)
+            rename(old, new)
+
+        monkeypatch.setattr(os, "rename", stop)
+        with pytest.raises(KeyboardInterrupt):
+            replace_folder(tmp_path / ".new", final)
+        monkeypatch.undo()
+
+    replace_folder(staging("old"), final)
+    staging("new")
+    killed(0)
+    assert (final / "file").read_text() == "old" and not previous.exists()
+    killed(1)
+    assert (previous / "file").read_text() == "old" and not final.exists()
+    replace_folder(tmp_path / ".new", final)
+    assert (final / "file").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["x"]
+    previous.mkdir()
+    (previous / "file").touch()  # of a kill after both renames
+    replace_folder(staging("newest"), final)
+    assert (final / "file").read_text() == "newest" and [path.name for path in tmp_path.iterdir()] == ["x"]
