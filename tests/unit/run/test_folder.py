@@ -215,7 +215,7 @@ def test_several_atomic_paths_go_in_place_last_first(tmp_path: Path, monkeypatch
 
 
 def test_a_folder_is_replaced_and_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also after kills: before the second rename the old one lies whole as ``x.previous``, later the new one is there."""
+    """Also after kills: between the renames the old one lies whole as ``x.previous``, later the new one is there."""
     final, previous, rename = tmp_path / "x", tmp_path / "x.previous", os.rename
 
     def staging(text: str) -> Path:
