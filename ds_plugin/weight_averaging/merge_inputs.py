@@ -6,10 +6,10 @@ elements in order. The formats are in `merge_safetensors`, `merge_zero` (DeepSpe
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,35 @@ DEQUANTIZE = (
     "give the checkpoints as they were before they were quantized, or dequantized (transformers: model.dequantize(), "
     "or load them by a quantization config with dequantize=True; then save_pretrained)"
 )
+
+
+#: what torch.compile and torch's activation checkpointing put into the names of what they wrap
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+T = TypeVar("T")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in the model as it was before it was wrapped: the one that others load it by."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_names(named: Mapping[str, T], where: object) -> dict[str, T]:
+    """``named`` with `plain_name`.
+
+    Raises:
+        CheckpointError: two of them have the same, or a name is that of a wrapper alone.
+    """
+    found: dict[str, T] = {}
+    for name, value in named.items():
+        plain = plain_name(name)
+        if plain in found or not plain:
+            raise CheckpointError(
+                f"{where} holds {name}, which without the prefixes of wrappers ({', '.join(WRAPPERS)}) is the name of "
+                "another tensor; save the model under one set of names"
+            )
+        found[plain] = value
+    return found
 
 
 class Piece(NamedTuple):

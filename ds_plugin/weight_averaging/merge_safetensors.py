@@ -13,7 +13,16 @@ import torch
 
 from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, DTYPE_NAMES, DTYPES, RESTORE, Piece, Source, Stored
+from ds_plugin.weight_averaging.merge_inputs import (
+    DEQUANTIZE,
+    DTYPE_NAMES,
+    DTYPES,
+    RESTORE,
+    Piece,
+    Source,
+    Stored,
+    plain_names,
+)
 from ds_plugin.weight_averaging.merge_output import RECORD, Part, Plan, Shard
 
 _COPIED_BYTES = 100 * 10**6
@@ -25,10 +34,11 @@ _STATE = (RECORD, "latest", "latest_universal", "trainer_state.json", "zero_to_f
 
 @dataclass
 class Safetensors(Source):
-    """A safetensors folder. ``headers``: of each file, its header as it stands."""
+    """A safetensors folder. ``headers``: of each file, its header as it stands. ``renamed``: it has wrappers' names."""
 
     headers: dict[str, bytes] = field(default_factory=dict)
     index: Path | None = None
+    renamed: bool = False
 
 
 def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Safetensors:
@@ -42,12 +52,14 @@ def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Safet
     wanted: Mapping[str, str] = {}
     if index is not None:
         try:
-            wanted = json.loads(index.read_text("utf-8"))["weight_map"]
+            wanted = plain_names(json.loads(index.read_text("utf-8"))["weight_map"], index)
             source.files = [path / name for name in sorted(set(wanted.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); {RESTORE}") from None
     for file in source.files:
-        source.headers[file.name], found = _read_header(file)
+        source.headers[file.name], raw = _read_header(file)
+        found = plain_names(raw, file)
+        source.renamed |= found.keys() != raw.keys()
         for name, stored in found.items():
             if name in source.tensors:
                 raise CheckpointError(f"{file} holds tensor {name}, which another file beside it holds too; remove one")
@@ -103,7 +115,7 @@ def plan_same(sources: list[Safetensors], dtype: torch.dtype | None) -> Plan:
     for file, names in by_file.items():
         parts = [Part(n, _written(first.tensors[n], dtype, None), first.tensors[n].numel) for n in names]
         header = first.headers[file]
-        if dtype is None:
+        if dtype is None and not first.renamed:
             shards.append(Shard(file, (header, *parts)))
         else:
             shards.append(_shard(file, parts, first, json.loads(header[8:]).get("__metadata__")))
@@ -112,7 +124,8 @@ def plan_same(sources: list[Safetensors], dtype: torch.dtype | None) -> Plan:
         _copy_others(first.beside, out, dtype)
         if first.index is not None:
             index = first.index.read_bytes()
-            _write(out / first.index.name, index if dtype is None else _index(shards, "", json.loads(index)))
+            same = dtype is None and not first.renamed
+            _write(out / first.index.name, index if same else _index(shards, "", json.loads(index)))
 
     return Plan(shards, list(sources), finish)
 

@@ -20,7 +20,17 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, DTYPE_NAMES, RESTORE, Piece, Source, Stored, cut
+from ds_plugin.weight_averaging.merge_inputs import (
+    DEQUANTIZE,
+    DTYPE_NAMES,
+    RESTORE,
+    Piece,
+    Source,
+    Stored,
+    cut,
+    plain_name,
+    plain_names,
+)
 
 #: what these files hold besides tensors and plain values; none of it is needed, so none of it is built
 HARMLESS = (
@@ -34,6 +44,7 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_sta
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)(?:-model_(\d+))?-model_states\.pt")
 _MODEL_FILE = "mp_rank_{:02d}_model_states.pt"
+_NAMED = ("module", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")  # by the model's
 _TIED = "tied_modules."  # before the names of what several stages hold
 
 
@@ -142,9 +153,10 @@ def _model_rank(path: Path, rank: int, ranks: dict[int, Path], pipeline: bool) -
             tensors = _zero_12(shapes, groups, some.get("param_alignment_paddings"), path)
     except (IndexError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{path}: its files do not fit together ({error!r}); {RESTORE}") from None
-    tensors |= {k: tensors[v] for k, v in (model.get("shared_params") or {}).items() if v in tensors}
+    shared = {name: plain_name(of) for name, of in (model.get("shared_params") or {}).items()}
+    tensors |= {name: tensors[of] for name, of in shared.items() if of in tensors}
     module = model.get("module") or {}
-    buffers = set(model.get("buffer_names") or ())
+    buffers = set(map(plain_name, model.get("buffer_names") or ()))
     for name, value in module.items():  # what the optimizer does not have: buffers, and under ZeRO 1/2 frozen weights
         if name not in tensors and isinstance(value, torch.Tensor) and (name in buffers or not stage_3):
             tensors[name] = stored_in(model_path, name, value, latest=True, varies=name in buffers)
@@ -163,7 +175,8 @@ def _beside(path: Path, rank: int, layers: dict[int, dict[int, Path]], tensors: 
     tied = {name.removeprefix(_TIED).partition(".")[2] for name in tensors if name.startswith(_TIED)}
     found = {}
     for number, file in sorted(layers[rank].items()):
-        held = {name: value for name, value in read_pickle(file).items() if isinstance(value, torch.Tensor)}
+        content = {name: value for name, value in read_pickle(file).items() if isinstance(value, torch.Tensor)}
+        held = plain_names(content, file)
         if held.keys() <= tied and not any(f"{number}.{name}" in tensors for name in held):
             continue  # a tied layer, which is in the optimizer under its key
         for name, value in held.items():
@@ -193,6 +206,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     found = unpickled(str(path), str(path))
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, not a DeepSpeed state; {RESTORE}")
+    for name in _NAMED:
+        held = found.get(name)
+        if isinstance(held, list):  # a group each
+            found[name] = [plain_names(g, f"{path}: {name}") if isinstance(g, dict) else g for g in held]
+        elif isinstance(held, dict):
+            found[name] = plain_names(held, f"{path}: {name}")
     return found
 
 
@@ -238,7 +257,7 @@ def _stage_0(path: Path, rank: int, pipeline: bool) -> _Share:
             f"{path} is of pipeline stages without ZeRO, whose weights have no names of their own; use "
             "zero_optimization.stage 1"
         )
-    buffers = set(model.get("buffer_names") or ())
+    buffers = set(map(plain_name, model.get("buffer_names") or ()))
     tensors = {
         name: stored_in(
             model_path, name, value, latest=name in buffers or not value.is_floating_point(), varies=name in buffers

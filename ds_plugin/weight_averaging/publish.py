@@ -26,7 +26,7 @@ from ds_plugin.atomic import atomic_write, replace_folder, sync_folder
 from ds_plugin.errors import ConfigError, PluginError, StateError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.fragments import check
-from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
+from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES, plain_name
 from ds_plugin.weight_averaging.publish_config import write_config
 from ds_plugin.weight_averaging.publish_plan import (
     Cut,
@@ -90,9 +90,9 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
     parts: dict[str, list[Part]] = {}
     for f in fragments:
         values = average[f.shard].view(-1)[f.offset : f.offset + f.count]
-        parts.setdefault(f.name, []).append((f.start, values))
+        parts.setdefault(plain_name(f.name), []).append((f.start, values))
     gated = tuple(
-        f"{name}.{_GATED}.".removeprefix(".")
+        plain_name(f"{name}.{_GATED}.").removeprefix(".")
         for name, owner in module.named_modules()
         if hasattr(owner, _GATED) and getattr(getattr(owner, "config", None), "gated_linear_unit", False)
     )
@@ -114,16 +114,28 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """The parameters and persistent buffers, each once: its first name, itself, and its other names."""
+    """The parameters and persistent buffers, each once: its first name, itself, and its other names, all of them plain.
+
+    Raises:
+        ConfigError: two have one name when the prefixes of wrappers are left out.
+    """
     names: dict[int, list[str]] = {}
-    for name, tensor in itertools.chain(
+    owners: dict[str, int] = {}
+    for wrapped, tensor in itertools.chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     ):
-        names.setdefault(id(tensor), []).append(name)
+        name = plain_name(wrapped)
+        if owners.setdefault(name, id(tensor)) != id(tensor):
+            raise ConfigError(
+                f"publish: {wrapped} is {name} without its wrapper, which another tensor is named; rename one of them"
+            )
+        if name not in names.setdefault(id(tensor), []):
+            names[id(tensor)].append(name)
     kept = {id(value) for value in module.state_dict(keep_vars=True).values()}
     buffers = ((name, buffer) for name, buffer in module.named_buffers() if id(buffer) in kept)
-    for name, tensor in itertools.chain(module.named_parameters(), buffers):
-        yield name, tensor, tuple(names[id(tensor)][1:])
+    for _, tensor in itertools.chain(module.named_parameters(), buffers):
+        name, *others = names[id(tensor)]
+        yield name, tensor, tuple(others)
 
 
 def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:

@@ -20,6 +20,7 @@ def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
     Raises:
         ConfigError: transformers refuses to save the configuration.
     """
+    module = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
     transformers = sys.modules.get("transformers.modeling_utils")  # who has such a model has imported it
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return

@@ -185,6 +185,45 @@ def test_the_dtype_reaches_the_configuration(tmp_path, checkpoints):
     assert json.loads((tmp_path / "none" / "config.json").read_text()) == {"model_type": "tiny"}
 
 
+def compiled(shards):
+    """As `torch.compile` names them: one shard's as of a compiled model, the other's as of a compiled layer."""
+    first, second = shards
+    return [{f"_orig_mod.{n}": t for n, t in first.items()}, {f"{n}._orig_mod.w": t for n, t in second.items()}]
+
+
+def test_names_are_those_of_the_model_that_was_wrapped(tmp_path):
+    """Whether both, or one of the checkpoints alone, are of the compiled model."""
+    plain = [[first, {f"{n}.w": t for n, t in second.items()}] for first, second in (weights_of(1), weights_of(2))]
+    bare = [write(tmp_path / f"bare{n}", shards) for n, shards in enumerate(plain)]
+    wrapped = [write(tmp_path / f"wrapped{n}", compiled(weights_of(n + 1))) for n in range(2)]
+    for n, folders in enumerate([wrapped, [wrapped[0], bare[1]], [bare[0], wrapped[1]]]):
+        merge(folders, tmp_path / f"{n}")
+        same(read(tmp_path / f"{n}"), naive(bare, [1, 1]))
+        index = json.loads((tmp_path / f"{n}" / INDEX).read_text())["weight_map"]
+        assert index == json.loads((bare[0] / INDEX).read_text())["weight_map"]
+    (wrapped[0] / INDEX).unlink()
+    altered(wrapped[0], 0, lambda tensors: tensors.update({"norm.weight": torch.zeros(7)}))
+    with pytest.raises(CheckpointError, match="model-00001.* holds _?norm.*the name of another tensor; save the model"):
+        merge(wrapped, tmp_path / "clash")
+
+
+def test_wrapped_names_of_deepspeed(tmp_path):
+    """Its masters and its module call a checkpointed layer by two names, which must not become two tensors."""
+    for step in (0, 1):
+        shapes = {"_orig_mod.a": SHAPES["a"], "_orig_mod.b._checkpoint_wrapped_module.w": SHAPES["b"]}
+        module = {"_orig_mod.a": torch.zeros(2, 3), "_orig_mod.b.w": torch.zeros(3), "_orig_mod.tied": torch.zeros(3)}
+        shared = {"_orig_mod.tied": "_orig_mod.b._checkpoint_wrapped_module.w"}
+        more = {"module": module | {"_orig_mod.count": torch.arange(2) + step}, "shared_params": shared}
+        flat = [torch.arange(9.0) + step]
+        zero_folder(tmp_path / f"step{step}", shapes, flat, buffer_names=["_orig_mod.count"], **more)
+    merge([tmp_path / "step0", tmp_path / "step1"], tmp_path / "out")
+    mean = torch.arange(9.0) + 0.5
+    same(
+        read(tmp_path / "out"),
+        {"a": mean[:6].view(2, 3), "b.w": mean[6:], "tied": mean[6:], "count": torch.arange(2) + 1},
+    )
+
+
 def test_fp64_is_averaged_in_fp64(tmp_path):
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -243,6 +243,24 @@ def test_one_dtype_for_all(host, tmp_path):
     assert _equal(load_file(file), expected) == []
 
 
+def test_the_names_are_those_of_the_model_that_was_wrapped(host, tmp_path):
+    """By `torch.compile`: the model as a whole, and a layer; so that others load the files by them."""
+    engine, averager, expected = host
+    engine.module.norm = torch.compile(engine.module.norm)
+    engine.module = torch.compile(engine.module)
+    assert "_orig_mod.norm._orig_mod.weight" in dict(engine.module.named_parameters())
+    (file,) = publishing.publish(engine, averager, tmp_path / "a")
+    assert _equal(load_file(file), expected) == []
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "second.weight": "first.weight"}
+    clash = torch.nn.Module()
+    clash.frozen, clash._orig_mod = torch.nn.Parameter(torch.zeros(1)), engine.module
+    engine.module = clash
+    with pytest.raises(ConfigError, match="_orig_mod.frozen is frozen without its wrapper, which another"):
+        publishing.publish(engine, averager, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def _failing(code):
     def fail(*arguments):
         raise OSError(code, os.strerror(code))

@@ -51,7 +51,7 @@ def test_says_the_widest_dtype_and_takes_the_models_code_along(own, tmp_path):
     assert (found["dtype"], found["architectures"]) == ("float32", ["Own"])
     assert found["auto_map"] == {"AutoConfig": "own_model.OwnConfig", "AutoModel": "own_model.Own"}
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"config.json", "own_model.py"}
-    write_config(own, tmp_path, torch.float16)
+    write_config(torch.compile(own), tmp_path, torch.float16)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
     assert own.config.to_dict() == before
 
