@@ -367,6 +367,7 @@ def test_the_average_is_published_with_each_checkpoint(workers, tmp_path, mode):
     for early, before, _ in ranks:
         assert not early and before == names == _averages(tmp_path)
     assert (tmp_path / "latest").read_text() == "a" and not (tmp_path / "b").exists()
+    assert "head.weight" in get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="a")
     if not mode:
         expected, weights = ranks[0][2], load_file(tmp_path / "a" / "averaged" / "model.safetensors")
         assert _different({name: weights[name] for name in expected}, expected) == []

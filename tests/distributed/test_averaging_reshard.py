@@ -23,8 +23,9 @@ from tests.distributed.pipelined import Layout
 from tests.reference import averaging as reference
 
 SLIDING = {"enabled": True, "window": 3, "interval": 1}
-BLOCK = {"enabled": True, "mode": "block", "window": 2, "interval": 1}
-EMA = {"enabled": True, "mode": "ema", "horizons": [2, 5], "interval": 1}
+# the averages lie in the folders that are converted, where the converter looks into every folder
+BLOCK = {"enabled": True, "mode": "block", "window": 2, "interval": 1, "save_average": True}
+EMA = {"enabled": True, "mode": "ema", "horizons": [2, 5], "interval": 1, "save_average": True}
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
