@@ -650,6 +650,9 @@ def test_integers_of_deepspeed(tmp_path):
     with pytest.raises(CheckpointError, match="packed is torch.uint8 and differs between .*step0/mp_.*step2/mp_"):
         merge([tmp_path / "step0", tmp_path / "step2"], tmp_path / "again")
     assert not (tmp_path / "again").exists()
+    zero_folder(tmp_path / "fp8", SHAPES, [torch.arange(9.0)], module={"w": torch.zeros(4).to(torch.float8_e5m2)})
+    with pytest.raises(CheckpointError, match="fp8/mp_rank_00.*: w is torch.float8_e5m2 .*; give the checkpoints"):
+        merge([tmp_path / "fp8"], tmp_path / "again")
 
 
 @pytest.mark.parametrize("file", ["zero_pp_rank_1_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"])

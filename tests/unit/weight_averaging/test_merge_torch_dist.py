@@ -174,6 +174,13 @@ def test_without_usable_masters_it_says_so(tmp_path, master):
         merge([folder, plain], tmp_path / "mixed")
 
 
+def test_fp8_is_refused_with_a_remedy(tmp_path):
+    folder = write(tmp_path / "step", {"a": torch.zeros(4).to(torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match="step: tensor a is torch.float8_e4m3fn, .*; save the weights in bf16"):
+        merge([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_files_are_the_newest_ones_and_never_opened(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [write(tmp_path / f"step{step}", WEIGHTS, objects={"x/shard_0_1": pickle.dumps(step)}) for step in (0, 1)]
