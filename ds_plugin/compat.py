@@ -51,6 +51,9 @@ MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
 BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on the outputs: before any gradient of the module
 SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
 
+# -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for an accumulation window -----
+TAKE_STEP = "_take_model_step"
+
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
 UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
 

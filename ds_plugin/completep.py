@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import compat
-from ds_plugin.errors import CheckpointError, ConfigError
+from ds_plugin.errors import CheckpointError, ConfigError, StateError
 from ds_plugin.gradient_norm import FoldedNorm
 from ds_plugin.group_lr import check_peak, expand_scheduler, refuse_flattened
+from ds_plugin.replaced import replaced
 from megatron_patches.completep import build_param_groups, describe, finished_roles, ratios_of
 from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.param_groups import check_rates
 from megatron_patches.completep.rules import Role
 from megatron_patches.pipeline_gpt import gpt_of
 
@@ -69,7 +71,8 @@ def set_up(
 
 
 class CompleteP:
-    """The method on a built engine: what its checkpoints hold of the groups, and the gradient norm in folded mode."""
+    """The method on a built engine: the look at the groups before each step, what checkpoints hold of them, and the
+    gradient norm in folded mode."""
 
     def __init__(self, engine: Any, section: CompletePConfig):
         """Nothing changes on the engine before `install`. Raises as `FoldedNorm` does; in a pipeline also where
@@ -84,7 +87,10 @@ class CompleteP:
         ratios = ratios_of(engine.module.config, section)
         factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
         norm = _StageNorm if pipeline else FoldedNorm
+        self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
         self._norm = norm(engine, factors) if any(factor != 1.0 for factor in factors) else None
+        compat.need(engine, compat.TAKE_STEP)
+        self._take_step = getattr(engine, compat.TAKE_STEP)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -96,9 +102,24 @@ class CompleteP:
         return describe(self.engine.module, self.section)
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Have the engine clip by the forward mode's gradient norm; ``undo`` gives its own back."""
+        """Look at the groups before each step, and have the engine clip by the forward mode's gradient norm; ``undo``
+        gives its own step and norm back."""
+        undo.enter_context(replaced(self.engine, compat.TAKE_STEP, self._checked_step))
         if self._norm is not None:
             self._norm.install(undo)
+
+    def _checked_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The engine's step, refused before it changes anything where the groups are not in their roles' ratios."""
+        groups = self._groups
+        if len(groups) != len(self._mine):
+            raise StateError(
+                f"completep: the optimizer has {len(groups)} param groups, and {len(self._mine)} were built, one for "
+                "each role; parameters that are added later have no role, build the model with them"
+            )
+        scheduler = getattr(self.engine.lr_scheduler, "scheduler", self.engine.lr_scheduler)  # inside a TokenScheduler
+        by = "the training loop" if scheduler is None else f"the scheduler {type(scheduler).__name__}"
+        check_rates(groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
+        return self._take_step(*args, **kwargs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -107,7 +128,7 @@ class CompleteP:
 
         The host's own checkpoints hold them too; loading one that was converted to a universal checkpoint loses them
         under ZeRO 3."""
-        names = ("lr", "initial_lr", "weight_decay", "eps")
+        names = ("lr", "lr_scale", "initial_lr", "weight_decay", "eps")
         settings = [{"role": g["role"], **{k: float(g[k]) for k in names if k in g}} for g in self._groups]
         for kept, group in zip(settings, self._groups, strict=True):
             if "betas" in group:

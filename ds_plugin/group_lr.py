@@ -1,15 +1,16 @@
 """Keep per-group learning rates through DeepSpeed's LR schedulers.
 
 Some of DeepSpeed's schedulers take one scalar learning rate and give it to every param group, which would undo
-CompleteP in silence. Scalars are expanded to one value per group before DeepSpeed builds the scheduler; a scheduler
-that offers no such setting is refused.
+CompleteP. Scalars are expanded to one value per group before DeepSpeed builds the scheduler; a scheduler that offers no
+such setting is refused. Whatever is not seen here is refused at the step that it would flatten
+(`param_groups.check_rates`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_plugin.errors import ConfigError
+from megatron_patches.completep.param_groups import off_ratio
 
 #: DeepSpeed's and torch's schedulers that scale each group's own learning rate
 _PROPORTIONAL = (
@@ -72,31 +73,20 @@ def check_peak(scheduler: Mapping[str, Any], lr: float) -> None:
 
 
 def refuse_flattened(scheduler: Any, before: Sequence[float], after: Sequence[float]) -> None:
-    """Check a scheduler that a user's function has built: it must scale all groups' learning rates alike.
+    """What shows of a flattening scheduler as soon as a user's function has built it; the rest is seen at a step.
 
-    ``before``, ``after``: each group's learning rate before and after the scheduler was built. Only what shows there,
-    and in the scheduler's ``eta_min``, ``min_lrs`` and ``max_lrs``, is seen.
+    ``before``, ``after``: each group's learning rate before and after. Beside those, its ``eta_min``, ``min_lrs`` and
+    ``max_lrs`` are looked at.
 
     Raises:
         ConfigError: the scheduler has flattened the groups, or will.
     """
-    kind = type(scheduler).__name__
-    factors = [new / old for old, new in zip(before, after, strict=True)]
-    if not all(math.isclose(factor, factors[0], rel_tol=1e-6) for factor in factors):
-        raise ConfigError(
-            f'lr_scheduler: {kind} has set the learning rates of the param groups of "completep" to {list(after)}, '
-            "which undoes their ratios; use one that scales each group's own, such as LambdaLR"
-        )
-    for name in ("min_lrs", "max_lrs"):  # DeepSpeed's warmup schedulers and torch's plateaus
-        values = getattr(scheduler, name, None) or []
-        shares = [value / old for value, old in zip(values, before, strict=False)]
-        if not all(math.isclose(share, shares[0], rel_tol=1e-6) for share in shares):
+    settings = {name: getattr(scheduler, name, None) or 0.0 for name in ("eta_min", "min_lrs", "max_lrs")}
+    for name, value in {"lr": list(after), **settings}.items():
+        values = value if isinstance(value, list) else [value] * len(before)
+        if off_ratio(values, before) is not None:
             raise ConfigError(
-                f'lr_scheduler: {kind} has {name} {list(values)} for param groups of "completep" with learning rates '
-                f"{list(before)}, which undoes their ratios; describe it in the JSON, which scales them for each group"
+                f'lr_scheduler: {type(scheduler).__name__} has {name} {value!r} for param groups of "completep" with '
+                f"learning rates {list(before)}, which undoes their ratios; use one that scales each group's own, such "
+                "as LambdaLR, or describe it in the JSON"
             )
-    if getattr(scheduler, "eta_min", 0):
-        raise ConfigError(
-            f"lr_scheduler: {kind} has eta_min {scheduler.eta_min!r}, one floor for all param groups of "
-            '"completep"; leave it at 0, or use LambdaLR'
-        )

@@ -26,7 +26,7 @@ import torch
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError, together
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finished_roles, ratios_of
-from megatron_patches.completep.param_groups import scaled_betas
+from megatron_patches.completep.param_groups import check_rates, scaled_betas
 from megatron_patches.completep.rules import Ratios, Role
 
 # Private names of megatron-core's optimizers, here only.
@@ -49,7 +49,8 @@ def build_optimizer(
 ) -> Any:
     """``get_megatron_optimizer`` with the groups of the section's recipe, checked, and clipping that knows the mode.
 
-    The groups are checked again whenever the optimizer loads a state.
+    The groups are checked again whenever the optimizer loads a state, and their learning rates and weight decays before
+    each step, which is refused where they are not in the ratios of their roles.
 
     ``optimizer_config`` holds the base model's values. ``model_chunks``: as the host wants them (wrapped in its
     DistributedDataParallel), built and finished under `prepare` and `finish`. ``get_optimizer``: the host's function,
@@ -75,6 +76,7 @@ def build_optimizer(
         check_groups(optimizer, model_chunks, section)  # groups come with the state, an eps of another base's too
 
     optimizer.load_state_dict = load_state_dict
+    optimizer.step = _checked_step(optimizer, model_chunks, section)
     return optimizer
 
 
@@ -156,6 +158,22 @@ def check_scheduler(scheduler: Any) -> None:
             f"completep: the scheduler's init_lr is {scheduler.init_lr!r}, one value for all param groups, which would "
             "not keep their ratios during warmup; write 0.0 (lr_warmup_init)"
         )
+
+
+def _checked_step(
+    optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig
+) -> Callable[..., Any]:
+    host_step, ratios = optimizer.step, _ratios(model_chunks, section)
+    rows = {role.value: section.multipliers(role, ratios) for role in Role}
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        groups = [group for single in _singles(optimizer) for group in single.param_groups]
+        roles = [group[_ROLE_KEY] for group in groups]
+        by = "the scheduler (OptimizerParamScheduler does, from init_lr 0), or the training loop,"
+        check_rates(groups, roles, rows, written_by=by)
+        return host_step(*args, **kwargs)
+
+    return step
 
 
 def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
@@ -244,6 +262,7 @@ def _group_values(section: CompletePConfig, ratios: Ratios, optimizer_config: An
         values[role] = {
             _ROLE_KEY: role.value,
             "lr": optimizer_config.lr * m.lr,
+            "lr_scale": m.lr,  # for loops that write the rate themselves
             "max_lr": optimizer_config.lr * m.lr,
             "min_lr": optimizer_config.min_lr * m.lr,
             "weight_decay": optimizer_config.weight_decay * m.weight_decay,

@@ -1,5 +1,8 @@
-"""Roles to optimizer param groups: one group per role, with the learning rate, weight decay and eps of Table 1."""
+"""Roles to optimizer param groups: one group per role, with the learning rate, weight decay and eps of Table 1; and
+whether a step's groups still stand in those ratios."""
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +10,10 @@ import torch
 
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.rules import Ratios, Role
+from megatron_patches.completep.rules import Multipliers, Ratios, Role
+
+#: a learning rate or decay this small moves no weight; what is left of subtracting two equal rates is smaller still
+_NOTHING = 1e-14
 
 
 def build_param_groups(
@@ -21,8 +27,9 @@ def build_param_groups(
     eps: float,
     betas: Sequence[float] = (0.9, 0.999),
 ) -> list[dict[str, Any]]:
-    """Groups for any torch-style optimizer: ``params, role, lr, weight_decay, eps``, in the order of `Role`; and
-    ``betas`` where the recipe changes them.
+    """Groups for any torch-style optimizer: ``params, role, lr, lr_scale, weight_decay, eps``, in the order of `Role`;
+    and ``betas`` where the recipe changes them. ``lr_scale`` is for loops that write the rate themselves:
+    ``group["lr"] = lr * group["lr_scale"]``.
 
     The embeddings come first: their multipliers are 1, so the first group's learning rate, which hosts log, is the base
     model's. Parameters that do not require gradients are left out; roles without parameters make no group.
@@ -36,6 +43,7 @@ def build_param_groups(
                 "params": params,
                 "role": role.value,
                 "lr": lr * m.lr,
+                "lr_scale": m.lr,
                 "weight_decay": weight_decay * m.weight_decay,
                 "eps": eps * m.eps,
             }
@@ -58,3 +66,55 @@ def scaled_betas(betas: Sequence[float], one_minus_beta: float) -> tuple[float, 
             "1; write larger betas, or check the two ratios"
         )
     return scaled
+
+
+def check_rates(
+    groups: Sequence[Mapping[str, Any]], roles: Sequence[str], rows: Mapping[str, Multipliers], *, written_by: str
+) -> None:
+    """Refuse a step whose groups' learning rates or weight decays are not in the ratios of their roles.
+
+    ``roles``: each group's; ``rows``: each role's multipliers. Whatever all groups share is the schedule's to set, zero
+    too. Arithmetic on a few numbers: a rate in a tensor on a device cannot be read without waiting for it, and is said
+    once not to be looked at.
+
+    Raises:
+        ConfigError: naming role, rates found and expected, and ``written_by``.
+    """
+    for name in ("lr", "weight_decay"):
+        found = [group[name] for group in groups]
+        if any(isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in found):
+            _say_unread(name)
+            continue
+        off = off_ratio([float(value) for value in found], [getattr(rows[role], name) for role in roles])
+        if off is None:
+            continue
+        at, expected = off
+        listed = [", ".join(f"{r} {v:g}" for r, v in zip(roles, map(float, v), strict=True)) for v in (found, expected)]
+        remedy = ', such as lr * group["lr_scale"]' if name == "lr" else ""
+        raise ConfigError(
+            f"completep: at this step the role {roles[at]} has {name} {float(found[at]):g}, expected {expected[at]:g}: "
+            f"the param groups have {listed[0]}, their roles' ratios ask for {listed[1]}; {written_by} must give each "
+            f"group its own, scaled by one factor for all{remedy}"
+        )
+
+
+def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int, list[float]] | None:
+    """Which value is not its multiplier times what all share, and what all should be; None where each is, to 1e-6.
+
+    What they share is told by the first that is not zero: the embeddings', whose multiplier is 1 in most recipes.
+    """
+    shared = next((value / m for value, m in zip(found, multipliers, strict=True) if value and m), 0.0)
+    expected = [shared * m for m in multipliers]
+    for at, (value, wanted) in enumerate(zip(found, expected, strict=True)):
+        if not abs(value - wanted) <= 1e-6 * abs(wanted) + _NOTHING:  # a rate that is no number is not in it either
+            return at, expected
+    return None
+
+
+@functools.cache
+def _say_unread(name: str) -> None:
+    logging.getLogger("ds_plugin").warning(
+        "completep: the param groups hold %s in tensors on a device, which a step does not wait for: whether they keep "
+        "the roles' ratios is not checked",
+        name,
+    )

@@ -277,6 +277,62 @@ def test_a_function_of_the_scheduler_sees_the_groups(workers):
         assert rates == pytest.approx({role: row[0] / 2 for role, row in ROWS.items()})
 
 
+def _flattened(zero, folder):
+    """Whatever gives the groups one rate, or one decay, is refused at its first step, which changes nothing."""
+
+    def floor(optimizer):
+        schedulers = torch.optim.lr_scheduler
+        return schedulers.ChainedScheduler([schedulers.CosineAnnealingLR(optimizer, 4, eta_min=LR / 2)])
+
+    engine, said = engine_of(small(), host_config(small(), zero), lr_scheduler=floor), {}
+
+    def attempt(name):
+        before = weights(engine)
+        said[name] = refusal(lambda: train(engine, 1))
+        if said[name] != "nothing was refused":
+            after = weights(engine)
+            assert all(torch.equal(weight, after[n]) for n, weight in before.items()), name
+        engine.zero_grad()
+
+    def write(lr, decay):
+        for group in engine.basic_optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"] ** (decay != "lr")
+            group["weight_decay"] = DECAY if decay == "flat" else ROWS[group["role"]][1]
+
+    attempt("first")
+    attempt("scheduler")
+    engine.lr_scheduler = engine.client_lr_scheduler = None
+    write(LR / 3, "own")
+    attempt("scaled by the loop")
+    write(LR / 3, "lr")
+    attempt("loop")
+    write(LR / 3, "flat")
+    attempt("decay")
+    write(LR, "own")
+    engine.save_checkpoint(folder, tag="t")
+    engine.load_checkpoint(folder, tag="t")
+    write(LR, "lr")
+    attempt("loaded")
+    ds_plugin.detach(engine)
+    attempt("detached")
+    return said
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_groups_out_of_their_ratios_are_refused_at_the_step(workers, tmp_path, zero):
+    first, second = workers(2).run(_flattened, zero, str(tmp_path))
+    assert first == second
+    for name in ("first", "scaled by the loop", "detached"):
+        assert first.pop(name) == "nothing was refused", name
+    for name, parts in {
+        "scheduler": ["role hidden has lr", "the scheduler ChainedScheduler"],
+        "loop": ["role hidden has lr 0.00333333, expected 0.000833333", "the training loop", "lr_scale"],
+        "decay": ["role hidden has weight_decay 0.1, expected 0.4", "final_norm 0.1"],
+        "loaded": ["role hidden has lr 0.01, expected 0.0025"],
+    }.items():
+        assert first[name].startswith("ConfigError: completep") and all(p in first[name] for p in parts), first[name]
+
+
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 SCHEDULER = {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 6}}

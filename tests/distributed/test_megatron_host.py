@@ -444,6 +444,39 @@ def refusals():
     return messages
 
 
+def flattened(sharded):
+    """A loop that writes one rate, and one decay, into all groups; by role as it would have to."""
+    ddp = wrap(build(section()), sharded)
+    optimizer = host.build_optimizer(optimizer_config(sharded), [ddp], section())
+    scheduler, said = scheduler_of(optimizer), []
+    train_step(ddp, optimizer, scheduler, 0)
+    for name, value in (("lr", 0.5 * LR), ("weight_decay", DECAY)):
+        for group in optimizer.param_groups:
+            group[name] = value
+        before = [p.clone() for p in ddp.parameters()]
+        with pytest.raises(ConfigError) as caught:
+            train_step(ddp, optimizer, scheduler, 1)
+        assert all(torch.equal(a, b) for a, b in zip(before, ddp.parameters(), strict=True))
+        said.append(str(caught.value))
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 0.5 * LR * group["lr_scale"], DECAY * group["wd_mult"]
+    train_step(ddp, optimizer, scheduler, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    with pytest.raises(ConfigError) as caught:
+        train_step(ddp, optimizer, scheduler, 2)
+    return [*said, str(caught.value)]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "distributed"])
+def test_groups_out_of_their_ratios_are_refused_at_the_step(workers, sharded):
+    for lr, decay, loaded in workers(1).run(flattened, sharded):
+        assert "role hidden has lr 0.005, expected 0.0025" in lr and "OptimizerParamScheduler" in lr
+        assert "role hidden has weight_decay 0.1, expected 0.2" in decay and "final_norm 0" in decay
+        assert "role hidden has lr 0.01, expected 0.005" in loaded
+
+
 CONFIG_REFUSALS = {
     "optimizer": "sgd", "lr": None, "min_lr": None, "decoupled_weight_decay": False, "decoupled_lr": 0.1,
     "apply_wd_to_qk_layernorm": True,
