@@ -10,6 +10,7 @@ folded into the weights (``"folded"``), which leaves the model's modules and its
 
 import copy
 import functools
+import math
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.residual import scale_before, scale_input, scaled_bias_dropout_add
+from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
 from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
 
+_DRAWN = {
+    "init_method": Role.HIDDEN,
+    "output_layer_init_method": Role.BRANCH_OUT,
+    "embedding_init_method": Role.EMBEDDING,
+}  # a TransformerConfig's init methods, and what is drawn by them
+_ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
 _MARK = "completep_applied"  # on the TransformerConfig by prepare(), on the model by finish()
+_STDS = "completep_base_stds"  # on the TransformerConfig, by prepare(): a second call scales them, not its own result
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
 
@@ -34,7 +42,8 @@ def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
     """A TransformerConfig and a layer spec that build the scaled model; the given ones are left as they are.
 
-    Without a section (the method is off) the given ones are returned.
+    Without a section (the method is off) the given ones are returned. The std's of its init methods are the base
+    model's, scaled by role.
 
     Raises:
         ConfigError: the config asks for something the rules do not cover or that sets the same quantity another way.
@@ -43,30 +52,55 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
         return config, layer_spec
     _refuse_unsupported(config, section)
     ratios = ratios_of(config, section)
-    std = config.init_method_std
-    embedding_std = getattr(config, "embedding_init_method_std", None) or std
-    hidden_std = std * section.multipliers(Role.HIDDEN, ratios).init_std
-    hidden = functools.partial(torch.nn.init.normal_, mean=0.0, std=hidden_std)
+    stds = getattr(config, _STDS, None) or base_stds(config)
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
-    config.init_method = hidden
-    config.output_layer_init_method = functools.partial(
-        torch.nn.init.normal_, mean=0.0, std=std * section.multipliers(Role.BRANCH_OUT, ratios).init_std
-    )
-    config.embedding_init_method = functools.partial(torch.nn.init.normal_, mean=0.0, std=embedding_std)
+    for name, role in _DRAWN.items():
+        std = stds[name] * section.multipliers(role, ratios).init_std
+        setattr(config, name, functools.partial(torch.nn.init.normal_, mean=0.0, std=std))
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
         config.pipeline_dtype = torch.float32  # what a stage sends to the next is the stream
     setattr(config, _MARK, section)
+    setattr(config, _STDS, stds)
 
-    _check_spec(layer_spec)
+    _check_spec(layer_spec, section)
     branch = rules.residual_multiplier(ratios, section.recipe)
     if section.residual == "forward" and (branch != 1.0 or config.fp32_residual_connection):
         layer_spec = copy.deepcopy(layer_spec)
         for layer in _layers(layer_spec):
-            layer.submodules.self_attn_bda = layer.submodules.mlp_bda = scaled_bias_dropout_add(branch)
+            for name in _ADDS:
+                setattr(layer.submodules, name, scaled_add(getattr(layer.submodules, name), branch))
     return config, layer_spec
+
+
+def base_stds(config: Any) -> dict[str, float]:
+    """The std of each of a TransformerConfig's init methods, as the base model's.
+
+    megatron-core fills those that are not given from ``init_method_std``; that of the output projections with
+    std / sqrt(2 x layers), which Table 1 has not: there it is ``init_method``'s, unless the config says another.
+
+    Raises:
+        ConfigError: one is no plain normal distribution around zero.
+    """
+    stds = {name: _std(name, getattr(config, name)) for name in _DRAWN}
+    given, plain = stds["output_layer_init_method"], stds["init_method"]
+    by_depth = [std / math.sqrt(2 * config.num_layers) for std in (plain, config.init_method_std)]
+    if any(math.isclose(given, std, rel_tol=1e-9) for std in by_depth):
+        stds["output_layer_init_method"] = plain
+    return stds
+
+
+def _std(name: str, method: Any) -> float:
+    settings = {"mean": 0.0, "std": 1.0, **getattr(method, "keywords", {})}
+    plain = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
+    if not plain or settings.keys() != {"mean", "std"} or settings["mean"] != 0:
+        raise ConfigError(
+            f"completep: TransformerConfig.{name} is {method!r}; the rules scale normal distributions around 0, leave "
+            "it unset and write init_method_std, or give functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
+        )
+    return float(settings["std"])
 
 
 def applied_section(config: Any) -> CompletePConfig | None:
@@ -80,15 +114,21 @@ def _layers(layer_spec: Any) -> list[Any]:
     return getattr(block, "layer_specs", None) or [layer_spec]
 
 
-def _check_spec(layer_spec: Any) -> None:
+def _check_spec(layer_spec: Any, section: CompletePConfig) -> None:
     """Refuse layers whose residual branches are not added by the two submodules that this method knows."""
     for layer in _layers(layer_spec):
         kind = type(layer.submodules).__name__
-        for name in ("self_attn_bda", "mlp_bda"):
+        for name in _ADDS:
             if not hasattr(layer.submodules, name):
                 raise ConfigError(
                     f"completep: the layer spec {kind} has no {name!r}, where residual branches are added; use a GPT "
                     "transformer layer spec (local or TransformerEngine), not Mamba's or a hybrid one"
+                )
+            add = getattr(layer.submodules, name)
+            if section.residual == "forward" and scaled_add(add, 1.0) is None:
+                raise ConfigError(
+                    f"completep: the layer spec {kind} has a {name} of its own, {add!r}, which the forward mode would "
+                    'replace by its own; leave it at get_bias_dropout_add, or write "residual": "folded"'
                 )
         cross = getattr(layer.submodules, "cross_attention", None)
         cross = getattr(cross, "module", cross)
@@ -236,13 +276,6 @@ def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
 
 def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
     """Everything that sets one of our quantities another way, or adds parameters without a role."""
-    for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
-        method = getattr(config, name)
-        if getattr(method, "func", None) is not torch.nn.init.normal_:
-            raise ConfigError(
-                f"completep: TransformerConfig.{name} is {method!r}; the rules scale normal distributions, leave it "
-                "unset and write init_method_std"
-            )
     refused = {
         "num_moe_experts": None,
         "multi_latent_attention": False,

@@ -31,6 +31,19 @@ def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDro
     return _bias_dropout_add(of_bias=1.0, of_branch=multiplier)
 
 
+def scaled_add(add: Any, multiplier: float) -> Any:
+    """What a layer spec's bias-dropout-add becomes; where there is no branch to add, nothing else; None for one that is
+    neither the host's nor made here."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.transformer.identity_op import IdentityFuncOp
+
+    add = getattr(add, "module", add)  # in a ModuleSpec of its own
+    if add is IdentityFuncOp:
+        return add
+    ours = getattr(add, "__module__", None) == __name__
+    return scaled_bias_dropout_add(multiplier) if ours or add is get_bias_dropout_add else None
+
+
 def scale_before(layer: Any, multiplier: float) -> None:
     """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it.
 

@@ -1,5 +1,7 @@
 """CompleteP on megatron-core through DeepSpeed, against the plain-torch model written from Table 1."""
 
+import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -117,6 +119,47 @@ def test_init(workers):
         samples = 64 * (LENGTH if "position" in name else 64)
         assert abs(std / expected - 1) < 5 / math.sqrt(2 * samples), (name, std)
     assert sum("decoder.layers" in name for name in stds) == 32
+
+
+def _own_inits(changes):
+    """The std's that a model is drawn with whose config has init methods of its own."""
+    cpu_host.enable()
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    gpt.initialize_parallel(cfg, 1234)
+    config = dataclasses.replace(gpt.transformer_config(cfg, torch.float32), **UNSET | changes)
+    completep = section(base_head_dim=None)
+    config, spec = prepare(*prepare(config, gpt.layer_spec(cfg), completep), completep)  # twice is once
+    model = gpt.build_gpt(cfg, VOCAB, config, spec)
+    finish(model, completep)
+    stds = {name: p.std().item() for name, p in model.named_parameters() if p.dim() == 2}
+    return {role: [std for name, std in stds.items() if role in name] for role in INIT_ROLES}
+
+
+def normal(std):
+    return functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+
+
+INIT_ROLES = ("word_embeddings", "linear_qkv", "linear_fc1", "linear_proj", "linear_fc2", "output_layer")
+UNSET = dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"))
+# what is given beside init_method_std 0.02; the base std's of embeddings, hidden matrices and branch ends. 8 layers.
+OWN_INITS = {
+    "none": ({}, {}, (0.02, 0.02, 0.02)),
+    "init_method": ({"init_method": 0.05}, {}, (0.05, 0.05, 0.05)),
+    "all by depth": ({"init_method": 0.05, "output_layer_init_method": 0.05 / 4}, {}, (0.05, 0.05, 0.05)),
+    "embeddings": ({"embedding_init_method": 0.3}, {}, (0.3, 0.02, 0.02)),
+    "embeddings' std": ({}, {"embedding_init_method_std": 0.3}, (0.3, 0.02, 0.02)),
+    "branch ends": ({"output_layer_init_method": 0.1}, {}, (0.02, 0.02, 0.1)),
+}
+
+
+@pytest.mark.parametrize("case", OWN_INITS)
+def test_own_init_methods_are_the_bases(workers, case):
+    """m_N = 4: hidden matrices and branch ends have half the base's std, embeddings and unembedding all of it."""
+    methods, changes, (embeddings, hidden, ends) = OWN_INITS[case]
+    found = workers(1).run(_own_inits, {**{name: normal(std) for name, std in methods.items()}, **changes})[0]
+    expected = (embeddings, hidden / 2, hidden / 2, ends / 2, ends / 2, hidden)
+    for role, std in zip(INIT_ROLES, expected, strict=True):
+        assert found[role] and found[role] == pytest.approx([std] * len(found[role]), rel=0.06), role
 
 
 def _switched_off():
@@ -360,9 +403,14 @@ def _refusals():
     mamba, crossed = gpt.layer_spec(cfg), gpt.layer_spec(cfg)
     mamba.submodules = MambaStackSubmodules()
     attempt("mamba", lambda: prepare(config, mamba, section()))
-    xavier = gpt.transformer_config(cfg, torch.float32)
-    xavier.init_method = torch.nn.init.xavier_uniform_
-    attempt("xavier", lambda: prepare(xavier, gpt.layer_spec(cfg), section()))
+    for name, method in (
+        ("xavier", torch.nn.init.xavier_uniform_),
+        ("off zero", functools.partial(torch.nn.init.normal_, mean=0.1, std=0.02)),
+        ("generator", functools.partial(torch.nn.init.normal_, std=0.02, generator=torch.Generator())),
+    ):
+        drawn = gpt.transformer_config(cfg, torch.float32)
+        drawn.init_method = method
+        attempt(name, lambda drawn=drawn: prepare(drawn, gpt.layer_spec(cfg), section()))
     pipeline = PipelineModule([torch.nn.Linear(2, 2)], num_stages=1)
     attempt("pipeline", lambda: ds_plugin.initialize(model=pipeline, config=host_config(section())))
     low = {**host_config(section()), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}
@@ -398,6 +446,8 @@ EXPECTED = {
     "mamba": ["StackSubmodules", "self_attn_bda"],  # Mamba- or Hybrid-, by the version of megatron-core
     "cross-attention": ["CrossAttention", "decoder-only"],
     "xavier": ["init_method", "xavier_uniform_", "init_method_std"],
+    "off zero": ["TransformerConfig.init_method", "mean=0.1", "normal_, mean=0.0"],
+    "generator": ["TransformerConfig.init_method", "generator"],
     "pipeline": ["pipeline engine", "completep"],
     "peak": ["warmup_max_lr: 0.001, DeepSpeed's default", "0.01"],
     "meta": ["output_layer.weight", "device meta"],

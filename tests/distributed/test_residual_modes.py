@@ -336,6 +336,31 @@ def test_every_layer_of_a_blocks_spec_is_scaled(workers):
     assert workers(1).run(_block_specs) == [SIZE["num_layers"]]
 
 
+def _own_adds():
+    """A layer spec's own residual adds: one that adds nothing, one of the user's."""
+    cpu_host.enable()
+    from megatron.core.transformer.identity_op import IdentityFuncOp
+
+    def mine(training, fused):
+        return lambda x_with_bias, residual, prob: residual + x_with_bias[0]
+
+    cfg = gpt.GPTConfig.model_validate(SIZE)
+    config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
+    spec.submodules.mlp_bda = IdentityFuncOp
+    left = prepare(config, spec, section("forward"))[1].submodules.mlp_bda is IdentityFuncOp
+    spec.submodules.mlp_bda = mine
+    kept = prepare(config, spec, section("folded"))[1].submodules.mlp_bda is mine
+    with pytest.raises(ConfigError) as caught:
+        prepare(config, spec, section("forward"))
+    return left, kept, str(caught.value)
+
+
+def test_own_residual_adds_are_kept_or_refused(workers):
+    left, kept, message = workers(1).run(_own_adds)[0]
+    assert left and kept
+    assert "mlp_bda of its own" in message and "mine" in message and '"residual": "folded"' in message
+
+
 def _inference_scale():
     changed = section("forward", base_head_dim=4)  # heads of 8 here: sqrt(4) / 8
     return [build(changed)[0].decoder.layers[0].self_attention.softmax_scale, 4**0.5 / 8]
