@@ -22,6 +22,8 @@ from megatron_patches.completep.param_groups import check_rates
 from megatron_patches.completep.rules import Role
 from megatron_patches.pipeline_gpt import gpt_of
 
+#: Adams that say by ``adam_w_mode`` whether their decay is decoupled (DeepSpeed, apex, TransformerEngine), and by name
+_BY_MODE, _BY_NAME = ("FusedAdam", "DeepSpeedCPUAdam"), ("AdamW", "AdamW8bit")
 _FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
 
 
@@ -67,7 +69,7 @@ def set_up(
         kept = {key: value for key, value in optimizer.param_groups[0].items() if key != "param_names"}
         optimizer.param_groups[:] = [{**kept, **group} for group in groups]
         return None, optimizer, _checked_scheduler(lr_scheduler), host_config
-    return groups, _checked_optimizer(optimizer, section), _checked_scheduler(lr_scheduler), host_config
+    return groups, _checked_optimizer(optimizer), _checked_scheduler(lr_scheduler), host_config
 
 
 class CompleteP:
@@ -131,8 +133,7 @@ class CompleteP:
         names = ("lr", "lr_scale", "initial_lr", "weight_decay", "eps")
         settings = [{"role": g["role"], **{k: float(g[k]) for k in names if k in g}} for g in self._groups]
         for kept, group in zip(settings, self._groups, strict=True):
-            if "betas" in group:
-                kept["betas"] = [float(beta) for beta in group["betas"]]
+            kept["betas"] = [float(beta) for beta in group["betas"]]
         if compat.is_pipeline(self.engine):
             of_role = {kept["role"]: kept for stage in _everywhere(settings) for kept in stage}
             settings = [of_role[role] for role in self._roles]
@@ -155,9 +156,7 @@ class CompleteP:
         of_role = {settings["role"]: settings for settings in state}
         for group, role in zip(self._groups, self._mine, strict=True):
             settings = of_role[role]
-            group.update(settings)
-            if "betas" in settings:
-                group["betas"] = tuple(settings["betas"])
+            group.update({**settings, "betas": tuple(settings["betas"])})
         for moments in self.engine.basic_optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()
@@ -350,22 +349,30 @@ def _not_usable(name: str, value: Any) -> str | None:
     return None
 
 
+def _names(optimizer: Any) -> set[str]:
+    return {cls.__name__ for cls in type(optimizer).__mro__}
+
+
 def _is_adam(optimizer: Any) -> bool:
-    """torch's Adam and AdamW; DeepSpeed's, apex's and TransformerEngine's by name, so that none is imported here."""
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    return isinstance(optimizer, torch.optim.Adam) or bool(names & {"FusedAdam", "DeepSpeedCPUAdam"})
+    """torch's Adam and AdamW; other libraries' by name, so that none is imported here."""
+    return isinstance(optimizer, torch.optim.Adam) or bool(_names(optimizer) & {*_BY_MODE, *_BY_NAME})
 
 
 def _decoupled(optimizer: Any) -> bool:
-    """Whether an Adam decays weights apart from the gradient: torch says so in its groups, the others on themselves."""
+    """Whether an Adam decays weights apart from the gradient: some say so on themselves, torch in its groups, others by
+    their name."""
     groups = optimizer.param_groups
-    return bool(getattr(optimizer, "adam_w_mode", all(g.get("decoupled_weight_decay") for g in groups)))
+    if any("decoupled_weight_decay" in g for g in groups):
+        in_groups = all(g.get("decoupled_weight_decay") for g in groups)
+    else:
+        in_groups = bool(_names(optimizer) & {*_BY_NAME})
+    return bool(getattr(optimizer, "adam_w_mode", in_groups))
 
 
 # -- functions that the caller gives, checked when DeepSpeed calls them ----------------------------------------------
 
 
-def _checked_optimizer(function: Any, section: CompletePConfig) -> Any:
+def _checked_optimizer(function: Any) -> Any:
     if function is None:
         return None
 
@@ -379,10 +386,10 @@ def _checked_optimizer(function: Any, section: CompletePConfig) -> Any:
                 f"are not the {len(expected)} it was given; {_FUNCTION}"
             )
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)
-        if section.residual == "folded" and not (_is_adam(optimizer) and (_decoupled(optimizer) or not decays)):
+        if not (_is_adam(optimizer) and (_decoupled(optimizer) or not decays)):
             raise ConfigError(
-                f'completep.residual: "folded" holds for Adam with decoupled weight decay, the given function returned '
-                f'{kind}; return AdamW, or write "residual": "forward"'
+                f"completep: the rules hold for Adam with decoupled weight decay, the given function returned {kind}; "
+                "return AdamW"
             )
         return optimizer
 

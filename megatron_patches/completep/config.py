@@ -9,6 +9,14 @@ from ds_plugin.config_model import SectionConfig
 from megatron_patches.completep import rules
 from megatron_patches.completep.rules import Multipliers, Ratios, Recipe, Role
 
+#: by recipe, the settings that it does not react to; the base's size is asked for all the same
+WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
+    "completep": ("batch_ratio", "token_ratio"),
+    "mup": ("alpha", "batch_ratio", "token_ratio"),
+    "standard": ("alpha", "base_head_dim", "eps_scope", "batch_ratio", "token_ratio"),
+    "completed_p": (),
+}
+
 
 class CompletePConfig(SectionConfig):
     """The base model, whose hyperparameters the JSON holds, and the depth exponent."""
@@ -21,7 +29,9 @@ class CompletePConfig(SectionConfig):
         ge=1, description="the number of layers of the model the hyperparameters were tuned on, e.g. 2"
     )
     base_head_dim: int | None = Field(
-        None, ge=1, description="its head size, e.g. 64; null when this model's heads have the same size"
+        None,
+        ge=1,
+        description="its head size, e.g. 64; null when this model's heads have the same size; 1 for 1/head size",
     )
     recipe: Recipe = Field(
         "completep",
@@ -79,11 +89,13 @@ class CompletePConfig(SectionConfig):
 
     @model_validator(mode="after")
     def _ratios_fit(self) -> "CompletePConfig":
-        for name in ("batch_ratio", "token_ratio"):
-            if self.recipe != "completed_p" and getattr(self, name) != 1.0:
+        for name in WITHOUT_EFFECT[self.recipe]:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                takes = " or ".join(f'"{recipe}"' for recipe, without in WITHOUT_EFFECT.items() if name not in without)
                 raise ValueError(
-                    f"completep.{name}: {getattr(self, name)} has no effect with recipe {self.recipe!r}; remove it, or "
-                    'write "recipe": "completed_p"'
+                    f"completep.{name}: {value!r} has no effect with recipe {self.recipe!r}; remove it, or write "
+                    f'"recipe": {takes}'
                 )
         if self.base_head_dim is not None and self.base_width % self.base_head_dim:
             raise ValueError(

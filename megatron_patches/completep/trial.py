@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_patches import cpu_host, gpt
 from megatron_patches.completep import rules
-from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.config import WITHOUT_EFFECT, CompletePConfig
 from megatron_patches.completep.layers import finish, prepare, ratios_of
 from megatron_patches.completep.param_groups import build_param_groups
 from megatron_patches.completep.rules import Recipe
@@ -87,15 +87,16 @@ def start_host() -> None:
 
 def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
     """A fresh fp32 model, and a function from the base learning rate to its AdamW."""
+    settings = {
+        "enabled": True,
+        "recipe": shape.recipe,
+        "base_width": base.width,
+        "base_depth": base.depth,
+        "base_head_dim": base.head_dim,
+        "alpha": base.alpha,
+    }
     section = CompletePConfig.model_validate(
-        {
-            "enabled": True,
-            "recipe": shape.recipe,
-            "base_width": base.width,
-            "base_depth": base.depth,
-            "base_head_dim": base.head_dim,
-            "alpha": base.alpha,
-        }
+        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT[shape.recipe]}
     )
     cfg = gpt.GPTConfig.model_validate(
         {

@@ -12,7 +12,7 @@ import ds_plugin
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError
 from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import finish, prepare
+from megatron_patches.completep import finish, prepare, rules
 from megatron_patches.completep.config import CompletePConfig
 from tests.reference.completep import ReferenceGPT, megatron_name
 
@@ -290,25 +290,6 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
     assert ("base_width", None, 16) in section().differences(None)
 
 
-def _sgd(folder):
-    def momentum(groups):
-        return torch.optim.SGD([{k: v for k, v in group.items() if k != "eps"} for group in groups])
-
-    engine, *_ = ds_plugin.initialize(
-        model=build(section()),
-        config={**host_config(section()), "zero_allow_untested_optimizer": True},
-        optimizer=momentum,
-        mpu=gpt.DeepSpeedMPU(),
-    )
-    engine.save_checkpoint(folder)
-    engine.load_checkpoint(folder)
-    return [group["role"] for group in engine.optimizer.param_groups]
-
-
-def test_an_optimizer_without_betas_saves_and_loads(workers, tmp_path):
-    assert workers(1).run(_sgd, str(tmp_path)) == [[group[0] for group in GROUPS]]
-
-
 def _stage_losses(zero, tensor_parallel):
     completep = section()
     model = build(completep, tensor_parallel=tensor_parallel)
@@ -469,7 +450,10 @@ EXPECTED = {
         ({"base_head_dim": -8}, ["base_head_dim", "-8"]),
         ({"recipe": "sp"}, ["recipe", "sp", "standard"]),
         ({"residual": "fold"}, ["residual", "fold", "folded"]),
-        ({"batch_ratio": 2.0}, ["batch_ratio", "completed_p"]),
+        ({"batch_ratio": 2.0}, ["batch_ratio: 2.0 has no effect with recipe 'completep'", '"recipe": "completed_p"']),
+        ({"recipe": "mup", "alpha": 0.5}, ["alpha: 0.5 has no effect", '"completep" or "completed_p"']),
+        ({"recipe": "standard"}, ["base_head_dim: 8 has no effect with recipe 'standard'"]),
+        ({"recipe": "standard", "base_head_dim": None, "eps_scope": "all"}, ["eps_scope: 'all'", '"mup"']),
         ({"base_widht": 64}, ["base_widht", "base_width"]),
     ],
 )
@@ -478,6 +462,12 @@ def test_a_wrong_section_is_refused_in_one_line(changes, parts):
         PluginConfig.from_dict({"completep": {**BASE, **changes}})
     message = str(caught.value)
     assert all(part in message for part in parts) and "\n" not in message, message
+
+
+def test_what_has_its_default_is_no_setting():
+    whole = section(recipe="standard", base_head_dim=None).model_dump()  # as checkpoints hold it
+    assert section(**whole) == section(recipe="standard", base_head_dim=None)
+    assert rules.attention_scale(64, section(base_head_dim=1).base_head_dim) == 1 / 64  # the reference code's
 
 
 def _smaller_than_the_base():
