@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_patches.completep.folding import fold, fold_attention, unfold
+    from megatron_patches.completep.folding import fold, fold_attention, load_plain, unfold
     from megatron_patches.completep.layers import describe, finish, finished_roles, prepare, ratios_of
     from megatron_patches.completep.param_groups import build_param_groups
 
 _HOMES = {
     **dict.fromkeys(("describe", "finish", "finished_roles", "prepare", "ratios_of"), "layers"),
-    **dict.fromkeys(("fold", "fold_attention", "unfold"), "folding"),
+    **dict.fromkeys(("fold", "fold_attention", "load_plain", "unfold"), "folding"),
     "build_param_groups": "param_groups",
 }
 
@@ -20,6 +20,7 @@ __all__ = [
     "finished_roles",
     "fold",
     "fold_attention",
+    "load_plain",
     "prepare",
     "ratios_of",
     "unfold",

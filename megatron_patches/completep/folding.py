@@ -8,9 +8,13 @@ Both keep the attention scale out: where the head size differs from the base's, 
 softmax_scale that `prepare` set (`rules.attention_scale`), or its weights be given to `fold_attention`, which writes
 that into the queries too. Such weights are for use elsewhere: queries share a matrix with keys and values, whose
 learning rate is theirs.
+
+What these functions return says so itself, in the ``_metadata`` that torch gives a ``state_dict()`` and keeps through
+``torch.save`` and ``torch.load``: the same is not done to it twice. Other formats lose that, as a plain dict does.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +23,10 @@ import torch
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.layers import applied_section, check_gains, ratios_of
+from megatron_patches.completep.layers import applied_section, check_gains, finished_roles, is_tied, ratios_of
 from megatron_patches.completep.roles import role_of
 
+_METADATA, _OURS = "_metadata", "completep"  # torch's attribute of a state_dict(), by module; our entry beside those
 _QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
 
 
@@ -33,11 +38,12 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
 
     Raises:
-        ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
-            section does not say ``residual``); a name has no role; or the final norm's gains are 1 + weight where the
-            multiplier of a tied output layer would go.
+        ConfigError: the weights are of the folded mode, also by an earlier call, or it cannot be told (``config`` is
+            not `prepare`'s, and the section does not say ``residual``); a name has no role; or the final norm's gains
+            are 1 + weight where the multiplier of a tied output layer would go.
     """
-    return _scaled(weights, config, section, tied, mode="forward", inverse=False)
+    _refuse_other_mode(weights, config, section, mode="forward", function="fold")
+    return _scaled(weights, config, section, tied, inverse=False)
 
 
 def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
@@ -46,7 +52,31 @@ def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *,
     Raises:
         ConfigError: the weights are of the forward mode, or it cannot be told; or a name has no role.
     """
-    return _scaled(weights, config, section, tied, mode="folded", inverse=True)
+    _refuse_other_mode(weights, config, section, mode="folded", function="unfold")
+    return _scaled(weights, config, section, tied, inverse=True)
+
+
+def load_plain(
+    model: torch.nn.Module, weights: Mapping[str, Any], section: CompletePConfig, *, strict: bool = True
+) -> None:
+    """Load the plain weights of Table 1 (the forward mode's, or `unfold`'s) into a finished model of either mode.
+
+    In the folded mode they are folded on the way; ``load_state_dict`` would take them as folded ones. ``weights``: of
+    this tensor-parallel shard and pipeline stage; ``strict``: as ``load_state_dict``'s.
+
+    Raises:
+        ConfigError: the model is not finished, the weights are folded already, or a name has no role.
+    """
+    finished_roles(model, section)
+    marks = _marks(weights)
+    if marks.get("residual", "forward") != "forward" or "attention" in marks:
+        raise ConfigError(
+            f"completep: load_plain() takes the plain weights of Table 1, and these say that they are {marks}; load "
+            "folded ones with load_state_dict, into a model of the folded mode"
+        )
+    if section.residual == "folded":
+        weights = _scaled(weights, model.config, section, is_tied(model), inverse=False)
+    model.load_state_dict(weights, strict=strict)
 
 
 def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> dict[str, Any]:
@@ -57,12 +87,15 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     nothing changes.
 
     Raises:
-        ConfigError: query rows cannot be told apart: there are gates, or a tensor-parallel shard holds a part of a
-            query group; or what follows them undoes it: a norm without gains, or with gains of 1 + weight.
+        ConfigError: it was done already; query rows cannot be told apart: there are gates, or a tensor-parallel shard
+            holds a part of a query group; or what follows them undoes it: a norm without gains, or with gains of
+            1 + weight.
     """
     head = config.kv_channels
+    if "attention" in _marks(weights):
+        raise ConfigError("completep: fold_attention() has been called on these weights already; give it those before")
     if section.base_head_dim in (None, head):
-        return dict(weights)
+        return _marked(weights)
     scale = rules.attention_scale(head, section.base_head_dim, section.recipe) * math.sqrt(head)
     if getattr(config, "attention_output_gate", False):
         raise ConfigError(
@@ -80,7 +113,7 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
             "1 + weight, into which nothing can be folded; run the model with softmax_scale"
         )
     queries = config.num_attention_heads // config.num_query_groups * head
-    scaled = dict(weights)
+    scaled = _marked(weights, attention="queries")
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
             continue
@@ -99,9 +132,18 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     return scaled
 
 
-def _scaled(
-    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, mode: str, inverse: bool
-) -> dict[str, Any]:
+def _refuse_other_mode(
+    weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, mode: str, function: str
+) -> None:
+    """Refuse weights of another mode than ``function`` takes, by what they, their config and the section say."""
+    marked = _marks(weights).get("residual")
+    if marked == mode:
+        return
+    if marked is not None:
+        raise ConfigError(
+            f'completep.residual: these weights are "{marked}" already, as fold() or unfold() left them; {function}() '
+            f'takes those of "{mode}"'
+        )
     applied = applied_section(config)
     said = [applied.residual] if applied is not None else []
     if "residual" in section.model_fields_set:
@@ -113,15 +155,31 @@ def _scaled(
         )
     if other := next((trained for trained in said if trained != mode), None):
         raise ConfigError(
-            f'completep.residual: these weights were trained with "{other}"; '
-            f'{"unfold" if inverse else "fold"}() takes those of "{mode}"'
+            f'completep.residual: these weights were trained with "{other}"; {function}() takes those of "{mode}"'
         )
+
+
+def _scaled(
+    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, inverse: bool
+) -> dict[str, Any]:
     check_gains(config, tied=tied)
     ratios = ratios_of(config, section)
-    scaled: dict[str, Any] = {}
+    scaled = _marked(weights, residual="forward" if inverse else "folded")
     for name, value in weights.items():
-        scale = 1.0
         if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
             scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
-        scaled[name] = value if scale == 1.0 else value / scale if inverse else value * scale
+            if scale != 1.0:
+                scaled[name] = value / scale if inverse else value * scale
     return scaled
+
+
+def _marks(weights: Mapping[str, Any]) -> dict[str, str]:
+    return dict((getattr(weights, _METADATA, None) or {}).get(_OURS, {}))
+
+
+def _marked(weights: Mapping[str, Any], **marks: str) -> dict[str, Any]:
+    """The same weights in a new dict that says what they are, beside what torch has noted of them."""
+    found = OrderedDict(weights)
+    noted = getattr(weights, _METADATA, None) or {}
+    setattr(found, _METADATA, OrderedDict({**noted, _OURS: {**_marks(weights), **marks}}))
+    return found

@@ -189,7 +189,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         )
     ratios = ratios_of(model.config, section)
     if section.residual == "folded":
-        check_gains(model.config, tied=_tied(model))
+        check_gains(model.config, tied=is_tied(model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = _init_scale(roles[name], section, ratios)
@@ -197,7 +197,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
                 parameter.mul_(scale)
     output_layer = getattr(model, "output_layer", None)
     if section.residual == "forward" and output_layer is not None:
-        logits = rules.logit_multiplier(ratios, section.recipe, tied=_tied(model))
+        logits = rules.logit_multiplier(ratios, section.recipe, tied=is_tied(model))
         if logits != 1.0:
             output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
     host: Any = model
@@ -232,7 +232,8 @@ def check_gains(config: Any, *, tied: bool) -> None:
         )
 
 
-def _tied(model: torch.nn.Module) -> bool:
+def is_tied(model: torch.nn.Module) -> bool:
+    """Whether the output layer is the word embedding."""
     return bool(getattr(model, "share_embeddings_and_output_weights", False))
 
 
@@ -244,7 +245,7 @@ def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
             f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
-    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=_tied(model))
+    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=is_tied(model))
 
 
 def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, float]:
@@ -257,7 +258,7 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
     ratios, forward = ratios_of(config, section), section.residual == "forward"
     return {
         "residual branches": rules.residual_multiplier(ratios, section.recipe) if forward else 1.0,
-        "logits": rules.logit_multiplier(ratios, section.recipe, tied=_tied(model)) if forward else 1.0,
+        "logits": rules.logit_multiplier(ratios, section.recipe, tied=is_tied(model)) if forward else 1.0,
         "q.k": stock["q.k"]
         if section.base_head_dim in (None, head)
         else rules.attention_scale(head, section.base_head_dim, section.recipe),

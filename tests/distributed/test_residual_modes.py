@@ -1,13 +1,23 @@
 """The two residual modes: multipliers in the forward pass, or folded into the weights. One training run either way."""
 
 import copy
+import io
 
 import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
 from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import build_param_groups, finish, fold, fold_attention, prepare, ratios_of, unfold
+from megatron_patches.completep import (
+    build_param_groups,
+    finish,
+    fold,
+    fold_attention,
+    load_plain,
+    prepare,
+    ratios_of,
+    unfold,
+)
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.residual import scaled_bias_dropout_add
 from megatron_patches.completep.rules import Role
@@ -210,6 +220,61 @@ def test_queries_that_cannot_be_told_apart_are_refused(workers):
     said = workers(1).run(_attention_refused)[0]
     for message, words in zip(said, ("24 rows", "output_gate", "zero_centered_gamma", "qk_l2_norm"), strict=True):
         assert words in message
+
+
+def _loaded(tied):
+    """Logits of a trained forward-mode model, and of the others that its weights are loaded into by one call."""
+    forward, roles = build(section("forward"), tie_embeddings=tied)
+    train(forward, roles, section("forward"), steps=3)
+    plain, models = forward.state_dict(), [forward]
+    for residual in ("forward", "folded"):
+        models.append(build(section(residual), tie_embeddings=tied)[0])
+        load_plain(models[-1], plain, section(residual))
+    again = unfold(models[-1].state_dict(), models[-1].config, section("folded"), tied=tied)
+    load_plain(models[1], again, section("forward"))
+    tokens, _ = batch(99)
+    with torch.no_grad():
+        return [m(tokens, torch.arange(LENGTH).expand(3, -1), None) for m in models]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_weights_are_loaded_into_either_mode(workers, tied):
+    """Multipliers are powers of two here: nothing is rounded."""
+    trained, forward, folded = workers(1).run(_loaded, tied)[0]
+    assert torch.equal(trained, forward) and torch.equal(trained, folded) and trained.std() > 1e-3
+
+
+def _twice():
+    """What is said of weights that were through these functions already, and of the same after a file."""
+    completep = section("forward", base_head_dim=2)
+    model, _ = build(completep)
+    once = fold(model.state_dict(), model.config, completep, tied=False)
+    file = io.BytesIO()
+    torch.save(once, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)
+    whole = fold_attention(read, model.config, completep)
+    said = []
+    for function in (
+        lambda: fold(once, model.config, completep, tied=False),
+        lambda: fold(read, model.config, completep, tied=False),
+        lambda: fold_attention(whole, model.config, completep),
+        lambda: load_plain(model, once, completep),
+        lambda: load_plain(model, fold_attention(model.state_dict(), model.config, completep), completep),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            function()
+        said.append(str(caught.value))
+    back = unfold(once, model.config, completep, tied=False)
+    fold(back, model.config, section("folded", base_head_dim=2), tied=False)  # they say themselves that they are plain
+    return said
+
+
+def test_weights_are_not_folded_twice(workers):
+    *folds, attention, load, load_attention = workers(1).run(_twice)[0]
+    assert all('"folded" already' in message and 'fold() takes those of "forward"' in message for message in folds)
+    assert "fold_attention() has been called" in attention
+    assert all("load_plain() takes the plain weights" in message for message in (load, load_attention))
 
 
 def _wrong_mode():
