@@ -5,6 +5,7 @@ what stays on it. In DeepSpeed's pipeline both work on one stage of the model, a
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -92,7 +93,6 @@ class CompleteP:
         self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
         self._norm = norm(engine, factors) if any(factor != 1.0 for factor in factors) else None
         compat.need(engine, compat.TAKE_STEP)
-        self._take_step = getattr(engine, compat.TAKE_STEP)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -106,11 +106,12 @@ class CompleteP:
     def install(self, undo: contextlib.ExitStack) -> None:
         """Look at the groups before each step, and have the engine clip by the forward mode's gradient norm; ``undo``
         gives its own step and norm back."""
-        undo.enter_context(replaced(self.engine, compat.TAKE_STEP, self._checked_step))
+        take_step = functools.partial(self._checked_step, getattr(self.engine, compat.TAKE_STEP))
+        undo.enter_context(replaced(self.engine, compat.TAKE_STEP, take_step))
         if self._norm is not None:
             self._norm.install(undo)
 
-    def _checked_step(self, *args: Any, **kwargs: Any) -> Any:
+    def _checked_step(self, take_step: Any, *args: Any, **kwargs: Any) -> Any:
         """The engine's step, refused before it changes anything where the groups are not in their roles' ratios."""
         groups = self._groups
         if len(groups) != len(self._mine):
@@ -121,7 +122,7 @@ class CompleteP:
         scheduler = getattr(self.engine.lr_scheduler, "scheduler", self.engine.lr_scheduler)  # inside a TokenScheduler
         by = "the training loop" if scheduler is None else f"the scheduler {type(scheduler).__name__}"
         check_rates(groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
-        return self._take_step(*args, **kwargs)
+        return take_step(*args, **kwargs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
