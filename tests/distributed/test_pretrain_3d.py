@@ -164,6 +164,11 @@ def trained(options, completep, pipe, tensor, steps=4):
         script.train_step(engine, batches, seen)
         losses.append(torch.stack(seen).mean().item())
         norms.append(float(engine.get_global_grad_norm()))
+    if completep is not None:  # one rate for all groups is refused on every stage, and changes nothing
+        for group in engine.basic_optimizer.param_groups:
+            group["lr"] = 0.02
+        with pytest.raises(ConfigError, match="completep: at this step the role"):
+            script.train_step(engine, batches, Losses())
     return start, losses, norms, weights()
 
 
