@@ -7,6 +7,14 @@ import torch
 
 from ds_plugin.errors import StateError
 
+#: what torch puts into the names of what it wraps: torch.compile, activation checkpointing, FSDP
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in the model as it was before torch wrapped it or parts of it: the one that others load it by."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
 
 @dataclass(frozen=True)
 class Fragment:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from ds_plugin.errors import CheckpointError
+from ds_plugin.weight_averaging.fragments import WRAPPERS, plain_name
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
@@ -28,18 +29,10 @@ DEQUANTIZE = (
 )
 
 
-#: what torch.compile and torch's activation checkpointing put into the names of what they wrap
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-
 T = TypeVar("T")
 
 
-def plain_name(name: str) -> str:
-    """A tensor's name in the model as it was before it was wrapped: the one that others load it by."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def plain_names(named: Mapping[str, T], where: object) -> dict[str, T]:
+def without_wrappers(named: Mapping[str, T], where: object) -> dict[str, T]:
     """``named`` with `plain_name`.
 
     Raises:

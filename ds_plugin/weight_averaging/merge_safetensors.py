@@ -21,7 +21,7 @@ from ds_plugin.weight_averaging.merge_inputs import (
     Piece,
     Source,
     Stored,
-    plain_names,
+    without_wrappers,
 )
 from ds_plugin.weight_averaging.merge_output import RECORD, Part, Plan, Shard
 
@@ -52,13 +52,13 @@ def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Safet
     wanted: Mapping[str, str] = {}
     if index is not None:
         try:
-            wanted = plain_names(json.loads(index.read_text("utf-8"))["weight_map"], index)
+            wanted = without_wrappers(json.loads(index.read_text("utf-8"))["weight_map"], index)
             source.files = [path / name for name in sorted(set(wanted.values()))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); {RESTORE}") from None
     for file in source.files:
         source.headers[file.name], raw = _read_header(file)
-        found = plain_names(raw, file)
+        found = without_wrappers(raw, file)
         source.renamed |= found.keys() != raw.keys()
         for name, stored in found.items():
             if name in source.tensors:

@@ -20,6 +20,7 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ds_plugin.errors import CheckpointError
+from ds_plugin.weight_averaging.fragments import plain_name
 from ds_plugin.weight_averaging.merge_inputs import (
     DEQUANTIZE,
     DTYPE_NAMES,
@@ -28,8 +29,7 @@ from ds_plugin.weight_averaging.merge_inputs import (
     Source,
     Stored,
     cut,
-    plain_name,
-    plain_names,
+    without_wrappers,
 )
 
 #: what these files hold besides tensors and plain values; none of it is needed, so none of it is built
@@ -176,7 +176,7 @@ def _beside(path: Path, rank: int, layers: dict[int, dict[int, Path]], tensors: 
     found = {}
     for number, file in sorted(layers[rank].items()):
         content = {name: value for name, value in read_pickle(file).items() if isinstance(value, torch.Tensor)}
-        held = plain_names(content, file)
+        held = without_wrappers(content, file)
         if held.keys() <= tied and not any(f"{number}.{name}" in tensors for name in held):
             continue  # a tied layer, which is in the optimizer under its key
         for name, value in held.items():
@@ -209,9 +209,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
     for name in _NAMED:
         held = found.get(name)
         if isinstance(held, list):  # a group each
-            found[name] = [plain_names(g, f"{path}: {name}") if isinstance(g, dict) else g for g in held]
+            found[name] = [without_wrappers(g, f"{path}: {name}") if isinstance(g, dict) else g for g in held]
         elif isinstance(held, dict):
-            found[name] = plain_names(held, f"{path}: {name}")
+            found[name] = without_wrappers(held, f"{path}: {name}")
     return found
 
 

@@ -25,8 +25,8 @@ from ds_plugin import compat
 from ds_plugin.atomic import atomic_write, replace_folder, sync_folder
 from ds_plugin.errors import ConfigError, PluginError, StateError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
-from ds_plugin.weight_averaging.fragments import check
-from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES, plain_name
+from ds_plugin.weight_averaging.fragments import check, plain_name
+from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
 from ds_plugin.weight_averaging.publish_config import write_config
 from ds_plugin.weight_averaging.publish_plan import (
     Cut,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ds_plugin.errors import ConfigError
+from ds_plugin.weight_averaging.fragments import WRAPPERS
 
 
 def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
@@ -20,7 +21,8 @@ def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
     Raises:
         ConfigError: transformers refuses to save the configuration.
     """
-    module = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
+    for wrapper in WRAPPERS:
+        module = getattr(module, wrapper, module)
     transformers = sys.modules.get("transformers.modeling_utils")  # who has such a model has imported it
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return
