@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ds_plugin.run import plan
     from ds_plugin.sequence_length_warmup import tune
     from ds_plugin.weight_averaging import cost
+    from ds_plugin.weight_averaging.config import KINDS
 
     parser = argparse.ArgumentParser(
         prog="python -m ds_plugin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     merging = commands.add_parser("merge", help="the weighted mean of checkpoints, as safetensors or torch_dist")
     merging.add_argument("checkpoints", nargs="+", metavar="CKPT", help="oldest first; of one kind")
     merging.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or of an interrupted merge")
-    merging.add_argument("--weights", default="uniform", help="uniform, linear, 1-sqrt, or numbers such as 0.2,0.3,0.5")
+    merging.add_argument("--weights", default="mean", help=f"{', '.join(KINDS)}, or numbers such as 0.2,0.3,0.5")
     merging.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="shards made at a time")
     merging.add_argument("--dtype", help="fp32, bf16 or fp16; else that of the masters or the files read")
     merging.add_argument("--shard-gb", type=float, default=5.0, help="size of the shards made from DeepSpeed files")

@@ -81,7 +81,7 @@ class WeightAverager:
     def describe(self) -> str:
         """What is averaged and the memory it takes, in one line."""
         c = self.config
-        weights = "" if c.weights == "uniform" else f" weighted {c.weights}"
+        weights = "" if c.weights == "mean" else f" weighted {c.weights}"
         older = ", the older ones as bf16 differences" if c.deltas == "bf16" else ""
         what = {
             "sliding": f"the last {c.window}{weights}{older}",

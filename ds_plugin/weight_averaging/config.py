@@ -1,13 +1,20 @@
 """The ``weight_averaging`` section of the JSON."""
 
-import math
+import sys
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ds_plugin.config_model import SectionConfig
 
-KINDS = ("uniform", "linear", "1-sqrt")
+#: the weights that have a name, here and in ``merge --weights``; `window.read_weights` works them out
+KINDS = ("mean", "minus-sqrt", "cosine", "wma")
+#: names that have another meaning elsewhere, or are written in another way here, and what to write for them
+OTHER_KINDS = {
+    "uniform": "write 'mean'",
+    "linear": "write 'wma' for 1, 2, ..., k, or 'mean' for what WSM and Megatron-LM's weighted_merge call linear",
+    "1-sqrt": "write 'minus-sqrt'",
+}
 
 
 class RestartConfig(SectionConfig):
@@ -32,7 +39,7 @@ class WeightAveragingConfig(SectionConfig):
         0, ge=0, description="no snapshot before this step; averages that reach into the LR warmup are worse than raw"
     )
     weights: str | list[float] = Field(
-        "uniform", description='"uniform", "linear", "1-sqrt", or one number for each snapshot of the window'
+        "mean", description='"mean", "minus-sqrt", "cosine", "wma", or one number for each snapshot of the window'
     )
     horizons: list[int] | None = Field(None, description="mode ema: averages over about so many snapshots, [10, 100]")
     deltas: Literal["fp32", "bf16"] = Field(
@@ -54,8 +61,10 @@ class WeightAveragingConfig(SectionConfig):
     def _known_weights(cls, value: Any) -> Any:
         if value in KINDS:
             return value
+        if isinstance(value, str) and value in OTHER_KINDS:
+            raise ValueError(f"got {value!r}; {OTHER_KINDS[value]}")
         numbers = isinstance(value, (list, tuple)) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and v >= 0 for v in value
+            isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= sys.float_info.max for v in value
         )
         if not numbers or not value or not value[-1] > 0:
             raise ValueError(
@@ -79,7 +88,7 @@ class WeightAveragingConfig(SectionConfig):
                 f"{name}.weights: {len(self.weights)} numbers for a window of {self.window}; write one for each of its "
                 "snapshots"
             )
-        if self.mode != "sliding" and self.weights != "uniform":
+        if self.mode != "sliding" and self.weights != "mean":
             raise ValueError(
                 f"{name}.weights: {self.weights!r} needs the snapshots one by one, which mode {self.mode!r} does not "
                 'keep; write "mode": "sliding", or leave "weights" out'

@@ -40,17 +40,13 @@ def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tens
     return found[::-1]
 
 
-def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Sequence[float] | None) -> None:
+def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Sequence[float]) -> None:
     """Write the mean of the `restored` snapshots into ``out``, with `window`'s bits, a piece at a time.
 
-    ``weights``: relative, oldest first; None: uniform.
+    ``weights``: relative, oldest first, as `window.weighted_mean_` takes them.
     """
     for target, *kept in _pieces(out, newest, *deltas):
-        snapshots = restored(kept[:1], [[d] for d in kept[1:]])
-        if weights is None:
-            window.mean_([target], snapshots)
-        else:
-            window.weighted_mean_([target], snapshots, weights)
+        window.weighted_mean_([target], restored(kept[:1], [[d] for d in kept[1:]]), weights)
 
 
 def _pieces(out: Tensors, *sources: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
-from ds_plugin.weight_averaging.config import KINDS
+from ds_plugin.weight_averaging.config import KINDS, OTHER_KINDS
 from ds_plugin.weight_averaging.merge_inputs import RESTORE, Source, compare
 from ds_plugin.weight_averaging.merge_output import (
     Plan,
@@ -52,15 +52,17 @@ _LOG_SECONDS = 5.0
 
 
 def parse_weights(text: str, count: int) -> list[float]:
-    """Weights of ``count`` checkpoints, oldest first; they need not add up to 1.
+    """Relative weights of ``count`` checkpoints, oldest first, as `window.factors` takes them.
 
-    ``uniform``, ``linear`` and ``1-sqrt`` are those of `window.read_weights`; else a list, one number each.
+    A word of `KINDS` as in `window.read_weights`; else a list, one number each.
 
     Raises:
         ConfigError: an unknown word, another count, or a weight that is negative or not finite.
     """
     if text in KINDS:
         return read_weights(text, count)
+    if text in OTHER_KINDS:
+        raise ConfigError(f"--weights is {text!r}; {OTHER_KINDS[text]}")
     try:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
@@ -69,7 +71,7 @@ def parse_weights(text: str, count: int) -> list[float]:
         ) from None
     if len(weights) != count:
         raise ConfigError(f"--weights has {len(weights)} numbers for {count} checkpoints; give one for each")
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
         raise ConfigError(f"--weights is {text!r}; write finite numbers that are not negative, one of them positive")
     return weights
 
@@ -78,7 +80,7 @@ def merge(
     checkpoints: Sequence[str | Path],
     out: str | Path,
     *,
-    weights: str = "uniform",
+    weights: str = "mean",
     workers: int = 1,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -103,11 +105,10 @@ def merge(
     - Torch_dist checkpoints of megatron-core: a torch_dist folder with the model's weights alone, in fp32 where the
       checkpoints hold fp32 masters, which `dist_checkpointing.load` reads at any parallelism; see `merge_torch_dist`.
 
-    Sums are made in fp32 (fp64 for fp64), oldest to newest, and divided once by the sum of the weights: with
-    ``uniform`` the bits are those of `window.mean_`. Single integers, and the buffers and frozen weights of a DeepSpeed
-    checkpoint, are the last checkpoint's; other integers must be equal in all. ``dtype`` is that of the floating-point
-    tensors written. A folder that an interrupted merge of the same arguments left is completed: its finished shards are
-    verified and kept.
+    Sums are made in fp32 (fp64 for fp64), oldest to newest, as `window.weighted_mean_` makes them, bit for bit. Single
+    integers, and the buffers and frozen weights of a DeepSpeed checkpoint, are the last checkpoint's; other integers
+    must be equal in all. ``dtype`` is that of the floating-point tensors written. A folder that an interrupted merge of
+    the same arguments left is completed: its finished shards are verified and kept.
 
     ``progress`` is called from the workers with the bytes done, the bytes in all, and the shard now finished if one is.
 

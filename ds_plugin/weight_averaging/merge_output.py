@@ -1,7 +1,6 @@
 """How `merge` writes: the arithmetic, the workers, and the record of what is finished."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 from ds_plugin.atomic import atomic_path, atomic_write
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
 from ds_plugin.weight_averaging.merge_inputs import DEQUANTIZE, Source, Stored
+from ds_plugin.weight_averaging.window import factors
 
 RECORD = "merge.json"
 CHUNK = 256 * 1024  # elements read at a time: the buffers stay in the cache, and calls cost little beside the work
@@ -312,8 +312,8 @@ class _Hand:
 
     def __init__(self, sources: list[Source], weights: list[float]):
         self.last = sources[-1]
-        self.terms = [(source, weight) for source, weight in zip(sources, weights, strict=True) if weight]
-        self.divisor = math.fsum(weights)
+        numbers, self.divisor = factors(weights)
+        self.terms = [(source, number) for source, number in zip(sources, numbers, strict=True) if number]
         self._files: OrderedDict[Path, Any] = OrderedDict()
         self._memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._buffers: dict[tuple[str, torch.dtype, int], tuple[torch.Tensor, memoryview]] = {}

@@ -123,10 +123,7 @@ class Sliding(Mode):
 
     def read_(self, out: Tensors, horizon: int | None) -> None:
         snapshots = self.snapshots()
-        if self._weights == "uniform":
-            window.mean_(out, snapshots)
-        else:
-            window.weighted_mean_(out, snapshots, window.read_weights(self._weights, len(snapshots)))
+        window.weighted_mean_(out, snapshots, window.read_weights(self._weights, len(snapshots)))
 
     def snapshots(self) -> list[Tensors]:
         """The snapshots held, oldest first."""
@@ -187,8 +184,7 @@ class SlidingDeltas(Mode):
                 window.add_(self._newest, self._slots[self._order.pop()])  # as `deltas.restored` does
 
     def read_(self, out: Tensors, horizon: int | None) -> None:
-        weights = None if self._weights == "uniform" else window.read_weights(self._weights, len(self._steps))
-        deltas.mean_(out, self._newest, self._deltas(), weights)
+        deltas.mean_(out, self._newest, self._deltas(), window.read_weights(self._weights, len(self._steps)))
 
     def snapshots(self) -> list[Tensors]:
         """The snapshots held, oldest first, as they are read: in new memory, but for the newest."""

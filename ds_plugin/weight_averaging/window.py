@@ -7,6 +7,7 @@ its end. So each element's bits do not depend on which rank holds it or where it
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -16,32 +17,62 @@ Tensors = Sequence[torch.Tensor]
 #: elements worked on at a time: 2 MiB of fp32 stay in the cache while every snapshot is added to them, so that a mean
 #: reads each snapshot once and writes the result once; much smaller pieces would spend their time in Python
 PIECE = 512 * 1024
+#: the smallest number that fp32 holds with all its digits; a share of the mean below it is none
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
-    """Relative weights of ``count`` snapshots, oldest first; `weighted_mean_` divides by their sum.
+    """Relative weights of ``count`` snapshots, oldest first; only their ratios count (`normalised`).
 
-    ``"uniform"``: 1, 1, ... ``"linear"``: 1, 2, ..., count: the newer the heavier.
+    ``"mean"``: 1, 1, ... ``"wma"``: 1, 2, ..., count, the newer the heavier (PMA, arXiv 2505.12082).
 
-    ``"1-sqrt"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a constant
-    learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval before
-    snapshot i added. A mean with weights c_j that add up to 1 is ``x_0 + sum_i (c_i + ... + c_{k-1}) d_i``: interval i
-    enters scaled by ``w_i = c_i + ... + c_{k-1}``, as under a learning rate decayed by w_i, as long as the decay would
-    not have changed the gradients. Turned around, ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0. The decay
-    ``w_i = 1 - sqrt(i / k)`` gives ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``: the oldest is the heaviest, since the
-    decay falls steeply at first. (The linear decay ``w_i = 1 - i / k`` gives the uniform mean.)
+    ``"minus-sqrt"`` and ``"cosine"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a
+    constant learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval
+    before snapshot i added. A mean with weights c_j that add up to 1 is ``x_0 + sum_i (c_i + ... + c_{k-1}) d_i``:
+    interval i enters scaled by ``w_i = c_i + ... + c_{k-1}``, as under a learning rate decayed by w_i, as long as the
+    decay would not have changed the gradients. Turned around, ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0. The
+    decay ``w_i = 1 - sqrt(i / k)`` gives ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``: the oldest is the heaviest, since
+    the decay falls steeply at first. The cosine ``w_i = (1 + cos(pi i / k)) / 2`` gives ``c_j = sin(pi / 2k) sin(pi (2j
+    + 1) / 2k)``: those in the middle are the heaviest; its first factor, the same for all, is left out here. The linear
+    decay ``w_i = 1 - i / k`` gives the plain mean, which WSM and Megatron-LM's ``weighted_merge`` call ``linear``.
 
     A sequence of numbers: the last belongs to the newest snapshot; while there are fewer snapshots, its last ``count``
     are used. The named kinds are worked out for the snapshots there are.
     """
-    if kind == "uniform":
+    if kind == "mean":
         return [1.0] * count
-    if kind == "linear":
+    if kind == "wma":
         return [float(i + 1) for i in range(count)]
-    if kind == "1-sqrt":
+    if kind == "minus-sqrt":
         return [math.sqrt((i + 1) / count) - math.sqrt(i / count) for i in range(count)]
+    if kind == "cosine":  # by the nearer end: what is equal must be so to the last bit
+        return [math.sin(math.pi * (2 * min(i, count - 1 - i) + 1) / (2 * count)) for i in range(count)]
     assert not isinstance(kind, str), kind
     return list(kind[-count:])
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Relative weights, finite, none negative and one positive, divided by their sum: each rounded once, to fp64.
+
+    By fractions, so that nothing overflows or is lost on the way: three weights of 1e-300 or of 1e308 give the bits of
+    three weights of 1.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    total = sum(exact)
+    return [float(weight / total) for weight in exact]
+
+
+def factors(weights: Sequence[float]) -> tuple[list[float], int]:
+    """How a mean with relative ``weights`` is made: of snapshot times factor, added up and divided once by the number.
+
+    A factor of 0 leaves its snapshot out; times 0 an infinity would be NaN. Where all that are in it weigh the same,
+    the factors are 1 and the number is how many there are: the bits of `mean_`. Else they add up to 1, divided by 1.
+    """
+    shares = [share if share >= _TINY else 0.0 for share in normalised(weights)]
+    kept = [share for share in shares if share]
+    if len(set(kept)) == 1:
+        return [1.0 if share else 0.0 for share in shares], len(kept)
+    return shares, 1
 
 
 def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
@@ -68,15 +99,20 @@ def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
 
 
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """`mean_` with relative weights: add ``snapshot * weight`` oldest to newest, then divide once by their sum.
+    """`mean_` with relative weights: add ``snapshot * factor`` oldest to newest, with the `factors` of ``weights``.
 
-    Equal weights of 1 give the bits of `mean_`.
+    Equal weights give the bits of `mean_`, whatever their size; a snapshot of weight 0 is not looked at.
     """
-    for target, *sources in _pieces(out, *snapshots):
-        torch.mul(sources[0], weights[0], out=target)
-        for source, weight in zip(sources[1:], weights[1:], strict=True):
-            target.add_(source * weight)
-        target.div_(math.fsum(weights))
+    numbers, count = factors(weights)
+    terms = [(snapshot, number) for snapshot, number in zip(snapshots, numbers, strict=True) if number]
+    if count == len(terms):
+        mean_(out, [snapshot for snapshot, _ in terms])
+        return
+    (_, first), *others = terms
+    for target, oldest, *sources in _pieces(out, *(snapshot for snapshot, _ in terms)):
+        torch.mul(oldest, first, out=target)
+        for source, (_, number) in zip(sources, others, strict=True):
+            target.add_(source * number)
 
 
 def add_(total: Tensors, snapshot: Tensors) -> None:

@@ -37,8 +37,8 @@ def _modes(zero, precision):
     engine = plain.make(plain.host_config(zero, precision, weight_averaging=BLOCK))
     plugin = ds_plugin.attached(engine)
     sections = {
-        "linear": {"window": 3, "weights": "linear"},
-        "1-sqrt": {"window": 3, "weights": "1-sqrt"},
+        "wma": {"window": 3, "weights": "wma"},
+        "minus-sqrt": {"window": 3, "weights": "minus-sqrt"},
         "list": {"window": 3, "weights": WEIGHTS},
         "ema": {"mode": "ema", "horizons": [2, 5]},
     }
@@ -56,8 +56,8 @@ def _modes(zero, precision):
     plain.train(engine, 8, after_step)
     expected = {
         ("block", None): reference.last_block(held, 3),  # steps 4, 5, 6
-        ("linear", None): reference.weighted_mean(held[-3:], [1, 2, 3]),
-        ("1-sqrt", None): reference.weighted_mean(held[-3:], window.read_weights("1-sqrt", 3)),
+        ("wma", None): reference.weighted_mean(held[-3:], [1, 2, 3]),
+        ("minus-sqrt", None): reference.weighted_mean(held[-3:], window.read_weights("minus-sqrt", 3)),
         ("list", None): reference.weighted_mean(held[-3:], WEIGHTS),
         ("ema", None): reference.ema(held, 2),
         ("ema", 5): reference.ema(held, 5),

@@ -44,7 +44,7 @@ LAYOUTS = [
     (2, 3, "bf16", {"stage3_param_persistence_threshold": 0}, {}),
     (2, 1, "bf16", {}, {"data_types": {"grad_accum_dtype": "fp32"}}),  # DeepSpeed's BF16_Optimizer
     (1, 0, "fp32", {}, {}),
-    (2, 1, "fp32", {}, {"weight_averaging": {**plain.AVERAGING, "weights": "1-sqrt"}}),
+    (2, 1, "fp32", {}, {"weight_averaging": {**plain.AVERAGING, "weights": "minus-sqrt"}}),
 ]
 
 
@@ -52,7 +52,7 @@ LAYOUTS = [
 def test_equals_the_average_of_training_bit_for_bit(workers, tmp_path, ranks, zero, precision, extra, sections):
     averages = workers(ranks).run(_train_and_save, str(tmp_path / "run"), zero, precision, extra, sections)
     checkpoints = [tmp_path / "run" / f"step{step}" for step in (4, 6, 8)]
-    weights = sections.get("weight_averaging", {}).get("weights", "uniform")
+    weights = sections.get("weight_averaging", {}).get("weights", "mean")
     merge(checkpoints, tmp_path / "out", weights=weights, shard_bytes=3000, workers=2)
     found = {name: t for path in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(path).items()}
     assert found.keys() == averages[0].keys()

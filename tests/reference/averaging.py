@@ -1,5 +1,7 @@
 """Weight averaging the naive way: gather every fp32 master on every rank, keep whole snapshots, average at the end."""
 
+import math
+
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
@@ -43,13 +45,19 @@ def mean(snapshots):
 
 
 def weighted_mean(snapshots, weights):
-    """The weighted mean of whole snapshots: add oldest to newest, each times its weight, divide once by their sum."""
-    result = {}
+    """The weighted mean of whole snapshots: add oldest to newest, each times its share of the sum of the weights.
+
+    The mean of those that have a weight, where they all have the same.
+    """
+    kept = [(snapshot, weight) for snapshot, weight in zip(snapshots, weights, strict=True) if weight]
+    if len({weight for _, weight in kept}) == 1:
+        return mean([snapshot for snapshot, _ in kept])
+    shares, result = [weight / math.fsum(weights) for _, weight in kept], {}
     for name in snapshots[0]:
         total = torch.zeros_like(snapshots[0][name])
-        for snapshot, weight in zip(snapshots, weights, strict=True):
-            total = total + snapshot[name] * weight
-        result[name] = total / sum(weights)
+        for (snapshot, _), share in zip(kept, shares, strict=True):
+            total = total + snapshot[name] * share
+        result[name] = total
     return result
 
 

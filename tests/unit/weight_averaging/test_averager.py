@@ -201,7 +201,7 @@ def test_a_bank_of_horizons():
 
 @pytest.mark.parametrize(
     ("weights", "used"),
-    [("linear", {2: [1, 2], 3: [1, 2, 3]}), ([0.0, 1.0, 3.0], {2: [1, 3], 3: [0, 1, 3]})],
+    [("wma", {2: [1, 2], 3: [1, 2, 3]}), ([0.0, 1.0, 3.0], {2: [1, 3], 3: [0, 1, 3]})],
 )
 def test_weights_at_read_time(weights, used):
     host = Host()

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import pickle
 import random
@@ -21,6 +20,7 @@ from ds_plugin.__main__ import main
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError
 from ds_plugin.weight_averaging import merge_output
 from ds_plugin.weight_averaging.merge import merge, parse_weights
+from tests.reference import averaging as reference
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -65,10 +65,9 @@ def naive(folders, weights):
     """The weighted mean of whole checkpoints in fp32; integers are the last one's."""
     loaded = [read(folder) for folder in folders]
     result = dict(loaded[-1])
-    for name in (name for name, tensor in result.items() if tensor.is_floating_point()):
-        total = sum(one[name].float() * weight for one, weight in zip(loaded, weights, strict=True))
-        result[name] = (total / math.fsum(weights)).to(result[name].dtype)
-    return result
+    names = [name for name, tensor in result.items() if tensor.is_floating_point()]
+    mean = reference.weighted_mean([{name: one[name].float() for name in names} for one in loaded], weights)
+    return result | {name: mean[name].to(result[name].dtype) for name in names}
 
 
 def same(found, expected):
@@ -237,9 +236,12 @@ def test_fp64_is_averaged_in_fp64(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("uniform", [1, 1, 1]),
-        ("linear", [1, 2, 3]),
-        ("1-sqrt", [(1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]),
+        ("mean", [1, 1, 1]),
+        ("wma", [1, 2, 3]),
+        ("cosine", [0.5, 1, 0.5]),
+        ("1e-300,1e-300,1e-300", [1e-300] * 3),
+        ("1e308,1e308,1e308", [1e308] * 3),
+        ("minus-sqrt", [(1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5]),
         ("0.1,0,2", [0.1, 0, 2]),
         ("0,0,2", [0, 0, 2]),
     ],
@@ -258,7 +260,8 @@ def test_weights(tmp_path, checkpoints, text, expected):
         ("1,inf,1", "finite numbers"),
         ("1,-1,1", "not negative"),
         ("0,0,0", "one of them positive"),
-        ("newest", "uniform, linear, 1-sqrt"),
+        ("newest", "mean, minus-sqrt, cosine, wma"),
+        ("linear", "write 'wma'.*'mean'"),
     ],
 )
 def test_weights_refused(tmp_path, checkpoints, text, message):
@@ -424,7 +427,7 @@ def test_an_output_folder_with_other_content_is_refused(tmp_path, checkpoints):
         merge(checkpoints, checkpoints[0] / "config.json")
     merge(checkpoints, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"its weights are \[1.0, 1.0, 1.0\], this command's \[1.0, 2.0, 3.0\]"):
-        merge(checkpoints, tmp_path / "out", weights="linear")
+        merge(checkpoints, tmp_path / "out", weights="wma")
     with pytest.raises(ConfigError, match="holds another merge: its checkpoints are"):
         merge(checkpoints[::-1], tmp_path / "out")
     with pytest.raises(ConfigError, match="holds another merge: its shards are"):

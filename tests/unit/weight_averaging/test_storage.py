@@ -106,7 +106,7 @@ def test_settings_that_make_no_sense_are_refused(changes, parts):
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{}, {"weights": "linear"}, BLOCK, EMA, BF16], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"weights": "wma"}, BLOCK, EMA, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_every_storage_gives_the_bits_of_the_default(tmp_path, changes, kind):
     hosts = [Host(), Host()]
@@ -288,7 +288,7 @@ def test_groups_are_pinned_together_where_that_wastes_less(tmp_path, changes, ke
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])
-@pytest.mark.parametrize("weights", ["uniform", "linear"])
+@pytest.mark.parametrize("weights", ["mean", "wma"])
 def test_differences_equal_the_naive_chain(window, weights, monkeypatch):
     monkeypatch.setattr(deltas.window, "PIECE", 4)  # 7 and 15 elements: pieces that do not divide them
     host = Host()
@@ -299,7 +299,7 @@ def test_differences_equal_the_naive_chain(window, weights, monkeypatch):
         whole = reference_deltas.restored(held[-window:])
         assert averager.steps == list(range(max(1, step - window + 1), step + 1))
         assert all(equal(dict(enumerate(a)), b) for a, b in zip(averager.snapshots(), whole, strict=True))
-        relative = [i + 1 if weights == "linear" else 1 for i in range(len(whole))]
+        relative = [i + 1 if weights == "wma" else 1 for i in range(len(whole))]
         expected = reference.weighted_mean(whole, relative)
         assert equal(read(averager, host), expected), step
 

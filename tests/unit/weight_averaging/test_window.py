@@ -7,28 +7,53 @@ import pytest
 import torch
 
 from ds_plugin.weight_averaging import window
+from ds_plugin.weight_averaging.config import KINDS
 from tests.reference import averaging as reference
 
 
 def test_read_weights():
-    """Worked out by hand: sqrt of 0, 1/4, 2/4, 3/4, 1 is 0, 0.5, 0.70711, 0.86603, 1."""
-    assert window.read_weights("uniform", 3) == [1, 1, 1]
-    assert window.read_weights("linear", 3) == [1, 2, 3]
-    assert window.read_weights("1-sqrt", 4) == pytest.approx([0.5, 0.20711, 0.15892, 0.13397], abs=1e-5)
-    assert window.read_weights("1-sqrt", 1) == [1]
-    assert window.read_weights([0.1, 0.2, 0.7], 3) == [0.1, 0.2, 0.7]
-    assert window.read_weights([0.1, 0.2, 0.7], 2) == [0.2, 0.7]  # the newest ones, while the window fills
+    """Shares of the mean, oldest first, worked out by hand.
+
+    sqrt of 0, 1/4, 2/4, 3/4, 1: 0, 0.5, 0.70711, 0.86603, 1. cos of 0, 45, 90, 135, 180 degrees: 1, 0.70711, 0,
+    -0.70711, -1; their halved differences are 0.14645 and 0.35355.
+    """
+    for kind, count, shares in [
+        ("mean", 4, [0.25, 0.25, 0.25, 0.25]),
+        ("wma", 4, [0.1, 0.2, 0.3, 0.4]),
+        ("minus-sqrt", 4, [0.5, 0.20711, 0.15892, 0.13397]),
+        ("cosine", 4, [0.14645, 0.35355, 0.35355, 0.14645]),
+        ("cosine", 3, [0.25, 0.5, 0.25]),
+        ("cosine", 2, [0.5, 0.5]),
+        ([0.1, 0.3, 0.4, 1.2], 4, [0.05, 0.15, 0.2, 0.6]),
+        ([5.0, 0.0, 1.0, 3.0], 2, [0.25, 0.75]),  # the newest ones, while the window fills
+    ]:
+        found = window.normalised(window.read_weights(kind, count))
+        assert found == pytest.approx(shares, abs=1e-5) and sum(found) == pytest.approx(1, abs=1e-15), kind
+    assert all(window.normalised(window.read_weights(kind, 1)) == [1] for kind in KINDS)
+
+
+def test_weights_that_are_equal_are_so_to_the_last_bit():
+    for count in range(1, 30):
+        cosine = window.read_weights("cosine", count)
+        assert cosine == cosine[::-1]
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_one_minus_sqrt_emulates_the_decay(count):
-    """The weighted mean of a path is the path walked with each interval scaled by 1 - sqrt(i / count)."""
+@pytest.mark.parametrize(
+    ("kind", "decay"),
+    [
+        ("minus-sqrt", lambda t: 1 - math.sqrt(t)),
+        ("cosine", lambda t: (1 + math.cos(math.pi * t)) / 2),
+        ("mean", lambda t: 1 - t),  # what WSM and Megatron-LM call linear
+    ],
+)
+def test_a_decay_is_emulated(kind, decay, count):
+    """The weighted mean of a path is the path walked with each interval scaled by the decay at its beginning."""
     torch.manual_seed(0)
     deltas = torch.randn(count, 10, dtype=torch.float64)
-    path = deltas.cumsum(0)
-    weights = torch.tensor(window.read_weights("1-sqrt", count), dtype=torch.float64)
-    decayed = deltas[0] + sum((1 - math.sqrt(i / count)) * deltas[i] for i in range(1, count))
-    assert torch.allclose((weights[:, None] * path).sum(0), decayed)
+    weights = torch.tensor(window.normalised(window.read_weights(kind, count)), dtype=torch.float64)
+    decayed = sum(decay(i / count) * deltas[i] for i in range(count))
+    assert torch.allclose((weights[:, None] * deltas.cumsum(0)).sum(0), decayed)
 
 
 WEIGHTS = [0.3, 1.7, 0.11, 0.9, 2.3]
@@ -73,12 +98,41 @@ def test_every_sharding_gives_the_same_bits(kind, monkeypatch):
     assert torch.equal(strided.t().reshape(-1), expected[1:])
 
 
-def test_weights_of_one_are_the_uniform_mean():
-    snapshots = [[torch.randn(100)] for _ in range(3)]
-    out, other = [torch.empty(100)], [torch.empty(100)]
-    window.mean_(out, snapshots)
-    window.weighted_mean_(other, snapshots, [1.0, 1.0, 1.0])
-    assert torch.equal(out[0], other[0])
+def weighted(snapshots, weights):
+    out = torch.full_like(snapshots[0], math.nan)
+    window.weighted_mean_([out], [[s] for s in snapshots], weights)
+    return out
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 3e-300, 5e-324, 1e39, 1e308, 1.7976931348623157e308])
+def test_equal_weights_are_the_mean_whatever_their_size(scale):
+    """5e-324 is the smallest number of fp64, 1.8e308 its largest; fp32 holds neither of them, nor 1e39."""
+    torch.manual_seed(2)
+    snapshots = [torch.randn(100) for _ in range(3)]
+    out = [torch.empty(100)]
+    window.mean_(out, [[s] for s in snapshots])
+    assert window.normalised([scale] * 3) == [1 / 3] * 3
+    assert torch.equal(weighted(snapshots, [scale] * 3), out[0])
+    assert torch.equal(weighted([*snapshots, torch.full((100,), math.inf)], [scale] * 3 + [0.0]), out[0])
+    assert torch.equal(weighted([torch.ones(5)] * 3, [scale] * 3), torch.ones(5))
+
+
+@pytest.mark.parametrize("scale", [2.0**-1060, 2.0**-300, 1.0, 2.0**1000])
+def test_only_the_ratios_count(scale):
+    weights = [1.0, 2.0, 5.0]
+    assert window.normalised([scale * w for w in weights]) == [1 / 8, 2 / 8, 5 / 8]
+    snapshots = [torch.tensor([1.0, -0.0, 8.0]) * n for n in (1, 2, 3)]
+    found = weighted(snapshots, [scale * w for w in weights])
+    assert torch.equal(found, torch.tensor([2.5, -0.0, 20.0])) and found[1].signbit()
+
+
+@pytest.mark.parametrize("least", [0.0, -0.0, 1e-60, 5e-324, 1e-39])
+def test_a_share_that_is_nothing_in_fp32_leaves_its_snapshot_out(least):
+    infinite, one = torch.tensor([math.inf, -math.inf, math.nan]), torch.tensor([1.0, -0.0, 3.0])
+    found = weighted([infinite, one], [least, 1.0])
+    assert torch.equal(found.view(torch.int32), one.view(torch.int32))
+    both = weighted([infinite, one, one * 3], [least, 1.0, 3.0])
+    assert torch.equal(both, torch.tensor([2.5, 0.0, 7.5]))
 
 
 @pytest.mark.parametrize(
