@@ -40,10 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ds_plugin.atomic import atomic_write
 from ds_plugin.run import plan_costs as costs
 from ds_plugin.run.plan_costs import Layout, Rates
-from ds_plugin.weight_averaging import window
-from ds_plugin.weight_averaging.averager import EXCHANGE_ELEMENTS, WeightAverager
+from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.cost import size
+from ds_plugin.weight_averaging.swap import Exchange
 from megatron_patches.gpt import GPTConfig, padded_vocab_size
 
 PROCESSES = (1, 2, 4, 8)
@@ -469,8 +469,7 @@ def _in_turn(measured: Callable[[], Any]) -> Any:
 def _exchange(masters: list[torch.Tensor], average: list[torch.Tensor]) -> None:
     """A swap to and fro, without the arithmetic of the average and without the host's refresh."""
     for _ in range(2):
-        largest = max(t.numel() for t in masters)
-        window.exchange_(masters, average, torch.empty(max(1, min(largest, EXCHANGE_ELEMENTS))))
+        Exchange(masters, average).forth()
 
 
 def _private_bytes() -> int:

@@ -283,11 +283,8 @@ class Plugin:
     # -- the engine's methods, wrapped -------------------------------------------------------------------------------
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self.averager is not None and self.averager.swapped:
-            raise StateError(
-                f"weight_averaging: {what} while the averaged weights are swapped in; leave the averaged_weights() "
-                "block first"
-            )
+        if self.averager is not None:
+            self.averager.refuse_while_swapped(what)
 
     def _refuse_other_batch(self, size: int) -> None:
         raise StateError(

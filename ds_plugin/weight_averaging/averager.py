@@ -7,7 +7,7 @@ has the same bits under every sharding (`window`).
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -15,10 +15,8 @@ from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.weight_averaging import copies, modes, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.storage import Storage
+from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 from ds_plugin.weight_averaging.zero_shards import MasterShards
-
-#: elements exchanged at a time during a swap: 16 MiB of fp32, so that a swap needs no second copy of the masters
-EXCHANGE_ELEMENTS = 4 * 1024 * 1024
 
 
 class WeightAverager:
@@ -40,6 +38,7 @@ class WeightAverager:
         self.config = config
         self.shards = shards
         self.swapped = False
+        self._remedy = _LEAVE
         self._masters_checked()
         masters = shards.tensors()
         storage = Storage(config, masters)
@@ -159,27 +158,35 @@ class WeightAverager:
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
         """Train's weights out, the average in; on leaving, everything is bit for bit as before. Every rank enters it.
 
+        So are the model's buffers (the statistics of a BatchNorm that was in training mode inside). If the average
+        cannot be put in place on some rank, an error says so on every rank, and nothing has changed.
+
         Raises:
-            StateError: no snapshot has been taken yet, the average is already swapped in, or there is no such horizon.
+            StateError: no snapshot has been taken yet, the average is already swapped in, or there is no such horizon;
+                on leaving, the training weights could not be put back: then `swapped` stays true.
         """
         self._read(horizon)
-        self.swapped = True  # before the exchange: should its refresh fail, the finally must still undo it
+        scratch, buffers = self._swap_in()
         try:
-            self._exchange()
             yield
         finally:
-            self._exchange()
-            self.swapped = False
+            # of the masters as they are now: the framework may have moved them to other memory meanwhile
+            self._put_back(lambda: Exchange(self.shards.tensors(), self._spare, scratch).forth(), buffers)
+
+    def refuse_while_swapped(self, what: str) -> None:
+        """Raise StateError if the average is in place of the training weights; ``what`` is what is refused."""
+        if self.swapped:
+            raise StateError(f"weight_averaging: {what} while the averaged weights are swapped in; {self._remedy}")
 
     def restart(self, horizon: int | None = None) -> None:
         """Train's weights are replaced by the average, for good; what was averaged is forgotten. Every rank calls it.
 
         Raises:
-            StateError: as `averaged_weights` does; nothing has changed then.
+            StateError: as `averaged_weights` does; nothing has changed then, nor after any other error.
         """
         self._read(horizon)
-        window.copy_(self.shards.tensors(), self._spare)
-        self.shards.refresh()
+        self._swap_in()
+        self.swapped = False
         self.reset()
 
     def read(self, horizon: int | None = None) -> list[torch.Tensor]:
@@ -209,8 +216,7 @@ class WeightAverager:
 
     def _read(self, horizon: int | None) -> None:
         """Write the average into the spare buffer."""
-        if self.swapped:
-            raise StateError("weight_averaging: the averaged weights are already swapped in; leave that block first")
+        self.refuse_while_swapped("another read of the average")
         if horizon is not None and horizon not in (self.config.horizons or ()):
             known = f"has the horizons {self.config.horizons}" if self.config.horizons else "has none"
             raise StateError(
@@ -223,13 +229,35 @@ class WeightAverager:
             )
         self.mode.read_(self._spare, horizon)
 
-    def _exchange(self) -> None:
-        masters = self.shards.tensors()
-        largest = max((t.numel() for t in masters), default=0)
-        device = masters[0].device if masters else torch.device("cpu")
-        scratch = torch.empty(max(1, min(largest, EXCHANGE_ELEMENTS)), dtype=torch.float32, device=device)
-        window.exchange_(masters, self._spare, scratch)
-        self.shards.refresh()
+    def _swap_in(self) -> tuple[torch.Tensor, KeptBuffers]:
+        """Exchange the masters with the spare buffer on all ranks, or on none."""
+        with together():  # all that is allocated is so here, while nothing has changed
+            exchange = Exchange(self.shards.tensors(), self._spare)
+            buffers = KeptBuffers(getattr(self.shards, "models", ()))
+        self.swapped = True
+        try:
+            with together():
+                exchange.forth()
+            with together():  # the framework's own collectives, if any, have ended by then
+                self.shards.refresh()
+        except BaseException:
+            self._put_back(exchange.back, buffers)
+            raise
+        return exchange.scratch, buffers
+
+    def _put_back(self, exchange: Callable[[], None], buffers: KeptBuffers) -> None:
+        """The training weights are in place again, or everything that would take the average for them is refused."""
+        try:
+            exchange()
+            self.shards.refresh()
+            buffers.restore()
+        except Exception as error:
+            self._remedy = (
+                f"the training weights could not be put back ({type(error).__name__}: {error}), so steps and "
+                "checkpoints are refused: start again from the last checkpoint"
+            )
+            raise StateError(f"weight_averaging: the averaged weights are still swapped in; {self._remedy}") from error
+        self.swapped = False
 
     def _masters_checked(self) -> None:
         for tensor in self.shards.tensors():
@@ -240,6 +268,7 @@ class WeightAverager:
                 )
 
 
+_LEAVE = "leave the averaged_weights() block first"
 _SMALLER = {
     "sliding": 'write a smaller "window", or "mode": "block", which keeps two copies whatever the window',
     "block": "use more ranks under ZeRO, or fewer on a node",

@@ -144,26 +144,6 @@ def all_finite(tensors: Tensors) -> bool:
     return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def exchange_(left: Tensors, right: Tensors, scratch: torch.Tensor) -> None:
-    """Exchange the contents of ``left`` and ``right`` bit for bit, a piece of ``scratch``'s size at a time.
-
-    ``scratch`` is a flat fp32 tensor; it bounds the extra memory whatever the size of the tensors.
-    """
-    for a, b in zip(left, right, strict=True):
-        if not (a.is_contiguous() and b.is_contiguous()):  # flattening would copy; such parameters are rare and small
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
-            continue
-        flat_a, flat_b = a.view(-1), b.view(-1)
-        for start in range(0, flat_a.numel(), scratch.numel()):
-            end = min(start + scratch.numel(), flat_a.numel())
-            piece = scratch[: end - start]
-            piece.copy_(flat_a[start:end])
-            flat_a[start:end].copy_(flat_b[start:end])
-            flat_b[start:end].copy_(piece)
-
-
 def _pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
     """The lists' tensors side by side, cut into pieces that fit the cache (whole, if one of them has strides)."""
     for tensors in zip(*lists, strict=True):

@@ -3,7 +3,7 @@
 One small class per optimizer wrapper; `find_shards` picks it. The attribute names are in `ds_plugin.compat`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ class MasterShards(Protocol):
     """What the averager needs of a host.
 
     ``layout`` says how the weights are divided: ``"replicated"`` (every data-parallel rank holds all) or ``"sharded"``.
+    Where it has ``models``, this rank's parts of the model, a swap leaves their buffers as they were.
     """
 
     layout: str
@@ -39,7 +40,13 @@ class MasterShards(Protocol):
         """Which parameters' elements lie where in `tensors`; the rest is padding."""
 
 
-class PlainShards:
+class _Shards:
+    """Of a DeepSpeed engine; `find_shards` names the model."""
+
+    models: Sequence[torch.nn.Module] = ()
+
+
+class PlainShards(_Shards):
     """Stage 0 in fp32: the parameters are the masters."""
 
     layout = "replicated"
@@ -61,7 +68,7 @@ class PlainShards:
         return whole((self.names[id(p)], p.shape, shard, 0) for shard, p in enumerate(self._parameters()))
 
 
-class Stage0Shards:
+class Stage0Shards(_Shards):
     """Stage 0 in 16 bits: whole fp32 copies (FP16_UnfusedOptimizer, FP16_Optimizer) beside the model's parameters."""
 
     layout = "replicated"
@@ -93,7 +100,7 @@ class Stage0Shards:
         return whole(found)
 
 
-class PartitionedShards:
+class PartitionedShards(_Shards):
     """ZeRO 1/2 and BF16_Optimizer: one flat partition per param group; one ordinary parameter all-gather to refresh."""
 
     layout = "sharded"
@@ -121,7 +128,7 @@ class PartitionedShards:
         return found
 
 
-class Zero3Shards:
+class Zero3Shards(_Shards):
     """ZeRO 3: one flat partition per sub-group; parameters are gathered by the forward pass itself.
 
     `refresh` does what the host's own step does after the optimizer, but for one thing: the small parameters that stay
@@ -165,6 +172,12 @@ def find_shards(engine: Any) -> MasterShards:
         ConfigError: the engine has no optimizer, offloads its masters to NVMe, or wraps its optimizer in a way not
             known.
     """
+    shards = _shards_of(engine)
+    shards.models = [engine.module]
+    return shards
+
+
+def _shards_of(engine: Any) -> PlainShards | Stage0Shards | PartitionedShards | Zero3Shards:
     optimizer = engine.optimizer
     if optimizer is None:
         raise ConfigError('weight_averaging: the engine has no optimizer; give "optimizer" in the JSON or optimizer=')

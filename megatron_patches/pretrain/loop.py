@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin.config import PluginConfig
-from ds_plugin.errors import ConfigError, StateError, together
+from ds_plugin.errors import ConfigError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.finite import finite_everywhere
 from ds_plugin.weight_averaging.megatron_shards import find_megatron_shards
@@ -125,8 +125,8 @@ class Loop:
 
     def train_step(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         """One iteration at its length. Raises StateError while the average is in place of the weights."""
-        if self.averager is not None and self.averager.swapped:
-            raise StateError("weight_averaging: a training step while the averaged weights are swapped in")
+        if self.averager is not None:
+            self.averager.refuse_while_swapped("a training step")
         if self.lengths is not None:
             self._last = self.lengths.length
             if not self._flown and self._last < self.lengths.full:
@@ -252,8 +252,8 @@ class Loop:
 
     def save_checkpoint(self, host: Host, iteration: int, *args: Any, **kwargs: Any) -> Any:
         """Our files are on disk before the host's tracker file names the iteration."""
-        if self.averager is not None and self.averager.swapped:
-            raise StateError("weight_averaging: save_checkpoint() while the averaged weights are swapped in")
+        if self.averager is not None:
+            self.averager.refuse_while_swapped("save_checkpoint()")
         if self._ready:  # before, the host only converts what it has read
             state.save(self, Path(self._get_args().save), iteration)
             if self.averager is not None and self.averager.config.save_average and self.averager.steps:

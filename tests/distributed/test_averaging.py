@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 import ds_plugin
 from ds_plugin.errors import StateError
+from ds_plugin.weight_averaging import swap
 from ds_plugin.weight_averaging.finite import step_was_finite
 from ds_plugin.weight_averaging.fragments import check
 from tests.distributed import plain
@@ -225,17 +226,95 @@ def test_a_snapshot_makes_no_collective_and_a_swap_one_refresh(workers, zero, se
     for found in workers(2).run(_collectives, zero, section, extra):
         assert [name for name, _ in found["barrier"]] == ["c10d::barrier"]
         assert found["snapshot"] == []
+        # on the way in ranks tell each other that it was allocated, exchanged and refreshed: a small object each time
+        swap, both = found["swap"], found["swap_and_evaluate"]
+        agreed = swap[:4]
+        assert [name for name, _ in agreed] == ["c10d::allgather_"] * 4 and sum(size for _, size in agreed) < 100
         if zero in (1, 2):  # the ordinary all-gather, there and back: the whole parameters, from this rank's part
             refresh = ("c10d::_allgather_base_", 3 * found["elements"])
-            assert found["swap"] == found["swap_and_evaluate"] == [refresh, refresh]
+            assert swap == both == [*agreed, refresh, *agreed[:2], refresh]
         else:
-            assert found["swap"] == []
+            assert swap == [*agreed, *agreed[:2]]
         if zero == 0:
-            assert found["swap_and_evaluate"] == []
+            assert both == swap
         if zero == 3 and extra:  # the forward's own and nothing else
-            assert found["swap_and_evaluate"] == found["evaluate"] != []
+            assert both == swap + found["evaluate"] and found["evaluate"] != []
         elif zero == 3:  # small parameters stay gathered; the average's are gathered once, by the forward
-            assert found["evaluate"] == [] != found["swap_and_evaluate"]
+            assert found["evaluate"] == [] and len(both) > len(swap)
+
+
+class Counting(plain.TinyLM):
+    """With a BatchNorm, whose statistics a forward pass in training mode changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.statistics = torch.nn.BatchNorm1d(plain.LENGTH, affine=False)
+
+    def forward(self, input_ids, labels):
+        self.statistics(input_ids.to(self.head.weight.dtype))
+        return super().forward(input_ids, labels)
+
+
+def _failing_swaps(zero, precision):
+    """On one rank the exchange fails, or the refresh after it, or the way out. Then training goes on."""
+    torch.manual_seed(7)
+    config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
+    engine = ds_plugin.initialize(model=Counting(), config=config)[0]
+    plugin, messages = ds_plugin.attached(engine), []
+    plain.train(engine, 4)
+
+    def state():
+        buffers = {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+        return {**reference.full_masters(engine), **reference.full_parameters(engine), **buffers}
+
+    def failing(method):
+        def fails(self):
+            method(self)
+            if dist.get_rank() == 0:
+                raise torch.OutOfMemoryError(f"in {method.__name__}")
+
+        return fails
+
+    before, wrong, shards = state(), [], type(plugin.averager.shards)
+    for owner, name in ((swap.Exchange, "forth"), (shards, "refresh")):
+        with pytest.MonkeyPatch.context() as patch:
+            kept = getattr(owner, name)
+
+            def once(self, kept=kept, patch=patch):
+                patch.undo()  # the way back is not to fail
+                failing(kept)(self)
+
+            patch.setattr(owner, name, once)
+            with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as caught, plugin.averaged_weights():
+                raise AssertionError("entered")
+        messages.append(str(caught.value))
+        wrong += _different(state(), before)
+    with plugin.averaged_weights():
+        engine(*plain.micro_batch(0))  # in training mode: its statistics change
+        changed = [name for name in _different(state(), before) if "running" in name]
+    wrong += _different(state(), before)
+    plain.train(engine, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            with plugin.averaged_weights():
+                patch.setattr(shards, "refresh", failing(shards.refresh))
+            messages.append(None)
+        except StateError as error:
+            messages.append(str(error))
+            with pytest.raises(StateError, match="engine.step.. while the averaged .* start again from the last chec"):
+                engine.step()
+    return messages, wrong, changed
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp32")])
+def test_a_swap_that_fails_on_one_rank_is_undone_on_all(workers, zero, precision):
+    said = ["in forth", "in refresh"]
+    ranks = workers(2).run(_failing_swaps, zero, precision)
+    for rank, ((*entering, leaving), wrong, changed) in enumerate(ranks):
+        assert entering == [f"rank 0 failed with OutOfMemoryError: {s}" if rank else s for s in said]
+        assert wrong == [] and len(changed) == 2  # the mean and the variance
+        assert (leaving is None) == (rank > 0)
+    assert "could not be put back (OutOfMemoryError: in refresh)" in ranks[0][0][-1]
 
 
 def _refusals(tmp_path):

@@ -281,5 +281,5 @@ def test_restarts_that_make_no_sense_are_refused(workers):
         assert "no snapshot to average yet" in messages["none"]
         assert "'half'" in messages["moments"]
         assert "no horizon 3" in messages["horizon"]
-        assert "already swapped in" in messages["swapped"]
+        assert "another read of the average while" in messages["swapped"]
         assert "accumulation window" in messages["window"]

@@ -206,7 +206,7 @@ def test_a_failure_on_one_rank_ends_all_and_leaves_nothing(workers, tmp_path):
     assert "the disk of" in messages["posix_fallocate of rank 0"][1]
     assert "(seen on rank 1)" in messages["pwrite of rank 1"][1] and "is full" in messages["pwrite of rank 1"][1]
     assert "rank 1 does not see the folder" in messages["is_dir of rank 1"][1]
-    assert "already swapped in" in messages["swapped"][1]
+    assert "another read of the average while" in messages["swapped"][1]
     assert messages.pop("whole") is None and "exists already" in messages["again"][1]
     assert messages.pop("run") is None and left.pop("run") == ["a", "run.safetensors"]
     assert all(names == (["a"] if name in ("whole", "again") else []) for name, names in left.items()), left

@@ -1,6 +1,7 @@
 """The averager on a stand-in for a host: uneven, empty and non-contiguous shards."""
 
 import hashlib
+import itertools
 import json
 import logging
 from types import SimpleNamespace
@@ -8,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_plugin.errors import CheckpointError, ConfigError, StateError
-from ds_plugin.weight_averaging import averager as averager_module
-from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, storage, window
+from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, storage, swap, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.fragments import whole
-from ds_plugin.weight_averaging.window import exchange_
 from tests.reference import averaging as reference
 
 
@@ -124,15 +124,121 @@ def test_weights_return_when_the_evaluation_fails():
 
 
 def test_a_swap_in_pieces_is_the_same_swap(monkeypatch):
-    monkeypatch.setattr(averager_module, "EXCHANGE_ELEMENTS", 4)  # 7 and 15 elements: pieces that do not divide them
+    monkeypatch.setattr(swap, "EXCHANGE_ELEMENTS", 4)  # 7 and 15 elements: pieces that do not divide them
     test_the_window_slides_and_the_mean_is_bitwise()
 
 
 def test_exchange_of_non_contiguous_tensors():
     left, right = torch.randn(4, 6), torch.randn(6, 4)
     a, b = left.clone(), right.t().clone()
-    exchange_([left], [right.t()], torch.empty(5))
+    exchange = swap.Exchange([left], [right.t()])
+    exchange.forth()
     assert torch.equal(left, b) and torch.equal(right.t(), a)
+    exchange.back()
+    assert torch.equal(left, a) and torch.equal(right.t(), b)
+
+
+class Copying(Host):
+    """A shard with strides, 16-bit copies that a refresh writes, and a model with a BatchNorm in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.masters.append(torch.randn(4, 3).t())
+        self.low = [m.bfloat16() for m in self.masters]
+        self.models = [torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False))]
+        self.models[0][1].register_buffer("wide", torch.ones(1).expand(4), persistent=False)  # cannot be written to
+
+    def refresh(self):
+        for low, master in zip(self.low, self.masters, strict=True):
+            low.copy_(master)
+
+    def evaluate(self):
+        self.models[0](torch.randn(5, 3) * 3 + 2)
+        self.models[0][1].num_batches_tracked = torch.tensor(9)  # another tensor under its name
+
+    def everything(self):
+        buffers = list(self.models[0].buffers())
+        return [t.clone() for t in [*self.masters, *self.low, *buffers]], [id(b) for b in buffers]
+
+
+class Failing(TorchDispatchMode):
+    """torch's calls number ``first`` to ``last`` fail; one that copies has then written what is not its source."""
+
+    def __init__(self, first, last):
+        super().__init__()
+        self.first, self.last, self.calls = first, last, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.first <= self.calls <= self.last:
+            if func is torch.ops.aten.copy_.default:
+                args[0].fill_(-77)
+            raise torch.OutOfMemoryError(f"call {self.calls}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["one call fails", "all later calls fail"])
+@pytest.mark.parametrize("restart_instead", [False, True], ids=["a swap", "a restart"])
+def test_a_swap_that_fails_anywhere_is_undone_or_steps_are_refused(restart_instead, lasting, monkeypatch):
+    monkeypatch.setattr(swap, "EXCHANGE_ELEMENTS", 8)
+    host = Copying()
+    averager = make(host, window=2)
+    run(averager, host, 4)
+    host.refresh()
+    average = [m.clone() for m in averager.read()]
+    undone = refused = 0
+    for call in itertools.count(1):
+        before, steps, entered = host.everything(), list(averager.steps), False
+        mode = Failing(call, 10**9 if lasting else call)
+        try:
+            with mode:
+                if restart_instead:
+                    averager.restart()
+                else:
+                    with averager.averaged_weights():
+                        entered = True
+                        assert equal(host.masters, average)
+                        mode.calls, here = -(10**6), mode.calls  # what evaluation does is not what is tested
+                        host.evaluate()
+                        mode.calls = here
+        except (torch.OutOfMemoryError, StateError) as error:
+            raised = error
+        else:
+            break
+        if averager.swapped:  # said, and what would train on the average is refused
+            refused += 1
+            assert isinstance(raised, StateError) and "could not be put back (OutOfMemoryError: call" in str(raised)
+            with pytest.raises(StateError, match="a step while the averaged .* start again from the last checkpoint"):
+                averager.refuse_while_swapped("a step")
+            with pytest.raises(StateError, match="could not be put back"), averager.averaged_weights():
+                pass
+            assert entered or lasting
+            host = Copying()
+            averager = make(host, window=2)
+            run(averager, host, 4)
+            host.refresh()
+            average = [m.clone() for m in averager.read()]
+        else:
+            undone += 1
+            after = host.everything()
+            assert equal(before[0], after[0]) and before[1] == after[1] and averager.steps == steps, call
+    assert undone >= 20
+    assert (refused > 0) == (lasting or not restart_instead)
+    assert equal(host.masters, average if restart_instead else before[0][: len(host.masters)])
+
+
+def test_buffers_that_evaluation_changes_are_put_back():
+    host = Copying()
+    averager = make(host)
+    run(averager, host, 2)
+    host.refresh()
+    before = host.everything()
+    with averager.averaged_weights():
+        host.evaluate()
+        inside = host.everything()
+    after = host.everything()
+    assert equal(before[0], after[0]) and before[1] == after[1]
+    assert sum(not torch.equal(a, b) for a, b in zip(inside[0][-7:], before[0][-7:], strict=True)) == 6
 
 
 def test_refusals():
@@ -143,7 +249,7 @@ def test_refusals():
     run(averager, host, 6)
     with (
         averager.averaged_weights(),
-        pytest.raises(StateError, match="already swapped in"),
+        pytest.raises(StateError, match="another read of the average while"),
         averager.averaged_weights(),
     ):
         pass
@@ -294,7 +400,7 @@ def test_a_restart_replaces_the_weights_and_forgets(changes):
         averager.restart()
     run(averager, host, 5)
     expected, refreshed = read(averager, host), host.refreshed
-    with averager.averaged_weights(), pytest.raises(StateError, match="already swapped in"):
+    with averager.averaged_weights(), pytest.raises(StateError, match="another read of the average while"):
         averager.restart()
     averager.restart()
     assert same(named(host.masters), expected) and host.refreshed == refreshed + 3

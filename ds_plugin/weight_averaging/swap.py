@@ -1,0 +1,105 @@
+"""How training weights and their average change places, so that it can be taken back wherever it fails."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+Tensors = Sequence[torch.Tensor]
+
+#: elements exchanged at a time: 16 MiB of fp32, so that a swap needs no second copy of the masters
+EXCHANGE_ELEMENTS = 4 * 1024 * 1024
+
+
+class Exchange:
+    """Two lists of fp32 tensors of the same shapes that change their contents, bit for bit, a piece at a time.
+
+    All it needs is allocated when it is made. `forth` and `back` may fail at any piece, as on a lost device, and be
+    called again, either of them: a piece that was under way is first put back as it was. For each there is an order of
+    three copies, and in all of it both contents are somewhere whole::
+
+        left -> scratch | right -> left | scratch -> right
+
+    scratch: the flat tensor of an earlier exchange of tensors of these shapes, to be used again.
+    """
+
+    def __init__(self, left: Tensors, right: Tensors, scratch: torch.Tensor | None = None):
+        pairs = [piece for a, b in zip(left, right, strict=True) for piece in _cut(a, b)]
+        if scratch is None:
+            device = left[0].device if left else torch.device("cpu")
+            scratch = torch.empty(max((a.numel() for a, _ in pairs), default=0), dtype=torch.float32, device=device)
+        self.scratch = scratch
+        self._pieces = [(a, b, scratch[: a.numel()].view(a.shape)) for a, b in pairs]
+        #: how many pieces have changed places, from the first on; the one under way, and which of its copies. One
+        #: value, so that an interrupt leaves no half of it
+        self._state = (0, 0, 0)
+
+    def forth(self) -> None:
+        """Each list has what the other had."""
+        self._to(len(self._pieces))
+
+    def back(self) -> None:
+        """Each list has its own."""
+        self._to(0)
+
+    def _to(self, count: int) -> None:
+        self._settle()
+        while (done := self._state[0]) != count:
+            forth = done < count
+            self._flip(done if forth else done - 1, done + 1 if forth else done - 1)
+
+    def _flip(self, piece: int, then_done: int) -> None:
+        done = self._state[0]
+        left, right, kept = self._pieces[piece]
+        kept.copy_(left)
+        self._state = (done, piece, 1)
+        left.copy_(right)
+        self._state = (done, piece, 2)
+        right.copy_(kept)
+        self._state = (then_done, 0, 0)
+
+    def _settle(self) -> None:
+        """Put a piece that was under way back as it was. What a copy that failed was to write is taken as lost."""
+        done, piece, begun = self._state
+        if not begun:
+            return
+        left, right, kept = self._pieces[piece]
+        if begun == 2:
+            right.copy_(left)
+            self._state = (done, piece, 1)
+        left.copy_(kept)
+        self._state = (done, 0, 0)
+
+
+def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of two tensors side by side; whole, if one has strides: such parameters are rare and small."""
+    if left.is_contiguous() and right.is_contiguous():
+        left, right = left.view(-1), right.view(-1)
+        yield from zip(left.split(EXCHANGE_ELEMENTS), right.split(EXCHANGE_ELEMENTS), strict=True)
+    else:
+        yield left, right
+
+
+class KeptBuffers:
+    """What modules hold beside their parameters (a BatchNorm's statistics, caches), copied to CPU memory."""
+
+    def __init__(self, modules: Sequence[torch.nn.Module]):
+        owners = {id(owner): owner for module in modules for owner in module.modules()}.values()
+        self._kept = [
+            (owner, name, buffer, buffer.detach().to("cpu", copy=True))
+            for owner in owners
+            for name, buffer in owner.named_buffers(recurse=False)
+            if not buffer.is_meta
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Every buffer is the tensor it was, with the bits it had."""
+        for owner, name, buffer, kept in self._kept:
+            if getattr(owner, name, None) is not buffer:
+                setattr(owner, name, buffer)
+            if not torch.equal(_bits(buffer), _bits(kept)):
+                buffer.copy_(kept)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
