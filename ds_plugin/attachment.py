@@ -17,6 +17,7 @@ from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.engine import Plugin
 from ds_plugin.errors import ConfigError, StateError
 from ds_plugin.sequence_length_warmup.batch import Shorten
+from ds_plugin.weight_averaging.zero_shards import refuse_nvme
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
 #: DeepSpeed's, bound before ours can take its place by ``deepspeed.initialize = ds_plugin.initialize``
@@ -64,6 +65,8 @@ def initialize(
             f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
         )
     host_config, sections = split_config(given[0])
+    if sections.weight_averaging is not None:
+        refuse_nvme(host_config)
     _refuse_conflicts(sections, model, mpu)
     host_args = copy.copy(args)
     if getattr(args, "deepspeed_config", None) is not None:

@@ -24,6 +24,7 @@ from ds_plugin import compat
 from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError, together
 from ds_plugin.weight_averaging import checkpoint as window_files
+from ds_plugin.weight_averaging.fragments import plain_name
 
 if TYPE_CHECKING:
     from ds_plugin.engine import Plugin
@@ -339,6 +340,12 @@ def _compare(
     here = saved if here is None else here
     for name in [*saved, *here]:
         if saved.get(name) != here.get(name):
+            if _plain(saved) == _plain(here):
+                raise CheckpointError(
+                    f"{path}: the checkpoint's parameters are named {next(iter(saved))} and so on, this model's "
+                    f"{next(iter(here))}: one of the two was wrapped, as by torch.compile, and DeepSpeed loads by "
+                    "name; wrap it as it was then (model.compile() in place of torch.compile(model) changes no name)"
+                )
             raise CheckpointError(
                 f"{path}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and "
                 f"{here.get(name, 'absent')} in this model; build the model the checkpoint was trained with, or start "
@@ -369,6 +376,11 @@ def _compare(
                     f"divide it otherwise, this run has {value}; resume with {key} {manifest[key]} and save again, or "
                     "resume the weights alone (load_module_only)"
                 )
+
+
+def _plain(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Without what wrappers put into the names."""
+    return {plain_name(name).removeprefix("module."): shape for name, shape in shapes.items()}
 
 
 def _layout(plugin: "Plugin") -> dict[str, int]:

@@ -99,6 +99,19 @@ def is_model_parallel(engine: Any) -> bool:
     return int(engine.mp_world_size) > 1 or (is_pipeline(engine) and int(engine.num_stages) > 1)
 
 
+def has_experts(engine: Any) -> bool:
+    """Whether the model has layers of deepspeed.moe, of which ranks that share all else may hold different ones."""
+    need(engine, "has_moe_layers")
+    return bool(engine.has_moe_layers)
+
+
+def first_expert(engine: Any) -> str | None:
+    """The name of a parameter that is an expert's, by DeepSpeed's and megatron-core's mark; None if there is none."""
+    from deepspeed.moe.utils import is_moe_param
+
+    return next((name for name, p in engine.module.named_parameters() if is_moe_param(p)), None)
+
+
 def is_nvme_offloaded(engine: Any) -> bool:
     """Whether the optimizer's masters live in files, so that the tensors in memory are empty."""
     return bool(engine.zero_nvme_offload_optimizer())
@@ -245,8 +258,7 @@ def model_coordinate(engine: Any) -> tuple[int, ...]:
 
     stage = next((getattr(engine.mpu, name)() for name in PIPELINE_RANK if hasattr(engine.mpu, name)), 0)
     coordinate = (int(bwc_tensor_model_parallel_rank(engine.mpu)), int(stage))
-    need(engine, "has_moe_layers")
-    if not engine.has_moe_layers:
+    if not has_experts(engine):
         return coordinate
     need(groups, *EXPERT_RANK)
     rank_of, largest = (getattr(groups, name) for name in EXPERT_RANK)

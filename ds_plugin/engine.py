@@ -344,7 +344,7 @@ class Plugin:
             if self.spikes.since is not None:
                 return  # the loss is too high at present: no snapshot
         if applied and self.averager.due(step):
-            known = finite.step_was_finite(self.engine, self.averager.shards.tensors())
+            known = finite.step_was_finite(self.engine, self.averager.masters())
             self.averager.snapshot(step, finite=known)
 
     def _restart_after_spike(self, spikes: SpikeWatch, averager: WeightAverager, step: int) -> None:

@@ -20,7 +20,7 @@ from ds_plugin.errors import ConfigError
 from ds_plugin.run import host_config
 from ds_plugin.sequence_length_warmup.plan import Plan, plan
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
-from ds_plugin.weight_averaging.zero_shards import NVME_REFUSED
+from ds_plugin.weight_averaging.zero_shards import refuse_nvme
 from megatron_patches.gpt import GPTConfig
 
 
@@ -237,9 +237,8 @@ def _check_together(config: Mapping[str, Any], model: GPTConfig, plugin: PluginC
         )
     if model.pipeline_parallel > 1:
         _check_pipeline(config, model, half)
-    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    if plugin.weight_averaging is not None and offload.get("device") == "nvme":
-        raise ConfigError(NVME_REFUSED)
+    if plugin.weight_averaging is not None:
+        refuse_nvme(config)
     warmup = plugin.sequence_length_warmup
     if warmup is not None and warmup.end_length != model.seq_length:
         raise ConfigError(

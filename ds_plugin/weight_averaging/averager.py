@@ -41,6 +41,7 @@ class WeightAverager:
         self._remedy = _LEAVE
         self._masters_checked()
         masters = shards.tensors()
+        self._shapes = [master.shape for master in masters]
         storage = Storage(config, masters)
         self.memory, self.files = storage.reserve(modes.buffers(config), _SMALLER[config.mode])
         self._copies = copies.copies_from(masters)
@@ -71,6 +72,22 @@ class WeightAverager:
         if self._copies is not None:
             self._copies.drain()
         return self._mode
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's live masters, which have the shapes that the averager was made for.
+
+        Raises:
+            StateError: they have others: the optimizer's param groups were changed.
+        """
+        masters = self.shards.tensors()
+        if [master.shape for master in masters] != self._shapes:
+            raise StateError(
+                f"weight_averaging: the optimizer has {len(masters)} master weights of "
+                f"{sum(m.numel() for m in masters)} elements, and had {len(self._shapes)} of "
+                f"{sum(shape.numel() for shape in self._shapes)} when averaging began: add_param_group() belongs "
+                "before ds_plugin.attach(), or between ds_plugin.detach() and attach()"
+            )
+        return masters
 
     @property
     def steps(self) -> list[int]:
@@ -111,7 +128,7 @@ class WeightAverager:
         out. It may be one element on the accelerator, which is read when the masters have arrived. None: look at the
         masters, which costs a pass over them (and is the same on all ranks where each holds all of them).
         """
-        masters = self.shards.tensors()
+        masters = self.masters()
         if finite is False:
             self._leave_out(step)
         elif self._copies is not None:
@@ -171,7 +188,7 @@ class WeightAverager:
             yield
         finally:
             # of the masters as they are now: the framework may have moved them to other memory meanwhile
-            self._put_back(lambda: Exchange(self.shards.tensors(), self._spare, scratch).forth(), buffers)
+            self._put_back(lambda: Exchange(self.masters(), self._spare, scratch).forth(), buffers)
 
     def refuse_while_swapped(self, what: str) -> None:
         """Raise StateError if the average is in place of the training weights; ``what`` is what is refused."""
@@ -232,7 +249,7 @@ class WeightAverager:
     def _swap_in(self) -> tuple[torch.Tensor, KeptBuffers]:
         """Exchange the masters with the spare buffer on all ranks, or on none."""
         with together():  # all that is allocated is so here, while nothing has changed
-            exchange = Exchange(self.shards.tensors(), self._spare)
+            exchange = Exchange(self.masters(), self._spare)
             buffers = KeptBuffers(getattr(self.shards, "models", ()))
         self.swapped = True
         try:

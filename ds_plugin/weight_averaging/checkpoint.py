@@ -61,9 +61,9 @@ def save(
             the same names; ranks of one coordinate share out (or replicate) the same weights.
 
     Raises:
-        StateError: the host lays out its shards in a way that is not known.
+        StateError: the framework lays out its shards in a way that is not known, or in another than at first.
     """
-    shards, laid_out = averager.shards.tensors(), averager.shards.fragments()
+    shards, laid_out = averager.masters(), averager.shards.fragments()
     fragments.check(laid_out, shards)
     tensors = {name: tensor.view(-1) for name, tensor in averager.mode.tensors().items()}
     config = averager.config
@@ -122,7 +122,7 @@ def load(
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 return _Share(path, file, rank=saved_rank, world_size=saved_ranks, save_id=save_id)
 
-        shapes = [shard.shape for shard in averager.shards.tensors()]
+        shapes = [shard.shape for shard in averager.masters()]
         own = share(rank) if world_size == saved_ranks else None
         held: Saved
         if own is not None and (own.old or own.fits(coordinate, shapes, averager.shards.fragments())):

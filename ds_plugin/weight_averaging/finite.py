@@ -32,7 +32,10 @@ def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool |
     bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then the
     answer lies there, too, one element that nobody has waited for. In fp32 without ZeRO it has none, and applies any
     step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of each other: 4 bytes.
+    So must ranks with different experts without ZeRO, where the norm, if there is one, leaves those out.
     """
+    if compat.has_experts(engine) and int(engine.zero_optimization_stage()) == 0:
+        return finite_everywhere(masters, engine.device)
     norm = engine.get_global_grad_norm()
     if isinstance(norm, torch.Tensor) and norm.device.type != "cpu":
         return torch.isfinite(norm) & (norm >= 0)

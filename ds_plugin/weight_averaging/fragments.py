@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_plugin.errors import StateError
+from ds_plugin.errors import ConfigError, StateError
 
 #: what torch puts into the names of what it wraps: torch.compile, activation checkpointing, FSDP
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -14,6 +14,31 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 def plain_name(name: str) -> str:
     """A tensor's name in the model as it was before torch wrapped it or parts of it: the one that others load it by."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within torch's data-parallel wrappers, which begin every name with ``module.``."""
+    while isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def plain_names(model: torch.nn.Module) -> dict[int, str]:
+    """A parameter's id -> its first name, without what wrappers put into it.
+
+    Raises:
+        ConfigError: two parameters have the same then.
+    """
+    found: dict[int, str] = {}
+    owners: dict[str, str] = {}
+    for name, parameter in unwrapped(model).named_parameters():
+        plain = found[id(parameter)] = plain_name(name)
+        if (other := owners.setdefault(plain, name)) != name:
+            raise ConfigError(
+                f"weight_averaging: parameters {other} and {name} are both {plain} without the names of wrappers "
+                f"({', '.join(WRAPPERS)}); rename one of them"
+            )
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ds_plugin.errors import ConfigError, StateError, together
-from ds_plugin.weight_averaging.fragments import Fragment
+from ds_plugin.weight_averaging.fragments import Fragment, plain_name
 
 # -- every private name of megatron-core that is used here, read in 0.16.1 and 0.19.2 ---------------------------------
 CHAIN = "chained_optimizers"
@@ -304,7 +304,7 @@ def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
         for name, p in model.named_parameters():
             # megatron-core's own mark of an expert's parameter, which its data-parallel group does not share
             expert = "" if getattr(p, "allreduce", True) else _expert_prefix()
-            found[id(p)] = expert + prefix + name
+            found[id(p)] = expert + prefix + plain_name(name)
     return found
 
 

@@ -25,7 +25,7 @@ from ds_plugin import compat
 from ds_plugin.atomic import atomic_write, replace_folder, sync_folder
 from ds_plugin.errors import ConfigError, PluginError, StateError, together
 from ds_plugin.weight_averaging.averager import WeightAverager
-from ds_plugin.weight_averaging.fragments import check, plain_name
+from ds_plugin.weight_averaging.fragments import check, plain_name, unwrapped
 from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
 from ds_plugin.weight_averaging.publish_config import write_config
 from ds_plugin.weight_averaging.publish_plan import (
@@ -84,7 +84,7 @@ class Held:
 
 def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype: torch.dtype | None) -> list[Held]:
     """Every parameter and persistent buffer of this rank's model."""
-    module, (_, rank, ranks) = engine.module, compat.place(engine)
+    module, (_, rank, ranks) = unwrapped(engine.module), compat.place(engine)
     fragments = shards.fragments()
     check(fragments, average)
     parts: dict[str, list[Part]] = {}
@@ -139,13 +139,6 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...
 
 
 def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
-    from deepspeed.moe.utils import is_moe_param
-
-    if is_moe_param(tensor):
-        raise ConfigError(
-            f"publish: {name} is an expert's, which differs between data-parallel ranks; export the model by its own "
-            "framework inside averaged_weights()"
-        )
     if tensor.dtype not in DTYPE_NAMES:
         raise ConfigError(f"publish: {name} is {tensor.dtype}, which cannot be written; convert it")
     cut = getattr(tensor, "tensor_model_parallel", False)
@@ -223,6 +216,7 @@ def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: P
 
 def refuse(engine: Any) -> None:
     """Raise ConfigError for an engine whose parts of the model cannot be put together."""
+    _refuse_experts(engine, "publish")
     if compat.has_foreign_pipeline(engine):
         raise ConfigError(
             "publish: mpu has pipeline stages that DeepSpeed does not know, whose parameters may have equal names; use "
@@ -232,6 +226,14 @@ def refuse(engine: Any) -> None:
         raise ConfigError(
             f"publish: tensor_parallel.autotp_size is {engine.autotp_size()}, whose slices are not known; save with "
             "DeepSpeed's save_16bit_model() inside averaged_weights()"
+        )
+
+
+def _refuse_experts(engine: Any, what: str) -> None:
+    if (expert := compat.first_expert(engine)) is not None:
+        raise ConfigError(
+            f"{what}: {expert} is an expert's, which differs between data-parallel ranks; leave \"save_average\" out, "
+            "and export the model by its own framework inside averaged_weights()"
         )
 
 
@@ -364,6 +366,7 @@ def refuse_checkpoint(engine: Any) -> None:
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
+    _refuse_experts(engine, "save_averaged_checkpoint")
     stage = engine.zero_optimization_stage()
     reasons = {
         f"zero_optimization.stage is {stage}": stage == 0,

@@ -10,15 +10,22 @@ import torch
 
 from ds_plugin import compat
 from ds_plugin.errors import ConfigError
-from ds_plugin.weight_averaging.fragments import Fragment, whole
+from ds_plugin.weight_averaging.fragments import Fragment, plain_names, whole
 
-#: also said where only the JSON is known
 NVME_REFUSED = (
     "weight_averaging: zero_optimization.offload_optimizer.device is 'nvme', whose master weights are not in memory; "
     "write 'cpu' or 'none'"
 )
 
 Names = Mapping[int, str]  # a parameter's id -> its name in the model
+
+
+def refuse_nvme(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError if DeepSpeed's JSON has the optimizer's masters in files, before anything is built by it."""
+    zero = config.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    if isinstance(offload, Mapping) and offload.get("device") == "nvme":
+        raise ConfigError(NVME_REFUSED)
 
 
 class MasterShards(Protocol):
@@ -195,7 +202,7 @@ def _shards_of(engine: Any) -> PlainShards | Stage0Shards | PartitionedShards | 
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    names = {id(p): name for name, p in engine.module.named_parameters()}
+    names = plain_names(engine.module)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         return Zero3Shards(optimizer, names)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):

@@ -317,6 +317,26 @@ def test_a_swap_that_fails_on_one_rank_is_undone_on_all(workers, zero, precision
     assert "could not be put back (OutOfMemoryError: in refresh)" in ranks[0][0][-1]
 
 
+def _grown(zero):
+    """A param group is added to the optimizer after attach."""
+    engine = plain.make(plain.host_config(zero, weight_averaging=plain.AVERAGING))
+    plugin = ds_plugin.attached(engine)
+    plain.train(engine, 2)
+    engine.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    messages = []
+    for use in (lambda: plain.train(engine, 2), lambda: plugin.averaged_weights().__enter__()):
+        with pytest.raises(StateError) as caught:
+            use()
+        messages.append(str(caught.value))
+    return messages, plugin.averager.steps
+
+
+def test_a_param_group_added_after_attach_is_one_error(workers):
+    for messages, steps in workers(2).run(_grown, 0):
+        assert steps == [2] and messages[0] == messages[1]
+        assert "has 10 master weights" in messages[0] and "had 9 of" in messages[0]
+
+
 def _refusals(tmp_path):
     engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
     plugin = ds_plugin.attached(engine)

@@ -130,6 +130,9 @@ def _refused_setups():
     finally:
         memory.psutil.virtual_memory = original
     attempt("enough")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.initialize", lambda **arguments: pytest.fail("DeepSpeed was asked to build"))
+        attempt("nvme", offload_optimizer={"device": "nvme", "nvme_path": "/tmp"})
     return messages
 
 
@@ -138,6 +141,7 @@ def test_too_little_memory_ends_all_ranks_alike(workers):
     first, second = workers(2).run(_refused_setups)
     assert first == second and first["enough"] is None
     assert "compute_grad_norm" in first["no norm"]
+    assert "offload_optimizer.device is 'nvme'" in first["nvme"]
     assert "2 rank(s)" in first["memory"] and "0.0 MB are available" in first["memory"]
 
 

@@ -453,3 +453,89 @@ def test_zero_to_fp32_reads_the_averaged_checkpoint(workers, tmp_path, zero, pre
     assert torch.equal(found["head.weight"], found["embedding.weight"])
     expected = ranks[0][0]
     assert _different({name: found[name].clone() for name in expected}, expected) == []
+
+
+def _compiled(zero, folder):
+    """A model that torch.compile has wrapped, and one of its layers by itself; then the same without the wrappers."""
+    torch.manual_seed(7)
+    model, config = Odd(), plain.host_config(zero, weight_averaging=AVERAGING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # the harness sets it; no kernel is compiled here
+        model.inner = torch.compile(model.inner)
+        model = torch.compile(model)
+    torch.compiler.set_stance("force_eager")
+    engine = ds_plugin.initialize(model=model, config=config)[0]
+    expected = {name.replace("_orig_mod.", ""): value for name, value in _trained(engine).items()}
+    plugin = ds_plugin.attached(engine)
+    wrong = _different({n: v for n, v in _read(plugin.publish(f"{folder}/a")).items() if n in expected}, expected)
+    names = {fragment.name for fragment in plugin.averager.shards.fragments()}
+    assert "_orig_mod.inner._orig_mod.weight" in dict(engine.module.named_parameters())
+    engine.save_checkpoint(folder, tag="wrapped")
+    other = _make(zero, "fp32")
+    plain.train(other, 1)
+    unwrapped = ds_plugin.attached(other).publish(f"{folder}/b")
+    missing = sorted(_read([f"{folder}/a/model.safetensors"]).keys() ^ _read(unwrapped).keys())
+    with pytest.raises(CheckpointError) as caught:
+        other.load_checkpoint(folder, tag="wrapped")
+    return wrong, [name for name in names if "_orig_mod" in name], missing, str(caught.value)
+
+
+def test_a_compiled_model_has_the_names_of_the_model(workers, tmp_path):
+    """Not under ZeRO 3, where DeepSpeed 0.19.8 fails in the first forward pass of a model that is wrapped so."""
+    for wrong, wrapped, missing, refused in workers(2).run(_compiled, 2, str(tmp_path)):
+        assert wrong == wrapped == missing == []
+        assert "named _orig_mod.positions and so on, this model's positions" in refused and "model.compile()" in refused
+
+
+class Experts(plain.TinyLM):
+    """Two experts of DeepSpeed's, one on each rank."""
+
+    def __init__(self):
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.moe = MoE(plain.VOCAB, torch.nn.Linear(plain.VOCAB, plain.VOCAB), num_experts=2, ep_size=2, min_capacity=4)
+
+    def forward(self, input_ids, labels):
+        logits, auxiliary, _ = self.moe(self.head(self.embedding(input_ids)))
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) + 0.01 * auxiliary
+
+
+def _experts(folder):
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    def make(**section):
+        torch.manual_seed(7)
+        model = Experts()
+        config = plain.host_config(0, weight_averaging={**AVERAGING, **section})
+        config["gradient_clipping"] = 0.0
+        groups = split({"params": list(model.parameters()), "name": "all"})
+        return ds_plugin.initialize(model=model, model_parameters=groups, config=config)[0]
+
+    messages = []
+    with pytest.raises(ConfigError) as caught:
+        make(save_average=True)
+    messages.append(str(caught.value))
+    engine = make()
+    plugin = ds_plugin.attached(engine)
+    plain.train(engine, 1)
+    for refused in (plugin.publish, plugin.save_averaged_checkpoint):
+        with pytest.raises(ConfigError) as caught:
+            refused(f"{folder}/never")
+        messages.append(str(caught.value))
+    expert = next(p for n, p in engine.module.named_parameters() if "experts" in n)
+    handle = expert.register_hook(lambda grad: grad * (float("nan") if dist.get_rank() == 1 else 1.0))
+    plain.train(engine, 1)
+    handle.remove()
+    finite = all(p.isfinite().all().item() for p in engine.module.parameters())
+    return messages, finite, list(plugin.averager.steps)
+
+
+def test_experts_are_refused_at_start_and_ranks_agree_on_what_is_finite(workers, tmp_path):
+    (_, sound, first), (_, broken, second) = ranks = workers(2).run(_experts, str(tmp_path))
+    assert sound and not broken and first == second == [1]  # only one rank's expert shows it
+    for messages, _, _ in ranks:
+        start, publish, checkpoint = messages
+        assert "publish: moe.deepspeed_moe.experts" in start and '"save_average" out' in start and start == publish
+        assert "save_averaged_checkpoint: moe.deepspeed_moe.experts" in checkpoint
+    assert list(tmp_path.iterdir()) == []

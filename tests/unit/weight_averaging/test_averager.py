@@ -342,17 +342,21 @@ def test_what_is_not_finite_is_left_out(changes, caplog):
     assert same(read(averager, host), expected)
 
 
+def dense(norm):
+    return SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1, has_moe_layers=False)
+
+
 @pytest.mark.parametrize(
     ("norm", "verdict"),
     [(None, None), (1.5, True), (0.0, True), (float("nan"), False), (float("inf"), False), (torch.tensor(-1.0), False)],
 )
 def test_the_norm_says_whether_a_step_was_finite(norm, verdict):
-    assert finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1)) is verdict
+    assert finite.step_was_finite(dense(norm)) is verdict
 
 
 def test_a_norm_on_the_accelerator_is_not_read_there():
     norm = torch.ones((), device="meta")  # which has no value: reading it would raise
-    verdict = finite.step_was_finite(SimpleNamespace(get_global_grad_norm=lambda: norm, mp_world_size=1))
+    verdict = finite.step_was_finite(dense(norm))
     assert verdict.device == norm.device and verdict.dtype == torch.bool and verdict.numel() == 1
 
 
@@ -360,6 +364,26 @@ def test_zero_without_a_norm_is_refused():
     engine = SimpleNamespace(optimizer=SimpleNamespace(compute_grad_norm=False))
     with pytest.raises(ConfigError, match="compute_grad_norm is false.*write true"):
         finite.refuse_unknown(engine)
+
+
+def test_an_optimizer_that_grew_is_refused_everywhere(tmp_path):
+    """As by add_param_group() after attach: a new master, or an old one in another shape."""
+    for change in (lambda masters: [*masters, torch.ones(4)], lambda masters: [masters[0][:5], *masters[1:]]):
+        host = Host()
+        averager = make(host)
+        run(averager, host, 4)
+        host.masters = change(host.masters)
+        before = host.copy()
+        for use in (
+            lambda averager=averager: averager.snapshot(6, finite=True),
+            lambda averager=averager: averager.averaged_weights().__enter__(),
+            lambda averager=averager: averager.restart(),
+            lambda averager=averager: checkpoint.save(tmp_path, averager, **IDENTITY),
+        ):
+            with pytest.raises(StateError, match=r"master weights of \d+ elements, and had 3 of 22 .*add_param_group"):
+                use()
+        assert averager.steps == [2, 4] and not averager.swapped and equal(host.masters, before)
+        assert list(tmp_path.iterdir()) == []
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

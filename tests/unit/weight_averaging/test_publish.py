@@ -291,6 +291,8 @@ def test_nothing_is_left_of_a_failure(host, tmp_path, monkeypatch):
     engine.autotp_size = lambda: 1
     engine.module.first.weight.allreduce = False
     attempt(ConfigError, "first.weight is an expert's")
+    with pytest.raises(ConfigError, match="save_averaged_checkpoint: first.weight is an expert's"):
+        publishing.refuse_checkpoint(engine)
     del engine.module.first.weight.allreduce
     engine.module.first.weight.model_parallel = True
     engine.mpu = SimpleNamespace(get_model_parallel_rank=lambda: 0, get_model_parallel_world_size=lambda: 2)
