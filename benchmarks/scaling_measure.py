@@ -478,7 +478,7 @@ def _private_bytes() -> int:
 
 
 class Received(TorchDispatchMode):
-    """Bytes that all-gathers bring to this rank from others, counted where they are dispatched."""
+    """Bytes of weights that all-gathers bring to this rank from others, counted where they are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +487,7 @@ class Received(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d" and "allgather" in func._schema.name:
-            parts = _tensors(args[0])
+            parts = [t for t in _tensors(args[0]) if t.is_floating_point()]  # not the ranks' few bytes on how it went
             total = sum(t.numel() * t.element_size() for t in parts)
             self.bytes += total * (dist.get_world_size() - 1) // dist.get_world_size()
         return result
