@@ -12,19 +12,20 @@ The file is not called apply.py: a submodule of that name would take the place o
 
 import importlib
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.layers import finish, prepare
+from megatron_patches.completep.layers import finish, give_back, prepared
 from megatron_patches.completep.megatron import build_optimizer, check_scheduler
-from megatron_patches.patch import Patch
+from megatron_patches.patch import Change, Patch, Switch
 
 _OPTIMIZERS = "megatron.core.optimizer"
 
-_applied: tuple[CompletePConfig, tuple[Patch, ...]] | None = None
+_applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
 
 def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
@@ -34,8 +35,11 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     stock code. A JSON file, or all its sections, apply to Megatron-LM's own training loop: the script then uses
     ``megatron.training``, and the other two methods are in it as well (`pretrain.script.install`).
 
+    The config that a model is built from is changed itself, so that the model holds the very object that the script
+    goes on to use; when the construction fails it is as before.
+
     Without a section (the method is off) nothing is changed. `megatron_patches.revert()` undoes it, in every module
-    that holds one of the host's names.
+    that holds one of the host's names and on the configs; models that were built can still be trained.
 
     Raises:
         ConfigError: the file cannot be read, or one of its sections is wrong.
@@ -71,11 +75,20 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     _applied = section, patches
 
 
-def _patches(section: CompletePConfig) -> tuple[Patch, ...]:
+def _patches(section: CompletePConfig) -> tuple[Change, ...]:
+    configs: list[weakref.ref[Any]] = []
+
     def build_model(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
-        config, transformer_layer_spec = prepare(config, transformer_layer_spec, section)
-        model.original(self, config, transformer_layer_spec, *args, **kwargs)
-        finish(self, section)
+        # in place: a training loop sets what it wants done (reducing gradients, too) on the config that it gave
+        with prepared(config, transformer_layer_spec, section) as scaled_spec:
+            model.original(self, config, scaled_spec, *args, **kwargs)
+            finish(self, section)
+        configs.append(weakref.ref(config))
+
+    def give_configs_back() -> None:
+        for config in configs:
+            if (found := config()) is not None:
+                give_back(found, models_live=True)
 
     def get_megatron_optimizer(
         config: Any,
@@ -116,7 +129,10 @@ def _patches(section: CompletePConfig) -> tuple[Patch, ...]:
         build_scheduler,
         reason="completep: warmup starts at 0",
     )
-    return model, optimizer, scheduler
+    given = Switch(
+        "TransformerConfig objects", lambda: None, give_configs_back, reason="completep: fields of the models' configs"
+    )
+    return model, optimizer, scheduler, given
 
 
 def _standard_overrides(config: Any) -> Any:

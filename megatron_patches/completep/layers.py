@@ -1,6 +1,7 @@
 """CompleteP in the model: init, residual branches, attention scale and logits of a megatron-core GPTModel.
 
-`prepare` uses megatron-core's own extension points before the model is built (config fields and the layer spec);
+`prepare` uses megatron-core's own extension points before the model is built (config fields and the layer spec), on a
+copy; `prepared` does so on the very config that a script builds its model from, as `megatron_patches.apply` needs it.
 `finish` does to the built model what they do not reach. Both change nothing at the base model's size, bit for bit,
 but the output projections' init: megatron's default divides it by sqrt(2 x layers), Table 1 does not.
 
@@ -8,16 +9,19 @@ Residual branches and logits are multiplied in the forward pass (``"residual": "
 folded into the weights (``"folded"``), which leaves the model's modules and its forward pass the host's own.
 """
 
+import contextlib
 import copy
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from ds_plugin.errors import ConfigError
 from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
+from megatron_patches.completep.param_groups import await_groups
 from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
 from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
@@ -28,10 +32,11 @@ _DRAWN = {
     "embedding_init_method": Role.EMBEDDING,
 }  # a TransformerConfig's init methods, and what is drawn by them
 _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
-_MARK = "completep_applied"  # on the TransformerConfig by prepare(), on the model by finish()
-_STDS = "completep_base_stds"  # on the TransformerConfig, by prepare(): a second call scales them, not its own result
+_MARK = "completep_applied"  # on the TransformerConfig a `_Prepared`, on the model by finish() the section
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
+_FIELDS = (*_DRAWN, "softmax_scale", "pipeline_dtype")
+_READ_LATER = ("pipeline_dtype",)  # of those, while the model trains; the others while it is built
 
 
 def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
@@ -39,40 +44,94 @@ def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
     return section.ratios(config.hidden_size, config.num_layers)
 
 
+class _Prepared(NamedTuple):
+    """What lies on a prepared TransformerConfig: the section, and for each field its value before and after."""
+
+    section: CompletePConfig
+    fields: dict[str, tuple[Any, Any]]
+
+
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
     """A TransformerConfig and a layer spec that build the scaled model; the given ones are left as they are.
 
     Without a section (the method is off) the given ones are returned. The std's of its init methods are the base
-    model's, scaled by role.
+    model's, scaled by role. The model holds the returned config: what a training loop sets on it
+    (``finalize_model_grads_func``, ...) belongs there.
 
     Raises:
         ConfigError: the config asks for something the rules do not cover or that sets the same quantity another way.
     """
     if section is None:
         return config, layer_spec
-    _refuse_unsupported(config, section)
-    ratios = ratios_of(config, section)
-    stds = getattr(config, _STDS, None) or base_stds(config)
-    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
+    with prepared(config, layer_spec, section) as scaled_spec:
+        return config, scaled_spec
+
+
+@contextlib.contextmanager
+def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator[Any]:
+    """`prepare` on the given TransformerConfig itself, since who gave it goes on to use it; yields the layer spec.
+
+    A config that is prepared already is so anew, from the values that it had before: it may be that of several models
+    or virtual stages, and may have been given another size in between. When the block fails, it is left as it was.
+
+    Raises:
+        ConfigError: as `prepare`.
+    """
+    before = dict(vars(config))
+    try:
+        give_back(config)
+        _refuse_unsupported(config, section)
+        scaled_spec = _scaled_spec(config, layer_spec, section)
+        values = _scaled_fields(config, section)
+        fields = {name: (getattr(config, name), value) for name, value in values.items()}
+        vars(config).update({**values, _MARK: _Prepared(section, fields)})
+        yield scaled_spec
+    except BaseException:
+        for name in (_MARK, *_FIELDS):
+            vars(config).pop(name, None)
+            if name in before:
+                vars(config)[name] = before[name]
+        raise
+
+
+def give_back(config: Any, *, models_live: bool = False) -> None:
+    """Take back what `prepared` has set on a config, where it still holds; on any other config do nothing.
+
+    ``models_live``: but for what models that were built from it still read.
+    """
+    done: _Prepared | None = vars(config).pop(_MARK, None)
+    for name, (given, ours) in (done.fields if done is not None else {}).items():
+        if getattr(config, name) is ours and not (models_live and name in _READ_LATER):
+            setattr(config, name, given)
+
+
+def _scaled_fields(config: Any, section: CompletePConfig) -> dict[str, Any]:
+    """The fields that differ from the given config's; a subset of `_FIELDS`."""
+    ratios = ratios_of(config, section)
+    stds = base_stds(config)
+    fields: dict[str, Any] = {}
     for name, role in _DRAWN.items():
         std = stds[name] * section.multipliers(role, ratios).init_std
-        setattr(config, name, functools.partial(torch.nn.init.normal_, mean=0.0, std=std))
+        fields[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
-        config.softmax_scale = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
+        fields["softmax_scale"] = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
-        config.pipeline_dtype = torch.float32  # what a stage sends to the next is the stream
-    setattr(config, _MARK, section)
-    setattr(config, _STDS, stds)
+        fields["pipeline_dtype"] = torch.float32  # what a stage sends to the next is the stream
+    return fields
 
+
+def _scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
+    """The layer spec with residual branches that are multiplied, or the given one where nothing is."""
     _check_spec(layer_spec, section)
-    branch = rules.residual_multiplier(ratios, section.recipe)
+    branch = rules.residual_multiplier(ratios_of(config, section), section.recipe)
     if section.residual == "forward" and (branch != 1.0 or config.fp32_residual_connection):
         layer_spec = copy.deepcopy(layer_spec)
         for layer in _layers(layer_spec):
             for name in _ADDS:
                 setattr(layer.submodules, name, scaled_add(getattr(layer.submodules, name), branch))
-    return config, layer_spec
+    return layer_spec
 
 
 def base_stds(config: Any) -> dict[str, float]:
@@ -105,7 +164,8 @@ def _std(name: str, method: Any) -> float:
 
 def applied_section(config: Any) -> CompletePConfig | None:
     """The section that a TransformerConfig was prepared with; None: it is not `prepare`'s."""
-    return getattr(config, _MARK, None)
+    done: _Prepared | None = getattr(config, _MARK, None)
+    return done.section if done is not None else None
 
 
 def _layers(layer_spec: Any) -> list[Any]:
@@ -152,7 +212,7 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
         ConfigError: it has not, or as `finish` does.
     """
     roles = _checked_roles(model, section)
-    if not getattr(model, _MARK, False):
+    if not hasattr(model, _MARK):
         raise ConfigError(
             "completep: the model is not finished; call megatron_patches.completep.finish(model, section) right after "
             "it is built, before any weights are loaded"
@@ -168,6 +228,8 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     It scales weights as they were drawn: call it before any are loaded. A second call changes nothing, nor does one
     without a section (the method is off), which returns no roles.
 
+    From then on no optimizer steps on its gradients until param groups are built by role (`param_groups.await_groups`).
+
     Raises:
         ConfigError: the model was not built from `prepare`'s config, has a parameter without a role, or was built
             inside ``deepspeed.zero.Init`` or on the meta device.
@@ -175,7 +237,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     if section is None:
         return {}
     roles = _checked_roles(model, section)
-    if getattr(model, _MARK, False):
+    if hasattr(model, _MARK):
         return roles
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ConfigError(
@@ -208,7 +270,8 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     if host.config.softmax_scale is not None:
         for layer in layers:
             setattr(layer.self_attention, _INFERENCE_SCALE, host.config.softmax_scale)
-    setattr(model, _MARK, True)
+    await_groups(model)
+    setattr(model, _MARK, section)
     return roles
 
 
@@ -238,7 +301,7 @@ def is_tied(model: torch.nn.Module) -> bool:
 
 
 def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    built_with = applied_section(getattr(model, "config", None))
+    built_with = getattr(model, _MARK, None) or applied_section(getattr(model, "config", None))
     if built_with != section:
         found = "without it" if built_with is None else f"with {_short(built_with)}"
         raise ConfigError(

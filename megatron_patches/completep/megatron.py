@@ -26,7 +26,7 @@ import torch
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError, together
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finished_roles, ratios_of
-from megatron_patches.completep.param_groups import check_rates, scaled_betas
+from megatron_patches.completep.param_groups import check_rates, groups_built, scaled_betas
 from megatron_patches.completep.rules import Ratios, Role
 
 # Private names of megatron-core's optimizers, here only.
@@ -103,6 +103,8 @@ def config_overrides(
     for _, parameter, role in _parameters(model_chunks, section):
         members.setdefault(role, set()).add(id(parameter))
     groups = _group_values(section, _ratios(model_chunks, section), optimizer_config)
+    for chunk in model_chunks:
+        groups_built(_unwrapped(chunk))
 
     def key(role: Role) -> Any:
         return ParamKey(

@@ -2,18 +2,24 @@
 whether a step's groups still stand in those ratios."""
 
 import functools
+import itertools
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ds_plugin.errors import ConfigError
+from ds_plugin.errors import ConfigError, StateError
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.rules import Multipliers, Ratios, Role
 
 #: a learning rate or decay this small moves no weight; what is left of subtracting two equal rates is smaller still
 _NOTHING = 1e-14
+
+#: finished models that no optimizer knows the roles of, and what ends their watch
+_awaited: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.finalize[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
 def build_param_groups(
@@ -50,7 +56,45 @@ def build_param_groups(
             if m.one_minus_beta != 1.0:
                 group["betas"] = scaled_betas(betas, m.one_minus_beta)
             groups.append(group)
+    groups_built(model)
     return groups
+
+
+def await_groups(model: torch.nn.Module) -> None:
+    """Until `groups_built`, refuse an optimizer's step once gradients have reached the model.
+
+    No optimizer has been told its roles, so that whichever steps has the base model's learning rates for it. Gradients
+    alone are not refused. Nothing is left on a step's path when the groups are built.
+    """
+    watching: list[Any] = []  # the hook on every optimizer's step, once there is a gradient
+
+    def gradient_came(gradient: torch.Tensor) -> None:
+        if not watching:
+            watching.append(register_optimizer_step_pre_hook(_refuse_step))
+
+    handles = [p.register_hook(gradient_came) for p in model.parameters() if p.requires_grad]
+    _awaited[model] = weakref.finalize(model, _remove, handles, watching)
+
+
+def groups_built(model: torch.nn.Module) -> None:
+    """A model's optimizer has been told its roles: `await_groups` is over, and nothing of it is left."""
+    if (end := _awaited.pop(model, None)) is not None:
+        end()
+
+
+def _remove(*handles: list[Any]) -> None:
+    for handle in itertools.chain(*handles):
+        handle.remove()
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    raise StateError(
+        f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
+        "optimizer was built with its roles' param groups: a stock get_megatron_optimizer, deepspeed.initialize or an "
+        "optimizer over model.parameters() trains it with the base model's rates, decays and eps; build the optimizer "
+        "by megatron_patches.completep.megatron.build_optimizer or ds_plugin.initialize, or give any other the groups "
+        "of megatron_patches.completep.build_param_groups"
+    )
 
 
 def scaled_betas(betas: Sequence[float], one_minus_beta: float) -> tuple[float, ...]:

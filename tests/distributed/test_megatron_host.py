@@ -4,6 +4,7 @@ The model has m_N = m_L = 2, so every multiplier is a power of two and the forwa
 to the last bits.
 """
 
+import gc
 import subprocess
 import sys
 import types
@@ -122,13 +123,15 @@ def forward(data, model):
     return output, loss_of
 
 
-def train_step(ddp, optimizer, scheduler, step):
-    """One step of the global batch through the host's schedule; the loss, on every rank, and the gradient norm."""
+def train_step(ddp, optimizer, scheduler, step, config=None):
+    """One step of the global batch through the host's schedule; the loss, on every rank, and the gradient norm.
+
+    ``config``: where the loop sets how gradients are reduced, if not on the model's own."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    ddp.config.finalize_model_grads_func = finalize_model_grads
+    (ddp.config if config is None else config).finalize_model_grads_func = finalize_model_grads
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = [micro_batch(step, i) for i in range(replica, MICRO_BATCHES, replicas)]
     ddp.zero_grad_buffer()
@@ -528,7 +531,13 @@ def script(said):
     cfg = gpt.GPTConfig.model_validate(SIZE)
     gpt.initialize_parallel(cfg, 1234)
     config = gpt.transformer_config(cfg, torch.float32)
-    model = GPTModel(config, gpt.layer_spec(cfg), VOCAB, LENGTH)
+    fields = dict(vars(config))
+    with pytest.raises(TypeError):
+        GPTModel(config, gpt.layer_spec(cfg), VOCAB)  # as it was, when a construction fails; the next may be plain
+    untouched = untouched and fields == vars(config)
+    GPTModel(config, gpt.layer_spec(cfg), VOCAB, LENGTH)
+    gpt.initialize_parallel(cfg, 1234)
+    model = GPTModel(config, gpt.layer_spec(cfg), VOCAB, LENGTH)  # a second one, as a pipeline's virtual stages are
     ddp = wrap(model, True)
     groups = []
     for module in (main, training, mine):
@@ -548,31 +557,73 @@ def script(said):
         except (ConfigError, StateError) as error:
             messages.append(str(error))
     scheduler = scheduler_of(optimizer)
-    losses = [train_step(ddp, optimizer, scheduler, step)[0] for step in range(3)]
+    losses = [train_step(ddp, optimizer, scheduler, step, config)[0] for step in range(3)]
+    weights = [p.detach().clone() for p in model.parameters()]
 
     kept = main.get_megatron_optimizer
     megatron_patches.revert()
     cpu_host.enable()
     after = optimizers.get_megatron_optimizer, GPTModel.__init__, OptimizerParamScheduler.__init__
     restored = before == after and {m.get_megatron_optimizer for m in (main, training, mine)} == {before[0]}
+    config.finalize_model_grads_func = None
+    restored = restored and fields == vars(config)
     plain = [group["lr_mult"] for group in kept(optimizer_config(True), [ddp]).param_groups]
-    return untouched, names, groups, messages, losses, restored, plain
+    return untouched, names, groups, messages, losses, weights, restored, plain
 
 
 @pytest.mark.parametrize(
     ("said", "table"),
-    [({"residual": "forward"}, GROUPS), ({"residual": "folded"}, FOLDED_GROUPS), ({}, FOLDED_GROUPS)],
+    [({"residual": "forward"}, GROUPS), ({"residual": "folded"}, FOLDED_GROUPS), ({"base_head_dim": 4}, FOLDED_GROUPS)],
     ids=["forward", "folded", "not said"],
 )
 def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
-    untouched, names, groups, messages, losses, restored, plain = workers(1).run(script, said)[0]
-    assert untouched and restored and len(names) == 3
+    untouched, names, groups, messages, losses, weights, restored, plain = workers(1).run(script, said)[0]
+    assert untouched and restored and len(names) == 4
     assert groups == [set(table)] * 6
     assert set(plain) == {1.0}  # what a late importer kept is the host's own again
     for message, parts in zip(messages, (["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"]), strict=True):
         assert all(part in message for part in parts), message
-    expected = workers(1).run(train, section(), sharded=True, steps=3)[0][0]
+    expected = workers(1).run(train, section(**{**said, "residual": "forward"}), sharded=True, steps=3)[0][0]
     assert losses == pytest.approx(expected, abs=1e-6)
+    if "residual" not in said:  # two ranks reduce their gradients by what the script sets on its own config
+        for *_, two_ranks, their_weights, _, _ in workers(2).run(script, said):
+            assert two_ranks == pytest.approx(expected, abs=1e-6)
+            for one, two in zip(weights, their_weights, strict=True):
+                torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
+
+
+def trained_by_a_stock_optimizer():
+    """What its first step says, whether weights stayed; which hooks are left once it trains by the recipe's groups."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    model = build(section())
+    ddp = wrap(model, False)
+    optimizer = get_megatron_optimizer(optimizer_config(False), [ddp])
+    before = [p.detach().clone() for p in model.parameters()]
+    forward(iter([micro_batch(0, 0)]), model)[0].mean().backward()  # gradients alone train nothing
+    try:
+        train_step(ddp, optimizer, scheduler_of(optimizer), 0)
+        message = "trained"
+    except StateError as error:
+        message = str(error)
+    untouched = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    overrides = host.config_overrides([ddp], section(), optimizer_config(False))
+    optimizer = get_megatron_optimizer(optimizer_config(False), [ddp], overrides)
+    train_step(ddp, optimizer, scheduler_of(optimizer), 0)
+    hooks = [name for name, p in model.named_parameters() if p._backward_hooks]
+    probed = build(section())
+    forward(iter([micro_batch(0, 0)]), probed)[0].mean().backward()
+    del probed  # with it goes what it asked for
+    gc.collect()
+    train_step(ddp, optimizer, scheduler_of(optimizer), 1)
+    return message, untouched, hooks
+
+
+def test_a_finished_model_is_not_trained_by_a_stock_optimizer(workers):
+    message, untouched, hooks = workers(1).run(trained_by_a_stock_optimizer)[0]
+    for part in ("AdamW steps", "finish()", "build_optimizer", "build_param_groups"):
+        assert part in message, message
+    assert untouched and hooks == []
 
 
 FRESH = """
