@@ -16,7 +16,7 @@ from typing import Any
 
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.errors import ConfigError, PluginError, StateError
-from megatron_patches.patch import Patch
+from megatron_patches.patch import Change, Patch, Switch
 
 FLAG = "--ds-plugin-config"
 TRAINING = "megatron.training.training"
@@ -35,8 +35,17 @@ WRAPPED = (
     "save_checkpoint",
     "print_rank_last",
 )
+#: training loops of their own over megatron-core, each by a module that is there where it runs
+OTHER_LOOPS = {
+    "megatron.bridge.training.train": "Megatron-Bridge",
+    "nemo.lightning": "NeMo",
+    "nemo.collections.nlp.parts.nlp_overrides": "NeMo",
+    "nemo_rl": "NeMo RL",
+    "verl.workers": "verl",
+    "primus.modules.trainer": "Primus",
+}
 
-_installed: tuple[PluginConfig, list[Patch]] | None = None
+_installed: tuple[PluginConfig, list[Change]] | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -102,8 +111,12 @@ def install(sections: PluginConfig) -> None:
 
     `megatron_patches.revert()` undoes it.
 
+    Where another loop trains, nothing that is wrapped is called: the first step of any optimizer is refused as long as
+    the loop has not been set up.
+
     Raises:
         StateError: other sections are in force.
+        ConfigError: another training loop is imported, or Megatron-LM's is not there; nothing is changed then.
         PluginError: this Megatron-LM lacks one of the names; nothing is changed then.
     """
     global _installed
@@ -118,12 +131,19 @@ def install(sections: PluginConfig) -> None:
                 "configuration holds in a process, call megatron_patches.revert() between two"
             )
         return
+    _refuse_other_loops()
     training = _training()
     from megatron_patches.pretrain.loop import Loop
     from megatron_patches.script_hooks import apply
 
-    loop = Loop(sections, training.get_args)
-    patches = [_wrapped(name, getattr(loop, name)) for name in WRAPPED]
+    loop, guard = Loop(sections, training.get_args), _first_step()
+
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        guard.revert()
+        return loop.setup_model_and_optimizer(*args, **kwargs)
+
+    methods = {**{name: getattr(loop, name) for name in WRAPPED}, "setup_model_and_optimizer": set_up}
+    patches: list[Change] = [guard, *(_wrapped(name, method) for name, method in methods.items())]
     try:
         for patch in patches:
             patch.apply()
@@ -152,6 +172,38 @@ def _training() -> ModuleType:
             "version this plugin was tested with (core 0.16 or 0.20)"
         )
     return training
+
+
+_REMEDY = (
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (pretrain() of megatron.training); in any "
+    "other give the completep section alone, megatron_patches.apply(section)"
+)
+
+
+def _refuse_other_loops() -> None:
+    for module, name in OTHER_LOOPS.items():
+        if module in sys.modules:
+            raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
+
+
+def _first_step() -> Switch:
+    """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    hooks: list[Any] = []
+
+    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+        raise StateError(
+            f"megatron_patches.apply: {type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer, "
+            f"where the methods come in, was not called: another loop would train without them; {_REMEDY}"
+        )
+
+    return Switch(
+        "torch.optim.Optimizer.step",
+        lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
+        lambda: hooks.pop().remove(),
+        reason="no step before the training loop is set up",
+    )
 
 
 def _wrapped(name: str, method: Any) -> Patch:

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import megatron_patches
 from ds_plugin.config import PluginConfig
-from ds_plugin.errors import CheckpointError, ConfigError, DataError
+from ds_plugin.errors import CheckpointError, ConfigError, DataError, StateError
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from megatron_patches import __main__ as command
 from megatron_patches.pretrain import script, state
@@ -168,6 +168,51 @@ def test_a_file_can_be_given_to_apply(tmp_path, monkeypatch):
     methods.write_text(json.dumps({"sequence_length_warmup": WARMUP}))
     with pytest.raises(ConfigError, match="give the script of a Megatron-LM checkout"):
         megatron_patches.apply(methods)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """A module of the loop's names, whose set-up ends at once."""
+
+    def named(name):  # each its own, as names of one function would be wrapped together
+        def stop(*_):
+            raise LookupError(name)
+
+        return stop
+
+    module = ModuleType(script.TRAINING)
+    options = SimpleNamespace(seq_length=32, tensor_model_parallel_size=1, sequence_parallel=False)
+    options.context_parallel_size = 1
+    vars(module).update({name: named(name) for name in script.WRAPPED}, get_args=lambda: options)
+    for name in ("megatron.training", script.TRAINING):
+        monkeypatch.setitem(sys.modules, name, module)
+    yield module
+    megatron_patches.revert()
+
+
+def test_a_loop_that_is_not_megatron_lms_takes_no_step(training, monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    sections = PluginConfig.from_dict({"sequence_length_warmup": WARMUP})
+    megatron_patches.apply(sections)
+    with pytest.raises(StateError, match=r"SGD steps, but .*setup_model_and_optimizer.*apply\(section\)"):
+        optimizer.step()
+    assert weight.item() == 1
+    megatron_patches.revert()
+    optimizer.step()
+    assert weight.item() == 0
+    megatron_patches.apply(sections)
+    with pytest.raises(LookupError, match="setup_model_and_optimizer"):
+        training.setup_model_and_optimizer()
+    optimizer.step()
+    assert weight.item() == -1
+    megatron_patches.revert()
+    for name in script.OTHER_LOOPS:
+        with monkeypatch.context() as imported, pytest.raises(ConfigError, match=f"{name}.*trains by itself"):
+            imported.setitem(sys.modules, name, ModuleType(name))
+            megatron_patches.apply(sections)
+    assert megatron_patches.active() == []
 
 
 def test_state_of_checkpoints_that_the_host_has_removed_goes_too(tmp_path):
