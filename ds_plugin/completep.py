@@ -21,6 +21,7 @@ from megatron_patches.completep import build_param_groups, describe, finished_ro
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.param_groups import check_rates
 from megatron_patches.completep.rules import Role
+from megatron_patches.completep.supported import bare_model
 from megatron_patches.pipeline_gpt import gpt_of
 
 #: Adams that say by ``adam_w_mode`` whether their decay is decoupled (DeepSpeed, apex, TransformerEngine), and by name
@@ -48,6 +49,7 @@ def set_up(
         ConfigError: the model was not prepared, the optimizer is no AdamW or not over the model's parameters, or the
             scheduler would flatten the groups.
     """
+    whole = bare_model(gpt_of(model))
     _check_model_parameters(model, model_parameters)
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError(
@@ -56,11 +58,10 @@ def set_up(
         )
     built = isinstance(optimizer, torch.optim.Optimizer)
     base = _base_of(optimizer, model) if built else _base_of_json(host_config, optimizer)
-    whole = gpt_of(model)
     groups = build_param_groups(
-        whole, finished_roles(whole, section), ratios_of(model.config, section), section, **base
+        whole, finished_roles(whole, section), ratios_of(whole.config, section), section, **base
     )
-    if whole is not model:
+    if gpt_of(model) is not model:
         groups = divided(groups, max(_everywhere(len(groups))))
     if host_config.get("scheduler"):
         check_peak(host_config["scheduler"], base["lr"])

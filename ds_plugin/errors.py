@@ -11,6 +11,8 @@ from collections.abc import Iterator
 class PluginError(Exception):
     """Base of everything below: safe to show to a user without a traceback."""
 
+    on_every_rank = False  # set by `together`: one rank can speak for all
+
 
 class ConfigError(PluginError, ValueError):
     """A setting that is unknown, of the wrong type, out of range, or in conflict with another."""
@@ -46,7 +48,10 @@ def together() -> Iterator[None]:
     first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
     if first is None:
         return
-    if caught is not None and (not isinstance(caught, PluginError) or len(reports) == 1):
+    if isinstance(caught, PluginError) and len(reports) == 1:
+        caught.on_every_rank = True
+        raise caught
+    if caught is not None and not isinstance(caught, PluginError):
         raise caught
     rank, (kind, message, expected) = first
     if not expected:
@@ -55,7 +60,9 @@ def together() -> Iterator[None]:
     error_type = next(
         (c for c in (ConfigError, DataError, CheckpointError, StateError) if c.__name__ == kind), PluginError
     )
-    raise error_type(message + where) from caught
+    everywhere = error_type(message + where)
+    everywhere.on_every_rank = True
+    raise everywhere from caught
 
 
 def _gather(mine: tuple[str, str, bool] | None) -> list[tuple[str, str, bool] | None]:

@@ -21,6 +21,7 @@ from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finish, give_back, prepared
 from megatron_patches.completep.megatron import build_optimizer, check_scheduler
+from megatron_patches.completep.supported import check_model
 from megatron_patches.patch import Change, Patch, Switch
 
 _OPTIMIZERS = "megatron.core.optimizer"
@@ -85,6 +86,10 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
             finish(self, section)
         configs.append(weakref.ref(config))
 
+    def build_language_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_model(self)  # before it has parameters, which no recipe would reach
+        language_model.original(self, *args, **kwargs)
+
     def give_configs_back() -> None:
         for config in configs:
             if (found := config()) is not None:
@@ -118,6 +123,11 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     model = Patch(
         "megatron.core.models.gpt.gpt_model.GPTModel.__init__", build_model, reason="completep: init and forward pass"
     )
+    language_model = Patch(
+        "megatron.core.models.common.language_module.language_module.LanguageModule.__init__",
+        build_language_model,
+        reason="completep: other models are refused",
+    )
     optimizer = Patch(
         f"{_OPTIMIZERS}.get_megatron_optimizer",
         get_megatron_optimizer,
@@ -132,7 +142,7 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     given = Switch(
         "TransformerConfig objects", lambda: None, give_configs_back, reason="completep: fields of the models' configs"
     )
-    return model, optimizer, scheduler, given
+    return model, language_model, optimizer, scheduler, given
 
 
 def _standard_overrides(config: Any) -> Any:

@@ -25,6 +25,7 @@ from megatron_patches.completep.param_groups import await_groups
 from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
 from megatron_patches.completep.roles import roles_of
 from megatron_patches.completep.rules import Ratios, Role
+from megatron_patches.completep.supported import bare_model, check_config, check_mask, check_model, unwrapped
 
 _DRAWN = {
     "init_method": Role.HIDDEN,
@@ -63,6 +64,7 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     """
     if section is None:
         return config, layer_spec
+    check_config(config)
     config = copy.copy(config)  # not dataclasses.replace: it would run the host's __post_init__ a second time
     with prepared(config, layer_spec, section) as scaled_spec:
         return config, scaled_spec
@@ -78,6 +80,7 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
     Raises:
         ConfigError: as `prepare`.
     """
+    check_config(config)
     before = dict(vars(config))
     try:
         give_back(config)
@@ -177,6 +180,9 @@ def _layers(layer_spec: Any) -> list[Any]:
 def _check_spec(layer_spec: Any, section: CompletePConfig) -> None:
     """Refuse layers whose residual branches are not added by the two submodules that this method knows."""
     for layer in _layers(layer_spec):
+        if not hasattr(layer, "submodules"):
+            raise ConfigError(f"completep: the layer spec is {layer!r}, which names no submodules; give a ModuleSpec")
+        check_mask(layer)
         kind = type(layer.submodules).__name__
         for name in _ADDS:
             if not hasattr(layer.submodules, name):
@@ -206,11 +212,13 @@ def _identity() -> type:
 
 
 def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    """The role of every parameter of a model that `finish` has been called on.
+    """The role of every parameter of a model that `finish` has been called on, by its name there; it may be wrapped.
 
     Raises:
         ConfigError: it has not, or as `finish` does.
     """
+    model = unwrapped(model)
+    check_model(model)
     roles = _checked_roles(model, section)
     if not hasattr(model, _MARK):
         raise ConfigError(
@@ -231,11 +239,13 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     From then on no optimizer steps on its gradients until param groups are built by role (`param_groups.await_groups`).
 
     Raises:
-        ConfigError: the model was not built from `prepare`'s config, has a parameter without a role, or was built
-            inside ``deepspeed.zero.Init`` or on the meta device.
+        ConfigError: the model is of another kind, was not built from `prepare`'s config, has a parameter without a
+            role, is wrapped in something that may have copied its weights (torch.compile has not), or was built inside
+            ``deepspeed.zero.Init`` or on the meta device.
     """
     if section is None:
         return {}
+    model = bare_model(model)
     roles = _checked_roles(model, section)
     if hasattr(model, _MARK):
         return roles

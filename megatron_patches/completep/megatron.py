@@ -28,6 +28,7 @@ from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finished_roles, ratios_of
 from megatron_patches.completep.param_groups import check_rates, groups_built, scaled_betas
 from megatron_patches.completep.rules import Ratios, Role
+from megatron_patches.completep.supported import unwrapped
 
 # Private names of megatron-core's optimizers, here only.
 _CHAIN = "chained_optimizers"
@@ -104,7 +105,7 @@ def config_overrides(
         members.setdefault(role, set()).add(id(parameter))
     groups = _group_values(section, _ratios(model_chunks, section), optimizer_config)
     for chunk in model_chunks:
-        groups_built(_unwrapped(chunk))
+        groups_built(unwrapped(chunk))
 
     def key(role: Role) -> Any:
         return ParamKey(
@@ -303,12 +304,6 @@ def _check_config(config: Any) -> None:
             raise ConfigError(f"completep: OptimizerConfig.{name} is {value!r}: {why}; leave it at {plain!r}")
 
 
-def _unwrapped(chunk: torch.nn.Module) -> Any:
-    from megatron.core.utils import unwrap_model
-
-    return unwrap_model(chunk)
-
-
 def _ddp_setting(chunk: Any, name: str) -> Any:
     return getattr(getattr(chunk, "ddp_config", None), name, False)
 
@@ -318,14 +313,14 @@ def _parameters(
 ) -> Iterator[tuple[str, torch.nn.Parameter, Role]]:
     """Name inside the GPTModel, parameter and role, over all chunks."""
     for chunk in model_chunks:
-        model = _unwrapped(chunk)
+        model = unwrapped(chunk)
         roles = finished_roles(model, section)
         for name, parameter in model.named_parameters():
             yield name, parameter, roles[name]
 
 
 def _ratios(model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> Ratios:
-    return ratios_of(_unwrapped(model_chunks[0]).config, section)
+    return ratios_of(unwrapped(model_chunks[0]).config, section)
 
 
 def _singles(optimizer: Any) -> list[Any]:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ds_plugin.errors import ConfigError, StateError
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.rules import Multipliers, Ratios, Role
+from megatron_patches.completep.supported import unwrapped
 
 #: a learning rate or decay this small moves no weight; what is left of subtracting two equal rates is smaller still
 _NOTHING = 1e-14
@@ -40,7 +41,7 @@ def build_param_groups(
     The embeddings come first: their multipliers are 1, so the first group's learning rate, which hosts log, is the base
     model's. Parameters that do not require gradients are left out; roles without parameters make no group.
     """
-    groups = []
+    groups, model = [], unwrapped(model)
     for role in Role:
         params = [p for name, p in model.named_parameters() if roles[name] is role and p.requires_grad]
         if params:

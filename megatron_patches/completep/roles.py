@@ -30,11 +30,13 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
     """The role of a parameter by its name inside the GPTModel.
 
     ``folded``: multipliers are folded into the weights, so that those which carry one have roles of their own.
-    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it.
+    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it. A layer may be one
+    that torch.compile has wrapped.
 
     Raises:
         ConfigError: the name is not one of a dense GPT's.
     """
+    name = name.replace("_orig_mod.", "")
     if folded and (found := _BRANCH_OUT.fullmatch(name)):
         return Role.BRANCH_OUT if found[2] == "weight" else Role.BRANCH_OUT_BIAS
     if tied and name == "output_layer.weight":

@@ -62,7 +62,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         execute(script)
     except PluginError as error:
-        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.on_every_rank:
+            print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -12,7 +12,7 @@ import ds_plugin
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError
 from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import finish, prepare, rules
+from megatron_patches.completep import build_param_groups, finish, finished_roles, prepare, rules
 from megatron_patches.completep.config import CompletePConfig
 from tests.reference.completep import ReferenceGPT, megatron_name
 
@@ -320,6 +320,53 @@ def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel
         assert layout_groups == groups
 
 
+def _other_kinds(attempt, config, cfg):
+    """Models, configs and specs of other kinds, and what may and may not be around the right one."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
+    from megatron.core.transformer import MLATransformerConfig
+
+    spec = gpt.layer_spec(cfg)
+    llama = type("LlamaForCausalLM", (torch.nn.Linear,), {"__module__": "transformers.models.llama"})(2, 2)
+    llama.config = type("LlamaConfig", (), {"__module__": "transformers.models.llama"})()
+    latent = object.__new__(MLATransformerConfig)
+    attempt("HF config", lambda: prepare(llama.config, spec, section()))
+    attempt("our settings", lambda: prepare(cfg, spec, section()))
+    attempt("MLA config", lambda: prepare(latent, spec, section()))
+    attempt("BERT spec", lambda: prepare(config, bert_layer_local_spec, section()))
+    attempt("T5 spec", lambda: prepare(config, get_t5_decoder_with_local_block_spec(2), section()))
+    attempt("no spec", lambda: prepare(config, None, section()))
+    attempt("HF model", lambda: finish(llama, section()))
+    attempt("HF model's roles", lambda: finished_roles(torch.nn.DataParallel(llama), section()))
+    attempt("HF engine", lambda: ds_plugin.initialize(model=llama, config=host_config(section())))
+    model = build(section(), finished=False)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    attempt("wrapped", lambda: finish(ddp, section()))
+    attempt("wrapped in the engine", lambda: ds_plugin.initialize(model=ddp, config=host_config(section())))
+
+
+def _compiled():
+    """Roles, groups and an engine of a model that torch.compile is around, as a whole or around a layer."""
+    model = build(section(), finished=False)
+    layer = model.decoder.layers[0]
+    model.decoder.layers[0] = torch.compile(layer)
+    compiled = torch.compile(model)
+    roles = finish(compiled, section())
+    base = {"lr": LR, "weight_decay": DECAY, "eps": EPS}
+    groups = build_param_groups(compiled, roles, section().ratios(64, 8), section(), **base)
+    ddp = torch.nn.DataParallel(compiled)
+    model.decoder.layers[0] = layer
+    engine, *_ = ds_plugin.initialize(model=compiled, config=host_config(section()), mpu=gpt.DeepSpeedMPU())
+    same = finished_roles(ddp, section()) == {name.replace("_orig_mod.", ""): role for name, role in roles.items()}
+    return same, [g["role"] for g in groups], [g["role"] for g in engine.optimizer.param_groups]
+
+
+def test_a_compiled_model_is_the_model(workers):
+    roles = [group[0] for group in GROUPS]
+    assert workers(1).run(_compiled) == [(True, roles, roles)]
+
+
 def _refusals():
     cpu_host.enable()
     from deepspeed.pipe import PipelineModule
@@ -398,6 +445,7 @@ def _refusals():
     attempt("peak", lambda: ds_plugin.initialize(model=build(section()), config=low))
     crossed.submodules.cross_attention = ModuleSpec(module=CrossAttention)
     attempt("cross-attention", lambda: prepare(config, crossed, section()))
+    _other_kinds(attempt, config, cfg)
     prepared = build(section(), finished=False)
     prepared.output_layer.weight = torch.nn.Parameter(prepared.output_layer.weight.to("meta"))
     attempt("meta", lambda: finish(prepared, section()))
@@ -432,6 +480,17 @@ EXPECTED = {
     "pipeline": ["pipeline engine", "completep"],
     "peak": ["warmup_max_lr: 0.001, DeepSpeed's default", "0.01"],
     "meta": ["output_layer.weight", "device meta"],
+    "HF config": ["Hugging Face's LlamaConfig", "TransformerConfig"],
+    "our settings": ["megatron_patches.gpt.GPTConfig", "gpt.transformer_config(cfg, dtype)"],
+    "MLA config": ["megatron-core's MLATransformerConfig", "multi-head"],
+    "BERT spec": ["attn_mask_type is 'padding'", "BERT", "decoder-only"],
+    "T5 spec": ["CrossAttention", "decoder-only"],
+    "no spec": ["layer spec is None", "ModuleSpec"],
+    "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are dense megatron-core GPTModels"],
+    "HF model's roles": ["this is Hugging Face's LlamaForCausalLM"],
+    "HF engine": ["this is Hugging Face's LlamaForCausalLM"],
+    "wrapped": ["megatron-core's DistributedDataParallel around megatron-core's GPTModel", "before it is wrapped"],
+    "wrapped in the engine": ["megatron-core's DistributedDataParallel around"],
 }
 
 

@@ -511,6 +511,8 @@ def script(said):
     ``said``: what the section says of ``residual``.
     """
     import megatron.core.optimizer as optimizers
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+    from megatron.core.models.bert.bert_model import BertModel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -546,6 +548,7 @@ def script(said):
             groups.append({group["lr_mult"] for group in optimizer.param_groups})
     messages = []
     for attempt in (
+        lambda: BertModel(config, 2, bert_layer_local_spec, VOCAB, LENGTH),
         lambda: megatron_patches.apply(section(alpha=0.5)),
         lambda: main.get_megatron_optimizer(
             optimizer_config(True), [ddp], {optimizers.ParamKey(name="*"): {"wd_mult": 2.0}}
@@ -578,10 +581,11 @@ def script(said):
 )
 def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
     untouched, names, groups, messages, losses, weights, restored, plain = workers(1).run(script, said)[0]
-    assert untouched and restored and len(names) == 4
+    assert untouched and restored and len(names) == 5
     assert groups == [set(table)] * 6
     assert set(plain) == {1.0}  # what a late importer kept is the host's own again
-    for message, parts in zip(messages, (["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"]), strict=True):
+    said_of = (["megatron-core's BertModel"], ["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"])
+    for message, parts in zip(messages, said_of, strict=True):
         assert all(part in message for part in parts), message
     expected = workers(1).run(train, section(**{**said, "residual": "forward"}), sharded=True, steps=3)[0][0]
     assert losses == pytest.approx(expected, abs=1e-6)

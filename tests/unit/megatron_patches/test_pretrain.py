@@ -1,6 +1,8 @@
 """What the hooks of Megatron-LM's loop are made of, without the loop."""
 
+import dataclasses
 import json
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -130,8 +132,22 @@ def test_an_option_that_is_off_or_unknown_to_a_version_is_no_conflict():
     check_options(
         sections, SimpleNamespace(cuda_graph_impl="none", rampup_batch_size=None, sft=False, num_experts=None)
     )
-    with pytest.raises(ConfigError, match="completep: --multi-latent-attention True"):
-        check_options(sections, SimpleNamespace(multi_latent_attention=True))
+    check_options(sections, SimpleNamespace(optimizer="adam", softmax_type="off-by-one", lr_warmup_init=0.0))
+    for option, value, method in (
+        ("multi_latent_attention", True, "completep"),
+        ("optimizer", "dist_muon", "completep"),
+        ("softmax_type", "learnable", "completep"),
+        ("lr_warmup_init", 1e-5, "completep"),
+        ("use_torch_fsdp2", True, "completep"),
+        ("hybrid_layer_pattern", "M*M-", "completep"),
+        ("hybrid_attention_ratio", 0.5, "completep"),
+        ("override_ckpt_iteration", 20, "sequence_length_warmup"),
+        ("freeze_all_layers", True, "weight_averaging"),
+    ):
+        alone = dataclasses.replace(PluginConfig(), **{method: getattr(sections, method)})
+        words = re.escape(f"{method}: --{option.replace('_', '-')} {value} does not go together")
+        with pytest.raises(ConfigError, match=words):
+            check_options(alone, SimpleNamespace(**{option: value}))
 
 
 def test_the_command_line_is_the_scripts_own_but_for_one_flag(tmp_path):
