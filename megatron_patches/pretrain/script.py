@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches.patch import Change, Patch, Switch
 
 FLAG = "--ds-plugin-config"
+OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
 TRAINING = "megatron.training.training"
 #: what the loop calls by name in its own module, and `loop.Loop` wraps
 WRAPPED = (
@@ -62,11 +64,22 @@ def run(arguments: Sequence[str]) -> int:
     try:
         execute(script)
     except PluginError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.on_every_rank:
-            print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        _say(error)
         return 2
     return 0
+
+
+def _say(error: PluginError) -> None:
+    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it.
+
+    The launcher ends the other ranks as soon as one is gone, so that they let rank 0 speak; one that is still there
+    seconds later speaks for itself, unless all are known to have raised the same.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+    if rank == "0" or not error.on_every_rank:
+        print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:

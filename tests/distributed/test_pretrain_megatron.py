@@ -52,6 +52,7 @@ def run(folder, sections, options, twin=None):
 
     file = Path(folder) / f"methods_{torch.distributed.get_rank()}.json"
     file.write_text(json.dumps(sections))
+    script.OTHERS_WAIT_SECONDS = 0
     sys.path.insert(0, str(FOLDER))
     script.prepare_host(SCRIPT)
     from megatron.training import training
