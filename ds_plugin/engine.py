@@ -31,9 +31,10 @@ from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.replaced import replaced
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
+from ds_plugin.sequence_length_warmup.ledger import Ledger
 from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
-from ds_plugin.sequence_length_warmup.warmup import Ledger, SequenceLengthWarmup
+from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
 from ds_plugin.weight_averaging import finite, publish, restart
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
@@ -143,7 +144,11 @@ class Plugin:
 
     @property
     def ledger(self) -> Ledger | None:
-        """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup."""
+        """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup.
+
+        Where ranks read different numbers of tokens it is exact after each report (every ``report_interval`` steps) and
+        save; in between, the other ranks are taken to have read since then what this one has. No collective.
+        """
         return self.warmup.ledger if self.warmup is not None else None
 
     def batches(self, source: Source) -> Iterator[Any]:

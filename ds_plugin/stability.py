@@ -5,9 +5,9 @@ report reads the shard of Adam's state that the rank holds anyway, and all ranks
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -133,13 +133,30 @@ class Report:
     ratios: tuple[float | None, ...] = ()  # of every step since the report before, oldest first
 
 
+class Summed(Protocol):
+    """Integers of this rank since the last exchange that are added up over all ranks by the next one."""
+
+    def mine(self) -> Sequence[int]:
+        """As many on every rank."""
+
+    def exchanged(self, totals: Sequence[float]) -> None:
+        """Their sums, on every rank; `mine` begins anew."""
+
+
 class StabilityMonitor:
     """The instruments on one engine, read every ``interval`` optimizer steps by one collective over all ranks."""
 
     def __init__(
-        self, engine: Any, interval: int, extra: Callable[[], Mapping[str, float]] = dict, *, variance: bool = True
+        self,
+        engine: Any,
+        interval: int,
+        extra: Callable[[], Mapping[str, float]] = dict,
+        *,
+        variance: bool = True,
+        summed: Summed | None = None,
     ):
         """``extra``: numbers that must be equal on all ranks, such as the length, by name; the same names on all ranks.
+        ``summed``: numbers that are added up over all of them.
         ``variance=False`` leaves Adam's state alone: the loss ratio only.
 
         Raises:
@@ -152,6 +169,7 @@ class StabilityMonitor:
         self.engine = engine
         self.interval = interval
         self.extra = extra
+        self.summed = summed
         self.loss_ratio = LossRatio()
         self.with_l1, self.with_max = Correlation(), Correlation()
         self._ratios: list[float | None] = []  # of the interval's steps whose losses have been exchanged
@@ -238,20 +256,24 @@ class StabilityMonitor:
         """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
 
         One vector per rank, in float64 (token counts do not fit float32): the losses' sums and counts by slot, l1 norm
-        and maximum, the numbers to compare. Every rank works out the same from the same table: on the host, and rank
-        after rank, since in which order a GPU adds up depends on its kind.
+        and maximum, the numbers to compare, those to add up. Every rank works out the same from the same table: on the
+        host, and rank after rank, since in which order a GPU adds up depends on its kind.
         """
         n, device = self.interval, self.engine.device
         equal = {"step": self.engine.global_steps, **self.extra()}
         absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
-        counts_and_equal = torch.tensor([*self._counts, *equal.values()], dtype=torch.float64, device=device)
+        sums = self.summed.mine() if self.summed is not None else ()
+        counts_and_equal = torch.tensor([*self._counts, *equal.values(), *sums], dtype=torch.float64, device=device)
         vector = torch.cat([self._sums, torch.stack(variance) if variance else absent, counts_and_equal])
         table = vector.new_empty(dist.get_world_size() * len(vector))
         dist.all_gather_into_tensor(table, vector)
         rows = table.view(-1, len(vector)).cpu().numpy()  # the one host sync of the interval
 
-        _refuse_different(rows[:, 2 * n + 2 :], list(equal))
+        last = 2 * n + 2 + len(equal)
+        _refuse_different(rows[:, 2 * n + 2 : last], list(equal))
         totals = rows.sum(axis=0).tolist()  # row by row: only along the fast axis does numpy add in pairs
+        if self.summed is not None:
+            self.summed.exchanged(totals[last:])
         for slot in range(self._closed):
             count = totals[n + 2 + slot]
             self._ratios.append(self.loss_ratio.feed(totals[slot] / count if count else None))

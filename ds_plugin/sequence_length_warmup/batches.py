@@ -8,13 +8,13 @@ given a part of every sample (context parallelism, Ulysses).
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ds_plugin.errors import ConfigError, StateError
-from ds_plugin.sequence_length_warmup.batch import restarted, shorten_arguments
+from ds_plugin.errors import StateError
+from ds_plugin.sequence_length_warmup.batch import POSITION_NAMES, cut_batch
+from ds_plugin.sequence_length_warmup.nested import leaves
+from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
 
 if TYPE_CHECKING:
     from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
@@ -43,10 +43,18 @@ class Batches(Iterator[Any]):
 
         Raises:
             StateError: more than the step's micro-batches are asked for: their length is not known yet.
-            ConfigError: a micro-batch has not the full length, or holds what cannot be cut.
+            ConfigError: a micro-batch holds what cannot be cut, or, in the carry mode, has not the full length.
         """
-        stretch = self._warmup.stretch
-        return cut_batch(self._next_whole(), self._warmup.full, stretch.offset, stretch.length)
+        warmup, stretch = self._warmup, self._warmup.stretch
+        whole = self._next_whole()
+        # a stretch from within samples, and what is left of them, are counted from samples of one length
+        exact = warmup.config.mode == "carry"
+        cut, read, trained = cut_batch(
+            whole, stretch.length, stretch.offset, full=warmup.full, exact=exact, **warmup.samples
+        )
+        refuse_restarts(list(leaves(whole)), POSITION_NAMES, look=False)
+        warmup.tokens.add(read if stretch.offset == 0 else 0, trained)
+        return cut
 
     def whole(self) -> Iterator[Any]:
         """The same micro-batches as `__next__` gives, in the same turn, before they are cut."""
@@ -105,61 +113,3 @@ class WholeBatches(Iterator[Any]):
             self._iterator = self._source(step * self._engine.gradient_accumulation_steps())
         self._step = step
         return next(self._iterator)
-
-
-def cut_batch(batch: Any, full: int, offset: int, length: int) -> Any:
-    """Tokens ``offset`` to ``offset + length`` of a micro-batch of samples of ``full`` tokens.
-
-    Of a mapping, arguments are known by name, as the engine's hook knows them. Nested tuples and lists have no names:
-    every tensor [batch, full, ...] is cut along its second dimension, [..., full, full] along its last two, and an
-    integer one that counts from 0 in every row is position ids, which begin at 0 again.
-    """
-    if isinstance(batch, Mapping):
-        cut, before, _ = shorten_arguments(batch, length, offset)
-        rows = next(value.shape[0] for value in cut.values() if torch.is_tensor(value) and value.dim() >= 2)
-        if before != rows * full:
-            raise ConfigError(_WRONG_LENGTH.format(full=full, found=before // rows))
-        return cut
-    found = [0]
-    cut = _cut_nested(batch, full, offset, length, found)
-    if not found[0]:
-        shapes = ", ".join(str(list(t.shape)) for t in _tensors(batch)) or "none"
-        raise ConfigError(_WRONG_LENGTH.format(full=full, found=f"tensors of shape {shapes}"))
-    return cut
-
-
-_WRONG_LENGTH = (
-    "sequence_length_warmup.end_length: {full}, and a micro-batch was read with {found}; read samples of exactly "
-    "end_length tokens, or write that end_length"
-)
-
-
-def _cut_nested(part: Any, full: int, offset: int, length: int, found: list[int]) -> Any:
-    if isinstance(part, Mapping):
-        return {name: _cut_nested(inner, full, offset, length, found) for name, inner in part.items()}
-    if isinstance(part, (tuple, list)):
-        parts = [_cut_nested(inner, full, offset, length, found) for inner in part]
-        named = hasattr(part, "_fields")  # a named tuple takes its parts one by one
-        return type(part)(*parts) if named else type(part)(parts)
-    if not torch.is_tensor(part) or part.dim() < 2:
-        return part
-    if part.dim() >= 3 and part.shape[-2:] == (full, full):  # an attention mask
-        return part[..., offset : offset + length, offset : offset + length].contiguous()
-    if part.shape[1] != full:
-        return part
-    found[0] += 1
-    cut = part[:, offset : offset + length].contiguous()  # loss functions like to see labels as one row: view(-1)
-    whole = not part.is_floating_point() and part.dim() == 2
-    if offset and whole and bool((part == torch.arange(full, device=part.device)).all()):
-        return restarted(cut)
-    return cut
-
-
-def _tensors(part: Any) -> Iterator[torch.Tensor]:
-    if isinstance(part, Mapping):
-        part = tuple(part.values())
-    if isinstance(part, (tuple, list)):
-        for inner in part:
-            yield from _tensors(inner)
-    elif torch.is_tensor(part):
-        yield part

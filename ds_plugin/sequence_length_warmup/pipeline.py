@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_plugin import compat
-from ds_plugin.errors import StateError
+from ds_plugin.errors import StateError, together
 from ds_plugin.sequence_length_warmup import preflight
-from ds_plugin.sequence_length_warmup.batches import Batches, cut_batch
+from ds_plugin.sequence_length_warmup.batch import cut_batch
+from ds_plugin.sequence_length_warmup.batches import Batches
+from ds_plugin.sequence_length_warmup.carry import Stretch
 from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
 
 
@@ -95,18 +97,25 @@ class PipelineLengths:
             batch = self._users(batch)
         if batch is None or not training:
             return batch
-        stretch = self.warmup.stretch
-        return cut_batch(batch, self.warmup.full, stretch.offset, stretch.length)
+        return self._cut(batch, self.warmup.stretch)
+
+    def _cut(self, batch: Any, stretch: Stretch) -> Any:
+        # Exactly the step's length: stages that load nothing expect it of every micro-batch.
+        cut = cut_batch(
+            batch, stretch.length, stretch.offset, full=self.warmup.full, exact=True, **self.warmup.samples
+        )
+        return cut.batch
 
     def _preflight(self) -> None:
         """Once, before the first short step: will the longest fit? The micro-batch it reads is put back."""
         engine, reader, whole = self.engine, self.engine.data_iterator, None
-        if engine.is_first_stage() or engine.is_last_stage():
-            batch = next(reader) if reader is not None else None
-            if self._users is not None:
-                batch = self._users(batch)
-            whole = cut_batch(batch, self.warmup.full, 0, self.warmup.full)  # cuts nothing; the length is checked
-            self._kept.append(batch)
+        with together():  # what cannot be cut in a run shows in its first batch; every rank says so
+            if engine.is_first_stage() or engine.is_last_stage():
+                whole = next(reader) if reader is not None else None
+                if self._users is not None:
+                    whole = self._users(whole)
+                self._cut(whole, self.warmup.stretch)
+                self._kept.append(whole)
         engine.batch_fn = None  # the user's function has seen the micro-batch, and nothing is to be cut
         try:
             with preflight.remedy(self.warmup.full, preflight.MEANS):

@@ -12,7 +12,8 @@ from deepspeed.utils import logger
 
 from ds_plugin import compat
 from ds_plugin.run import rng
-from ds_plugin.sequence_length_warmup.batch import COMPANION_NAMES, MASK_NAMES, TOKEN_NAMES
+from ds_plugin.sequence_length_warmup.batch import find_sides, positions, refuse_unknown
+from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
 
 MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or a higher ZeRO stage"
 
@@ -45,20 +46,28 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hook.remove()
 
 
-def lengthened(arguments: Mapping[str, Any], length: int, full: int) -> dict[str, Any]:
-    """A short micro-batch's arguments, repeated along the sequence until they are ``full`` long."""
-    times = -(-full // length)
-    grown = {}
-    for name, value in arguments.items():
-        if torch.is_tensor(value) and value.dim() >= 2:
-            if name in MASK_NAMES:
-                for dim in (-1, -2):
-                    if value.shape[dim] == length:
-                        value = torch.cat([value] * times, dim=dim).narrow(dim, 0, full)
-            elif name in TOKEN_NAMES + COMPANION_NAMES and value.shape[1] == length:
-                value = torch.cat([value] * times, dim=1)[:, :full]
-        grown[name] = value
-    return grown
+def lengthened(
+    arguments: Mapping[str, Any], full: int, *, micro_batch: int | None = None, encoder_decoder: bool = False
+) -> dict[str, Any]:
+    """A short micro-batch's arguments, repeated along the sequence until its samples are ``full`` long; a decoder's
+    side, if there is an encoder's, stays as it is. ``micro_batch``, ``encoder_decoder``: as for `batch.cut_batch`.
+
+    Raises:
+        ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions.
+    """
+    found = list(leaves(arguments))
+    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder)
+    times = -(-full // sides.main.positions)
+    values = []
+    for leaf in found:
+        value, where = leaf.value, positions(leaf, sides)
+        if where is None and sides.main.positions != full:
+            refuse_unknown(leaf, sides)
+        for dimension, side in (where or {}).items():
+            if side is sides.main and side.positions < full:
+                value = torch.cat([value] * times, dim=dimension).narrow(dimension, 0, full)
+        values.append(value)
+    return dict(rebuilt(arguments, iter(values)))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import contextlib
 import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,30 +12,14 @@ import torch.distributed as dist
 from ds_plugin import compat
 from ds_plugin.errors import CheckpointError, ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup import preflight
-from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, Shorten, argument_names, by_name
+from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
 from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch
 from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.confine import Confiner, check_model
+from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
 from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler, layout_multiple
 from ds_plugin.stability import Report, StabilityMonitor
-
-
-@dataclass
-class Ledger:
-    """What became of the tokens since the start of training, over all data-parallel ranks.
-
-    ``trained`` leaves out steps the host skipped (an fp16 overflow): their tokens were read and had no effect.
-    """
-
-    read: int = 0
-    trained: int = 0
-    carried: int = 0  # read, and to be trained later
-
-    @property
-    def discarded(self) -> int:
-        """Tokens that were read and will not be trained: cut off, or in a skipped step."""
-        return self.read - self.trained - self.carried
 
 
 class SequenceLengthWarmup:
@@ -44,7 +27,7 @@ class SequenceLengthWarmup:
 
     Batches are shortened by a hook on the engine, outside the module, so that ``torch.compile`` never traces the
     schedule; in pipelines by the engine's batch function; or by `Batches` where they are read. All of them look at
-    shapes only: no host sync, no collective.
+    shapes only: no host sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
     """
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
@@ -59,8 +42,12 @@ class SequenceLengthWarmup:
         with together():  # a user's schedule may be importable on some ranks only
             self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
         self._same_on_all_ranks()
-        self.ledger = Ledger()
-        self.monitor = StabilityMonitor(engine, config.report_interval, self._equal_on_all_ranks)
+        replicas = int(engine.dp_world_size)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.tokens = TokenCounts(replicas=replicas, copies=world // replicas)
+        self.monitor = StabilityMonitor(
+            engine, config.report_interval, lambda: {"length": self.length}, summed=self.tokens
+        )
         self.report: Report | None = None  # the newest
         self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
         self.order: CarryOrder | None = None
@@ -69,15 +56,20 @@ class SequenceLengthWarmup:
         self._stretch: Stretch | None = None
         self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
         self._reads = False  # whether batches are cut where they are read
-        self._recorded = False  # a loss, in the window that is open
-        self._window = Ledger()  # this rank's tokens in the accumulation window that is open
+        self._recorded = False  # a loss, in the accumulation step that is open
+        self._forwards = 0  # that train, in the accumulation step that is open
+        self._first = True  # no forward pass has been cut yet
         self._flown = not config.preflight
         self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
         self._shorten: Shorten | None = None  # in pipelines their batch function does it
+        #: what `batch.cut_batch` wants to know of the micro-batches
+        self.samples: dict[str, Any] = {"micro_batch": int(engine.train_micro_batch_size_per_gpu())}
         self._start_at_the_engines_step()
         if compat.is_pipeline(engine):
             self._refuse_in_pipelines(shorten)
         else:
+            self.samples["encoder_decoder"] = is_encoder_decoder(engine.module)
+            self._refuse_carried_pairs()
             self._shorten = shorten or self._default_shorten()
 
     def install(self, undo: contextlib.ExitStack) -> None:
@@ -107,8 +99,8 @@ class SequenceLengthWarmup:
 
     @property
     def position(self) -> int:
-        """Where the schedule stands: the step or token that comes next, less what adaptive pacing has held."""
-        done = self.engine.global_steps if self.config.duration.unit == "steps" else self.ledger.trained
+        """Where the schedule stands: the step or nominal token that comes next, less what adaptive pacing has held."""
+        done = self.engine.global_steps if self.config.duration.unit == "steps" else self.tokens.nominal
         return done + 1 - self.held
 
     @property
@@ -122,9 +114,15 @@ class SequenceLengthWarmup:
         return [window for window, _ in self.order.open] if self.order is not None else []
 
     def batches_trained(self, *, with_open_step: bool) -> float:
-        """Tokens trained, in full-length batches; what learning rates by tokens follow."""
-        tokens = self.ledger.trained + (self._tokens_of(self.stretch)[1] if with_open_step else 0)
+        """Nominal tokens trained, in full-length batches; what learning rates by tokens follow."""
+        tokens = self.tokens.nominal + (self._nominal(self.stretch) if with_open_step else 0)
         return tokens / (self.engine.train_batch_size() * self.full)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of the tokens; exact at reports and saves, see `TokenCounts.ledger`. No collective."""
+        carried = self.order.carried * self.engine.train_batch_size() if self.order is not None else 0
+        return self.tokens.ledger(carried)
 
     def describe(self) -> str:
         """The schedule in one line."""
@@ -160,12 +158,12 @@ class SequenceLengthWarmup:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not self.engine.module.training:
             return None  # evaluation is always at full length
-        stretch = self.stretch
+        stretch, whole = self.stretch, (args, kwargs)
+        # Without gradients nothing is trained, as for the log-probabilities of a batch that is trained as well: it is
+        # cut to the same length, so that they belong to the same tokens, and not counted.
+        trains = torch.is_grad_enabled()
         if self._reads:
-            self._check_cut(args, kwargs, stretch.length)
-            whole = args, kwargs
-            # booked after the step, from the stretch itself
-            self._window.read += 1
+            self._check_cut(args, kwargs, stretch.length)  # counted where they were read
         elif self.config.mode == "carry" or self.parts > 1:
             what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
             raise StateError(
@@ -174,21 +172,35 @@ class SequenceLengthWarmup:
                 "over full-length micro-batches from the n-th on"
             )
         else:
-            whole = args, kwargs
-            assert self._shorten is not None
-            args, kwargs, read, trained = self._shorten(args, kwargs, stretch.length)
-            self._window.read += read
-            self._window.trained += trained
-        if not self._flown:
-            self._flown = True
-            self._preflight(whole, stretch.length)
+            args, kwargs, read, trained = self._cut(args, kwargs, stretch.length, trains)
+            if trains:
+                self.tokens.add(read, trained)
+        if trains:
+            self._forwards += 1
+            if not self._flown:
+                self._flown = True
+                self._preflight(whole, stretch.length)
         return args, kwargs
+
+    def _cut(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
+        assert self._shorten is not None
+        if not (self._first and trains):
+            return self._shorten(args, kwargs, length)
+        self._first = False
+        with together():  # what cannot be cut in a run shows in its first batch; every rank says so
+            cut = self._shorten(args, kwargs, length)
+        return cut
 
     def _check_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         for name in TOKEN_NAMES:
             value = given.get(name)
-            if torch.is_tensor(value) and value.dim() >= 2 and value.shape[1] * self.parts != length:
+            if not torch.is_tensor(value) or value.dim() < 2:
+                continue
+            tokens = value.shape[1] * self.parts
+            if tokens > length or (tokens < length and self.order is not None):  # samples may be shorter otherwise
                 raise StateError(
                     f"sequence_length_warmup: {name} has {value.shape[1]} tokens a sample on this rank and the step "
                     f"trains {length} over {self.parts} rank(s); give engine(...) the batches of plugin.batches(...)"
@@ -199,14 +211,14 @@ class SequenceLengthWarmup:
         if length == self.full or self.config.mode == "mask":
             return  # the step itself is as large as any
         args, kwargs = whole
-        if self._reads:
-            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            grown = preflight.lengthened(given, length // self.parts, self.full // self.parts)
-            args = tuple(grown.pop(name) for name in self._names[: len(args)])
-            kwargs = grown
-        else:  # samples may be longer than the longest that is trained
+        if not self._reads:  # samples may be longer than the longest that is trained
             assert self._shorten is not None
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
+        if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+            args = tuple(grown[name] for name in self._names[: len(args)])
+            kwargs = {name: grown[name] for name in kwargs}
         with preflight.remedy(self.full, preflight.MEANS):
             preflight.run(self.engine, args, kwargs)
 
@@ -214,7 +226,14 @@ class SequenceLengthWarmup:
         if self.config.mode == "mask":
             check_model(self.engine.module)
             return Confiner(self._names)
-        return by_name(self.engine.module.forward)
+        return ByName(self.engine.module.forward, **self.samples)
+
+    def _refuse_carried_pairs(self) -> None:
+        if self.config.mode == "carry" and self.samples["encoder_decoder"]:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "carry" and {type(self.engine.module).__name__} is an encoder-decoder: '
+                'the rest of a target does not belong to the rest of its source; write "truncate"'
+            )
 
     def _refuse_in_pipelines(self, shorten: Shorten | None) -> None:
         if self.config.mode == "mask":
@@ -245,7 +264,7 @@ class SequenceLengthWarmup:
                 '"schedule"'
             )
         self._recorded = False
-        trained_before = self.ledger.trained
+        trained_before = self.tokens.nominal
         self._book(self.stretch, applied)
         self._stretch = None
         report = self.monitor.close_step()
@@ -255,47 +274,41 @@ class SequenceLengthWarmup:
                 self.holding = _unstable(report, self.config.adaptive or Adaptive())
         if self.holding:  # the next step stands where this one stood
             steps = self.config.duration.unit == "steps"
-            self.held += 1 if steps else self.ledger.trained - trained_before
+            self.held += 1 if steps else self.tokens.nominal - trained_before
             self._stretch = None  # the report has asked for the length already
 
-    def _equal_on_all_ranks(self) -> dict[str, int]:
-        return {"length": self.length, "tokens_read": self.ledger.read, "tokens_trained": self.ledger.trained}
-
-    def _tokens_of(self, stretch: Stretch) -> tuple[int, int]:
-        """Tokens read for and trained by the step that runs or has just run, over all data-parallel ranks."""
-        if self._reads or compat.is_pipeline(self.engine):
-            samples = self.engine.train_batch_size()
-            return (samples * self.full if stretch.offset == 0 else 0), samples * stretch.length
-        ranks = self.engine.dp_world_size
-        return self._window.read * ranks, self._window.trained * ranks
+    def _nominal(self, stretch: Stretch) -> int:
+        """Tokens that the step with this stretch stands for, over all data-parallel ranks."""
+        return int(self.engine.train_batch_size()) * (self.full if self.config.mode == "mask" else stretch.length)
 
     def _book(self, stretch: Stretch, applied: bool) -> None:
-        if self._window.read == 0 and not compat.is_pipeline(self.engine):
+        if compat.is_pipeline(self.engine):  # most stages read nothing; all know what is read, and that it is whole
+            samples = int(self.engine.train_batch_size()) // self.tokens.replicas
+            self.tokens.add(samples * self.full if stretch.offset == 0 else 0, samples * stretch.length)
+        elif self._forwards == 0:
             raise StateError(
                 "sequence_length_warmup: an optimizer step ended without a forward pass through the engine, so "
                 "nothing was shortened; call engine(...) in training mode, not engine.module(...)"
             )
-        read, trained = self._tokens_of(stretch)
-        self._window = Ledger()
-        self.ledger.read += read
-        self.ledger.trained += trained if applied else 0
+        self._forwards = 0
+        self.tokens.close(self._nominal(stretch), applied)
         if self.order is not None:
             self.order.take(stretch)
-            self.ledger.carried = self.order.carried * self.engine.train_batch_size()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
+        stability = self.monitor.state()  # its exchange completes the ledger
         return {
-            "ledger": asdict(self.ledger),
+            **self.tokens.state(self.ledger.carried),
             "mode": self.config.mode,
             **self._counted_in(),
             "unit": self.config.duration.unit,
             "held": self.held,
             "holding": self.holding,
             "order": self.order.state() if self.order is not None else None,
-            "stability": self.monitor.state(),
+            "stability": stability,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -320,13 +333,13 @@ class SequenceLengthWarmup:
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
-        self._window, self._recorded = Ledger(), False
+        self._forwards, self._recorded = 0, False
         adaptive = state if self.config.pacing == "adaptive" else None
         self.held, self.holding = (adaptive["held"], adaptive["holding"]) if adaptive else (0, False)
         if self.order is not None:
             self.order.load_state(state["order"] if state else None)
         if state:
-            self.ledger = Ledger(**state["ledger"])
+            self.tokens.load_state(state)
         else:
             self._start_at_the_engines_step()
         self.monitor.load_state(state.get("stability") if state else None)
@@ -338,7 +351,7 @@ class SequenceLengthWarmup:
     def _start_at_the_engines_step(self) -> None:
         """Take the steps an engine has made without us for ones at full length, read and trained."""
         steps, batch = int(self.engine.global_steps), int(self.engine.train_batch_size()) * self.full
-        self.ledger = Ledger(read=steps * batch, trained=(steps - int(self.engine.skipped_steps)) * batch)
+        self.tokens.start_at(read=steps * batch, trained=(steps - int(self.engine.skipped_steps)) * batch)
         if self.order is not None:
             self.order.windows_read = steps
 

@@ -5,17 +5,11 @@ from typing import Any
 
 import torch
 
-from ds_plugin.errors import DataError
+from ds_plugin.errors import ConfigError, DataError
+from ds_plugin.sequence_length_warmup.batch import cut_batch
 
-#: entries of a micro-batch [samples, length, ...] by the dimensions that are positions
-_POSITIONS: dict[str, tuple[int, ...]] = {
-    "tokens": (1,),
-    "labels": (1,),
-    "loss_mask": (1,),
-    "position_ids": (1,),
-    "attention_mask": (2, 3),
-    "dataset_id": (),
-}
+#: entries of a micro-batch; other tensors are refused
+_KNOWN = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "dataset_id")
 
 
 def cut(batch: Any, length: int) -> dict[str, Any]:
@@ -27,27 +21,26 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
     if not isinstance(batch, Mapping):
         raise DataError(
             f"sequence_length_warmup: the training data are {type(batch).__name__} objects; give dictionaries with "
-            f"{', '.join(_POSITIONS)}, as Megatron-LM's datasets do"
+            f"{', '.join(_KNOWN)}, as Megatron-LM's datasets do"
         )
-    found = dict(batch)
     for name, value in batch.items():
-        if not torch.is_tensor(value):
-            continue
-        if name not in _POSITIONS:
+        if torch.is_tensor(value) and name not in _KNOWN:
             raise DataError(
                 f"sequence_length_warmup: the training data hold {name!r} of shape {list(value.shape)}, and which of "
-                f"its dimensions are positions is not known (known are {', '.join(_POSITIONS)}); packed samples "
+                f"its dimensions are positions is not known (known are {', '.join(_KNOWN)}); packed samples "
                 "(--sft, THD) have no length to shorten: train them without sequence_length_warmup"
             )
-        for dimension in _POSITIONS[name]:
-            if value.shape[dimension] < length:
-                raise DataError(
-                    f"sequence_length_warmup: {name} has {value.shape[dimension]} positions, {length} are to be "
-                    "trained; give samples of --seq-length positions"
-                )
-            value = value.narrow(dimension, 0, length)
-        found[name] = value.contiguous()
-    return found
+    try:
+        found, _, tokens = cut_batch(batch, length)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    rows, own = batch["tokens"].shape
+    if tokens < rows * length:  # the loop gives its models one shape
+        raise DataError(
+            f"sequence_length_warmup: tokens has {own} positions, {length} are to be trained; give samples of "
+            "--seq-length positions"
+        )
+    return dict(found)
 
 
 class Cut:
@@ -105,7 +98,7 @@ class Replay:
         return batch
 
     def record(self) -> None:
-        """Keep the batches that are read from now on, in host memory."""
+        """Keep the batches that are read from now on, in CPU memory."""
         self.forget()
         self._recording = True
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
-from ds_plugin.sequence_length_warmup.batches import cut_batch
+from ds_plugin.sequence_length_warmup.batch import cut_batch
 from ds_plugin.sequence_length_warmup.confine import fragment_mask
 from ds_plugin.sequence_length_warmup.preflight import lengthened
 
@@ -16,7 +16,8 @@ POSITIONS = torch.arange(6).expand(2, -1)
 def test_a_stretch_of_named_arguments():
     mask = torch.arange(36).view(1, 1, 6, 6)
     batch = {"tokens": TOKENS, "labels": LABELS, "position_ids": POSITIONS, "attention_mask": mask, "scale": 2}
-    cut = cut_batch(batch, 6, 2, 3)
+    cut, before, after = cut_batch(batch, 3, 2, full=6, exact=True)
+    assert (before, after) == (12, 6)
     assert cut["tokens"].tolist() == [[102, 103, 104], [108, 109, 110]]
     assert cut["labels"].tolist() == [[103, 104, 105], [109, 110, 111]]
     assert cut["position_ids"].tolist() == [[0, 1, 2], [0, 1, 2]]
@@ -26,15 +27,16 @@ def test_a_stretch_of_named_arguments():
 
 def test_positions_that_restart_with_a_document_stay():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
-    cut = cut_batch({"tokens": TOKENS, "position_ids": positions}, 6, 1, 4)
+    cut, *_ = cut_batch({"tokens": TOKENS, "position_ids": positions}, 4, 1)
     assert cut["position_ids"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
 
 
 def test_a_stretch_of_a_pipelines_micro_batch():
     weights = torch.ones(2, 6)
-    (tokens, positions, mask), (labels, weights) = cut_batch(
-        ((TOKENS, POSITIONS, torch.ones(2, 1, 6, 6)), [LABELS, weights]), 6, 4, 2
-    )
+    batch = ((POSITIONS[:1], TOKENS, POSITIONS, torch.ones(2, 1, 6, 6)), [LABELS, weights, torch.tensor([1, 2])])
+    cut, before, after = cut_batch(batch, 2, 4, full=6, exact=True, micro_batch=2)
+    (shared, tokens, positions, mask), (labels, weights, classes) = cut
+    assert shared.tolist() == [[0, 1]] and classes.tolist() == [1, 2] and (before, after) == (12, 4)
     assert tokens.tolist() == [[104, 105], [110, 111]] and labels.tolist() == [[105, 106], [111, 112]]
     assert positions.tolist() == [[0, 1], [0, 1]]  # they count from 0 in every row: positions
     assert mask.shape == (2, 1, 2, 2) and weights.shape == (2, 2)
@@ -42,9 +44,18 @@ def test_a_stretch_of_a_pipelines_micro_batch():
 
 def test_samples_of_another_length_are_refused():
     with pytest.raises(ConfigError, match="end_length: 8.*with 6"):
-        cut_batch({"tokens": TOKENS}, 8, 0, 4)
+        cut_batch({"tokens": TOKENS}, 4, full=8, exact=True)
     with pytest.raises(ConfigError, match=r"end_length: 8.*\[2, 6\]"):
-        cut_batch((TOKENS, LABELS), 8, 0, 4)
+        cut_batch((TOKENS, LABELS), 4, full=8, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "floating"), [((6, 2), False), ((6,), False), ((3, 2, 6), False), ((2, 6, 6), True), ((2, 1, 1, 6), True)]
+)
+def test_what_has_no_name_and_no_known_place_is_refused(shape, floating):
+    other = torch.zeros(shape) if floating else torch.zeros(shape).long()
+    with pytest.raises(ConfigError, match=r"\[1\]\[0\]' of shape.*'\[0\]' \(6\)"):
+        cut_batch((TOKENS, [other]), 4, full=6, exact=True, micro_batch=2)
 
 
 def test_fragments_see_themselves_and_what_came_before():
@@ -60,8 +71,12 @@ def test_fragments_see_themselves_and_what_came_before():
 
 def test_lengthened_arguments_have_the_full_shape():
     short = {"tokens": TOKENS[:, :4], "attention_mask": torch.ones(2, 1, 4, 4), "labels": LABELS[:, :4], "k": None}
-    grown = lengthened(short, 4, 6)
+    grown = lengthened(short, 6, micro_batch=2)
     assert {name: list(value.shape) for name, value in grown.items() if value is not None} == {
         "tokens": [2, 6], "attention_mask": [2, 1, 6, 6], "labels": [2, 6],
     }  # fmt: skip
     assert grown["tokens"][0].tolist() == [100, 101, 102, 103, 100, 101]
+    with pytest.raises(ConfigError, match="'bias' of shape"):
+        lengthened({**short, "bias": torch.ones(4, 4)}, 6)
+    pair = lengthened({"input_ids": TOKENS[:, :4], "labels": LABELS[:, :3]}, 6, encoder_decoder=True)
+    assert pair["input_ids"].shape == (2, 6) and pair["labels"].shape == (2, 3)

@@ -1,0 +1,64 @@
+"""What a prefix would spoil without a trace: rows of packed documents, and counts of labels. They are refused."""
+
+import re
+
+import torch
+
+from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.nested import Leaf, describe
+
+_PACKED = re.compile(r"cu_seq|cu_doc|max_length_|max_seqlen|seq_idx$|packed_seq_params$")
+_COUNT = re.compile(
+    r"(^|_)(num_items|(num|n|total)_(valid_|loss_|label_|target_)?(tokens|labels|targets)|(token|label|target|item)s?_count)"
+)
+_UNPACK = (
+    "train padded samples, one document a row (in Hugging Face without padding_free, packing and "
+    "DataCollatorWithFlattening), or train without sequence_length_warmup"
+)
+
+
+def refuse_packed(found: list[Leaf]) -> None:
+    """Raises ConfigError for the lengths of documents that a collator, or a model's own packing, gives with a row."""
+    for leaf in found:
+        if leaf.name is not None and leaf.value is not None and _PACKED.match(leaf.name):
+            raise ConfigError(
+                f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) describes documents that are packed "
+                f"into rows of the full length, which a prefix would cut; {_UNPACK}"
+            )
+
+
+def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) -> None:
+    """Raises ConfigError for position ids, under one of ``names``, that begin anew within the one row there is.
+
+    So do documents that are packed into a row without padding; beside an attention mask a row is not packed so.
+    ``look``: whether positions on a GPU may be read, which waits for it; those on the CPU always are.
+    """
+    if any(leaf.name == "attention_mask" and leaf.value is not None for leaf in found):
+        return
+    for leaf in found:
+        value = leaf.value
+        if leaf.name not in names or not torch.is_tensor(value) or list(value.shape[:-1]) not in ([], [1]):
+            continue
+        if value.dim() and (value.is_cpu or look) and bool((value[..., 1:] <= value[..., :-1]).any()):
+            raise ConfigError(
+                f"sequence_length_warmup: {leaf.where} {list(value.shape)} begins anew within the one row of the "
+                f"batch: documents are packed into it, and a prefix would be the first of them only; {_UNPACK}"
+            )
+
+
+def refuse_counts(found: list[Leaf], labels: tuple[str, ...]) -> None:
+    """Raises ConfigError for a number of labels that was taken before the cut, beside tensors named as ``labels``.
+
+    It is a sum over an accumulation step, and often over all ranks: one forward pass cannot mend it.
+    """
+    if not any(leaf.name in labels and torch.is_tensor(leaf.value) for leaf in found):
+        return
+    for leaf in found:
+        counts = torch.is_tensor(leaf.value) or isinstance(leaf.value, (int, float))
+        if counts and leaf.name is not None and _COUNT.search(leaf.name):
+            raise ConfigError(
+                f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) counts the labels of the uncut "
+                "batches, so that the loss of a short step, divided by it, and its gradients would be too small; let "
+                "the model take each micro-batch's mean, in Hugging Face's Trainer by "
+                "trainer.model_accepts_loss_kwargs = False"
+            )
