@@ -182,6 +182,22 @@ def _broken_on_one_rank():
     plain.make(plain.host_config(**section(schedule=schedule)))
 
 
+def _sequence_first_on_one_rank():
+    engine = plain.make(plain.host_config(**section()))
+    engine.train()
+    tokens, labels = plain.micro_batch(0)
+    engine(*((tokens.T, labels.T) if dist.get_rank() else (tokens, labels)))
+
+
+class Pairs(plain.TinyLM):
+    def forward(self, input_ids, labels, decoder_input_ids=None):
+        raise AssertionError("never called")
+
+
+def _carried_pairs():
+    ds_plugin.initialize(model=Pairs(), config=plain.host_config(**section(mode="carry")))
+
+
 def _rank_dependent():
     plain.make(plain.host_config(**section(start_length=4 + 4 * dist.get_rank())))
 
@@ -206,6 +222,12 @@ REFUSED = {
     "held in other units": (_held_in_other_units, "CheckpointError", ["3 steps", "duration in steps", "tokens"]),
     "read after detach": (_detached, "StateError", ["detached"]),
     "a schedule broken on one rank": (_broken_on_one_rank, "ConfigError", ["'no.such.module:f'", "cannot be imported"]),
+    "samples in another dimension on one rank": (
+        _sequence_first_on_one_rank,
+        "ConfigError",
+        ["input_ids", "[16, 2]", "train_micro_batch_size_per_gpu is 2"],
+    ),
+    "carried pairs": (_carried_pairs, "ConfigError", ["Pairs", "encoder-decoder", '"truncate"']),
     "ranks that disagree": (_rank_dependent, "ConfigError", ["ranks disagree", "section", "rank 1"]),
     "samples divided over ranks": (_nested_ulysses, "StateError", ["divided over 2 ranks", "batches("]),
 }
@@ -217,6 +239,96 @@ def test_refused_on_every_rank(workers, tmp_path, case):
     arguments = [str(tmp_path)] if function.__code__.co_argcount else []
     for error in workers(2).run(function, *arguments, expect="errors"):
         assert error.type == kind and all(part in error.message for part in parts), error
+
+
+# -- samples of several lengths ---------------------------------------------------------------------------------------
+
+# (longest sample of rank 0's micro-batch, of rank 1's), by step: padding to the longest of a batch is no longer
+RAGGED = [(16, 3), (5, 16), (16, 16), (2, 9), (16, 7), (12, 16), (16, 16), (10, 11)]
+# 4 + 12 * position / 128 in whole fours; the position is 1 and 4 tokens more for every token of a step's length
+RAGGED_LENGTHS = [4, 4, 4, 8, 8, 12, 16, 16]
+
+
+def ragged(engine, steps, read=None):
+    """Train on; every step's length, losses, ledger, rate and shapes. An evaluation without eval() is in between."""
+    rank, plugin, rows = dist.get_rank(), ds_plugin.attached(engine), []
+    seen = []
+    hook = engine.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    batches = ds_plugin.attached(engine).batches(read) if read is not None else None
+    engine.train()
+    for _ in range(steps):
+        step, length = engine.global_steps, plugin.length
+        batch = next(batches) if batches is not None else padded(step, rank)
+        with torch.no_grad():
+            engine(**batch)
+        loss = engine(**batch)
+        engine.backward(loss)
+        engine.step()
+        shapes = [tuple(given["input_ids"].shape) for given in seen[-2:]]
+        ledger = plugin.ledger
+        rows.append((length, loss.item(), shapes, (ledger.read, ledger.trained), engine.get_lr()[0]))
+    hook.remove()
+    return rows
+
+
+def padded(step, rank):
+    tokens, labels = plain.micro_batch(step, rank)
+    longest = RAGGED[step][rank]
+    return {"input_ids": tokens[:, :longest], "labels": labels[:, :longest]}
+
+
+def _ragged(folder):
+    def make():
+        changes = {"report_interval": 3, "learning_rate": {"by": "tokens"}, "preflight": False}
+        duration = {"tokens": 4 * plain.MICRO * dist.get_world_size() * 8}
+        return plain.make({**plain.host_config(1, **section(duration=duration, **changes)), "scheduler": LINEAR})
+
+    rank = dist.get_rank()
+    engine = make()
+    rows = ragged(engine, 4)
+    engine.save_checkpoint(folder)
+    saved = ds_plugin.attached(engine).ledger
+    rows += ragged(engine, 4)
+    resumed = make()
+    resumed.load_checkpoint(folder)
+    again = ds_plugin.attached(resumed).ledger, ragged(resumed, 4)
+    read = ragged(make(), 8, lambda first: (padded(step, rank) for step in range(first, 8)))
+    plain_engine = plain.make({**plain.host_config(1), "scheduler": {}}, initialize=deepspeed.initialize)
+    plain_engine.train()
+    by_hand = []
+    for step, row in enumerate(rows):
+        for group in plain_engine.optimizer.param_groups:
+            group["lr"] = rows[step - 1][-1] if step else row[-1]
+        loss = plain_engine(**{name: value[:, : row[0]] for name, value in padded(step, rank).items()})
+        plain_engine.backward(loss)
+        plain_engine.step()
+        by_hand.append(loss.item())
+    return rows, (saved.read, saved.trained), again, read, by_hand
+
+
+def test_samples_of_any_length_are_cut_and_counted(workers, tmp_path):
+    results = workers(2).run(_ragged, str(tmp_path))
+    cut = [[min(longest, length) for longest in both] for both, length in zip(RAGGED, RAGGED_LENGTHS, strict=True)]
+    read = [sum(sum(both) for both in RAGGED[: n + 1]) * plain.MICRO for n in range(8)]
+    trained = [sum(sum(both) for both in cut[: n + 1]) * plain.MICRO for n in range(8)]
+    nominal = [sum(RAGGED_LENGTHS[:n]) / plain.LENGTH for n in range(8)]
+    for rank, (rows, saved, again, from_batches, by_hand) in enumerate(results):
+        assert [row[0] for row in rows] == RAGGED_LENGTHS
+        assert [row[1] for row in rows] == by_hand
+        assert [row[2] for row in rows] == [[(plain.MICRO, both[rank])] * 2 for both in cut]
+        exact = {2, 5}  # where a report comes; after the fourth step it is the save that exchanges
+        assert {n for n, row in enumerate(rows) if row[3] == (read[n], trained[n])} >= exact
+        assert saved == (read[3], trained[3])
+        assert rows[6][3] == (read[6], trained[6])  # both ranks read the same since the report
+        mine = [2 * plain.MICRO * n for n in (RAGGED[0][rank], cut[0][rank])]
+        assert rows[0][3] == tuple(mine)  # in between, the others are taken to have read as much
+        assert [row[4] for row in rows] == pytest.approx([0.01 * min(n / 4, 1) for n in nominal], rel=1e-12)
+        ledger, resumed = again
+        assert (ledger.read, ledger.trained) == saved
+        assert [row[:3] + row[4:] for row in resumed] == [row[:3] + row[4:] for row in rows[4:]]
+        assert [resumed[n][3] for n in (1, 2)] == [rows[n][3] for n in (5, 6)]
+        assert [row[:3] + row[4:] for row in from_batches] == [row[:3] + row[4:] for row in rows]
+        assert [from_batches[n][3] for n in exact] == [rows[n][3] for n in exact]
 
 
 # -- learning rates by tokens -----------------------------------------------------------------------------------------
