@@ -245,8 +245,8 @@ def test_refused_on_every_rank(workers, tmp_path, case):
 
 # (longest sample of rank 0's micro-batch, of rank 1's), by step: padding to the longest of a batch is no longer
 RAGGED = [(16, 3), (5, 16), (16, 16), (2, 9), (16, 7), (12, 16), (16, 16), (10, 11)]
-# 4 + 12 * position / 128 in whole fours; the position is 1 and 4 tokens more for every token of a step's length
-RAGGED_LENGTHS = [4, 4, 4, 8, 8, 12, 16, 16]
+# 4 + 12 * position / 128, rounded down; the position is 1 and 4 tokens more for every token of a step's length
+RAGGED_LENGTHS = [4, 5, 7, 10, 13, 16, 16, 16]
 
 
 def ragged(engine, steps, read=None):
@@ -279,7 +279,7 @@ def padded(step, rank):
 
 def _ragged(folder):
     def make():
-        changes = {"report_interval": 3, "learning_rate": {"by": "tokens"}, "preflight": False}
+        changes = {"report_interval": 3, "learning_rate": {"by": "tokens"}, "preflight": False, "multiple_of": 1}
         duration = {"tokens": 4 * plain.MICRO * dist.get_world_size() * 8}
         return plain.make({**plain.host_config(1, **section(duration=duration, **changes)), "scheduler": LINEAR})
 
