@@ -53,7 +53,7 @@ class Batches(Iterator[Any]):
             whole, stretch.length, stretch.offset, full=warmup.full, exact=exact, **warmup.samples
         )
         refuse_restarts(list(leaves(whole)), POSITION_NAMES, look=False)
-        warmup.tokens.add(read if stretch.offset == 0 else 0, trained)
+        warmup.count(read if stretch.offset == 0 else 0, trained)
         return cut
 
     def whole(self) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import logger
 
 from ds_plugin import compat
 from ds_plugin.errors import CheckpointError, ConfigError, StateError, together
@@ -59,6 +60,7 @@ class SequenceLengthWarmup:
         self._recorded = False  # a loss, in the accumulation step that is open
         self._forwards = 0  # that train, in the accumulation step that is open
         self._first = True  # no forward pass has been cut yet
+        self._short = False  # whether it was said that samples are shorter than a step
         self._flown = not config.preflight
         self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
         self._shorten: Shorten | None = None  # in pipelines their batch function does it
@@ -174,13 +176,26 @@ class SequenceLengthWarmup:
         else:
             args, kwargs, read, trained = self._cut(args, kwargs, stretch.length, trains)
             if trains:
-                self.tokens.add(read, trained)
+                self.count(read, trained)
         if trains:
             self._forwards += 1
             if not self._flown:
                 self._flown = True
                 self._preflight(whole, stretch.length)
         return args, kwargs
+
+    def count(self, read: int, trained: int) -> None:
+        """Book a micro-batch on this rank."""
+        self.tokens.add(read, trained)
+        whole = self.samples["micro_batch"] * self.length
+        if trained == read < whole and not self._short:
+            self._short = True
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                logger.warning(
+                    f"sequence length warmup: a micro-batch holds {read} tokens where a step of length {self.length} "
+                    f"has room for {whole}: samples that are shorter, as when padded to the longest of a batch, are "
+                    "trained whole"
+                )
 
     def _cut(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool
@@ -216,7 +231,10 @@ class SequenceLengthWarmup:
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
         if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+            try:
+                grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+            except ConfigError as error:
+                raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
             args = tuple(grown[name] for name in self._names[: len(args)])
             kwargs = {name: grown[name] for name in kwargs}
         with preflight.remedy(self.full, preflight.MEANS):

@@ -481,11 +481,24 @@ def _longer_samples():
     seen = []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     plain.train(engine, 9)
-    return seen, ds_plugin.attached(engine).ledger.discarded
+    return seen, ds_plugin.attached(engine).ledger.discarded, _shorter_samples()
 
 
-def test_the_longest_sample_is_the_longest_that_is_trained(workers):
-    seen, discarded = workers(1).run(_longer_samples)[0]
+def _shorter_samples():
+    engine = plain.make(plain.host_config(**section()))
+    seen = []
+    engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    tokens, labels = (value[:, :3] for value in plain.micro_batch(0))
+    engine.train()
+    with torch.no_grad():
+        engine(tokens, labels)
+    engine(tokens, labels)
+    return seen
+
+
+def test_the_preflight_is_at_the_longest_that_is_trained(workers):
+    seen, discarded, shorter = workers(1).run(_longer_samples)[0]
+    assert shorter == [3, 16, 3]  # before the first pass that trains
     assert seen[0] == 12 and max(seen) == 12 and discarded == sum(16 - n for n in seen[1:]) * plain.MICRO
 
 
