@@ -121,7 +121,7 @@ def cut_batch(
         ConfigError: there are no tokens, or a tensor that cannot be cut, or what a cut would spoil: packed rows, counts
             of labels.
     """
-    found = list(leaves(batch))
+    found = leaves(batch)
     refuse_packed(found)
     refuse_counts(found, LABEL_NAMES)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full, exact=exact)
@@ -233,7 +233,7 @@ class ByName:
         cut, before, after = cut_batch(
             given, length, micro_batch=self.micro_batch, encoder_decoder=self.encoder_decoder
         )
-        refuse_restarts(list(leaves(given)), POSITION_NAMES, look=self._looks < self.LOOKS)
+        refuse_restarts(leaves(given), POSITION_NAMES, look=self._looks < self.LOOKS)
         self._looks += 1
         return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
 
@@ -252,10 +252,10 @@ def restarted(positions: torch.Tensor) -> torch.Tensor:
 
 def _side(tensors: list[Leaf], names: tuple[str, ...], micro_batch: int | None) -> Side | None:
     """The side that the first of ``names`` with samples says; None if there is none."""
-    by_name = (leaf for name in names for leaf in tensors if leaf.name == name and leaf.value.dim() >= 2)
-    first = next(by_name, None)
-    if first is None:
+    candidates = [leaf for leaf in tensors if leaf.name in names and leaf.value.dim() >= 2]
+    if not candidates:
         return None
+    first = min(candidates, key=lambda leaf: names.index(leaf.name or ""))
     shape, floating = list(first.value.shape), first.value.is_floating_point()
     rows, length = shape[:2]
     if len(shape) > (3 if floating else 2):
@@ -270,8 +270,8 @@ def _side(tensors: list[Leaf], names: tuple[str, ...], micro_batch: int | None) 
             f"{micro_batch}, so that its first dimension is not the batch; give [batch, sequence], write the "
             f"micro-batch's size, or {_SHORTEN}"
         )
-    for leaf in tensors:
-        if leaf.name == first.name and leaf.value.dim() >= 2 and leaf.value.shape[1] != length:
+    for leaf in candidates:
+        if leaf.name == first.name and leaf.value.shape[1] != length:
             raise ConfigError(
                 f"sequence_length_warmup: {first.where} has {length} positions and {leaf.where} {leaf.value.shape[1]}, "
                 f"so that it is not known how long the samples are; pad them to one length, or {_SHORTEN}"

@@ -52,7 +52,7 @@ class Batches(Iterator[Any]):
         cut, read, trained = cut_batch(
             whole, stretch.length, stretch.offset, full=warmup.full, exact=exact, **warmup.samples
         )
-        refuse_restarts(list(leaves(whole)), POSITION_NAMES, look=False)
+        refuse_restarts(leaves(whole), POSITION_NAMES, look=False)
         warmup.count(read if stretch.offset == 0 else 0, trained)
         return cut
 

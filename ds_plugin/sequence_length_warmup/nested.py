@@ -10,13 +10,9 @@ import torch
 class Leaf(NamedTuple):
     """What is no mapping, tuple or list in a batch."""
 
+    name: str | None  # the innermost that it lies under; None under none
     keys: tuple[Any, ...]  # of mappings and sequences, from the outside in
     value: Any
-
-    @property
-    def name(self) -> str | None:
-        """The innermost name that it lies under; None under none."""
-        return next((key for key in reversed(self.keys) if isinstance(key, str)), None)
 
     @property
     def where(self) -> str:
@@ -24,16 +20,24 @@ class Leaf(NamedTuple):
         return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.keys).removeprefix(".")
 
 
-def leaves(part: Any, keys: tuple[Any, ...] = ()) -> Iterator[Leaf]:
+def leaves(batch: Any) -> list[Leaf]:
     """All that lies in nested mappings, tuples and lists, in their order."""
-    if isinstance(part, Mapping):
+    found: list[Leaf] = []
+    _collect(batch, None, (), found)
+    return found
+
+
+def _collect(part: Any, name: str | None, keys: tuple[Any, ...], found: list[Leaf]) -> None:
+    if torch.is_tensor(part) or part is None:
+        found.append(Leaf(name, keys, part))
+    elif isinstance(part, Mapping):
         for key, inner in part.items():
-            yield from leaves(inner, (*keys, key))
+            _collect(inner, key if isinstance(key, str) else name, (*keys, key), found)
     elif isinstance(part, (tuple, list)):
         for index, inner in enumerate(part):
-            yield from leaves(inner, (*keys, index))
+            _collect(inner, name, (*keys, index), found)
     else:
-        yield Leaf(keys, part)
+        found.append(Leaf(name, keys, part))
 
 
 def rebuilt(part: Any, values: Iterator[Any]) -> Any:

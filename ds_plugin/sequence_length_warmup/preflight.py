@@ -55,7 +55,7 @@ def lengthened(
     Raises:
         ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions.
     """
-    found = list(leaves(arguments))
+    found = leaves(arguments)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder)
     times = -(-full // sides.main.positions)
     values = []

@@ -307,15 +307,17 @@ def _custom_shorten():
     torch.manual_seed(7)
     engine = ds_plugin.initialize(model=_Renamed(), config=config, shorten=shorten)[0]
     by_hand = plain.train(engine, 4)
+    torch.manual_seed(7)
+    by_shape = plain.train(ds_plugin.initialize(model=_Renamed(), config=config)[0], 4)
     unknown = ds_plugin.initialize(model=_Renamed(), config=config)[0]
     with pytest.raises(ConfigError, match="characters.*shorten="):
-        plain.train(unknown, 1)
-    return by_hand, plain.train(plain.make(config), 4)
+        unknown(*(value.float() for value in plain.micro_batch(0)))
+    return by_hand, by_shape, plain.train(plain.make(config), 4)
 
 
 def test_a_users_own_shorten(workers):
-    for by_hand, by_name in workers(2).run(_custom_shorten):
-        assert by_hand == by_name
+    for by_hand, by_shape, by_name in workers(2).run(_custom_shorten):
+        assert by_hand == by_shape == by_name
 
 
 def _bad(changes, model_kwargs=None):
