@@ -1,6 +1,7 @@
 """Sequence length warmup on the plain engine, past truncation: carry, tokens, mask, preflight, instruments."""
 
 import json
+import logging
 
 import deepspeed
 import pytest
@@ -189,6 +190,11 @@ def _sequence_first_on_one_rank():
     engine(*((tokens.T, labels.T) if dist.get_rank() else (tokens, labels)))
 
 
+def _reads_packed_rows():
+    packed = {"input_ids": torch.zeros(1, 16).long(), "position_ids": torch.arange(16)[None] % 9}
+    next(ds_plugin.attached(carry()[0]).batches(lambda first: iter([packed] * 9)))
+
+
 class Pairs(plain.TinyLM):
     def forward(self, input_ids, labels, decoder_input_ids=None):
         raise AssertionError("never called")
@@ -227,6 +233,7 @@ REFUSED = {
         "ConfigError",
         ["input_ids", "[16, 2]", "train_micro_batch_size_per_gpu is 2"],
     ),
+    "packed rows that are read": (_reads_packed_rows, "ConfigError", ["position_ids [1, 16]", "begins anew"]),
     "carried pairs": (_carried_pairs, "ConfigError", ["Pairs", "encoder-decoder", '"truncate"']),
     "ranks that disagree": (_rank_dependent, "ConfigError", ["ranks disagree", "section", "rank 1"]),
     "samples divided over ranks": (_nested_ulysses, "StateError", ["divided over 2 ranks", "batches("]),
@@ -489,16 +496,22 @@ def _shorter_samples():
     seen = []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     tokens, labels = (value[:, :3] for value in plain.micro_batch(0))
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    deepspeed.utils.logger.addHandler(handler)
     engine.train()
     with torch.no_grad():
         engine(tokens, labels)
-    engine(tokens, labels)
-    return seen
+    for _ in range(2):
+        engine(tokens, labels)
+    return seen, [line for line in said if "sequence length warmup" in line]
 
 
 def test_the_preflight_is_at_the_longest_that_is_trained(workers):
     seen, discarded, shorter = workers(1).run(_longer_samples)[0]
-    assert shorter == [3, 16, 3]  # before the first pass that trains
+    lengths, [said] = shorter
+    assert lengths == [3, 16, 3, 3]  # before the first pass that trains
+    assert "holds 6 tokens where a step of length 4 has room for 8" in said
     assert seen[0] == 12 and max(seen) == 12 and discarded == sum(16 - n for n in seen[1:]) * plain.MICRO
 
 
