@@ -25,6 +25,7 @@ from megatron_patches.completep import rules
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import applied_section, check_gains, finished_roles, is_tied, ratios_of
 from megatron_patches.completep.roles import role_of
+from megatron_patches.completep.supported import unwrapped
 
 _METADATA, _OURS = "_metadata", "completep"  # torch's attribute of a state_dict(), by module; our entry beside those
 _QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
@@ -67,6 +68,7 @@ def load_plain(
     Raises:
         ConfigError: the model is not finished, the weights are folded already, or a name has no role.
     """
+    model = unwrapped(model)
     finished_roles(model, section)
     marks = _marks(weights)
     if marks.get("residual", "forward") != "forward" or "attention" in marks:
