@@ -186,7 +186,7 @@ def publish(
     with _new_folder(Path(folder), replace) as (final, staging):
         with _disk(final, sum(file.size for file in files)):
             if rank == 0:
-                write_config(engine.module, staging, dtype)
+                write_config(unwrapped(engine.module), staging, dtype)
                 _create(staging, files)
         with _disk(final):
             _write(staging, files, shares)
