@@ -2,12 +2,27 @@
 
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 
-#: said by the hosts on every ordinary start; each is true and asks nothing of the user
-_USUAL = ("Attempting to get learning rate from scheduler before it has started",)
+#: How the warnings begin that DeepSpeed, Megatron-core and torch give in every ordinary run. Each is true and asks
+#: nothing of the user; whatever is not listed is shown. Seen with torch 2.13, deepspeed 0.19.8, megatron-core 0.16.1.
+USUAL_WARNINGS = (
+    # both are optional and take the place of Megatron-core's own code, which gives the same numbers
+    "Transformer Engine and Apex are not installed. Falling back to",
+    "Apex is not installed. Falling back to Torch Norm",
+    # Megatron-core warns about the default of its own setting, also where there are no CUDA graphs
+    "full scope is deprecated. Use empty cuda_graph_scope",
+    # DeepSpeed calls them, and the new names are not in every torch that is supported
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+)
+#: and those that are about a GPU
+USUAL_ON_A_CPU = ("When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE",)
+#: the same of DeepSpeed's log: it asks for the rate once before the first step
+_USUAL_LOG = ("Attempting to get learning rate from scheduler before it has started",)
 
 #: how long the other ranks leave the message of an error to rank 0
 OTHERS_WAIT_SECONDS = 10.0
@@ -20,11 +35,11 @@ def announce(text: str) -> None:
 
 
 def quiet() -> None:
-    """Leave out the hosts' usual warnings, so that those that matter are seen. Call it before importing the hosts."""
-    for module in ("megatron", "torch", "deepspeed"):
-        for category in (UserWarning, FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=category, module=rf"{module}\.")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_USUAL))
+    """Leave out the frameworks' usual warnings, so that those that matter are seen. Call it before importing them."""
+    on_a_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
+    for beginning in USUAL_WARNINGS + (USUAL_ON_A_CPU if on_a_cpu else ()):
+        warnings.filterwarnings("ignore", message=re.escape(beginning))
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_USUAL_LOG))
 
 
 def skip_inference_kernel() -> None:

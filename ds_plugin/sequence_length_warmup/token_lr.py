@@ -5,6 +5,7 @@ A short step trains few tokens, so a schedule that follows steps would have deca
 settings keep their meaning, and a run without warmup is unchanged.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -44,12 +45,12 @@ class TokenScheduler:
         self.scheduler = scheduler
         self._trained = trained
         self._counts_from_0 = kind not in _BY_POSITION
+        if self._counts_from_0:  # torch's schedulers say at each step that they would rather count themselves
+            warnings.filterwarnings("ignore", message=re.escape("The epoch parameter in `scheduler.step()`"))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """The host's call after an applied step; its own arguments, a count of steps, are put aside."""
-        with warnings.catch_warnings():  # torch's schedulers say that they would rather count themselves
-            warnings.simplefilter("ignore")
-            self.scheduler.step(self._position())
+        self.scheduler.step(self._position())
 
     def _position(self) -> float:
         position = self._trained(with_open_step=self._counts_from_0)

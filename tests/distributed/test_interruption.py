@@ -1,6 +1,7 @@
 """A run killed in mid-step and resumed, under the real launcher."""
 
 import json
+import re
 
 import pytest
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ def test_killed_after_half_the_steps_and_resumed(folder, zero, steps):  # noqa: 
 
     ended = launch([*arguments, "whole"], ranks=2, timeout=120)
     assert ended.returncode == 0, ended.stdout
+    assert not re.findall(r"\w+Warning: .*", ended.stdout)  # `startup.quiet` knows every message of an ordinary run
     cut = folder / "runs" / "cut"
     with Launched([*arguments, "cut"], ranks=2) as launched:
         launched.wait_for_file(cut / "metrics.csv", f"\n{saved + 3},", timeout=120)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 
 import deepspeed
 import pytest
@@ -384,8 +385,16 @@ def test_at_full_length_both_are_one(workers, scheduler):
 def _full_length_rates(by, scheduler):
     config = plain.host_config(**section(learning_rate={"by": by}, start_length=plain.LENGTH))
     engine = plain.make({**config, "scheduler": scheduler})
-    rates = []
-    plain.train(engine, 9, lambda e: rates.append(e.get_lr()[0]))
+    rates, said = [], []
+    warnings.showwarning = lambda message, *_: said.append(str(message))
+
+    def after(engine):
+        rates.append(engine.get_lr()[0])
+        warnings.warn("once", stacklevel=1)
+
+    plain.train(engine, 9, after)
+    # torch's own about positions is not shown, and nobody has Python forget what it has shown
+    assert said.count("once") == 1 and not any("epoch parameter" in text for text in said), said
     return rates
 
 
