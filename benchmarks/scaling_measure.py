@@ -215,7 +215,7 @@ class Run:
             "weight_averaging": {"enabled": True, "interval": INTERVAL, "window": WINDOW},
             "sequence_length_warmup": {
                 "enabled": True, "start_length": 8, "end_length": self.args.length, "duration": {"steps": 10**9},
-                "preflight": False, "report_interval": report_interval,
+                "preflight": False, "report_interval": report_interval, "variance": True,
             },
         }  # fmt: skip
         self.engine.forward, self.engine.backward, self.engine.step = self._forward, self._backward, self._step

@@ -208,16 +208,23 @@ PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
 PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
 PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
 PIPELINE_COMPUTE_LOSS = "_compute_loss"
+PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
 #: what running a schedule leaves on the engine; some are there only after the first
 PIPELINE_SCRATCH = (
     PIPELINE_COMPUTE_LOSS,
     "loss",
     "total_loss",
     "total_additional_losses",
-    "fwd_outputs",
+    PIPELINE_LOSSES,
     "_exec_instr",
     "_unmanaged_backward_count",
 )
+
+
+def pipeline_losses(engine: Any) -> list[Any]:
+    """The losses of the step's micro-batches that this rank has computed: none but on the last stage."""
+    need(engine, PIPELINE_LOSSES)
+    return list(getattr(engine, PIPELINE_LOSSES))
 
 
 def forward_backward(micro_batches: int, stages: int, stage: int) -> Any:

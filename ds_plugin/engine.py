@@ -198,7 +198,8 @@ class Plugin:
         Masters and the copies the model computes with are replaced; nothing brings the old weights back. The snapshots
         are forgotten: they are of the path that was left, and the next average begins with the next snapshot. The step
         count, learning rate schedule and data go on. ``moments``: Adam's (or another momentum's) are kept, or start
-        again at zero with its step count, as in a new optimizer; ``horizon``: as in `averaged_weights`.
+        again at zero with its step count, as in a new optimizer; so do moments that were to be kept and are not finite
+        on some rank, which the log says. ``horizon``: as in `averaged_weights`.
 
         Raises:
             StateError: as `averaged_weights` does, or the average is swapped in, or the optimizer has a state that
@@ -208,10 +209,14 @@ class Plugin:
         averager = self._between_steps()
         if moments not in ("keep", "reset"):
             raise ConfigError(f"restart_from_average: moments={moments!r}; give 'keep' or 'reset'")
-        with together():
-            states = restart.moments(self.engine) if moments == "reset" else []
+        states = restart.to_reset(self.engine, keep=moments == "keep")
         averager.restart(horizon)
         restart.zero_(states)
+        if states and moments == "keep" and dist.get_rank() == 0:
+            logging.getLogger("ds_plugin").warning(
+                "weight averaging: step %d, the optimizer's moments were not finite: they start again at zero",
+                self.engine.global_steps,
+            )
 
     def publish(
         self,
@@ -308,7 +313,8 @@ class Plugin:
             with self._pipeline.training(data_iter):
                 loss = self._host_train_batch()  # type: ignore[attr-defined]
         if self.engine.global_steps != before:
-            self._record(loss)  # the mean over micro-batches and data-parallel ranks already
+            for micro_loss in compat.pipeline_losses(self.engine):
+                self._record(micro_loss)
             self._close_step()
         return loss
 
@@ -339,12 +345,13 @@ class Plugin:
 
     def _close_step(self) -> None:
         applied, step = self.engine.was_step_applied(), self.engine.global_steps
+        length = self.warmup.length if self.warmup is not None else 0
         if self.warmup is not None:
             self.warmup.after_step(applied)
         if self.averager is None:
             return
         if self.spikes is not None:
-            if self.spikes.close_step():
+            if self.spikes.close_step(length):
                 self._restart_after_spike(self.spikes, self.averager, step)
             if self.spikes.since is not None:
                 return  # the loss is too high at present: no snapshot

@@ -1,7 +1,8 @@
 """The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance.
 
-Between two reports they cost one addition of a scalar on the device per micro-batch: no host sync, no collective. A
-report reads the shard of Adam's state that the rank holds anyway, and all ranks exchange one small vector.
+Between two reports they cost a few operations on a scalar on the device per micro-batch: no host sync, no collective.
+For a report all ranks exchange one small vector; where the variance is asked for, each reads the shard of Adam's state
+that it holds anyway.
 """
 
 import math
@@ -20,31 +21,52 @@ THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
 # Elements of Adam's state that are read at a time. On a host 1 MB of temporary memory, which stays in the cache; 16 MB
 # come anew from the system each time, which takes up to three times as long. On a device 16 MB, for few kernels.
 _CHUNK_HOST, _CHUNK_DEVICE = 2**18, 2**22
+_ERRORS = 2.0  # standard errors that a ratio must stand out by before anything is done about it
 _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a rank without such state
 
 
 class LossRatio:
-    """``loss_t / min(loss_1 .. loss_(t-1))`` step by step, the largest, and how many were above each threshold."""
+    """``loss_t / min(loss_1 .. loss_(t-1))`` step by step, the largest, and how many were above each threshold.
+
+    The lowest is looked for among the steps that were not longer. A longer context makes a lower loss: a short step
+    after a long one, as the carry mode has them, is no spike. Where lengths only grow, it is the paper's ratio.
+
+    ``beyond_noise`` is the last ratio less what noise may have done: two standard errors off the loss, and as many on
+    top of the lowest. What acts on a ratio looks at it. A mean over a handful of labels is as often 20 % off.
+    """
 
     def __init__(self) -> None:
-        self.lowest: float | None = None
+        # by length: loss and standard error; only those that no shorter one undercuts
+        self._lowest: dict[int, tuple[float, float]] = {}
+        self.beyond_noise: float | None = None
         self.last: float | None = None
         self.highest: float | None = None
         self.above = [0] * len(THRESHOLDS)
 
-    def feed(self, loss: float | None) -> float | None:
-        """The ratio of the next step's loss, all ranks' mean. None: there is none.
+    @property
+    def lowest(self) -> float | None:
+        """Of all losses so far; None if there is none."""
+        return min((loss for loss, _ in self._lowest.values()), default=None)
+
+    def feed(self, loss: float | None, length: int = 0, error: float = 0.0) -> float | None:
+        """The ratio of the next step's loss, all ranks' mean with its standard error, at ``length`` tokens a sample.
+        None: there is none.
 
         So it is for the first loss, for a step whose loss is not known (None), and for a loss of zero or below, of
         which a ratio says nothing; that one is never the lowest either. A loss that is not finite has an infinite
         ratio, also as the first, and never is the lowest.
         """
-        ratio = None
+        ratio = self.beyond_noise = None
         if loss is not None and not math.isfinite(loss):
-            ratio = math.inf
+            ratio = self.beyond_noise = math.inf
         elif loss is not None and loss > 0:
-            ratio = loss / self.lowest if self.lowest is not None else None
-            self.lowest = min(loss, self.lowest) if self.lowest is not None else loss
+            lowest = min((low for at, low in self._lowest.items() if at <= length), default=None)
+            if lowest is not None:
+                ratio = loss / lowest[0]
+                self.beyond_noise = (loss - _ERRORS * error) / (lowest[0] + _ERRORS * lowest[1])
+            if lowest is None or loss < lowest[0]:
+                kept = {at: low for at, low in self._lowest.items() if at < length or low[0] < loss}
+                self._lowest = {**kept, length: (loss, error)}
         self.last = ratio
         if ratio is not None:
             self.highest = max(ratio, self.highest) if self.highest is not None else ratio
@@ -53,11 +75,13 @@ class LossRatio:
 
     def state(self) -> dict[str, Any]:
         """Everything, for Python's json, which keeps floats exactly (and infinity as ``Infinity``)."""
-        return {"lowest": self.lowest, "last": self.last, "highest": self.highest, "above": list(self.above)}
+        lowest = [[length, *low] for length, low in sorted(self._lowest.items())]
+        return {"lowest": lowest, "last": self.last, "highest": self.highest, "above": list(self.above)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state."""
-        self.lowest, self.last, self.highest = state["lowest"], state["last"], state["highest"]
+        self._lowest = {int(length): (loss, error) for length, loss, error in state["lowest"]}
+        self.last, self.highest = state["last"], state["highest"]
         self.above = list(state["above"])
 
 
@@ -122,7 +146,8 @@ class Report:
     """What the instruments say after a step; equal on all ranks. None: not known.
 
     ``loss_ratio`` is the last step's, ``max_loss_ratio`` the largest since the report before. ``variance_l1`` and
-    ``variance_max`` are of sqrt(v) after the last step.
+    ``variance_max`` are of sqrt(v) after the last step. ``beyond_noise``: see `LossRatio`, of every step since the
+    report before, oldest first.
     """
 
     step: int
@@ -130,7 +155,7 @@ class Report:
     max_loss_ratio: float | None
     variance_l1: float | None
     variance_max: float | None
-    ratios: tuple[float | None, ...] = ()  # of every step since the report before, oldest first
+    beyond_noise: tuple[float | None, ...] = ()
 
 
 class Summed(Protocol):
@@ -144,7 +169,12 @@ class Summed(Protocol):
 
 
 class StabilityMonitor:
-    """The instruments on one engine, read every ``interval`` optimizer steps by one collective over all ranks."""
+    """The instruments on one engine, read every ``interval`` optimizer steps by one collective over all ranks.
+
+    A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
+    its gradient 0, and nothing is unstable. So a step is infinite only if no micro-batch of any rank had a finite loss,
+    or if its gradient norm was not finite.
+    """
 
     def __init__(
         self,
@@ -152,12 +182,12 @@ class StabilityMonitor:
         interval: int,
         extra: Callable[[], Mapping[str, float]] = dict,
         *,
-        variance: bool = True,
+        variance: bool = False,
         summed: Summed | None = None,
     ):
         """``extra``: numbers that must be equal on all ranks, such as the length, by name; the same names on all ranks.
         ``summed``: numbers that are added up over all of them.
-        ``variance=False`` leaves Adam's state alone: the loss ratio only.
+        ``variance``: reports hold Adam's, too, which costs a pass over its state each.
 
         Raises:
             StateError: this DeepSpeed keeps the optimizer's state in a way not known.
@@ -172,10 +202,13 @@ class StabilityMonitor:
         self.summed = summed
         self.loss_ratio = LossRatio()
         self.with_l1, self.with_max = Correlation(), Correlation()
-        self._ratios: list[float | None] = []  # of the interval's steps whose losses have been exchanged
+        # Of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise.
+        self._ratios: list[tuple[float | None, float | None]] = []
         # Slots of the steps whose losses have not: the first `_closed` are complete, the one after them is open.
-        self._sums = torch.zeros(interval, dtype=torch.float64, device=engine.device)
-        self._counts = [0] * interval
+        # Of the finite means: their sum, the sum of their squares, how many they are.
+        self._booked = torch.zeros(3, interval, dtype=torch.float64, device=engine.device)
+        self._counts = [0] * interval  # of all means
+        self._lengths = [0] * interval
         self._closed = 0
 
     def record(self, loss: torch.Tensor) -> None:
@@ -183,15 +216,22 @@ class StabilityMonitor:
 
         A rank that computes no loss (an earlier pipeline stage) never calls it.
         """
-        self._sums[self._closed].add_(loss.detach().mean(dtype=torch.float64))
+        mean = loss.detach().mean(dtype=torch.float64)
+        finite = mean.abs() < math.inf  # not so a NaN; isfinite takes twice the kernels
+        mean = torch.where(finite, mean, 0.0)
+        self._booked[:, self._closed] += torch.stack([mean, mean * mean, finite])
         self._counts[self._closed] += 1
 
-    def close_step(self) -> Report | None:
+    def close_step(self, length: int = 0) -> Report | None:
         """The optimizer step is over; every rank calls it. A `Report` if it was the interval's last one.
+
+        ``length``: of its samples in tokens, equal on all ranks; see `LossRatio`.
 
         Raises:
             StateError: on all ranks, if a number of ``extra`` or the step differs between them.
         """
+        self._book_gradient_norm()
+        self._lengths[self._closed] = length
         self._closed += 1
         return self.report() if len(self._ratios) + self._closed >= self.interval else None
 
@@ -202,11 +242,10 @@ class StabilityMonitor:
         """
         if not self._ratios and not self._closed:
             return None
-        l1, maximum = self._exchange(adam_variance(self.engine) if self.variance else None)
-        known = [ratio for ratio in self._ratios if ratio is not None]
-        report = Report(
-            self.engine.global_steps, self._ratios[-1], max(known, default=None), l1, maximum, tuple(self._ratios)
-        )
+        l1, maximum = self._exchange(variance=self.variance)
+        ratios, beyond_noise = zip(*self._ratios, strict=True)
+        largest = max((ratio for ratio in ratios if ratio is not None), default=None)
+        report = Report(self.engine.global_steps, ratios[-1], largest, l1, maximum, beyond_noise)
         self._ratios = []
         self.with_l1.add(report.loss_ratio, l1)
         self.with_max.add(report.loss_ratio, maximum)
@@ -229,7 +268,7 @@ class StabilityMonitor:
         bitwise the one of a run that was not saved. An open step is left out, as DeepSpeed leaves out its gradients.
         """
         if self._closed:
-            self._exchange(None)
+            self._exchange()
         return {
             "loss_ratio": self.loss_ratio.state(),
             "with_l1": self.with_l1.state(),
@@ -248,42 +287,82 @@ class StabilityMonitor:
             self.loss_ratio.load_state(state["loss_ratio"])
             self.with_l1.load_state(state["with_l1"])
             self.with_max.load_state(state["with_max"])
-            self._ratios = list(state["ratios"])
-        self._sums.zero_()
-        self._counts, self._closed = [0] * self.interval, 0
+            self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
+        self._booked.zero_()
+        self._counts, self._lengths, self._closed = [0] * self.interval, [0] * self.interval, 0
 
-    def _exchange(self, variance: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[float | None, float | None]:
+    def _book_gradient_norm(self) -> None:
+        """A norm that is not finite makes the step's sum infinite. No sync: a norm on the device stays there.
+
+        What fp16 skips says nothing: it is looking for its loss scale. A norm below 0 is DeepSpeed's mark of one that
+        is not finite; fp32 without ZeRO has none.
+        """
+        if self.engine.fp16_enabled() and not self.engine.was_step_applied():
+            return
+        norm = self.engine.get_global_grad_norm()
+        if isinstance(norm, torch.Tensor):
+            sound = (torch.isfinite(norm) & (norm >= 0)).reshape(())
+            self._booked[0, self._closed].add_(torch.where(sound, 0.0, math.inf))
+        elif norm is not None and not 0 <= norm < math.inf:
+            self._booked[0, self._closed].fill_(math.inf)
+
+    def _exchange(self, *, variance: bool = False) -> tuple[float | None, float | None]:
         """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
 
-        One vector per rank, in float64 (token counts do not fit float32): the losses' sums and counts by slot, l1 norm
-        and maximum, the numbers to compare, those to add up. Every rank works out the same from the same table: on the
-        host, and rank after rank, since in which order a GPU adds up depends on its kind.
+        One vector per rank, in float64 (token counts do not fit float32): by slot the finite losses' sums, those of
+        their squares and how many they are; with ``variance`` l1 norm and maximum; by slot how many losses there were;
+        the numbers to compare; those to add up. Every rank works out the same from the same table: on the CPU, and
+        rank after rank, since in which order a GPU adds up depends on its kind.
         """
         n, device = self.interval, self.engine.device
         equal = {"step": self.engine.global_steps, **self.extra()}
-        absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
-        sums = self.summed.mine() if self.summed is not None else ()
-        counts_and_equal = torch.tensor([*self._counts, *equal.values(), *sums], dtype=torch.float64, device=device)
-        vector = torch.cat([self._sums, torch.stack(variance) if variance else absent, counts_and_equal])
+        parts = [self._booked.flatten()]
+        if variance:
+            found = adam_variance(self.engine)
+            absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
+            parts.append(absent if found is None else torch.stack(found))
+        counts_at = sum(map(len, parts))
+        equal_at, summed_at = counts_at + n, counts_at + n + len(equal)
+        mine = self.summed.mine() if self.summed is not None else ()
+        parts.append(torch.tensor([*self._counts, *equal.values(), *mine], dtype=torch.float64, device=device))
+        vector = torch.cat(parts)
         table = vector.new_empty(dist.get_world_size() * len(vector))
         dist.all_gather_into_tensor(table, vector)
         rows = table.view(-1, len(vector)).cpu().numpy()  # the one host sync of the interval
 
-        last = 2 * n + 2 + len(equal)
-        _refuse_different(rows[:, 2 * n + 2 : last], list(equal))
+        _refuse_different(rows[:, equal_at:summed_at], list(equal))
         totals = rows.sum(axis=0).tolist()  # row by row: only along the fast axis does numpy add in pairs
+        counts = totals[counts_at:equal_at]
         if self.summed is not None:
-            self.summed.exchanged(totals[last:])
+            self.summed.exchanged(totals[summed_at:])
         for slot in range(self._closed):
-            count = totals[n + 2 + slot]
-            self._ratios.append(self.loss_ratio.feed(totals[slot] / count if count else None))
-        # the open step moves to the first slot
-        self._sums[: self._closed] = 0
-        self._sums = self._sums.roll(-self._closed)
+            loss, error = _mean(totals[slot], totals[n + slot], totals[2 * n + slot], counts[slot])
+            ratio = self.loss_ratio.feed(loss, self._lengths[slot], error)
+            self._ratios.append((ratio, self.loss_ratio.beyond_noise))
+        self._open_first_slot()
+        maximum = float(rows[:, 3 * n + 1].max()) if variance else _ABSENT  # NaN if one is
+        return (None, None) if maximum == _ABSENT else (totals[3 * n], maximum)
+
+    def _open_first_slot(self) -> None:
+        """The closed steps' slots are free; what is in the open one moves to the first."""
+        self._booked[:, : self._closed] = 0
+        self._booked = self._booked.roll(-self._closed, dims=1)
         self._counts = self._counts[self._closed :] + [0] * self._closed
         self._closed = 0
-        maximum = float(rows[:, n + 1].max())  # NaN if one is
-        return (None, None) if maximum == _ABSENT else (totals[n], maximum)
+
+
+def _mean(total: float, squares: float, finite: float, count: float) -> tuple[float | None, float]:
+    """A step's loss, the mean of ``finite`` out of ``count`` micro-batches', and its standard error.
+
+    None: nobody has computed one. A single micro-batch tells nothing of the error: 0.
+    """
+    if not count and math.isfinite(total):
+        return None, 0.0
+    if not finite or not math.isfinite(total):
+        return math.inf, 0.0
+    mean = total / finite
+    spread = max(0.0, squares / finite - mean * mean)
+    return mean, math.sqrt(spread / (finite - 1)) if finite > 1 else 0.0
 
 
 def _refuse_different(numbers: np.ndarray, names: list[str]) -> None:

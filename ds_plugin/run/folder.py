@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ds_plugin.atomic import atomic_write
 from ds_plugin.errors import CheckpointError, ConfigError, DataError, together
 
-INT_COLUMNS = ("step", "tokens_trained", "tokens_read", "tokens_carried", "length")
+INT_COLUMNS = ("step", "tokens_trained", "tokens_read", "tokens_carried", "length", "length_held")
 FLOAT_COLUMNS = (
     "lr", "train_loss", "eval_loss", "eval_loss_averaged", "tokens_per_second", "flops", "loss_ratio",
     "adam_variance_l1", "adam_variance_max",
@@ -24,6 +24,7 @@ tokens_trained      tokens that entered a loss so far, all ranks together (short
 tokens_read         tokens taken from the data so far, all ranks together
 tokens_carried      tokens read that later steps will train
 length              sequence length of this step
+length_held         1 if adaptive pacing held it at the length of the step before, 0 if not
 lr                  learning rate of the first parameter group
 train_loss          nats per token of this step's batch
 eval_loss           nats per token on the validation batches, the weights as trained
@@ -31,7 +32,7 @@ eval_loss_averaged  the same with the averaged weights
 tokens_per_second   trained tokens per second, all ranks together
 flops               floating-point operations of training so far, all ranks together (see flops.py)
 loss_ratio          this step's loss over the lowest before it
-adam_variance_l1    l1 norm of the square root of Adam's second moments, after this step
+adam_variance_l1    l1 norm of the square root of Adam's second moments, after this step ("variance": true)
 adam_variance_max   their largest element
 """
 

@@ -216,9 +216,13 @@ def _seconds(job: "Job", rates: Any, masters: dict[str, int], multiplying: int) 
         if averaging
         else 0.0,
         "sequence_length_warmup": costs.warmup_seconds(
-            rates, 0 if job.options else held, warmup.report_interval, layout.ranks
+            # Megatron-LM's loop has no such report
+            rates,
+            None if job.options else held if warmup.reads_variance else 0,
+            warmup.report_interval,
+            layout.ranks,
         )
-        if warmup  # Megatron-LM's loop has no such report
+        if warmup
         else 0.0,
         "completep": costs.multiplied_bytes(run.model, tokens, layout, width) * rates.multiply
         if completep and completep.residual == "forward"

@@ -14,8 +14,9 @@ from megatron_patches.completep.rules import Role
 from megatron_patches.gpt import GPTConfig
 
 FP32 = 4  # bytes
-#: what each rank sends for a report of the stability instruments every 20 steps: 20 losses, their counts and 6 numbers
-REPORT_BYTES = 8 * (2 * 20 + 6)
+#: what each rank sends for a report of the stability instruments every 20 steps: 20 losses, their squares, two counts
+#: for each and 6 numbers, of which 2 are Adam's variance
+REPORT_BYTES = 8 * (4 * 20 + 6)
 
 
 @dataclass(frozen=True)
@@ -218,12 +219,13 @@ def averaging_seconds(rates: Rates, snapshot: int, interval: int, *, looked_at: 
     return rates.averaging_step + snapshot * (rates.looked_at if looked_at else rates.snapshot) / interval
 
 
-def warmup_seconds(rates: Rates, second_moment: int, interval: int, ranks: int) -> float:
-    """Of a step, on average. ``second_moment``: bytes on this rank, read once in ``interval`` steps; 0: no reports.
+def warmup_seconds(rates: Rates, second_moment: int | None, interval: int, ranks: int) -> float:
+    """Of a step, on average. ``second_moment``: bytes on this rank, read once in ``interval`` steps (0: it is not asked
+    for); None: no reports.
 
     The time that a report's collective is under way is not in it, what the ranks do before and after it is.
     """
-    if not second_moment:
+    if second_moment is None:
         return rates.warmup_step
     return rates.warmup_step + (second_moment * rates.report + rates.report_base + ranks * rates.report_rank) / interval
 

@@ -27,6 +27,7 @@ from megatron_patches.gpt import GPTConfig
 
 _MONITORED = (
     "length",
+    "length_held",
     "lr",
     "train_loss",
     "eval_loss",
@@ -104,6 +105,8 @@ class Recorder:
             "length": self.plugin.length or self.run.model.seq_length,
             "lr": self.engine.get_lr()[0],
         }
+        if (warmup := self.plugin.warmup) is not None and warmup.config.pacing == "adaptive":
+            self._row["length_held"] = int(warmup.holding)
 
     def loss(self, loss: torch.Tensor) -> None:
         """One micro-batch's loss, or the mean over a step's, left on the device."""
@@ -273,6 +276,7 @@ class Recorder:
             "tokens_read": read,
             "tokens_carried": ledger.carried if ledger is not None else 0,
             "tokens_discarded": ledger.discarded if ledger is not None else read - trained,
+            "targets_untrained": ledger.untrained_targets if ledger is not None else 0,
             "flops": self._flops,
             "stability": warmup.monitor.summary() if warmup is not None else None,
             "restarts": self.plugin.spikes.restarts if self.plugin.spikes is not None else None,

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -29,6 +31,14 @@ class Stretch:
         return self.offset + self.length
 
 
+def shifts_labels(model: torch.nn.Module) -> bool:
+    """Whether a model is given its tokens as labels and shifts them itself, as transformers' causal models do.
+
+    Told by the class's name, as transformers itself chooses a model's loss; also within wrappers.
+    """
+    return any(type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) for module in model.modules())
+
+
 class CarryOrder:
     """Hands out stretches. ``next`` is pure; ``take`` makes its result the past."""
 
@@ -36,6 +46,7 @@ class CarryOrder:
         """``full``: length of a sample in tokens; ``interleave``: how many windows may be open at a time."""
         self.full, self.multiple_of, self.interleave = full, multiple_of, interleave
         self.windows_read = 0
+        self.cuts = 0  # stretches so far that began within their samples
         self.open: deque[tuple[int, int]] = deque()  # (window, tokens trained of each sample), the next in turn first
 
     def next(self, length: int) -> Stretch:
@@ -57,6 +68,7 @@ class CarryOrder:
             self.windows_read += 1
         else:
             self.open.popleft()
+            self.cuts += 1
         if stretch.end < self.full:
             self.open.append((stretch.window, stretch.end))
 
@@ -67,9 +79,9 @@ class CarryOrder:
 
     def state(self) -> dict[str, Any]:
         """JSON types only."""
-        return {"windows_read": self.windows_read, "open": [list(entry) for entry in self.open]}
+        return {"windows_read": self.windows_read, "cuts": self.cuts, "open": [list(entry) for entry in self.open]}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state; None starts afresh."""
-        self.windows_read = state["windows_read"] if state else 0
+        self.windows_read, self.cuts = (state["windows_read"], state["cuts"]) if state else (0, 0)
         self.open = deque((window, offset) for window, offset in state["open"]) if state else deque()

@@ -70,10 +70,14 @@ class SequenceLengthWarmupConfig(SectionConfig):
     max_distinct_lengths: int | None = Field(None, ge=2, description="the most shapes a compiler may see, e.g. 8")
     mode: Literal["truncate", "carry", "mask"] = "truncate"
     interleave: int | None = Field(None, ge=1, description="of the carry mode: batches that are open at a time, e.g. 8")
+    shifts_labels: bool | None = Field(
+        None, description="of the carry mode: the model shifts its labels itself; null: as its class's name tells"
+    )
     learning_rate: LearningRate = LearningRate()
     pacing: Literal["schedule", "adaptive"] = "schedule"
     adaptive: Adaptive | None = None
     report_interval: int = Field(20, ge=1, description="steps between two readings of the stability instruments")
+    variance: bool = Field(False, description="reports read Adam's second moments, too: one pass over them each")
     preflight: bool = True
 
     @model_validator(mode="after")
@@ -127,6 +131,11 @@ class SequenceLengthWarmupConfig(SectionConfig):
                 f"sequence_length_warmup.interleave: {self.interleave} is of the carry mode and mode is {self.mode!r}; "
                 'remove it, or write "mode": "carry"'
             )
+        if self.shifts_labels is not None and self.mode != "carry":
+            raise ValueError(
+                f"sequence_length_warmup.shifts_labels: {self.shifts_labels} is of the carry mode and mode is "
+                f'{self.mode!r}; remove it, or write "mode": "carry"'
+            )
         if self.adaptive is not None and self.pacing != "adaptive":
             raise ValueError(
                 'sequence_length_warmup.adaptive: given, but pacing is "schedule", which never holds the length; '
@@ -166,6 +175,11 @@ class SequenceLengthWarmupConfig(SectionConfig):
                     f"sequence_length_warmup.{name}: {value}, but the discrete schedule's lengths {lengths} and "
                     f"boundaries {boundaries} say {wanted}; write {wanted}"
                 )
+
+    @property
+    def reads_variance(self) -> bool:
+        """Whether somebody wants to know Adam's variance: reports, or a bound of adaptive pacing."""
+        return self.variance or (self.adaptive is not None and self.adaptive.variance_max is not None)
 
     @property
     def windows(self) -> int:

@@ -1,7 +1,7 @@
 """What became of the tokens: each rank counts its own, and all are added up in the report's exchange."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -15,6 +15,7 @@ class Ledger:
     read: int = 0
     trained: int = 0
     carried: int = 0  # read, and to be trained later
+    untrained_targets: int = 0  # trained as inputs only: the first of a carried stretch, if the model shifts labels
 
     @property
     def discarded(self) -> int:
@@ -71,11 +72,7 @@ class TokenCounts:
         self.nominal, self._all = trained, Ledger(read, trained)
         self._mine, self._open = Ledger(), Ledger()
 
-    def state(self, carried: int = 0) -> dict[str, Any]:
-        """JSON types, equal on all ranks right after an exchange."""
-        return {"ledger": asdict(self.ledger(carried)), "nominal": self.nominal}
-
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state."""
+        """Take over ``ledger`` and ``nominal`` as they were saved, right after an exchange."""
         self.start_at(state["ledger"]["read"], state["ledger"]["trained"])
         self.nominal = state["nominal"]

@@ -1,9 +1,11 @@
 """Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
 import contextlib
+import logging
 import math
 import weakref
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ds_plugin.errors import CheckpointError, ConfigError, StateError, together
 from ds_plugin.sequence_length_warmup import preflight
 from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
-from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch
+from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch, shifts_labels
 from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.confine import Confiner, check_model
 from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
@@ -47,13 +49,19 @@ class SequenceLengthWarmup:
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens = TokenCounts(replicas=replicas, copies=world // replicas)
         self.monitor = StabilityMonitor(
-            engine, config.report_interval, lambda: {"length": self.length}, summed=self.tokens
+            engine,
+            config.report_interval,
+            lambda: {"length": self.length},
+            variance=config.reads_variance,
+            summed=self.tokens,
         )
         self.report: Report | None = None  # the newest
         self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
         self.order: CarryOrder | None = None
         if config.mode == "carry":
             self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
+        shifts = config.shifts_labels
+        self.shifts_labels = shifts_labels(engine.module) if shifts is None else shifts
         self._stretch: Stretch | None = None
         self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
         self._reads = False  # whether batches are cut where they are read
@@ -124,7 +132,16 @@ class SequenceLengthWarmup:
     def ledger(self) -> Ledger:
         """What became of the tokens; exact at reports and saves, see `TokenCounts.ledger`. No collective."""
         carried = self.order.carried * self.engine.train_batch_size() if self.order is not None else 0
-        return self.tokens.ledger(carried)
+        return replace(self.tokens.ledger(carried), untrained_targets=self.untrained_targets)
+
+    @property
+    def untrained_targets(self) -> int:
+        """Tokens that no step has predicted, over all data-parallel ranks.
+
+        A model that shifts its labels itself has no logits for the first token of a stretch that begins within a
+        sample: those were computed for the stretch before.
+        """
+        return self.order.cuts * int(self.engine.train_batch_size()) if self.order and self.shifts_labels else 0
 
     def describe(self) -> str:
         """The schedule in one line."""
@@ -136,6 +153,8 @@ class SequenceLengthWarmup:
         )
         text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
         text += ", held while unstable" if c.pacing == "adaptive" else ""
+        if self.order is not None and self.shifts_labels:
+            text += ", one target of a sample lost at each cut (the model shifts its labels)"
         return text
 
     # -- batches -----------------------------------------------------------------------------------------------------
@@ -282,18 +301,26 @@ class SequenceLengthWarmup:
                 '"schedule"'
             )
         self._recorded = False
-        trained_before = self.tokens.nominal
+        trained_before, length = self.tokens.nominal, self.length
         self._book(self.stretch, applied)
         self._stretch = None
-        report = self.monitor.close_step()
+        report = self.monitor.close_step(length)
         if report is not None:
             self.report = report
             if self.config.pacing == "adaptive":
-                self.holding = _unstable(report, self.config.adaptive or Adaptive())
+                self._hold_or_go_on(report, length)
         if self.holding:  # the next step stands where this one stood
             steps = self.config.duration.unit == "steps"
             self.held += 1 if steps else self.tokens.nominal - trained_before
             self._stretch = None  # the report has asked for the length already
+
+    def _hold_or_go_on(self, report: Report, length: int) -> None:
+        """The full length is not held: there is nothing to go on to."""
+        unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
+        if bool(unstable) != self.holding and dist.get_rank() == 0:
+            said = f"the length is held at {length}: {unstable}" if unstable else f"the schedule goes on from {length}"
+            logging.getLogger("ds_plugin").warning("sequence length warmup: step %d, %s", report.step, said)
+        self.holding = bool(unstable)
 
     def _nominal(self, stretch: Stretch) -> int:
         """Tokens that the step with this stretch stands for, over all data-parallel ranks."""
@@ -319,7 +346,8 @@ class SequenceLengthWarmup:
         """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
         stability = self.monitor.state()  # its exchange completes the ledger
         return {
-            **self.tokens.state(self.ledger.carried),
+            "ledger": asdict(self.ledger),
+            "nominal": self.tokens.nominal,
             "mode": self.config.mode,
             **self._counted_in(),
             "unit": self.config.duration.unit,
@@ -397,11 +425,18 @@ class SequenceLengthWarmup:
                     )
 
 
-def _unstable(report: Report, bounds: Adaptive) -> bool:
-    ratio, variance = report.max_loss_ratio, report.variance_max
+def _instability(report: Report, bounds: Adaptive) -> str:
+    """Which bound was exceeded since the report before, in words; empty: none."""
+    ratio = max((ratio for ratio in report.beyond_noise if ratio is not None), default=None)
+    variance = report.variance_max
+    if ratio == math.inf:
+        return "a step had no finite loss, or no finite gradient norm"
     if ratio is not None and ratio > bounds.loss_ratio:
-        return True
-    return bounds.variance_max is not None and variance is not None and variance > bounds.variance_max
+        times = f"a loss was {ratio:.3g} times the lowest before it, without noise"
+        return f"{times}, above adaptive.loss_ratio {bounds.loss_ratio:g}"
+    if bounds.variance_max is not None and variance is not None and not variance <= bounds.variance_max:
+        return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {bounds.variance_max:g}"
+    return ""
 
 
 def _parts(engine: Any) -> int:

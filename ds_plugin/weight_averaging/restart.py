@@ -6,10 +6,29 @@ from typing import Any
 import torch
 
 from ds_plugin import compat
-from ds_plugin.errors import StateError
+from ds_plugin.errors import StateError, together
+from ds_plugin.weight_averaging.finite import finite_everywhere
 
 #: what begins at zero in torch's and DeepSpeed's Adam, AdamW and Lamb, and in SGD with momentum
 ZERO_AT_START = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
+
+
+def to_reset(engine: Any, *, keep: bool) -> list[dict[str, Any]]:
+    """What a restart starts again (see `moments`): everything, or with ``keep`` nothing, if all of it is finite.
+
+    One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: the moments share
+    their step counts, and a moment of zero at a high step count would take far too large steps. Every rank calls it; to
+    keep costs a pass over the state and 4 bytes.
+
+    Raises:
+        StateError: as `moments` does.
+    """
+    if keep:
+        kept = [value for entry in _entries(engine) for value in entry.values() if torch.is_tensor(value)]
+        if finite_everywhere([value for value in kept if value.is_floating_point()], engine.device):
+            return []
+    with together():
+        return moments(engine)
 
 
 def moments(engine: Any) -> list[dict[str, Any]]:
@@ -18,20 +37,27 @@ def moments(engine: Any) -> list[dict[str, Any]]:
     Raises:
         StateError: the optimizer keeps something else, of which it is not known how it begins.
     """
-    optimizer = engine.optimizer
-    compat.need(optimizer, compat.OPTIMIZER_STATE)
-    second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
-    owners = [optimizer] if second is None else [optimizer, second]
-    found = [entry for owner in owners for entry in getattr(owner, compat.OPTIMIZER_STATE).values()]
+    found = _entries(engine)
     for entry in found:
         unknown = sorted(key for key, value in entry.items() if key not in ZERO_AT_START and torch.is_tensor(value))
         if unknown:
             raise StateError(
                 f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
-                "moments='keep'"
+                "moments='keep', which needs moments that are finite"
             )
     # apex's kind of Adam counts steps in its groups
-    return found + [group for owner in owners for group in owner.param_groups if "step" in group]
+    return found + [group for owner in _owners(engine) for group in owner.param_groups if "step" in group]
+
+
+def _owners(engine: Any) -> list[Any]:
+    optimizer = engine.optimizer
+    compat.need(optimizer, compat.OPTIMIZER_STATE)
+    second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
+    return [optimizer] if second is None else [optimizer, second]
+
+
+def _entries(engine: Any) -> list[dict[str, Any]]:
+    return [entry for owner in _owners(engine) for entry in getattr(owner, compat.OPTIMIZER_STATE).values()]
 
 
 def zero_(states: Sequence[dict[str, Any]]) -> None:

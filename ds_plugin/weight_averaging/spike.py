@@ -17,12 +17,12 @@ from ds_plugin.weight_averaging.config import RestartConfig
 class SpikeWatch:
     """Watches the loss ratio; one small collective over all ranks every ``patience`` steps, none and no sync between.
 
-    The loss ratio is ``loss_t / min(loss_1 .. loss_(t-1))`` of all ranks' mean loss, as in arXiv 2108.06084.
+    The loss ratio is `stability.LossRatio`'s of all ranks' mean loss, as in arXiv 2108.06084.
     """
 
     def __init__(self, engine: Any, config: RestartConfig):
         self.config = config
-        self.monitor = StabilityMonitor(engine, config.patience, variance=False)
+        self.monitor = StabilityMonitor(engine, config.patience)
         self.since: int | None = None  # the first step of those without a break, up to the last look, that were above
         self.restarts: list[int] = []  # steps after which training went back to the average
         self.told: int | None = None  # the `since` of the spike that the log has told of
@@ -35,8 +35,10 @@ class SpikeWatch:
             self.monitor.record(loss)
             self._recorded = True
 
-    def close_step(self) -> bool:
+    def close_step(self, length: int = 0) -> bool:
         """An optimizer step is over; every rank calls it. Whether the loss has been above for ``patience`` steps.
+
+        ``length``: of its samples in tokens; a step is compared with those that were not longer.
 
         Raises:
             StateError: no loss came in this step, so that nothing is watched.
@@ -48,11 +50,11 @@ class SpikeWatch:
                 '"restart" out'
             )
         self._recorded = False
-        report = self.monitor.close_step()
+        report = self.monitor.close_step(length)
         if report is None:
             return False
-        first = report.step - len(report.ratios) + 1
-        for step, ratio in enumerate(report.ratios, start=first):
+        first = report.step - len(report.beyond_noise) + 1
+        for step, ratio in enumerate(report.beyond_noise, start=first):
             above = ratio is not None and ratio > self.config.loss_ratio
             self.since = (self.since if self.since is not None else step) if above else None
         return self.since is not None and report.step - self.since + 1 >= self.config.patience

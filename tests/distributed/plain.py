@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import ds_plugin
+from ds_plugin.weight_averaging import copies
 
 VOCAB, LENGTH, MICRO = 31, 16, 2
 
@@ -77,6 +78,34 @@ def train(engine, steps, after_step=None):
         if after_step is not None:
             after_step(engine)
     return losses
+
+
+class LateCopies:
+    """Stands in for the averager's copies from a GPU, on masters in CPU memory: a snapshot is read as late as it may
+    be, at the fence before the next step or when somebody waits for it. Without the fence it is another step's."""
+
+    def __init__(self):
+        self._job = None
+
+    def begin(self, dst, src, then):
+        self.drain()
+        self._job = dst, src, then
+
+    def wait_before_step(self):
+        self.drain()
+
+    def drain(self):
+        job, self._job = self._job, None
+        if job is not None:
+            dst, src, then = job
+            for target, source in zip(dst, src, strict=True):
+                target.copy_(source)
+            then()
+
+
+def copy_late():
+    """From now on the averagers of this process copy so."""
+    copies.copies_from = lambda tensors: LateCopies()
 
 
 def evaluate(engine):

@@ -7,7 +7,7 @@ import torch
 import ds_plugin
 from ds_plugin.errors import StateError
 from ds_plugin.weight_averaging.finite import step_was_finite
-from tests.distributed import pipelined
+from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import LENGTH, Layout
 from tests.reference import averaging as reference
 
@@ -39,7 +39,9 @@ def different(found, expected):
     return [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
-def averaged(layout, zero, precision, sections):
+def averaged(layout, zero, precision, sections, late=False):
+    if late:
+        plain.copy_late()
     engine = pipelined.make(layout, ds_plugin.initialize, zero, precision, {**AVERAGING, **sections})
     plugin, snapshots = ds_plugin.attached(engine), []
 
@@ -77,6 +79,12 @@ def test_every_stage_equals_the_mean_of_gathered_snapshots(workers, layout, zero
         assert wrong == [] and steps == [4, 6]
         assert raw == again != mean
         assert (raw, after) == without
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_batch_waits_for_the_copy_of_the_last_snapshot(workers, zero):
+    for wrong, steps, *_ in workers(2).run(averaged, Layout(pipe=2), zero, "fp32", {}, late=True):
+        assert wrong == [] and steps == [4, 6]
 
 
 def one_stage_not_finite(zero):

@@ -22,6 +22,7 @@ WARMUP = {
     "duration": {"steps": 6},
     "multiple_of": 2,
     "report_interval": 3,
+    "variance": True,
     "learning_rate": {"by": "tokens"},
 }
 MODES = {"truncate": {}, "carry": {"mode": "carry", "interleave": 2}}
@@ -93,7 +94,7 @@ def train(engine, data, steps, evaluations=True):
     for _ in range(steps):
         step = {"length": plugin.length, "rate": engine.optimizer.param_groups[0]["lr"] / LR}
         step["loss"] = engine.train_batch(data).item()
-        step["ledger"] = dataclasses.astuple(plugin.ledger)
+        step["ledger"] = dataclasses.astuple(plugin.ledger)[:3]
         report = plugin.warmup.report
         step["report"] = report if report is not None and report.step == engine.global_steps else None
         step["lowest"] = plugin.warmup.monitor.loss_ratio.lowest
@@ -154,12 +155,41 @@ def test_reports_are_of_the_whole_model(once):
             ratios = [None, *(losses[i] / min(losses[:i]) for i in range(1, STEPS))]
             reports = [report for report in found["report"] if report is not None]
             assert [report.step for report in reports] == [3, 6]
-            assert found["lowest"][5] == min(losses[:6])  # a ratio would not show a wrong scale
-            assert [report.loss_ratio for report in reports] == [ratios[2], ratios[5]]
-            assert [report.max_loss_ratio for report in reports] == [max(ratios[1:3]), max(ratios[3:6])]
+            assert found["lowest"][5] == pytest.approx(min(losses[:6]))  # a ratio would not show a wrong scale
+            assert [report.loss_ratio for report in reports] == pytest.approx([ratios[2], ratios[5]])
+            largest = [max(ratios[1:3]), max(ratios[3:6])]
+            assert [report.max_loss_ratio for report in reports] == pytest.approx(largest)
             for report, other in zip(reports, (report for report in plain[0] if report is not None), strict=True):
                 assert report.variance_l1 == pytest.approx(other.variance_l1, rel=1e-5)
                 assert report.variance_max == pytest.approx(other.variance_max, rel=1e-5)
+
+
+def _a_micro_batch_without_labels():
+    """The second of every step's micro-batches: its loss is NaN, its gradient 0."""
+    changes = {"pacing": "adaptive", "report_interval": 1, "preflight": False}
+    engine = pipelined.make(Layout(pipe=2), ds_plugin.initialize, zero=1, sections=section(**changes))
+    plugin, losses, of_all = ds_plugin.attached(engine), [], engine.module.loss_fn
+
+    def loss_fn(logits, labels):
+        loss = of_all(logits, labels)
+        losses.append(loss.item())
+        return loss if len(losses) % BATCH != 2 else torch.where(torch.tensor(False), loss, float("nan"))
+
+    engine.module.loss_fn = loss_fn
+    data, found = pipelined.batches(engine), []
+    for _ in range(4):
+        mean = engine.train_batch(data).item()
+        found.append((mean, plugin.length, plugin.warmup.held, plugin.warmup.monitor.loss_ratio.lowest))
+    return losses, found
+
+
+def test_a_micro_batch_without_labels_is_left_out(workers):
+    (_, first), (losses, last) = workers(2).run(_a_micro_batch_without_labels)
+    kept = torch.tensor(losses, dtype=torch.float64).view(4, BATCH)[:, [0, 2, 3]].mean(dim=1).tolist()
+    assert repr(first) == repr(last)  # a NaN equals nothing
+    assert [length for _, length, _, _ in last] == [8, 10, 12, 14] and all(held == 0 for _, _, held, _ in last)
+    assert [lowest for *_, lowest in last] == pytest.approx([min(kept[: step + 1]) for step in range(4)], rel=1e-12)
+    assert all(mean != mean for mean, *_ in last)  # DeepSpeed's own mean
 
 
 # -- batch functions --------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_bf16_trains(workers, folder, zero):
 
 
 CARRY = {"mode": "carry", "interleave": 3, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 1500}}
-HELD = {"pacing": "adaptive", "adaptive": {"loss_ratio": 1.001}, "report_interval": 3}
+HELD = {"pacing": "adaptive", "adaptive": {"variance_max": 0.1}, "report_interval": 3}  # exceeded from step 9 on
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,8 @@ def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, fold
     (cut / "metrics.csv").write_text("".join(lines[: 1 + 13]))
     pool.run(run_script, str(folder), "cut", settings, "--resume")
     assert metrics(folder, "cut") == metrics(folder, "whole")
+    held = {None: {None}, "adaptive": {0, 1}}[warmup.get("pacing")]
+    assert set(metrics(folder, "whole")["length_held"]) == held
     for key in ("averaged_steps", "stability", "flops", "tokens_carried", "tokens_discarded"):
         assert summary(folder, "cut")[key] == summary(folder, "whole")[key], key
     first, second = (load_file(folder / "runs" / name / "averaged.safetensors") for name in ("whole", "cut"))
@@ -184,7 +186,7 @@ def _by_tokens(mode):
     settings = config(sequence_length_warmup__mode=mode, sequence_length_warmup__learning_rate={"by": "tokens"})
     del settings["training"]["steps"]
     settings["training"]["tokens"] = 3000
-    settings["sequence_length_warmup"]["report_interval"] = 10
+    settings["sequence_length_warmup"] |= {"report_interval": 10, "variance": True}
     settings["scheduler"]["params"] |= {"warmup_num_steps": 2, "warmup_type": "linear"}
     return settings
 

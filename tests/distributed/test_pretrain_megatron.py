@@ -20,6 +20,7 @@ import torch
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, PluginError
 from megatron_patches.pretrain import preflight
+from tests.distributed import plain
 from tests.reference import averaging
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
@@ -141,6 +142,18 @@ def test_warmup_and_averaging_equal_their_twins(workers, tmp_path, layout):
     assert "consumed samples:            4 | sequence length:     8 | trained tokens:             32 |" in printed[0]
     assert [int(line.split("trained tokens:")[1].split("|")[0]) for line in printed] == trained
     assert [f["train"] for f in hooked][0][0][0] == hooked[1]["train"][0][0]
+
+
+def copied_late(training):
+    """Snapshots are read at the fence before the optimizer's next step."""
+    plain.copy_late()
+
+
+def test_a_step_waits_for_the_copy_of_the_last_snapshot(workers, tmp_path):
+    for found in workers(2).run(run, str(tmp_path), {"weight_averaging": AVERAGING}, {}, twin=copied_late):
+        averages = [weights for *_, weights in found["evaluations"][1::2]]
+        for weights, steps in zip(averages, [(2, 4), (6, 8), (6, 8)], strict=True):
+            assert same(weights, averaging.mean([found["weights"][step - 1] for step in steps])) == []
 
 
 def written_where_a_writer_is(hooked, plain, iterations, marks):

@@ -45,7 +45,7 @@ def train(engine, monitor, steps, after_step=None):
 
 def _against_gathered(zero, precision, extra, sections):
     engine = make(zero, precision, extra, **sections)
-    monitor, expected = StabilityMonitor(engine, 3), []
+    monitor, expected = StabilityMonitor(engine, 3, variance=True), []
     before = adam_variance(engine)
     before = before and [value.item() for value in before]
 
@@ -122,7 +122,7 @@ def _against_one_process(zero):
     torch.manual_seed(7)
     twin = plain.TinyLM()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)
-    monitor, reports, expected, losses = StabilityMonitor(engine, 1), [], [], []
+    monitor, reports, expected, losses = StabilityMonitor(engine, 1, variance=True), [], [], []
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = engine.get_lr()[0]
@@ -183,9 +183,9 @@ def counted():
         yield syncs, collectives
 
 
-def _cost(zero):
+def _cost(zero, variance):
     engine = make(zero)
-    monitor = StabilityMonitor(engine, 4, lambda: {"length": 16})
+    monitor = StabilityMonitor(engine, 4, lambda: {"length": 16}, variance=variance)
     train(engine, monitor, 4)  # Adam has a state
     loss, between, at_report = torch.ones((), requires_grad=True), [], []
     for step in range(8):
@@ -198,13 +198,28 @@ def _cost(zero):
     return between, at_report
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_one_collective_and_one_read_per_interval(workers, zero):
-    for between, at_report in workers(2).run(_cost, zero):
+def _elements(variance):
+    engine = make(1)
+    monitor = StabilityMonitor(engine, 4, lambda: {"length": 16}, variance=variance)
+    train(engine, monitor, 3)
+    return plain.collectives(lambda: monitor.close_step())
+
+
+def test_a_report_without_variance_exchanges_none(workers):
+    """4 sums, squares, counts of finite ones and of all; step and length; two more for the variance. In and out."""
+    for variance, numbers in ((False, 4 * 4 + 2), (True, 4 * 4 + 4)):
+        for found in workers(1).run(_elements, variance):
+            assert [elements for _, elements in found] == [2 * numbers], found
+
+
+@pytest.mark.parametrize(("zero", "variance"), [(0, True), (2, True), (3, True), (2, False)])
+def test_one_collective_and_one_read_per_interval(workers, zero, variance):
+    for between, at_report in workers(2).run(_cost, zero, variance):
         assert between == [({}, {})] * 6
         for syncs, collectives in at_report:
             assert collectives == {"all_gather_into_tensor": 1}
-            syncs.pop("to")  # Adam's sums to the device of the engine: from the device it is on already
+            moved = syncs.pop("to", 0)  # Adam's sums to the device of the engine: from the device it is on already
+            assert bool(moved) == variance
             assert syncs == {"cpu": 1, "numpy": 1}  # the table, and the same memory as an array
 
 
@@ -240,7 +255,7 @@ def test_every_rank_raises_when_one_differs(workers, name, values):
 def _missing_losses():
     """Rank 1 computes no loss, as an earlier pipeline stage; in steps 3 and 4 nobody records one."""
     engine = make(1)
-    monitor, reports = StabilityMonitor(engine, 2), []
+    monitor, reports = StabilityMonitor(engine, 2, variance=True), []
     for step, value in enumerate([4.0, 6.0, None, None, 2.0, 5.0], start=1):
         if value is not None and dist.get_rank() == 0:
             for micro in range(ACCUMULATION):
@@ -268,29 +283,79 @@ def test_losses_that_nobody_records_have_no_ratio(workers):
 
 
 def _one_nan():
-    """One rank's loss, and one element of its state, are not finite."""
+    """One element of one rank's state is not finite."""
     engine = make(1)
-    monitor = StabilityMonitor(engine, 2)
+    monitor = StabilityMonitor(engine, 2, variance=True)
     train(engine, monitor, 2)
     if dist.get_rank() == 1:
         next(iter(engine.optimizer.state.values()))["exp_avg_sq"][0] = float("nan")
     for _ in range(2):
-        monitor.record(torch.tensor(float("nan") if dist.get_rank() == 1 else 1.0))
+        monitor.record(torch.tensor(1.0))
         report = monitor.close_step()
-    return repr(report), monitor.loss_ratio.above
+    return repr(report)
 
 
 def test_what_is_not_finite_on_one_rank_shows_on_all(workers):
-    for report, above in workers(2).run(_one_nan):
-        assert above == [2, 2]
-        assert "loss_ratio=inf, max_loss_ratio=inf, variance_l1=nan, variance_max=nan" in report
+    for report in workers(2).run(_one_nan):
+        assert "variance_l1=nan, variance_max=nan" in report
+
+
+NAN, INF = float("nan"), float("inf")
+NOT_FINITE = [
+    # losses of each rank's micro-batches in one step, the step's loss by hand: the mean of the finite ones, and its
+    # standard error: of 1, 3, 5 the deviation is 2, and 2 / sqrt(3) the error
+    ([[4.0, 4.0], [4.0, 4.0]], 4.0, 0.0),
+    ([[NAN, 1.0], [3.0, 5.0]], 3.0, 2 / 3**0.5),
+    ([[NAN, NAN], [2.0, INF]], 2.0, 0.0),
+    ([[-INF, NAN], [NAN, NAN]], INF, 0.0),
+    ([[], [NAN, 6.0]], 6.0, 0.0),
+    ([[], []], None, 0.0),
+]
+
+
+def _not_finite():
+    engine = make(1)
+    monitor, fed = StabilityMonitor(engine, len(NOT_FINITE)), []
+    monitor.loss_ratio.feed = lambda loss, length, error: fed.append((loss, round(error, 12)))
+    for losses, *_ in NOT_FINITE:
+        for loss in losses[dist.get_rank()]:
+            monitor.record(torch.tensor([loss, loss]))
+        monitor.close_step()
+    return fed
+
+
+def test_micro_batches_without_a_finite_loss_are_left_out(workers):
+    assert workers(2).run(_not_finite) == [[(loss, round(error, 12)) for _, loss, error in NOT_FINITE]] * 2
+
+
+def _infinite_gradient(zero, precision, extra):
+    """In step 2 of 3 the losses are finite and their gradients are not, on one rank."""
+    engine = make(zero, precision, extra)
+    monitor, fed, norms = StabilityMonitor(engine, 3), [], []
+    monitor.loss_ratio.feed = lambda loss, length, error: fed.append(loss)
+    for step in range(3):
+        for micro in range(ACCUMULATION):
+            loss = engine(*plain.micro_batch(step * ACCUMULATION + micro))
+            monitor.record(torch.ones(()))
+            root = (loss * 0.0).sqrt()  # 0, and its gradient NaN
+            engine.backward(loss + root if step == 1 and dist.get_rank() == 1 else loss)
+            engine.step()
+        norms.append((engine.get_global_grad_norm(), engine.was_step_applied()))
+        monitor.close_step()
+    return fed, norms
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (3, "fp32"), (0, "bf16"), (0, "fp32")])
+def test_a_gradient_norm_that_is_not_finite_makes_its_step_infinite(workers, zero, precision):
+    for fed, norms in workers(2).run(_infinite_gradient, zero, precision, {}):
+        assert fed[:2] == [1.0, 1.0 if (zero, precision) == (0, "fp32") else INF], norms  # that one has no norm
 
 
 def _other_optimizer():
     config = plain.host_config(0, accumulation=ACCUMULATION)
     config["optimizer"] = {"type": "SGD", "params": {"lr": 0.01}}
     engine = plain.make(config)
-    return train(engine, StabilityMonitor(engine, 2), 2)[1][-1]
+    return train(engine, StabilityMonitor(engine, 2, variance=True), 2)[1][-1]
 
 
 def test_an_optimizer_without_variances(workers):
@@ -320,7 +385,7 @@ def _resume(zero, precision, folder):
 
     def run(save):
         engine = make(zero, precision)
-        monitor = StabilityMonitor(engine, 4)
+        monitor = StabilityMonitor(engine, 4, variance=True)
         _, reports = train(engine, monitor, 6)
         if save:
             state = json.dumps(monitor.state())
@@ -328,7 +393,7 @@ def _resume(zero, precision, folder):
             saved = reports + train(engine, monitor, 7)[1], monitor.summary()  # saving changes nothing
             engine = make(zero, precision)
             engine.load_checkpoint(folder, tag="6")
-            monitor = StabilityMonitor(engine, 4)
+            monitor = StabilityMonitor(engine, 4, variance=True)
             monitor.record(torch.tensor(99.0))  # dropped, as is what was recorded before any load
             monitor.load_state(json.loads(state))
         reports += train(engine, monitor, 7)[1]
@@ -388,7 +453,7 @@ def _pipeline(zero):
     layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11), torch.nn.Linear(11, 3)]
     model = PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
     engine = deepspeed.initialize(model=model, config=plain.host_config(zero, accumulation=ACCUMULATION))[0]
-    monitor = StabilityMonitor(engine, 2)
+    monitor = StabilityMonitor(engine, 2, variance=True)
     stage, replica = engine.stage_id, engine.grid.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(replica)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
+from ds_plugin import stability
 from ds_plugin.stability import LossRatio
 from megatron_patches import cpu_host, gpt
 from tests.distributed import plain
@@ -104,6 +105,59 @@ def test_killed_and_resumed_it_trains_the_same(workers, tmp_path, zero, before):
     pool = workers(2)
     resumed = pool.run(_killed_and_resumed, str(tmp_path), zero, before, 16)
     assert resumed == pool.run(_whole, zero, 16)
+
+
+class TinyForCausalLM(plain.TinyLM):
+    """Given its tokens as labels, it shifts them; counts the targets that it has trained."""
+
+    targets = 0
+
+    def forward(self, input_ids, labels):
+        assert torch.equal(input_ids, labels)
+        self.targets += input_ids[:, 1:].numel()
+        return super().forward(input_ids[:, :-1], labels[:, 1:])
+
+
+def _targets(shifts, folder):
+    """(Targets trained on this rank, the ledger's count of others and tokens read), also after a resume."""
+    changes = {"mode": "carry", "interleave": 2, "preflight": False, "shifts_labels": shifts}
+
+    def make():
+        torch.manual_seed(7)
+        config = plain.host_config(1, accumulation=MICROS, **section(**changes))
+        engine = ds_plugin.initialize(model=TinyForCausalLM(), config=config)[0]
+        engine.train()
+        return engine, ds_plugin.attached(engine).batches(source)
+
+    def go(engine, batches, steps):
+        for _ in range(steps * MICROS):
+            tokens = next(batches)["input_ids"]
+            engine.backward(engine(input_ids=tokens, labels=tokens))
+            engine.step()
+
+    engine, batches = make()
+    go(engine, batches, 5)
+    before = engine.module.targets
+    engine.save_checkpoint(folder)
+    resumed, batches = make()
+    resumed.load_checkpoint(folder)
+    go(resumed, batches, 19)
+    plugin = ds_plugin.attached(resumed)
+    ledger = plugin.ledger
+    assert ledger.carried == 0
+    return before + resumed.module.targets, ledger.untrained_targets, ledger.read, plugin.describe()[0]
+
+
+@pytest.mark.parametrize("shifts", [None, False])
+def test_targets_that_are_lost_at_cuts_are_counted(workers, tmp_path, shifts):
+    found = workers(2).run(_targets, shifts, str(tmp_path))
+    trained, (_, lost, read, said) = sum(targets for targets, *_ in found), found[0]
+    whole = read // plain.LENGTH * (plain.LENGTH - 1)  # the first token of a sample is nobody's target
+    assert found[1][1:] == found[0][1:]
+    if shifts is None:
+        assert trained + lost == whole and lost > 0 and "one target of a sample lost at each cut" in said
+    else:
+        assert lost == 0 and trained < whole and "lost" not in said
 
 
 def _engine_without_batches():
@@ -600,14 +654,14 @@ def test_whole_batches_go_back_with_a_checkpoint(workers, tmp_path):
 
 def _reported(folder):
     """Losses of every micro-batch, the reports, and what a resume in the middle of an interval goes on to."""
-    engine = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4)))
+    engine = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
     warmup, reports = ds_plugin.attached(engine).warmup, []
     after = lambda e: reports.append(warmup.report if warmup.report and warmup.report.step == e.global_steps else None)  # noqa: E731
     losses = plain.train(engine, 6, after)
     engine.save_checkpoint(folder)
     losses += plain.train(engine, 6, after)
     summary = warmup.monitor.summary()
-    again = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4)))
+    again = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
     again.load_checkpoint(folder)
     plain.train(again, 6)
     assert ds_plugin.attached(again).warmup.report == warmup.report
@@ -624,6 +678,28 @@ def test_reports_hold_the_global_loss_ratio(workers, tmp_path):
     assert [report.loss_ratio for report in reports if report] == pytest.approx([ratios[3], ratios[7], ratios[11]])
     assert summary["max_loss_ratio"] == pytest.approx(max(ratios[1:]))
     assert all(report.variance_l1 > 0 for report in reports if report)
+
+
+BOUNDED = {"pacing": "adaptive", "adaptive": {"variance_max": 1e-12}}
+# (the section's changes, how often two reports read Adam's second moments, whether the length is held for them)
+READERS = [({}, 0, False), ({"variance": True}, 2, False), ({"pacing": "adaptive"}, 0, False), (BOUNDED, 2, True)]
+
+
+def _read_by():
+    found, original = [], stability.adam_variance
+    for changes, *_ in READERS:
+        reads = []
+        stability.adam_variance = lambda engine, reads=reads: reads.append(1) or original(engine)
+        engine = plain.make(plain.host_config(1, **section(report_interval=2, **changes)))
+        plain.train(engine, 4)
+        warmup = ds_plugin.attached(engine).warmup
+        found.append((len(reads), warmup.report.variance_max is not None, warmup.held > 0))
+        assert warmup.report.loss_ratio > 0
+    return found
+
+
+def test_adams_variance_is_read_where_it_is_asked_for(workers):
+    assert workers(1).run(_read_by) == [[(reads, reads > 0, held) for _, reads, held in READERS]]
 
 
 def spiking(steps):
@@ -664,6 +740,59 @@ def test_adaptive_pacing_holds_the_length_while_the_loss_spikes(workers, tmp_pat
     # in tokens: the spike's own tokens do not move the schedule
     by_tokens = workers(1).run(_held, "tokens", str(tmp_path / "tokens"))[0]
     assert len(set(by_tokens[4:9])) == 1 and by_tokens[9] >= by_tokens[8] and by_tokens[-1] == 16
+
+
+def _said_while_held():
+    """What is logged on this rank, and the losses of a model some of whose micro-batches have no label."""
+    config = plain.host_config(1, accumulation=2, **section(pacing="adaptive", report_interval=2))
+    engine, said = plain.make(config), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("ds_plugin").addHandler(handler)
+    warmup, alone = ds_plugin.attached(engine).warmup, dist.get_rank() == 1
+    rows = []
+    for step in range(1, 9):
+        without = step in (3, 4)  # of labels: there a loss is NaN, its gradient 0
+        for micro in range(2):
+            tokens, labels = plain.micro_batch(2 * step + micro)
+            everything = step == 4 and micro == 1 or not alone and micro == 0
+            labels = torch.full_like(labels, -100) if without and (everything or alone and micro == 1) else labels
+            engine.backward(engine(tokens, labels) * (5.0 if step == 5 else 1.0))
+            engine.step()
+        rows.append((warmup.length, warmup.held))
+    finite = all(parameter.isfinite().all() for parameter in engine.module.parameters())
+    return rows, said, finite
+
+
+def test_a_hold_is_said_and_micro_batches_without_labels_are_no_reason(workers):
+    (rows, said, finite), (others, nothing, _) = workers(2).run(_said_while_held)
+    # in step 3 rank 0's first and rank 1's second micro-batch have no label, in step 4 also rank 0's second; step 5
+    # spikes, which the report of step 6 sees: the length stays for two steps
+    assert [length for length, _ in rows] == [4, 8, 8, 8, 12, 12, 12, 12]
+    assert [held for _, held in rows] == [0, 0, 0, 0, 0, 1, 2, 2] and others == rows and finite
+    assert len(said) == 2 and nothing == []
+    assert "step 6, the length is held at 12: a loss was" in said[0] and "adaptive.loss_ratio 1.2" in said[0]
+    assert said[1] == "sequence length warmup: step 8, the schedule goes on from 12"
+
+
+def _noisy():
+    """Micro-batches scaled apart, as means over a handful of labels are: (ratio, beyond noise, held)."""
+    config = plain.host_config(1, accumulation=2, **section(pacing="adaptive", report_interval=1))
+    engine, rows = plain.make(config), []
+    warmup = ds_plugin.attached(engine).warmup
+    for scales in [(0.6, 1.4), (1.0, 1.8), (5.0, 5.2)]:
+        for micro, scale in enumerate(scales):
+            engine.backward(engine(*plain.micro_batch(micro)) * scale)
+            engine.step()
+        rows.append((warmup.report.loss_ratio, *warmup.report.beyond_noise, warmup.held))
+    return rows
+
+
+def test_noise_between_micro_batches_is_no_instability(workers):
+    # means 1 and 1.4 times the loss, 0.4 apart on either side: four of them have a standard error of 0.23
+    for _, (ratio, beyond_noise, held), (_, spike, held_then) in workers(2).run(_noisy):
+        assert ratio > 1.2 and beyond_noise < 1.0 and held == 0
+        assert spike > 2 and held_then == 1
 
 
 def _counted(enabled):
@@ -780,8 +909,9 @@ def test_manifest_holds_what_a_resume_needs(workers, tmp_path):
     state = manifest["state"]["sequence_length_warmup"]
     samples = plain.MICRO * MICROS
     # 4 of window 0, 4 of window 1, 8 of window 0
-    assert state["ledger"] == {"read": 32 * samples, "trained": 16 * samples, "carried": 16 * samples}
-    assert state["order"] == {"windows_read": 2, "open": [[1, 4], [0, 12]]}
+    counts = {"read": 32 * samples, "trained": 16 * samples, "carried": 16 * samples}
+    assert state["ledger"] == {**counts, "untrained_targets": 0}
+    assert state["order"] == {"windows_read": 2, "cuts": 1, "open": [[1, 4], [0, 12]]}
     assert state["train_batch_size"] == samples and state["mode"] == "carry"
 
 

@@ -26,17 +26,21 @@ def mean_losses(micro_losses, accumulation):
 def exchanged(rows, slots):
     """What a report makes of the table of all ranks' vectors, number by number: (losses, l1 norm, maximum).
 
-    A row: ``slots`` sums of losses, l1 norm, maximum (-1: no such state), then as many counts. Added up rank after
-    rank, without ``sum``, which compensates rounding from Python 3.12 on.
+    A row: ``slots`` sums of finite losses, their squares', how many those are, l1 norm, maximum (-1: no such state),
+    how many losses there were. Added up rank after rank, without ``sum``, which compensates rounding from Python 3.12
+    on.
     """
 
     def total(column):
         return functools.reduce(operator.add, (row[column] for row in rows))
 
-    counts = [total(slots + 2 + slot) for slot in range(slots)]
-    losses = [total(slot) / count if count else None for slot, count in enumerate(counts)]
-    maximum = max((row[slots + 1] for row in rows), key=lambda value: (math.isnan(value), value))
-    return (losses, None, None) if maximum == -1 else (losses, total(slots), maximum)
+    losses = []
+    for slot in range(slots):
+        finite, count = total(2 * slots + slot), total(3 * slots + 2 + slot)
+        known = finite > 0 and math.isfinite(total(slot))
+        losses.append(None if not count else total(slot) / finite if known else math.inf)
+    maximum = max((row[3 * slots + 1] for row in rows), key=lambda value: (math.isnan(value), value))
+    return (losses, None, None) if maximum == -1 else (losses, total(3 * slots), maximum)
 
 
 def full_variances(engine):

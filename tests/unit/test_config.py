@@ -68,6 +68,7 @@ BAD = [
     ),
     (warmup(max_distinct_lengths=1), ["max_distinct_lengths", "1"]),
     (warmup(adaptive={}), ["adaptive", '"pacing": "adaptive"']),
+    (warmup(shifts_labels=True), ["shifts_labels", "'truncate'", '"mode": "carry"']),
     (warmup(pacing="adaptive", adaptive={"loss_ratio": 1.0}), ["adaptive.loss_ratio", "1.0"]),
     (warmup(learning_rate={"by": "samples"}), ["learning_rate.by", "'steps' or 'tokens'", "'samples'"]),
     (completep(base_width="<absent>"), ["completep.base_width", "missing", "256"]),

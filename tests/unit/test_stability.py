@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_plugin import stability
 from ds_plugin.errors import StateError
 from ds_plugin.stability import Correlation, LossRatio, StabilityMonitor
 from tests.reference import stability as reference
@@ -36,6 +37,36 @@ def test_loss_ratio(losses, ratios, highest, above_12, above_15):
     assert [meter.feed(loss) for loss in losses] == ratios
     assert meter.highest == highest and meter.last == ratios[-1]
     assert meter.above == [above_12, above_15]
+
+
+LENGTHS = [
+    # (length, loss), ratios: a step is compared with those that were not longer
+    ([(8, 4.0), (16, 2.0), (8, 3.0), (16, 3.0)], [None, 0.5, 0.75, 1.5]),
+    # after a long step with a low loss a short one is no spike, a long one is; 3/2 is of the shorter step's 2
+    ([(8, 2.0), (16, 1.0), (8, 2.0), (16, 1.5), (24, 1.5)], [None, 0.5, 1.0, 1.5, 1.5]),
+    ([(16, 1.0), (8, 3.0), (8, 6.0), (16, 3.0), (8, 0.5), (16, 1.0)], [None, None, 2.0, 3.0, 0.5 / 3, 2.0]),
+]
+
+
+@pytest.mark.parametrize(("steps", "ratios"), LENGTHS)
+def test_a_step_is_compared_with_those_that_were_not_longer(steps, ratios):
+    meter = LossRatio()
+    for (length, loss), ratio in zip(steps, ratios, strict=True):
+        resumed = LossRatio()
+        resumed.load_state(json.loads(json.dumps(meter.state())))
+        assert resumed.feed(loss, length) == meter.feed(loss, length) == ratio
+    assert meter.lowest == min(loss for _, loss in steps)
+
+
+def test_noise_is_taken_off_the_loss_and_put_on_the_lowest():
+    meter = LossRatio()
+    # 4 +- 0.25 and 6 +- 0.5: (6 - 1) / (4 + 0.5); then 8, exact, against the same lowest
+    assert [meter.feed(4.0, error=0.25), meter.beyond_noise] == [None, None]
+    assert [meter.feed(6.0, error=0.5), meter.beyond_noise] == [1.5, 5 / 4.5]
+    resumed = LossRatio()
+    resumed.load_state(json.loads(json.dumps(meter.state())))
+    assert [resumed.feed(8.0), resumed.beyond_noise] == [2.0, 8 / 4.5]
+    assert [meter.feed(INF, error=0.0), meter.beyond_noise] == [INF, INF]
 
 
 @pytest.mark.parametrize("cut", range(7))
@@ -104,29 +135,35 @@ def test_correlation_resumes_exactly(cut):
 # -- the table of all ranks --------------------------------------------------------------------------------------------
 
 SLOTS, RANKS = 5, 301
+VARIANCE = slice(3 * SLOTS, 3 * SLOTS + 2)  # where a vector has it
 
 
 def exchange(monkeypatch, table):
     """A monitor whose job has sent ``table``, [ranks, numbers]: the losses it fed, and what it made of the rest."""
     engine = SimpleNamespace(device=torch.device("cpu"), global_steps=12)
-    monitor = StabilityMonitor(engine, SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1}, variance=False)
+    monitor = StabilityMonitor(engine, SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1})
     monitor._closed = SLOTS
     losses = []
-    monkeypatch.setattr(monitor.loss_ratio, "feed", losses.append)
+    monkeypatch.setattr(stability, "adam_variance", lambda engine: None)
+    monkeypatch.setattr(monitor.loss_ratio, "feed", lambda loss, length, error: losses.append(loss))
     monkeypatch.setattr(dist, "get_world_size", lambda: len(table))
     monkeypatch.setattr(dist, "all_gather_into_tensor", lambda into, _: into.copy_(table.reshape(-1)))
-    return (losses, *monitor._exchange(None))
+    return (losses, *monitor._exchange(variance=True))
 
 
 def sent(ranks=RANKS):
     """Vectors of ranks some of which have no loss in a slot, and no state of Adam's."""
     generator = torch.Generator().manual_seed(3)
-    numbers = torch.rand(ranks, 2 * SLOTS + 5, dtype=torch.float64, generator=generator) * 1e3
+    numbers = torch.rand(ranks, 4 * SLOTS + 5, dtype=torch.float64, generator=generator) * 1e3
     counts = torch.randint(0, 3, (ranks, SLOTS), generator=generator)
     counts[:, 2] = 0  # nobody has a loss
-    numbers[:, :SLOTS] *= counts > 0
-    numbers[:, SLOTS + 2 : -3] = counts
-    numbers[1::2, SLOTS : SLOTS + 2] = torch.tensor([0.0, -1.0], dtype=torch.float64)
+    finite = counts.clone()
+    counts[0, 3:] += 1
+    finite[:, 4] = 0  # nobody has a finite one
+    numbers[:, :SLOTS] *= finite > 0
+    numbers[:, 2 * SLOTS : 3 * SLOTS] = finite
+    numbers[:, 3 * SLOTS + 2 : -3] = counts
+    numbers[1::2, VARIANCE] = torch.tensor([0.0, -1.0], dtype=torch.float64)
     numbers[:, -3:] = torch.tensor([12, 16, 10**11 + 1])
     return numbers
 
@@ -136,7 +173,8 @@ def test_a_report_adds_up_rank_after_rank(monkeypatch, ranks):
     table = sent(ranks)
     found = exchange(monkeypatch, table)
     assert found == reference.exchanged(table.tolist(), SLOTS) and found[0][2] is None and found[2] > 0
-    table[0, SLOTS : SLOTS + 2] = torch.tensor([0.0, -1.0])
+    assert found[0][4] == INF and (ranks < RANKS or all(0 < found[0][i] < INF for i in (0, 1, 3)))
+    table[0, VARIANCE] = torch.tensor([0.0, -1.0], dtype=torch.float64)
     table[:, 0] *= float("inf") if ranks == RANKS else 1  # 0 x inf is NaN where a rank has no loss
     expected = reference.exchanged(table.tolist(), SLOTS)
     assert repr(exchange(monkeypatch, table)) == repr(expected)
@@ -146,7 +184,7 @@ def test_a_report_adds_up_rank_after_rank(monkeypatch, ranks):
 @pytest.mark.parametrize("rank", [0, 1, RANKS - 1])
 def test_one_maximum_that_is_not_a_number_shows(monkeypatch, rank):
     table = sent()
-    table[rank, SLOTS + 1] = NAN
+    table[rank, 3 * SLOTS + 1] = NAN
     found = exchange(monkeypatch, table)
     assert math.isnan(found[2]) and repr(found) == repr(reference.exchanged(table.tolist(), SLOTS))
 

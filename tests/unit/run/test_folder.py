@@ -14,7 +14,7 @@ from ds_plugin.errors import CheckpointError, ConfigError, DataError
 from ds_plugin.run.folder import COLUMNS, RunFolder, read_metrics
 
 HEADER = (
-    "step,tokens_trained,tokens_read,tokens_carried,length,lr,train_loss,eval_loss,eval_loss_averaged,"
+    "step,tokens_trained,tokens_read,tokens_carried,length,length_held,lr,train_loss,eval_loss,eval_loss_averaged,"
     "tokens_per_second,flops,loss_ratio,adam_variance_l1,adam_variance_max"
 )
 
@@ -89,7 +89,7 @@ def test_file_as_written(folder: RunFolder):
     )
     folder.append({"step": 2, "eval_loss": torch.tensor(1.25), "lr": None})
     # read while the run goes on: every row is flushed
-    assert folder.metrics.read_text() == f"{HEADER}\n1,,1099511627776,,64,,0.5,,,,,,,\n2,,,,,,,1.25,,,,,,\n"
+    assert folder.metrics.read_text() == f"{HEADER}\n1,,1099511627776,,64,,,0.5,,,,,,,\n2,,,,,,,,1.25,,,,,,\n"
 
 
 @pytest.mark.parametrize("row", [{"step": 1, "los": 2.0}, {"train_loss": 1.0}, {"step": None}])
@@ -136,8 +136,8 @@ def test_header_that_was_not_finished(folder: RunFolder):
     ("text", "message"),
     [
         ("step,loss\n1,2\n", "has the columns"),
-        (HEADER + "\n1,,,,,x" + 8 * "," + "\n", "line 2 of .* is damaged"),
-        (HEADER + "\n1" + 13 * "," + "\n2,,\n", "line 3 of .* is damaged"),
+        (HEADER + "\n1,,,,,x" + 9 * "," + "\n", "line 2 of .* is damaged"),
+        (HEADER + "\n1" + 14 * "," + "\n2,,\n", "line 3 of .* is damaged"),
     ],
 )
 def test_damaged_metrics(folder: RunFolder, text: str, message: str):

@@ -244,12 +244,16 @@ def test_zero_divides_the_masters(stage, partitions):
 
 
 def test_seconds_by_hand():
-    """Without ZeRO a snapshot in fp32 is looked at; a report reads Adam's moments once in 20 steps."""
+    """Without ZeRO a snapshot in fp32 is looked at; a report once in 20 steps reads Adam's moments where asked to."""
     found = planned(recipe(zero_optimization={"stage": 0}), 2)
     held, cpu, seconds = 4 * found["parameters"]["all"], plan_costs.CPU, found["seconds"]
     assert seconds["weight_averaging"] == pytest.approx(cpu.averaging_step + held * cpu.looked_at / 4)
-    report = held * cpu.report + cpu.report_base + 2 * cpu.report_rank
+    report = cpu.report_base + 2 * cpu.report_rank
     assert seconds["sequence_length_warmup"] == pytest.approx(cpu.warmup_step + report / 20)
+    asked = recipe(zero_optimization={"stage": 0})
+    asked["sequence_length_warmup"] = {**asked["sequence_length_warmup"], "variance": True}
+    read = planned(asked, 2)["seconds"]["sequence_length_warmup"]
+    assert read == pytest.approx(cpu.warmup_step + (held * cpu.report + report) / 20)
     # 7 gradients of branches, and twice the inputs of the logits and of the last MLP's second matrix; 32 tokens
     assert seconds["completep"] == pytest.approx((9 * 32 + 2 * 128) * 32 * 4 * cpu.multiply)
     multiplying = found["parameters"]["all"] - found["parameters"]["embedding"]

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch
+from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch, shifts_labels
 
 
 def order(interleave=1, full=64, multiple_of=8):
@@ -59,6 +60,32 @@ def test_every_token_once(interleave, full, multiple):
         assert len(seen) + carry.carried == carry.windows_read * full
     assert not carry.open  # the warmup is over
     assert set(seen) == {(window, token) for window in range(carry.windows_read) for token in range(full)}
+
+
+def test_cuts_are_counted():
+    found = order(interleave=3)
+    run(found, [16] * 5 + [32, 64, 64, 64, 64])  # as above: 0 is cut at 16 and 32, 1 likewise, 2 at 16 and 40
+    assert found.cuts == 6
+    resumed = order(interleave=3)
+    resumed.load_state(json.loads(json.dumps(found.state())))
+    assert resumed.cuts == 6
+    resumed.load_state(None)
+    assert resumed.cuts == 0
+
+
+def test_models_that_shift_their_labels_are_known_by_their_class():
+    class LlamaForCausalLM(torch.nn.Module):
+        pass
+
+    class GPT2LMHeadModel(torch.nn.Module):
+        pass
+
+    class BertForMaskedLM(torch.nn.Module):
+        pass
+
+    found = [shifts_labels(kind()) for kind in (LlamaForCausalLM, GPT2LMHeadModel, BertForMaskedLM, torch.nn.Module)]
+    assert found == [True, True, False, False]
+    assert shifts_labels(torch.nn.Sequential(torch.nn.Sequential(LlamaForCausalLM())))  # wrapped
 
 
 def test_state_resumes_the_order():
