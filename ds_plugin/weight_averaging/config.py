@@ -33,7 +33,7 @@ class WeightAveragingConfig(SectionConfig):
 
     enabled: bool = False
     mode: Literal["sliding", "block", "ema"] = "sliding"
-    window: int = Field(5, ge=1, description="how many snapshots are averaged, e.g. 5")
+    window: int = Field(5, ge=1, le=10_000, description="how many snapshots are averaged, e.g. 5")
     interval: int = Field(ge=1, description="optimizer steps between two snapshots, e.g. 10")
     start_step: int = Field(
         0, ge=0, description="no snapshot before this step; averages that reach into the LR warmup are worse than raw"

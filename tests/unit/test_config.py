@@ -79,6 +79,7 @@ BAD = [
     (completep(batch_ratio=2.0), ["completep.batch_ratio", "2.0", "completed_p"]),
     (completep(alpha=1.5), ["completep.alpha", "1.5"]),
     (averaging(window=0), ["weight_averaging.window", "greater than or equal to 1", "0"]),
+    (averaging(window=10**9), ["weight_averaging.window", "less than or equal to 10000", "1000000000"]),
     (averaging(interval="<absent>"), ["weight_averaging.interval", "missing"]),
     (averaging(mode="swa"), ["weight_averaging.mode", "'sliding'", "'swa'"]),
     (averaging(mode="ema"), ["weight_averaging.horizons", "missing", "[10, 100]"]),
