@@ -287,7 +287,7 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
     if unnamed:  # position ids may have one row for all samples
         most = max(unnamed, key=lambda leaf: leaf.value.shape[0])
         return Side(most.where, *most.value.shape[:2])
-    shapes: dict[tuple[int, ...], str] = {}
+    shapes: dict[tuple[int, ...], list[Leaf]] = {}
     for leaf in tensors:
         value, shape = leaf.value, tuple(leaf.value.shape)
         integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -295,8 +295,13 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
         if elsewhere or not integer or len(shape) != 2 or shape[1] == 1:
             continue
         if micro_batch is not None and fits(shape):
-            shapes.setdefault(shape, leaf.where)
-    return Side(next(iter(shapes.values())), *next(iter(shapes))) if len(shapes) == 1 else None
+            shapes.setdefault(shape, []).append(leaf)
+    if len(shapes) != 1:
+        return None
+    shape, alike = next(iter(shapes.items()))
+    # labels and masks go along with tokens; without them they are of something else, such as sound or images
+    first = next((leaf for leaf in alike if leaf.name not in _KNOWN), None)
+    return Side(first.where, *shape) if first is not None else None
 
 
 def _is_batch(rows: int, length: int, micro_batch: int) -> bool:

@@ -159,6 +159,9 @@ PACKED = ["cu_seq_lens_q", "cu_seqlens", "cu_doc_len", "max_length_q", "max_seql
         ({"input_ids": torch.zeros(9, 8)}, ["[9, 8]", "train_micro_batch_size_per_gpu is 3"]),
         ({"input_ids": torch.zeros(3, 4, 8).long()}, ["[3, 4, 8]", "codebooks"]),
         ({"text": TOKENS, "other": TOKENS[:, :4]}, ["no recognisable token argument", "of one shape"]),
+        # labels and masks alone are of what is no text: a transcript, frames of sound
+        ({"input_values": torch.ones(3, 90), "labels": TOKENS}, ["no recognisable token argument", "labels"]),
+        ({"input_values": torch.ones(3, 8), "attention_mask": TOKENS}, ["no recognisable token argument"]),
         ({"text": TOKENS, "weights": torch.ones(3, 8)}, ["'weights'", "[3, 8]", "'text'"]),
         ({"a": {"input_ids": TOKENS}, "b": {"input_ids": TOKENS[:, :4]}}, ["a.input_ids has 8", "b.input_ids 4"]),
         *[({"input_ids": TOKENS, name: torch.zeros(2)}, [name, "packed", "one document a row"]) for name in PACKED],
