@@ -23,9 +23,11 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
     Gradients are asked for by `torch.autograd.grad`, which leaves ``.grad`` and the hooks alone that the host reduces
     gradients in, and each is let go as soon as it is there, as ZeRO does. Buffers and random streams are put back: the
-    run that follows is bit for bit the run without it. Reentrant activation checkpointing can only be run backward into
+    run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for the
+    step. Reentrant activation checkpointing can only be run backward into
     ``.grad``: there the forward pass has to do, which the log says.
     """
+    args, kwargs = rebuilt((args, kwargs), (_without_graph(leaf.value) for leaf in leaves((args, kwargs))))
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
     hooks = [p.register_hook(lambda grad: grad.new_zeros(()).expand_as(grad)) for p in parameters]
     try:
@@ -96,6 +98,11 @@ def untouched(module: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+
+def _without_graph(value: Any) -> Any:
+    graph = torch.is_tensor(value) and value.grad_fn is not None
+    return value.detach().requires_grad_() if graph else value
 
 
 def _floating(output: Any) -> Iterator[torch.Tensor]:

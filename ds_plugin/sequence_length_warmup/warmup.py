@@ -250,10 +250,11 @@ class SequenceLengthWarmup:
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
         if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            try:
-                grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
-            except ConfigError as error:
-                raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
+            with together():  # ranks may have read samples of other lengths
+                try:
+                    grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+                except ConfigError as error:
+                    raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
             args = tuple(grown[name] for name in self._names[: len(args)])
             kwargs = {name: grown[name] for name in kwargs}
         with preflight.remedy(self.full, preflight.MEANS):

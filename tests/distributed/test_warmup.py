@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import ds_plugin
 from ds_plugin import stability
+from ds_plugin.errors import ConfigError
 from ds_plugin.stability import LossRatio
 from megatron_patches import cpu_host, gpt
 from tests.distributed import plain
@@ -502,6 +503,46 @@ def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, pr
     ):
         assert with_it[0] == without[0] and with_it[1] == without[1] == 5 and with_it[3] == without[3]
         assert with_it[2] == [plain.LENGTH, *without[2]] and plain.LENGTH not in without[2]
+
+
+class Embedded(plain.TinyLM):
+    """Its embeddings are computed by the loop, as with soft prompts."""
+
+    def forward(self, inputs_embeds, labels):
+        x = self.norm(inputs_embeds + self.positions[: inputs_embeds.shape[1]])
+        return torch.nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def _embedded(preflight):
+    torch.manual_seed(7)
+    engine = ds_plugin.initialize(model=Embedded(), config=plain.host_config(2, **section(preflight=preflight)))[0]
+    engine.train()
+    losses = []
+    for step in range(2):
+        tokens, labels = plain.micro_batch(step)
+        loss = engine(inputs_embeds=engine.module.embedding(tokens).tanh(), labels=labels)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _features_as_wide_as_samples_on_rank_1():
+    engine = plain.make(plain.host_config(**section()))
+    engine.train()
+    tokens, features = torch.zeros(plain.MICRO, 3).long(), torch.zeros(plain.MICRO, (5, 3)[dist.get_rank()])
+    with pytest.raises(ConfigError) as caught:
+        engine(input_ids=tokens, labels=tokens, features=features)
+    return str(caught.value)
+
+
+def test_what_one_rank_cannot_lengthen_for_the_preflight_is_said_on_all(workers):
+    first, second = workers(2).run(_features_as_wide_as_samples_on_rank_1)
+    assert first == second and "'features' of shape [2, 3]" in first and '"preflight": false' in first
+
+
+def test_the_preflight_leaves_the_graph_of_embeddings_to_the_step(workers):
+    assert workers(1).run(_embedded, True) == workers(1).run(_embedded, False)
 
 
 class TooLarge(plain.TinyLM):
