@@ -332,11 +332,13 @@ def _of_unnamed(value: torch.Tensor, side: Side, *, named: bool) -> list[int]:
 
 
 def _in_no_known_place(value: torch.Tensor, sides: Sides) -> dict[int, Side] | None:
-    """{}: no dimension is as long as the samples, or it is one label for each of them."""
+    """{}: no dimension is as long as the samples, but for a first one that is as long as there are samples."""
     both = [side for side in (sides.encoder, sides.decoder) if side is not None]
-    if value.dim() == 1 and any(value.shape[0] == side.rows for side in both):
-        return {}
-    return None if any(size == side.positions for size in value.shape for side in both) else {}
+    for side in both:
+        rows_first = value.dim() > 0 and value.shape[0] == side.rows
+        if side.positions in (value.shape[1:] if rows_first else value.shape):
+            return None
+    return {}
 
 
 # -- the cut -----------------------------------------------------------------------------------------------------------

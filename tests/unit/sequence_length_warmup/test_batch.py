@@ -69,6 +69,8 @@ SQUARE_PLACES = [
     ("labels", (8, 8), (8, 5)),
     ("labels", (8,), (8,)),  # one class for each sample
     ("class_id", (8,), (8,)),
+    ("labels", (8, 1), (8, 1)),  # as many samples as tokens in each, by chance
+    ("image_sizes", (8, 2), (8, 2)),
 ]
 
 
@@ -150,6 +152,7 @@ PACKED = ["cu_seq_lens_q", "cu_seqlens", "cu_doc_len", "max_length_q", "max_seql
         ({"input_ids": torch.arange(8)}, ["no recognisable token argument", "[8]"]),
         ({"input_ids": TOKENS, "packed_seq_params": object()}, ["packed_seq_params", "one document a row"]),
         ({"input_ids": TOKENS, "extra": TOKENS}, ["'extra'", "[3, 8]", "'input_ids' (8)", "shorten="]),
+        ({"input_ids": SQUARE[:3], "bias": torch.ones(3, 8)}, ["'bias'", "[3, 8]"]),
         ({"input_ids": TOKENS, "bias": torch.ones(2, 8, 8)}, ["'bias'", "[2, 8, 8]"]),
         ({"input_ids": TOKENS, "rotary": (torch.ones(8, 4),)}, ["'rotary[0]'", "[8, 4]"]),
         ({"input_ids": TOKENS, "labels": torch.ones(8, 3)}, ["'labels'", "[8, 3]"]),
