@@ -104,6 +104,7 @@ def cut_batch(
     encoder_decoder: bool = False,
     full: int | None = None,
     exact: bool = False,
+    settled: bool = False,
 ) -> Cut:
     """At most ``length`` positions from ``offset`` on of every sample, contiguous; positions begin at 0 again.
 
@@ -112,10 +113,12 @@ def cut_batch(
 
     Args:
         batch: arguments by name, or tensors in nested mappings, tuples and lists.
-        micro_batch: samples of a micro-batch; fewer are taken for the last ones of a data set. None: not known.
+        micro_batch: samples of a micro-batch. There may be fewer, the last ones of a data set, or more, as with pairs
+            of answers or batches of so many tokens; not a second dimension of that many. None: not known.
         encoder_decoder: labels are the decoder's, also without ``decoder_input_ids``.
         full: the positions that samples should have, by which tensors without a name are recognised.
-        exact: samples of other than ``full`` positions are refused.
+        exact: samples of other than ``full`` positions, or more than ``micro_batch``, are refused.
+        settled: earlier batches have shown which dimension is the batch.
 
     Raises:
         ConfigError: there are no tokens, or a tensor that cannot be cut, or what a cut would spoil: packed rows, counts
@@ -126,6 +129,8 @@ def cut_batch(
     refuse_counts(found, LABEL_NAMES)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full, exact=exact)
     main = sides.main
+    if micro_batch is not None and not settled:
+        _refuse_other_layout(sides, micro_batch, exact=exact)
     if exact and main.positions != full:
         raise ConfigError(
             f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {main.positions} tokens in "
@@ -169,13 +174,13 @@ def find_sides(
 ) -> Sides:
     """The sides of a batch with these leaves; arguments and errors as those of `cut_batch`."""
     tensors = [leaf for leaf in found if torch.is_tensor(leaf.value)]
-    encoder = _side(tensors, TOKEN_NAMES, micro_batch)
+    encoder = _side(tensors, TOKEN_NAMES)
     if any("encoder_outputs" in leaf.keys and leaf.value is not None for leaf in found):
         encoder = None  # the encoder has run, on whole samples
-    decoder = _side(tensors, tuple(_DECODER + name for name in TOKEN_NAMES), micro_batch)
+    decoder = _side(tensors, tuple(_DECODER + name for name in TOKEN_NAMES))
     if decoder is None and encoder_decoder:  # floats are the scores of classes
         integers = [leaf for leaf in tensors if not leaf.value.is_floating_point()]
-        decoder = _side(integers, LABEL_NAMES, micro_batch)
+        decoder = _side(integers, LABEL_NAMES)
     if encoder is not None or decoder is not None:
         return Sides(encoder, decoder)
     side = _side_by_shape(tensors, micro_batch, full)
@@ -209,8 +214,8 @@ def is_encoder_decoder(module: torch.nn.Module) -> bool:
 class ByName:
     """The `Shorten` of a model whose ``forward`` names its arguments; the signature is read once."""
 
-    #: Forward passes that may read position ids on a GPU. Each waits for it, so not in every step; a collator that
-    #: packs does so from its first batch on.
+    #: Forward passes that look at what is the same in all batches: which dimension is the batch, and on a GPU whether
+    #: position ids begin anew, which waits for it (a collator that packs does so from its first batch on).
     LOOKS = 8
 
     def __init__(
@@ -230,10 +235,11 @@ class ByName:
                 "names to recognise; pass them by keyword or give initialize(..., shorten=function)"
             )
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        look = self._looks < self.LOOKS
         cut, before, after = cut_batch(
-            given, length, micro_batch=self.micro_batch, encoder_decoder=self.encoder_decoder
+            given, length, micro_batch=self.micro_batch, encoder_decoder=self.encoder_decoder, settled=not look
         )
-        refuse_restarts(leaves(given), POSITION_NAMES, look=self._looks < self.LOOKS)
+        refuse_restarts(leaves(given), POSITION_NAMES, look=look)
         self._looks += 1
         return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
 
@@ -250,7 +256,7 @@ def restarted(positions: torch.Tensor) -> torch.Tensor:
 # -- which dimensions --------------------------------------------------------------------------------------------------
 
 
-def _side(tensors: list[Leaf], names: tuple[str, ...], micro_batch: int | None) -> Side | None:
+def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
     """The side that the first of ``names`` with samples says; None if there is none."""
     candidates = [leaf for leaf in tensors if leaf.name in names and leaf.value.dim() >= 2]
     if not candidates:
@@ -263,12 +269,6 @@ def _side(tensors: list[Leaf], names: tuple[str, ...], micro_batch: int | None) 
             f"sequence_length_warmup: {first.where} has the shape {shape}, and which of its dimensions are positions "
             "is not known, as with several codebooks; give [batch, sequence] (embeddings [batch, sequence, hidden]), "
             f"or {_SHORTEN}"
-        )
-    if micro_batch is not None and not _is_batch(rows, length, micro_batch):
-        raise ConfigError(
-            f"sequence_length_warmup: {first.where} has the shape {shape}, and train_micro_batch_size_per_gpu is "
-            f"{micro_batch}, so that its first dimension is not the batch; give [batch, sequence], write the "
-            f"micro-batch's size, or {_SHORTEN}"
         )
     for leaf in candidates:
         if leaf.name == first.name and leaf.value.shape[1] != length:
@@ -302,6 +302,18 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
     # labels and masks go along with tokens; without them they are of something else, such as sound or images
     first = next((leaf for leaf in alike if leaf.name not in _KNOWN), None)
     return Side(first.where, *shape) if first is not None else None
+
+
+def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None:
+    for side in (sides.encoder, sides.decoder):
+        if side is None or (not exact and side.positions != micro_batch):
+            continue
+        if not _is_batch(side.rows, side.positions, micro_batch):
+            raise ConfigError(
+                f"sequence_length_warmup: {side.name} has the shape [{side.rows}, {side.positions}, ...], and "
+                f"train_micro_batch_size_per_gpu is {micro_batch}, so that its first dimension is not the batch; give "
+                f"[batch, sequence], write the micro-batch's size, or {_SHORTEN}"
+            )
 
 
 def _is_batch(rows: int, length: int, micro_batch: int) -> bool:

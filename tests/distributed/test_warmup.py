@@ -287,7 +287,7 @@ REFUSED = {
     "samples in another dimension on one rank": (
         _sequence_first_on_one_rank,
         "ConfigError",
-        ["input_ids", "[16, 2]", "train_micro_batch_size_per_gpu is 2"],
+        ["input_ids", "[16, 2, ...]", "train_micro_batch_size_per_gpu is 2"],
     ),
     "packed rows that are read": (_reads_packed_rows, "ConfigError", ["position_ids [1, 16]", "begins anew"]),
     "carried pairs": (_carried_pairs, "ConfigError", ["Pairs", "encoder-decoder", '"truncate"']),
