@@ -29,13 +29,16 @@ COMPANION_NAMES = (
     "token_type_ids", "segment_ids", "task_type_ids", "mm_token_type_ids", "special_tokens_mask", "input_shape_ids",
     "input_pronunciation_ids", "langs", "bbox", "per_layer_inputs",
 )  # fmt: skip
-#: [..., sequence], such as [sequence], [batch, sequence] and, of multimodal rotary embeddings, [3, batch, sequence]
+#: [..., sequence], such as [sequence], [batch, sequence] and, of multimodal rotary embeddings, [3, batch, sequence] or
+#: [batch, sequence, 3]
 POSITION_NAMES = ("position_ids", "positions", "input_pos", "pos", "cache_position")
 #: padding masks [batch, sequence], or [..., sequence, sequence]
 MASK_NAMES = ("attention_mask", "mask", "padding_mask", "input_mask", "global_attention_mask", "perm_mask")
 #: what has no positions of these samples, whatever its shape
 _WHOLE = {
     "encoder_outputs", "encoder_hidden_states", "pixel_values", "pixel_values_videos", "input_features", "input_values",
+    "pixel_mask", "pixel_attention_mask", "input_features_mask", "image_sizes", "image_grid_thw", "video_grid_thw",
+    "image_embeds", "past_key_values", "mems", "head_mask", "decoder_head_mask", "cross_attn_head_mask",
 }  # fmt: skip
 _ALONG = {*TOKEN_NAMES, *LABEL_NAMES, *COMPANION_NAMES}
 _KNOWN = {*_ALONG, *POSITION_NAMES, *MASK_NAMES}
@@ -126,7 +129,6 @@ def cut_batch(
     """
     found = leaves(batch)
     refuse_packed(found)
-    refuse_counts(found, LABEL_NAMES)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full, exact=exact)
     main = sides.main
     if micro_batch is not None and not settled:
@@ -136,6 +138,8 @@ def cut_batch(
             f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {main.positions} tokens in "
             f"each of its {main.rows} samples; read samples of exactly end_length tokens, or write that end_length"
         )
+    if any(leaf.name in LABEL_NAMES and positions(leaf, sides) for leaf in found):  # not one label for each sample
+        refuse_counts(found)
     values = [_cut(leaf, sides, offset, length) for leaf in found]
     return Cut(rebuilt(batch, iter(values)), main.rows * main.positions, main.rows * main.kept(offset, length))
 
@@ -154,7 +158,7 @@ def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
     if name in MASK_NAMES:
         dimensions = _of_mask(value.shape, side)
     elif name in POSITION_NAMES:
-        dimensions = [value.dim() - 1] if value.dim() and value.shape[-1] == side.positions else []
+        dimensions = _of_positions(value.shape, side)
     elif name in _ALONG:
         dimensions = [1] if value.dim() >= 2 and value.shape[1] == side.positions else []
     elif leaf.name is None or sides.by_shape:
@@ -322,6 +326,12 @@ def _is_batch(rows: int, length: int, micro_batch: int) -> bool:
     return rows == micro_batch or (rows < micro_batch and length != micro_batch)
 
 
+def _of_positions(shape: torch.Size, side: Side) -> list[int]:
+    if len(shape) and shape[-1] == side.positions:
+        return [len(shape) - 1]
+    return [1] if len(shape) == 3 and shape[:2] == (side.rows, side.positions) else []
+
+
 def _of_mask(shape: torch.Size, side: Side) -> list[int]:
     full = side.positions
     if len(shape) == 2 and shape[1] == full and (shape[0] != full or side.rows == full):
@@ -369,8 +379,10 @@ def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
             value = value.narrow(dimension, offset, side.kept(offset, length))
     if value is leaf.value:
         return value
-    value = value.contiguous()
-    return restarted(value) if offset and _are_positions(leaf) else value
+    if offset and _are_positions(leaf):
+        along = max(where)
+        value = restarted(value.movedim(along, -1)).movedim(-1, along)
+    return value.contiguous()
 
 
 def refuse_unknown(leaf: Leaf, sides: Sides) -> None:

@@ -8,8 +8,10 @@ from ds_plugin.errors import ConfigError
 from ds_plugin.sequence_length_warmup.nested import Leaf, describe
 
 _PACKED = re.compile(r"cu_seq|cu_doc|max_length_|max_seqlen|seq_idx$|packed_seq_params$")
+#: not num_labels, which says how many classes there are
 _COUNT = re.compile(
-    r"(^|_)(num_items|(num|n|total)_(valid_|loss_|label_|target_)?(tokens|labels|targets)|(token|label|target|item)s?_count)"
+    r"(^|_)(num_items|(num|n|total)_(valid_|loss_|label_|target_)?(tokens|targets)|(total|(num|n)_(valid|loss))_labels"
+    r"|(token|label|target|item)s?_count)"
 )
 _UNPACK = (
     "train padded samples, one document a row (in Hugging Face without padding_free, packing and "
@@ -46,15 +48,14 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
             )
 
 
-def refuse_counts(found: list[Leaf], labels: tuple[str, ...]) -> None:
-    """Raises ConfigError for a number of labels that was taken before the cut, beside tensors named as ``labels``.
+def refuse_counts(found: list[Leaf]) -> None:
+    """Raises ConfigError for a number of labels that was taken before they were cut.
 
     It is a sum over an accumulation step, and often over all ranks: one forward pass cannot mend it.
     """
-    if not any(leaf.name in labels and torch.is_tensor(leaf.value) for leaf in found):
-        return
     for leaf in found:
-        counts = torch.is_tensor(leaf.value) or isinstance(leaf.value, (int, float))
+        number = isinstance(leaf.value, (int, float)) and not isinstance(leaf.value, bool)
+        counts = torch.is_tensor(leaf.value) or number
         if counts and leaf.name is not None and _COUNT.search(leaf.name):
             raise ConfigError(
                 f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) counts the labels of the uncut "

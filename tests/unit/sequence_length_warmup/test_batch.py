@@ -53,12 +53,15 @@ PLACES = [
     ("attention_mask", (1, 8), (1, 5)),
     ("position_ids", (8,), (5,)),
     ("position_ids", (3, 3, 8), (3, 3, 5)),
+    ("position_ids", (3, 8, 3), (3, 5, 3)),
     ("cache_position", (8,), (5,)),
     ("inputs_embeds", (3, 8, 8), (3, 5, 8)),
     ("bbox", (3, 8, 4), (3, 5, 4)),
     ("labels", (3,), (3,)),
     ("labels", (3, 4), (3, 4)),
     ("pixel_values", (3, 3, 8, 8), (3, 3, 8, 8)),
+    ("past_key_values", (3, 2, 4, 8), (3, 2, 4, 8)),  # of heads as wide as the samples are long
+    ("head_mask", (2, 8), (2, 8)),
     ("encoder_hidden_states", (3, 8, 16), (3, 8, 16)),
     ("encoder_attention_mask", (3, 8), (3, 8)),  # of the samples behind encoder_hidden_states
 ]
@@ -198,9 +201,16 @@ def test_what_cannot_be_cut_safely_is_refused(arguments, parts):
 
 
 def test_what_only_sounds_alike_is_not_refused():
-    settings = {"num_logits_to_keep": 0, "max_length": 8, "num_hashes": 2, "seq_idx": None, "num_items_in_batch": None}
+    settings = {
+        "num_logits_to_keep": 0, "max_length": 8, "num_hashes": 2, "seq_idx": None, "num_items_in_batch": None,
+        "num_labels": 3, "return_num_tokens": True,
+    }  # fmt: skip
     cut, *_ = cut_batch({"input_ids": TOKENS, "labels": TOKENS, **settings}, 5)
     assert {name: cut[name] for name in settings} == settings
+    # one label for each sample, or for each class: as many after the cut as before
+    for labels in (torch.arange(3), torch.zeros(3, 4)):
+        cut, *_ = cut_batch({"input_ids": TOKENS, "labels": labels, "num_items_in_batch": torch.tensor(3)}, 5)
+        assert cut["labels"] is labels
 
 
 def test_positional_arguments_get_their_names_from_forward():

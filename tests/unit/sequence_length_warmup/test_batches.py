@@ -29,6 +29,10 @@ def test_positions_that_restart_with_a_document_stay():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
     cut, *_ = cut_batch({"tokens": TOKENS, "position_ids": positions}, 4, 1)
     assert cut["position_ids"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
+    for axes in (positions.expand(3, -1, -1), positions[..., None].expand(-1, -1, 3)):  # multimodal ones
+        several, *_ = cut_batch({"tokens": TOKENS, "position_ids": axes}, 4, 1)
+        one = several["position_ids"][0] if axes.shape[0] == 3 else several["position_ids"][..., 2]
+        assert one.tolist() == cut["position_ids"].tolist() and several["position_ids"].is_contiguous()
 
 
 def test_a_stretch_of_a_pipelines_micro_batch():
