@@ -2,8 +2,10 @@
 
 ``engine.backward(loss)`` and, since DeepSpeed 0.19 under ZeRO, ``loss.backward()`` both begin in one private method,
 which a hook on the engine's outputs calls before any gradient of the module. It is told no loss: that comes with
-``engine.backward(loss)`` and ``engine.scale(loss)``, or else is the one that the model returned. (A loss of
-``engine.module(...)``, whose outputs have no hooks, is seen in ``engine.backward`` alone.)
+``engine.backward(loss)`` and ``engine.scale(loss)``, or else is the one that the model returned. So it is, too, with
+``engine.backward(loss, scale_wrt_gas=False)``, whose loss has been divided by a number of micro-batches: Hugging Face's
+Trainer has fewer in an epoch's last accumulation step. (A loss of ``engine.module(...)``, whose outputs have no hooks,
+is seen in ``engine.backward`` alone.)
 """
 
 import contextlib
@@ -31,6 +33,7 @@ class BackwardPasses:
         self.open = False  # a micro-batch has been accumulated that no step has used yet
         self._refuse, self._record = refuse, record
         self._told = False  # the loss, by engine.backward() or engine.scale() since the last forward pass
+        self._passed = False  # a backward pass went through a loss that the model returned
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Stand in for the engine's methods; ``undo`` gives them back."""
@@ -45,9 +48,14 @@ class BackwardPasses:
     def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
         """As the engine's."""
         self._refuse("engine.backward()")
-        self._tell(loss)
-        self.open = True
-        return self._backward(loss, *args, **kwargs)
+        whole = args[1] if len(args) > 1 else kwargs.get("scale_wrt_gas", True)
+        if whole:
+            self._tell(loss)
+        self.open, self._passed = True, False
+        result = self._backward(loss, *args, **kwargs)
+        if not whole and not self._passed:  # the model's own was not among it: better than none
+            self._tell(loss)
+        return result
 
     def scale(self, loss: Any) -> Any:
         """As the engine's: what fp16 calls for before ``loss.backward()``."""
@@ -74,6 +82,7 @@ class BackwardPasses:
 
         def note(gradient: torch.Tensor) -> None:
             nonlocal noted
+            self._passed = True
             if not noted and not self._told and self._record is not None:
                 self._record(value)
             noted = True

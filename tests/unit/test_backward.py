@@ -25,7 +25,7 @@ class Engine(torch.nn.Module):
             loss.register_hook(lambda gradient: self._backward_prologue())
         return shape(loss, self.weight)
 
-    def backward(self, loss, retain_graph=False):
+    def backward(self, loss, retain_graph=False, scale_wrt_gas=True):
         loss.backward(retain_graph=retain_graph)
 
     def scale(self, loss):
@@ -54,6 +54,17 @@ def test_each_micro_batch_is_noted_once_and_unscaled(watched):
     (engine(4.0) + engine(5.0)).backward()  # 20 and 25, in the order of autograd
     assert noted[:3] == [5.0, 10.0, 15.0] and sorted(noted[3:]) == [20.0, 25.0]
     assert engine.begun == 6 and passes.open
+
+
+def test_a_loss_that_was_divided_by_its_micro_batches_is_noted_as_the_model_returned_it(watched):
+    engine, noted, _ = watched
+    for micro_batches in (4, 4, 1):  # in an epoch's last accumulation step, one
+        engine.backward(engine(2.0) / micro_batches, scale_wrt_gas=False)
+    engine.backward(engine(2.0) / 4, False, False)
+    assert noted == [10.0] * 4
+    loss = engine(1.0, lambda loss, weight: {"logits": weight * 3})["logits"].sum() / 5  # computed by the loop: 3
+    engine.backward(loss, True, scale_wrt_gas=False)
+    assert noted[4:] == [3.0]
 
 
 def test_what_is_no_loss_is_not_noted(watched):
