@@ -207,7 +207,7 @@ class SequenceLengthWarmup:
         """Book a micro-batch on this rank."""
         self.tokens.add(read, trained)
         whole = self.samples["micro_batch"] * self.length
-        if trained == read < whole and not self._short:
+        if trained == read < whole and read % self.length and not self._short:  # not fewer samples, the last ones
             self._short = True
             if not dist.is_initialized() or dist.get_rank() == 0:
                 logger.warning(
