@@ -32,16 +32,24 @@ def refuse_packed(found: list[Leaf]) -> None:
 def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) -> None:
     """Raises ConfigError for position ids, under one of ``names``, that begin anew within the one row there is.
 
-    So do documents that are packed into a row without padding; beside an attention mask a row is not packed so.
+    So do documents that are packed into a row without padding. What a padding mask hides is not looked at; a mask of
+    another shape says itself what sees what.
     ``look``: whether positions on a GPU may be read, which waits for it; those on the CPU always are.
     """
-    if any(leaf.name == "attention_mask" and leaf.value is not None for leaf in found):
-        return
+    mask = next((leaf.value for leaf in found if leaf.name == "attention_mask" and leaf.value is not None), None)
     for leaf in found:
         value = leaf.value
         if leaf.name not in names or not torch.is_tensor(value) or list(value.shape[:-1]) not in ([], [1]):
             continue
-        if value.dim() and (value.is_cpu or look) and bool((value[..., 1:] <= value[..., :-1]).any()):
+        if not value.dim() or not (value.is_cpu or look):
+            continue
+        if mask is not None and (not torch.is_tensor(mask) or list(mask.shape) != [1, value.shape[-1]]):
+            continue
+        begins = value[..., 1:] <= value[..., :-1]
+        if mask is not None:
+            seen = mask.to(value.device) != 0
+            begins = begins & seen[:, 1:] & seen[:, :-1]
+        if bool(begins.any()):
             raise ConfigError(
                 f"sequence_length_warmup: {leaf.where} {list(value.shape)} begins anew within the one row of the "
                 f"batch: documents are packed into it, and a prefix would be the first of them only; {_UNPACK}"

@@ -238,6 +238,10 @@ def test_documents_in_one_row_are_refused():
     cut(IDS[None]), cut(IDS)
     cut(packed.expand(2, -1), TOKENS[:2])  # rows of one length, as in pretraining: each has a prefix
     cut(packed, attention_mask=torch.ones(1, 1, 8, 8))  # the batch says itself what sees what
+    for mask in (torch.ones(1, 8), torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]])):  # or the number of each document
+        with pytest.raises(ConfigError, match="begins anew"):
+            cut(packed, attention_mask=mask)
+    cut(torch.tensor([[1, 1, 1, 0, 1, 2, 3, 4]]), attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]))  # padding
     cut(torch.zeros(3, 1, 8).long())  # of images, in multimodal rotary embeddings
 
 
