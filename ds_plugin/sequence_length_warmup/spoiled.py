@@ -45,7 +45,8 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
             continue
         if mask is not None and (not torch.is_tensor(mask) or list(mask.shape) != [1, value.shape[-1]]):
             continue
-        begins = value[..., 1:] <= value[..., :-1]
+        # back at the first position or before it: parts of an image may share one in between
+        begins = (value[..., 1:] <= value[..., :-1]) & (value[..., 1:] <= value[..., :1])
         if mask is not None:
             seen = mask.to(value.device) != 0
             begins = begins & seen[:, 1:] & seen[:, :-1]

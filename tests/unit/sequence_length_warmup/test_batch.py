@@ -235,7 +235,7 @@ def test_documents_in_one_row_are_refused():
     for positions in (packed, packed[0]):
         with pytest.raises(ConfigError, match="position_ids .* begins anew within the one row"):
             cut(positions)
-    cut(IDS[None]), cut(IDS)
+    cut(IDS[None]), cut(IDS), cut(torch.tensor([[0, 1, 2, 2, 2, 2, 3, 4]]))  # parts of an image share a position
     cut(packed.expand(2, -1), TOKENS[:2])  # rows of one length, as in pretraining: each has a prefix
     cut(packed, attention_mask=torch.ones(1, 1, 8, 8))  # the batch says itself what sees what
     for mask in (torch.ones(1, 8), torch.tensor([[1, 1, 1, 2, 2, 2, 2, 2]])):  # or the number of each document
