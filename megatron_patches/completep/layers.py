@@ -34,6 +34,9 @@ _DRAWN = {
 }  # a TransformerConfig's init methods, and what is drawn by them
 _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
 _MARK = "completep_applied"  # on the TransformerConfig a `_Prepared`, on the model by finish() the section
+#: on an init method that is ours: the base model's std. Another config may hold it that has no mark, such as what
+#: ``dataclasses.replace`` makes of a prepared one, and must not scale it twice
+_BASE_STD = "completep_base_std"
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
 _FIELDS = (*_DRAWN, "softmax_scale", "pipeline_dtype")
@@ -83,10 +86,11 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
     check_config(config)
     before = dict(vars(config))
     try:
+        stds = base_stds(config)  # before: what is ours knows it, whatever depth the given ones were made for
         give_back(config)
         _refuse_unsupported(config, section)
         scaled_spec = _scaled_spec(config, layer_spec, section)
-        values = _scaled_fields(config, section)
+        values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
         vars(config).update({**values, _MARK: _Prepared(section, fields)})
         yield scaled_spec
@@ -105,18 +109,18 @@ def give_back(config: Any, *, models_live: bool = False) -> None:
     """
     done: _Prepared | None = vars(config).pop(_MARK, None)
     for name, (given, ours) in (done.fields if done is not None else {}).items():
-        if getattr(config, name) is ours and not (models_live and name in _READ_LATER):
+        if getattr(config, name) == ours and not (models_live and name in _READ_LATER):
             setattr(config, name, given)
 
 
-def _scaled_fields(config: Any, section: CompletePConfig) -> dict[str, Any]:
-    """The fields that differ from the given config's; a subset of `_FIELDS`."""
+def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]) -> dict[str, Any]:
+    """The fields that differ from the given config's, whose `base_stds` are ``stds``; a subset of `_FIELDS`."""
     ratios = ratios_of(config, section)
-    stds = base_stds(config)
     fields: dict[str, Any] = {}
     for name, role in _DRAWN.items():
         std = stds[name] * section.multipliers(role, ratios).init_std
         fields[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+        setattr(fields[name], _BASE_STD, stds[name])
     head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         fields["softmax_scale"] = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
@@ -155,6 +159,8 @@ def base_stds(config: Any) -> dict[str, float]:
 
 
 def _std(name: str, method: Any) -> float:
+    if (base := getattr(method, _BASE_STD, None)) is not None:
+        return float(base)
     settings = {"mean": 0.0, "std": 1.0, **getattr(method, "keywords", {})}
     plain = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
     if not plain or settings.keys() != {"mean", "std"} or settings["mean"] != 0:

@@ -1,8 +1,10 @@
 """CompleteP on megatron-core through DeepSpeed, against the plain-torch model written from Table 1."""
 
+import copy
 import dataclasses
 import functools
 import math
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +162,33 @@ def test_own_init_methods_are_the_bases(workers, case):
     expected = (embeddings, hidden / 2, hidden / 2, ends / 2, ends / 2, hidden)
     for role, std in zip(INIT_ROLES, expected, strict=True):
         assert found[role] and found[role] == pytest.approx([std] * len(found[role]), rel=0.06), role
+
+
+def _inits_of_copies():
+    """The std's of the three init methods of what becomes of a prepared config, each prepared again."""
+    cfg, completep = gpt.GPTConfig.model_validate(SIZE), section()
+    cpu_host.enable()
+    config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), completep)
+    deeper = copy.copy(config)
+    deeper.num_layers = 2 * config.num_layers
+    copies = {
+        "itself": config,
+        "replace": dataclasses.replace(config, softmax_scale=None),
+        "deepcopy": copy.deepcopy(config),
+        "pickle": pickle.loads(pickle.dumps(config)),
+        "deeper": deeper,
+    }
+    again = {name: prepare(each, spec, completep)[0] for name, each in copies.items()}
+    return {
+        name: ([getattr(each, m).keywords["std"] for m in UNSET], each.softmax_scale) for name, each in again.items()
+    }
+
+
+def test_copies_of_a_prepared_config_are_scaled_once(workers):
+    """s = 0.02, halved for what lies in a block (m_N = 4); the attention scale sqrt(8) / 16."""
+    for name, (stds, scale) in workers(1).run(_inits_of_copies)[0].items():
+        assert stds == pytest.approx([0.01, 0.01, 0.02]), name
+        assert scale == pytest.approx(8**0.5 / 16), name
 
 
 def _switched_off():
