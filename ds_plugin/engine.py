@@ -380,8 +380,8 @@ class Plugin:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("save_checkpoint()")
-        averages = self.averager is not None and self.averager.config.save_average and self.has_average
-        if averages:
+        averager = self.averager if self.averager is not None and self.averager.config.save_average else None
+        if averager is not None and averager.steps:
             self._between_steps()
         call = inspect.signature(self._host_save_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
         call.apply_defaults()
@@ -397,8 +397,8 @@ class Plugin:
             with together():
                 if dist.get_rank() == 0:
                     checkpoint.write_text(root / "latest", tag)
-        if averages:
-            publish.publish_with_checkpoint(self.engine, self._between_steps(), root / tag)
+        if averager is not None:
+            publish.publish_with_checkpoint(self.engine, averager, root / tag)
         return result
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,8 @@ from ds_plugin.weight_averaging.zero_shards import MasterShards
 #: elements converted and written at a time: 4 MiB of fp32
 PIECE = 1024 * 1024
 AVERAGED = "averaged"  # the folder of the average that is published with a checkpoint, within the checkpoint's
+#: what that leaves there, now and when it is killed; other folders may begin alike
+_OF_AVERAGES = re.compile(rf"{AVERAGED}(_horizon_\d+)?(\.previous)?|\.{AVERAGED}(_horizon_\d+)?\.[0-9a-f]+\.tmp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATED = "linear_fc1"  # megatron-core's name for the two halves of a gated unit's first layer, laid end to end
 
@@ -200,18 +203,17 @@ def publish(
 def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: Path) -> None:
     """The average, or that of each horizon, into the folder of a complete checkpoint: it goes with the checkpoint.
 
-    Where a tag is saved again, what is of its earlier average goes when the new one is whole.
+    Where a tag is saved again, what is of its earlier average goes when the new one is whole, or there is none yet.
     """
-    horizons: Sequence[int | None] = averager.config.horizons or [None]
+    horizons: Sequence[int | None] = (averager.config.horizons or [None]) if averager.steps else []
     names = {AVERAGED if horizon is None else f"{AVERAGED}_horizon_{horizon}": horizon for horizon in horizons}
     for name, horizon in names.items():
         publish(engine, averager, checkpoint / name, horizon=horizon, replace=True)
     with _disk(checkpoint):
         if _rank() == 0:
-            for pattern in (f"{AVERAGED}*", f".{AVERAGED}*.tmp"):
-                for left in checkpoint.glob(pattern):
-                    if left.name not in names:
-                        shutil.rmtree(left)
+            for left in list(checkpoint.iterdir()):
+                if left.name not in names and _OF_AVERAGES.fullmatch(left.name):
+                    shutil.rmtree(left)
 
 
 def refuse(engine: Any) -> None:

@@ -353,7 +353,12 @@ def _beside(folder, mode):
         dist.barrier()
     if dist.get_rank() == 0:
         Path(folder, "a", f".{name}.0.tmp").mkdir()  # as a kill leaves it
+        Path(folder, "a", "averaged_by_someone").mkdir()
     engine.save_checkpoint(folder, tag="a")
+    engine.save_checkpoint(folder, tag="c")
+    ds_plugin.attached(engine).restart_from_average()
+    engine.save_checkpoint(folder, tag="c")  # of which there is no average any more
+    _trained(engine)
     engine.backward(engine(*plain.micro_batch(0)))
     with pytest.raises(StateError, match="between optimizer steps only"):
         engine.save_checkpoint(folder, tag="b")
@@ -365,8 +370,10 @@ def test_the_average_is_published_with_each_checkpoint(workers, tmp_path, mode):
     names = {"averaged"} if not mode else {"averaged_horizon_1", "averaged_horizon_3"}
     ranks = workers(2).run(_beside, str(tmp_path), mode)
     for early, before, _ in ranks:
-        assert not early and before == names == _averages(tmp_path)
-    assert (tmp_path / "latest").read_text() == "a" and not (tmp_path / "b").exists()
+        assert not early and before == names == _averages(tmp_path) - {"averaged_by_someone"}
+    assert (tmp_path / "a" / "averaged_by_someone").is_dir()
+    assert list((tmp_path / "c").glob("averaged*")) == []
+    assert (tmp_path / "latest").read_text() == "c" and not (tmp_path / "b").exists()
     assert "head.weight" in get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), tag="a")
     if not mode:
         expected, weights = ranks[0][2], load_file(tmp_path / "a" / "averaged" / "model.safetensors")
