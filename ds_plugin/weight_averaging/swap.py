@@ -80,12 +80,16 @@ def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor
 
 
 class KeptBuffers:
-    """What modules hold beside their parameters (a BatchNorm's statistics, caches), copied to CPU memory."""
+    """What modules hold beside their parameters (a BatchNorm's statistics), copied to CPU memory.
+
+    A buffer that is no part of a checkpoint and has made way for another tensor stays as it is then: it is a cache that
+    a module has grown, and the length it believes to hold (of a dynamic RoPE, say) is an attribute of its own.
+    """
 
     def __init__(self, modules: Sequence[torch.nn.Module]):
         owners = {id(owner): owner for module in modules for owner in module.modules()}.values()
         self._kept = [
-            (owner, name, buffer, buffer.detach().to("cpu", copy=True))
+            (owner, name, buffer, buffer.detach().to("cpu", copy=True), name in owner._non_persistent_buffers_set)
             for owner in owners
             for name, buffer in owner.named_buffers(recurse=False)
             if not buffer.is_meta
@@ -93,12 +97,19 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every buffer is the tensor it was, with the bits it had."""
-        for owner, name, buffer, kept in self._kept:
+        """Every buffer is the tensor it was, with the bits it had; but for the caches that were replaced."""
+        for owner, name, buffer, kept, cache in self._kept:
             if getattr(owner, name, None) is not buffer:
-                setattr(owner, name, buffer)
-            if not torch.equal(_bits(buffer), _bits(kept)):
+                if cache:
+                    continue
+                owner._buffers[name] = buffer
+            if not _same(buffer, kept):
                 buffer.copy_(kept)
+
+
+def _same(buffer: torch.Tensor, kept: torch.Tensor) -> bool:
+    """Bit for bit, NaNs too; what is not laid out in strides (a sparse matrix) is taken as changed."""
+    return buffer.layout is torch.strided and torch.equal(_bits(buffer), _bits(kept))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -241,6 +241,35 @@ def test_buffers_that_evaluation_changes_are_put_back():
     assert sum(not torch.equal(a, b) for a, b in zip(inside[0][-7:], before[0][-7:], strict=True)) == 6
 
 
+class Angles(torch.nn.Module):
+    """A table that grows with the longest sample so far, whose length is an attribute; and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0
+        self.register_buffer("table", torch.zeros(0), persistent=False)
+        self.register_buffer("graph", torch.eye(3).to_sparse())
+
+    def forward(self, length):
+        if length > self.length:
+            self.length, self.table = length, torch.arange(float(length))
+        return self.table[:length]
+
+
+def test_a_cache_that_evaluation_has_grown_stays():
+    host = Host()
+    host.models = [Angles()]
+    averager = make(host)
+    run(averager, host, 2)
+    graph = host.models[0].graph
+    with averager.averaged_weights():
+        host.models[0](5)
+        del host.models[0].graph
+        graph.mul_(2)
+    assert host.models[0](5).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(host.models[0].state_dict()["graph"].to_dense(), torch.eye(3)) and host.models[0].graph is graph
+
+
 def test_refusals():
     host = Host()
     averager = make(host, start_step=5)
