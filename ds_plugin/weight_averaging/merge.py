@@ -185,19 +185,27 @@ def open_source(path: Path) -> Source:
     if (path / ".metadata").is_file():
         return read_torch_dist(path)
     if (path / _MEGATRONS_LATEST).is_file():
-        tag = (path / _MEGATRONS_LATEST).read_text("utf-8").strip()
+        tag = _tag(path / _MEGATRONS_LATEST)
         return open_source(path / (f"iter_{int(tag):07d}" if tag.isdecimal() else tag))
     if (path / "latest_universal").is_file():
-        return open_source(path / (path / "latest_universal").read_text("utf-8").strip())
+        return open_source(path / _tag(path / "latest_universal"))
     raise CheckpointError(
         f"{path} holds neither *.safetensors, nor DeepSpeed's *_optim_states.pt, nor torch_dist's .metadata, nor a "
         f"file 'latest' or '{_MEGATRONS_LATEST}'; give the folder that does"
     )
 
 
+def _tag(file: Path) -> str:
+    """The name of the checkpoint that a file says is the newest one."""
+    tag = file.read_text("utf-8").strip()
+    if not tag:
+        raise CheckpointError(f"{file} is empty and names no checkpoint; {RESTORE}, or give the tag's folder")
+    return tag
+
+
 def _named_by_latest(path: Path) -> Source:
     """DeepSpeed's newest checkpoint in a folder, which may be a Trainer's and hold the 16-bit weights as well."""
-    tag = (path / "latest").read_text("utf-8").strip()
+    tag = _tag(path / "latest")
     if not (path / tag).is_dir():
         raise CheckpointError(
             f"{path / 'latest'} names {tag}, which is missing; {RESTORE}, or remove 'latest' to merge the safetensors "

@@ -362,6 +362,11 @@ def lost_tag(folder):
     (folder / "latest").write_text("global_step8")
 
 
+def empty_tag(folder):
+    """As a crash leaves it."""
+    (folder / "latest").write_text("\n")
+
+
 def emptied(folder):
     for path in folder.iterdir():
         path.unlink()
@@ -389,6 +394,7 @@ def emptied(folder):
         (damaged_config, r"step2/config.json is damaged"),
         (universal, r"step2 is a universal checkpoint, .* give the tag folder that it was converted from"),
         (lost_tag, r"step2/latest names global_step8, which is missing; .*remove 'latest' to merge"),
+        (empty_tag, r"step2/latest is empty and names no checkpoint"),
         (emptied, r"step2 holds neither"),
     ],
 )
@@ -595,6 +601,12 @@ def test_latest_names_the_tag(tmp_path):
     (tmp_path / "latest").write_text("step1")
     merge([tmp_path], tmp_path / "out")
     assert torch.equal(read(tmp_path / "out")["b"], torch.tensor([6.0, 7.0, 8.0]))
+    for name in ("latest_universal", "latest_checkpointed_iteration.txt"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).touch()
+        with pytest.raises(CheckpointError, match=f"{name} is empty"):
+            merge([folder], tmp_path / "none")
 
 
 def test_a_trainers_folder_gives_the_masters(tmp_path):
