@@ -64,8 +64,9 @@ def build_param_groups(
 def await_groups(model: torch.nn.Module) -> None:
     """Until `groups_built`, refuse an optimizer's step once gradients have reached the model.
 
-    No optimizer has been told its roles, so that whichever steps has the base model's learning rates for it. Gradients
-    alone are not refused. Nothing is left on a step's path when the groups are built.
+    No optimizer has been told its roles, so that whichever steps has the base model's learning rates for it; but for
+    one of other models' own parameters, as of a probe on this one. Gradients alone are not refused. Nothing is left on
+    a step's path when the groups are built.
     """
     watching: list[Any] = []  # the hook on every optimizer's step, once there is a gradient
 
@@ -89,6 +90,11 @@ def _remove(*handles: list[Any]) -> None:
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # a framework's optimizer steps plain tensors, copies and parts of some model's parameters: of which is not to tell
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    awaited = {id(p) for model in _awaited for p in model.parameters()}
+    if all(type(p) is torch.nn.Parameter and id(p) not in awaited for p in stepped) and stepped:
+        return
     raise StateError(
         f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
         "optimizer was built with its roles' param groups: a stock get_megatron_optimizer, deepspeed.initialize or an "

@@ -605,6 +605,9 @@ def trained_by_a_stock_optimizer():
     optimizer = get_megatron_optimizer(optimizer_config(False), [ddp])
     before = [p.detach().clone() for p in model.parameters()]
     forward(iter([micro_batch(0, 0)]), model)[0].mean().backward()  # gradients alone train nothing
+    probe = torch.nn.Linear(1, 1)
+    probe(torch.ones(1)).backward()
+    torch.optim.AdamW(probe.parameters()).step()  # nor does another model's own optimizer
     try:
         train_step(ddp, optimizer, scheduler_of(optimizer), 0)
         message = "trained"
