@@ -186,6 +186,14 @@ class WeightAverager:
         scratch, buffers = self._swap_in()
         try:
             yield
+        except BaseException as error:  # said now: if this rank is alone with it, it may wait below for ever
+            logging.getLogger("ds_plugin").warning(
+                "weight averaging: the averaged_weights() block ends with %s: %s; the training weights are put back, "
+                "for which the ranks may wait for each other",
+                type(error).__name__,
+                error,
+            )
+            raise
         finally:
             # of the masters as they are now: the framework may have moved them to other memory meanwhile
             self._put_back(lambda: Exchange(self.masters(), self._spare, scratch).forth(), buffers)

@@ -113,14 +113,17 @@ def test_reading_twice_gives_the_same_bits():
         assert equal(host.masters, first)
 
 
-def test_weights_return_when_the_evaluation_fails():
+def test_weights_return_when_the_evaluation_fails(caplog):
+    """What went wrong is said before the ranks may have to wait for one that is alone with it."""
     host = Host()
     averager = make(host)
     run(averager, host, 4)
-    before = host.copy()
+    before, refresh, said = host.copy(), host.refresh, []
+    host.refresh = lambda: (said.append(caplog.text), refresh())
     with pytest.raises(ZeroDivisionError), averager.averaged_weights():
-        raise ZeroDivisionError
+        raise ZeroDivisionError("a bad sample")
     assert equal(host.masters, before) and not averager.swapped
+    assert said[0] == "" and "block ends with ZeroDivisionError: a bad sample" in said[1]
 
 
 def test_a_swap_in_pieces_is_the_same_swap(monkeypatch):
