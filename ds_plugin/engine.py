@@ -4,8 +4,9 @@ forward    the batch is shortened (training mode only)               sequence_le
 backward   refused while the average is swapped in                   weight_averaging
            its loss is noted (`backward`)
 step       refused while the average is swapped in                   weight_averaging
-           it waits for the last snapshot's copy, on the device      weight_averaging
-           the host's step; when it closed an accumulation window:
+           the framework's step, which takes an optimizer step at the end of an accumulation step:
+             that one waits for the last snapshot's copy, on the device (`compat.TAKE_STEP`)
+           after it:
              1. the window's tokens are booked                       sequence_length_warmup
              2. if the loss has stayed too high: a restart           weight_averaging
              3. if it was applied, finite and one is due: a snapshot weight_averaging
@@ -14,6 +15,7 @@ load       our manifest is checked first, then the host loads, then our state
 """
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -66,6 +68,7 @@ class Plugin:
         if config.sequence_length_warmup is not None:
             self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
         if config.weight_averaging is not None:
+            compat.need(engine, compat.TAKE_STEP)
             shards = find_shards(engine)
             finite.refuse_unknown(engine)
             if config.weight_averaging.save_average:
@@ -98,6 +101,9 @@ class Plugin:
             for name, method in self._methods().items():
                 setattr(self, f"_host_{name}", getattr(self.engine, name))
                 self._undo.enter_context(replaced(self.engine, name, method))
+            if self.averager is not None:
+                take_step = functools.partial(self._take_step, getattr(self.engine, compat.TAKE_STEP))
+                self._undo.enter_context(replaced(self.engine, compat.TAKE_STEP, take_step))
             if self._scheduler is not None:
                 self.engine.lr_scheduler = self._scheduler
                 self._undo.callback(self._give_scheduler_back, self._scheduler)
@@ -304,8 +310,6 @@ class Plugin:
 
     def _train_batch(self, data_iter: Any = None) -> Any:
         self._refuse_while_swapped("engine.train_batch()")
-        if self.averager is not None:
-            self.averager.before_step()
         before = self.engine.global_steps
         if self._pipeline is None:
             loss = self._host_train_batch(data_iter)  # type: ignore[attr-defined]
@@ -325,14 +329,19 @@ class Plugin:
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.step()")
-        if self.averager is not None:
-            self.averager.before_step()
         before = self.engine.global_steps
         result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
         if self.engine.global_steps != before:  # an accumulation window has closed
             self._forget_open_window()
             self._close_step()
         return result
+
+    def _take_step(self, take_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Masters change in here alone: neither a micro-batch before the last nor a pipeline's passes wait for a
+        snapshot."""
+        assert self.averager is not None
+        self.averager.before_step()
+        return take_step(*args, **kwargs)
 
     def _forget_open_window(self) -> None:
         if self._passes is not None:

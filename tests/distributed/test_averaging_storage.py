@@ -165,16 +165,23 @@ def test_too_little_disk_ends_all_ranks_alike(workers, tmp_path):
         assert messages["works"] is None and mapped == (0, 3) and steps == [2] and left == []
 
 
-def _order():
-    """What comes before what in a step."""
-    engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
+def _order(by_user):
+    """What comes before what in two steps of three micro-batches each."""
+    engine = plain.make(plain.host_config(1, accumulation=3, weight_averaging=plain.AVERAGING))
     averager, order, host_step = ds_plugin.attached(engine).averager, [], engine.optimizer.step
     averager.before_step = lambda: order.append("wait")
     engine.optimizer.step = lambda *a, **k: (order.append("step"), host_step(*a, **k))[1]
-    plain.train(engine, 2)
+    for index in range(6):
+        if by_user:  # two micro-batches a step, whatever the JSON says
+            engine.set_gradient_accumulation_boundary(index % 2 == 1)
+        engine.backward(engine(*plain.micro_batch(index)))
+        order.append("micro-batch")
+        engine.step()
     return order
 
 
-def test_the_engine_waits_for_the_last_snapshot_before_every_step(workers):
-    for order in workers(2).run(_order):
-        assert order == ["wait", "wait", "step"] * 2  # each micro-batch calls step(), the last of a window makes it
+@pytest.mark.parametrize("by_user", [False, True])
+def test_a_step_waits_for_the_last_snapshot_and_no_micro_batch_does(workers, by_user):
+    for order in workers(1).run(_order, by_user):
+        micro_batches = 2 if by_user else 3
+        assert order == (["micro-batch"] * micro_batches + ["wait", "step"]) * (6 // micro_batches)
