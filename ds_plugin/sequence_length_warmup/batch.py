@@ -253,8 +253,21 @@ def restarted(positions: torch.Tensor) -> torch.Tensor:
 
     Where a document begins within the stretch, and its positions at 0 with it, they stay.
     """
-    count = torch.arange(positions.shape[-1], device=positions.device)
-    return torch.where(positions - positions[..., :1] == count, count, positions)
+    count = _count(positions)
+    return torch.where(positions - positions[..., :1] == count, count.to(positions.dtype), positions)
+
+
+def restarted_if_positions(stretch: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The same of integers without a name, which are positions if in the ``whole`` samples every row counts from 0.
+
+    Told where they lie: on an accelerator nobody waits for the answer.
+    """
+    return torch.where((whole == _count(whole)).all(), _count(stretch).to(stretch.dtype), stretch)
+
+
+def _count(like: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... along the last dimension."""
+    return torch.arange(like.shape[-1], device=like.device)
 
 
 # -- which dimensions --------------------------------------------------------------------------------------------------
@@ -294,7 +307,7 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
     shapes: dict[tuple[int, ...], list[Leaf]] = {}
     for leaf in tensors:
         value, shape = leaf.value, tuple(leaf.value.shape)
-        integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        integer = _is_integer(value)
         elsewhere = leaf.name in POSITION_NAMES or not _WHOLE.isdisjoint(leaf.keys)
         if elsewhere or not integer or len(shape) != 2 or shape[1] == 1:
             continue
@@ -344,7 +357,7 @@ def _of_unnamed(value: torch.Tensor, side: Side, *, named: bool) -> list[int]:
     [batch, sequence]."""
     shape, full = list(value.shape), side.positions
     if named:
-        integer = not value.is_floating_point() and value.dtype != torch.bool
+        integer = _is_integer(value)
         return [1] if integer and shape == [side.rows, full] else []
     if len(shape) == 3 and shape[1:] == [full, full] and value.is_floating_point():
         return []  # a mask, or embeddings as wide as the samples are long
@@ -379,9 +392,11 @@ def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
             value = value.narrow(dimension, offset, side.kept(offset, length))
     if value is leaf.value:
         return value
-    if offset and _are_positions(leaf):
+    if offset and leaf.name in POSITION_NAMES:
         along = max(where)
         value = restarted(value.movedim(along, -1)).movedim(-1, along)
+    elif offset and leaf.name is None and value.dim() == 2 and _is_integer(value):
+        value = restarted_if_positions(value, leaf.value)
     return value.contiguous()
 
 
@@ -394,9 +409,5 @@ def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
     )
 
 
-def _are_positions(leaf: Leaf) -> bool:
-    if leaf.name is not None:
-        return leaf.name in POSITION_NAMES
-    value = leaf.value  # without a name: integers that count from 0 in every row
-    counts = not value.is_floating_point() and value.dim() == 2
-    return counts and bool((value == torch.arange(value.shape[1], device=value.device)).all())
+def _is_integer(value: torch.Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)

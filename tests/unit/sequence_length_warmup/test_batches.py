@@ -1,11 +1,17 @@
 """Cutting a stretch out of a micro-batch, by name and nested; the mask of fragments; lengthening for the preflight."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ds_plugin.errors import ConfigError
 from ds_plugin.sequence_length_warmup.batch import cut_batch
+from ds_plugin.sequence_length_warmup.batches import Batches
+from ds_plugin.sequence_length_warmup.carry import Stretch
 from ds_plugin.sequence_length_warmup.confine import fragment_mask
+from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
 from ds_plugin.sequence_length_warmup.preflight import lengthened
 
 TOKENS = torch.arange(100, 112).view(2, 6)
@@ -44,6 +50,41 @@ def test_a_stretch_of_a_pipelines_micro_batch():
     assert tokens.tolist() == [[104, 105], [110, 111]] and labels.tolist() == [[105, 106], [111, 112]]
     assert positions.tolist() == [[0, 1], [0, 1]]  # they count from 0 in every row: positions
     assert mask.shape == (2, 1, 2, 2) and weights.shape == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_what_is_no_positions_stays_and_ids_keep_their_dtype(dtype):
+    """Two tensors differ in one entry from positions; of int8 there are more than it can count."""
+    tokens, ids = torch.zeros(2, 300).long(), (torch.arange(300) % 128).to(dtype).expand(2, -1)
+    other = torch.arange(300).to(torch.int64).repeat(2, 1)
+    other[1, 299] = 0
+    positions = torch.arange(300).expand(2, -1) if dtype == torch.int64 else ids
+    cut, *_ = cut_batch((tokens, positions, other), 2, 7, full=300, exact=True, micro_batch=2)
+    assert cut[1].tolist() == ([[0, 1]] * 2 if dtype == torch.int64 else [[7, 8]] * 2) and cut[1].dtype == dtype
+    assert cut[2].tolist() == [[7, 8], [7, 8]]
+    named, *_ = cut_batch({"tokens": tokens, "position_ids": ids}, 2, 7)
+    assert named["position_ids"].tolist() == [[0, 1]] * 2 and named["position_ids"].dtype == dtype
+
+
+NAMED = {"tokens": TOKENS, "labels": LABELS, "position_ids": POSITIONS}
+NESTED = ((TOKENS, POSITIONS, POSITIONS[:1]), (LABELS, LABELS != 0))
+
+
+@pytest.mark.parametrize("batch", [NAMED, NESTED], ids=["named", "a pipeline's"])
+def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
+    """On an accelerator it would wait there. These have a shape and no contents: every way of reading one raises."""
+    empty = rebuilt(batch, iter([leaf.value.to("meta") for leaf in leaves(batch)]))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool((leaves(empty)[0].value == 0).all())
+    stub = SimpleNamespace(
+        engine=SimpleNamespace(global_steps=0), micro_batches=1, open_windows=[], config=SimpleNamespace(mode="carry"),
+        full=6, samples={"micro_batch": 2}, stretch=Stretch(0, 0, 2), count=lambda *counted: None,
+    )  # fmt: skip
+    read = Batches(stub, lambda n: itertools.repeat(empty))
+    for step, offset in enumerate((0, 2, 4)):
+        stub.engine.global_steps, stub.stretch = step, Stretch(step, offset, 2)
+        found = leaves(next(read))
+        assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 
 
 def test_samples_of_another_length_are_refused():
