@@ -151,6 +151,21 @@ def exchange(monkeypatch, table):
     return (losses, *monitor._exchange(variance=True))
 
 
+def test_between_reports_nothing_is_read_from_the_device():
+    """Tensors without contents, whose reading raises."""
+    device = torch.device("meta")
+    engine = SimpleNamespace(
+        device=device, global_steps=1, fp16_enabled=lambda: False, get_global_grad_norm=lambda: norm
+    )
+    norm, monitor = torch.empty((), device=device), StabilityMonitor(engine, 3)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(norm > 0)
+    for _ in range(2):
+        monitor.record(torch.empty(2, device=device))
+        assert monitor.close_step(16) is None
+    assert monitor._closed == 2
+
+
 def sent(ranks=RANKS):
     """Vectors of ranks some of which have no loss in a slot, and no state of Adam's."""
     generator = torch.Generator().manual_seed(3)
