@@ -1,8 +1,8 @@
 """The averager: snapshots of this rank's fp32 masters, and the swap that puts their average in place.
 
-A snapshot goes to the host: no collective, no accelerator memory. From a GPU it does so while training goes on
-(`copies`). What is kept and what is read is the mode's (`modes`), where it lies the storage's (`storage`); the average
-has the same bits under every sharding (`window`).
+A snapshot goes to CPU memory: no collective, no accelerator memory. From an accelerator it does so while training goes
+on (`copies`). What is kept and what is read is the mode's (`modes`), where it lies the storage's (`storage`); the
+average has the same bits under every sharding (`window`).
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.weight_averaging import copies, modes, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.finite import is_sound
 from ds_plugin.weight_averaging.storage import Storage
 from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 from ds_plugin.weight_averaging.zero_shards import MasterShards
@@ -54,7 +55,7 @@ class WeightAverager:
             raise
         self._exchangeable = storage.exchangeable
         if self._copies is not None:
-            self._verdict = storage.flag()
+            self._verdict = storage.verdict()
         self._said = False
 
     def close(self) -> None:
@@ -117,16 +118,17 @@ class WeightAverager:
         return -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
 
     def before_step(self) -> None:
-        """Call it before the host's step, which overwrites masters that may still be on their way to the host."""
+        """Call it before the optimizer's step, which overwrites masters that may still be on their way."""
         if self._copies is not None:
             self._copies.wait_before_step()
 
     def snapshot(self, step: int, *, finite: bool | torch.Tensor | None = None) -> None:
-        """Fold in the masters as they are after step ``step``. From a GPU: begin to, without waiting for it.
+        """Fold in the masters as they are after step ``step``. From an accelerator: begin to, without waiting for it.
 
         ``finite``: whether the step was, if that is known and the same on all ranks; a snapshot that is not is left
-        out. It may be one element on the accelerator, which is read when the masters have arrived. None: look at the
-        masters, which costs a pass over them (and is the same on all ranks where each holds all of them).
+        out. It may be one element on the accelerator, which is read when the masters have arrived: a boolean, or the
+        gradient norm, see `finite.is_sound`. None: look at the masters, which costs a pass over them (and is the same
+        on all ranks where each holds all of them).
         """
         masters = self.masters()
         if finite is False:
@@ -146,7 +148,8 @@ class WeightAverager:
         under_way.drain()  # before the spare buffer is named: the snapshot before may have changed it for another
         src, dst = masters, self._spare
         if isinstance(finite, torch.Tensor):
-            src, dst, finite = [*masters, finite.reshape(1)], [*self._spare, self._verdict], self._verdict
+            verdict = self._verdict[: finite.dtype.itemsize].view(finite.dtype)
+            src, dst, finite = [*masters, finite.reshape(1)], [*self._spare, verdict], verdict
         under_way.begin(dst, src, lambda: self._arrived(step, finite))
 
     def _arrived(self, step: int, finite: bool | torch.Tensor | None) -> None:
@@ -159,7 +162,7 @@ class WeightAverager:
             self._mode.add(step, self._spare)
 
     def _is_fit(self, step: int, snapshot: list[torch.Tensor], finite: bool | torch.Tensor | None) -> bool:
-        fit = window.all_finite(snapshot) if finite is None else bool(finite)
+        fit = window.all_finite(snapshot) if finite is None else is_sound(finite)
         if not fit:
             self._leave_out(step)
         return fit

@@ -1,4 +1,4 @@
-"""Copies from an accelerator to the host behind the training's back: neither waits for the other on the host.
+"""Copies from an accelerator to CPU memory behind the training's back: neither waits for the other on the CPU.
 
 What happens on which stream, for a snapshot after optimizer step n::
 
@@ -8,44 +8,65 @@ What happens on which stream, for a snapshot after optimizer step n::
 
 Both fences are between streams, on the device. Without the first, the copy could begin before step n has ended;
 without the second, step n + 1 could overwrite what is not copied yet.
+
+All of it goes by torch's names for any accelerator; on one that has no streams copies are blocking ones.
 """
 
+import functools
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_plugin.errors import StateError
 
 Tensors = Sequence[torch.Tensor]
 
+#: seconds between two looks at whether a copy has arrived
+_LOOK = 0.001
+
+
+class Streams:
+    """What `Copies` uses of an accelerator, of whatever kind."""
+
+    Stream, Event = torch.Stream, torch.Event
+    current_stream = staticmethod(torch.accelerator.current_stream)
+    set_device_index = staticmethod(torch.accelerator.set_device_index)
+
 
 class Copies:
     """One copy under way at a time, and a thread that goes on with what it brought.
 
-    Lifetimes. The sources are the masters, which the host allocates once - ZeRO 3's sub-groups, too - and changes in
-    its optimizer step. A reference to each is held until its copy has ended, so that one the host lets go meanwhile
-    (moved to the host between steps, say) is not given to someone else by the allocator while it is read; that takes
-    the place of ``record_stream``. It does not help against a change in place: whoever changes masters other than in a
-    step that `wait_before_step` was called for must `drain` first. The targets are pinned, or the copy would block.
+    Lifetimes. The sources are the masters, which the framework allocates once - ZeRO 3's sub-groups, too - and changes
+    in its optimizer step. A reference to each is held until its copy has ended, so that one the framework lets go
+    meanwhile (moved to CPU memory between steps, say) is not given to someone else by the allocator while it is read;
+    that takes the place of ``record_stream``. It does not help against a change in place: whoever changes masters other
+    than in a step that `wait_before_step` was called for must `drain` first. The targets are pinned, or the copy would
+    block.
 
-    ``streams``: `torch.cuda`, or what has its ``Stream``, ``Event``, ``stream`` and ``current_stream``.
+    ``streams``: `Streams`, or what has its names.
     """
 
-    def __init__(self, device: torch.device, streams: Any = torch.cuda):
+    def __init__(self, device: torch.device, streams: Any = Streams):
         self._device, self._streams = device, streams
         self._side = streams.Stream(device=device)
-        self._stepped = streams.Event()
-        self._done = streams.Event(blocking=True)  # the thread that waits for it sleeps
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="weight_averaging")
+        self._stepped, self._done = streams.Event(device=device), streams.Event(device=device)
+        # Which device is current is each thread's own: one that has not said so is on the first, and would open a
+        # context there from every rank.
+        self._worker = ThreadPoolExecutor(
+            1, thread_name_prefix="weight_averaging", initializer=streams.set_device_index, initargs=(device,)
+        )
         self._job: Future[None] | None = None
         self._fence_due = False
 
     def begin(self, dst: Tensors, src: Tensors, then: Callable[[], None]) -> None:
         """Copy ``src``, as the training stream will have left it, to ``dst``; returns at once.
 
-        ``then`` is called in the worker thread when all of it has arrived. A source in host memory is copied before
+        ``then`` is called in the worker thread when all of it has arrived. A source in CPU memory is copied before
         this returns. Waits for the previous ``then``, and raises what it raised.
 
         Raises:
@@ -59,7 +80,7 @@ class Copies:
             )
         self._stepped.record(self._streams.current_stream(self._device))
         self._side.wait_event(self._stepped)
-        with self._streams.stream(self._side):
+        with self._side:
             for target, source in zip(dst, src, strict=True):
                 target.copy_(source, non_blocking=True)
             self._done.record(self._side)
@@ -69,7 +90,7 @@ class Copies:
     def wait_before_step(self) -> None:
         """Have the training stream wait for the copy, if there is one: call it before a step that writes the sources.
 
-        The host does not wait. Raises what the last ``then`` raised, if it has ended.
+        The CPU does not wait. Raises what the last ``then`` raised, if it has ended.
         """
         if self._fence_due:
             self._fence_due = False
@@ -78,7 +99,7 @@ class Copies:
             self.drain()
 
     def drain(self) -> None:
-        """Wait on the host until the last copy has arrived and its ``then`` has ended; raises what that raised."""
+        """Wait until the last copy has arrived and its ``then`` has ended; raises what that raised."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
@@ -92,10 +113,34 @@ class Copies:
 
     def _finish(self, src: Tensors, then: Callable[[], None]) -> None:
         """In the worker thread; the executor holds ``src`` until it ends."""
-        self._done.synchronize()
+        while not self._done.query():  # to wait for an event of torch's keeps a core busy
+            time.sleep(_LOOK)
         then()
 
 
 def copies_from(tensors: Tensors) -> Copies | None:
-    """`Copies` for tensors that are in a GPU's memory, some or all of them; None if none is."""
-    return next((Copies(t.device) for t in tensors if t.device.type == "cuda"), None)
+    """`Copies` for tensors that are in an accelerator's memory, some or all of them.
+
+    None if none is, or the accelerator has no streams.
+    """
+    return next((Copies(t.device) for t in tensors if has_streams(t.device.type)), None)
+
+
+@functools.cache
+def has_streams(kind: str) -> bool:
+    """Whether tensors on this kind of device can be copied from behind the training's back. Says so once if not."""
+    if kind == "cpu":
+        return False
+    current = torch.accelerator.current_accelerator()
+    try:
+        if current is not None and current.type == kind:
+            torch.Stream(device=kind), torch.Event(device=kind)
+            return True
+        why = f"torch's accelerator here is {current}"
+    except RuntimeError as error:  # NotImplementedError is one
+        why = str(error)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logging.getLogger("ds_plugin").warning(
+            "weight averaging: no streams on %s (%s): training waits while a snapshot is copied", kind, why
+        )
+    return False

@@ -29,22 +29,29 @@ def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool |
     """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
 
     DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
-    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then the
-    answer lies there, too, one element that nobody has waited for. In fp32 without ZeRO it has none, and applies any
-    step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of each other: 4 bytes.
-    So must ranks with different experts without ZeRO, where the norm, if there is one, leaves those out.
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then it
+    is the answer as it is, one element that nobody has waited for, which `is_sound` reads. In fp32 without ZeRO it has
+    none, and applies any step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of
+    each other: 4 bytes. So must ranks with different experts without ZeRO, where the norm, if there is one, leaves
+    those out.
     """
     if compat.has_experts(engine) and int(engine.zero_optimization_stage()) == 0:
         return finite_everywhere(masters, engine.device)
     norm = engine.get_global_grad_norm()
     if isinstance(norm, torch.Tensor) and norm.device.type != "cpu":
-        return torch.isfinite(norm) & (norm >= 0)
+        return norm
     if norm is not None:
-        value = float(norm)
-        return math.isfinite(value) and value >= 0  # DeepSpeed marks an invalid norm by -1
+        return is_sound(torch.as_tensor(norm, dtype=torch.float64))
     if not compat.is_model_parallel(engine):
         return None
     return finite_everywhere(masters, engine.device)
+
+
+def is_sound(finite: bool | torch.Tensor) -> bool:
+    """What an answer says that may be a gradient norm: finite, and not below 0, DeepSpeed's mark of one that is not."""
+    if isinstance(finite, torch.Tensor) and finite.is_floating_point():
+        return 0 <= float(finite) < math.inf
+    return bool(finite)
 
 
 def finite_everywhere(masters: Sequence[torch.Tensor], device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Where the snapshots lie: in pinned or plain host memory, or in files that are mapped into memory."""
+"""Where the snapshots lie: in pinned or plain CPU memory, or in files that are mapped into memory."""
 
 import itertools
 import mmap
@@ -12,22 +12,23 @@ import torch
 from ds_plugin.errors import ConfigError
 from ds_plugin.weight_averaging import memory
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.copies import has_streams
 from ds_plugin.weight_averaging.memory import Memory
 
 Tensors = list[torch.Tensor]
 
 
 class Storage:
-    """Buffers of this rank's shape, each a list of contiguous host tensors with the masters' shapes.
+    """Buffers of this rank's shape, each a list of contiguous CPU tensors with the masters' shapes.
 
     `allocate` gives the modes' buffers, which lie where ``storage`` says. `spare` is the one that masters are copied
-    to, and weights exchanged with: always in memory. Pinned is only what masters on a GPU need pinned, or their copies
-    would block the host; offloaded masters need nothing so.
+    to, and weights exchanged with: always in memory. Pinned is only what masters on an accelerator with streams need
+    pinned, or their copies would block the training; offloaded masters need nothing so.
     """
 
     def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor]):
         self._masters, self._path = masters, config.storage_path
-        self._spare_in = "pinned" if any(t.device.type == "cuda" for t in masters) else "memory"
+        self._spare_in = "pinned" if any(has_streams(t.device.type) for t in masters) else "memory"
         self._kept_in = self._spare_in if config.storage == "pinned" else config.storage
         #: whether a mode's fp32 buffer and the spare one are of one kind, so that they can change places
         self.exchangeable = self._kept_in == self._spare_in
@@ -59,9 +60,9 @@ class Storage:
         """An fp32 buffer in memory."""
         return next(self._pinned) if self._spare_in == "pinned" else self._in_memory(torch.float32)
 
-    def flag(self) -> torch.Tensor:
-        """One boolean that can arrive along with the `spare` buffer's contents."""
-        return torch.empty(1, dtype=torch.bool, device="cpu", pin_memory=self._spare_in == "pinned")
+    def verdict(self) -> torch.Tensor:
+        """Bytes for one number of any dtype that can arrive along with the `spare` buffer's contents."""
+        return torch.empty(8, dtype=torch.uint8, device="cpu", pin_memory=self._spare_in == "pinned")
 
     def allocate(self, dtype: torch.dtype) -> Tensors:
         """A buffer of the kind asked for; its contents are undefined.

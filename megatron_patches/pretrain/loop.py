@@ -152,7 +152,7 @@ class Loop:
         if norm is not None:
             return math.isfinite(norm)
         assert self.averager is not None
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         return finite_everywhere(self.averager.shards.tensors(), device)
 
     def _wait_before_steps(self, optimizer: Any) -> None:

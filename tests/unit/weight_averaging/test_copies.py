@@ -10,51 +10,73 @@ import weakref
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ds_plugin.errors import StateError
 from ds_plugin.weight_averaging import averager as averager_module
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.copies import Copies, copies_from
+from ds_plugin.weight_averaging.copies import Copies, Streams, copies_from, has_streams
 
 CPU = torch.device("cpu")
 
 
 class Device:
-    """What `Copies` uses of torch.cuda. A stream is a queue of work, run only when `Stream.run` is called or somebody
-    waits for it; whoever waits on the host waits for `let_go` first. ``log`` has what was asked for, in order.
+    """What `Copies` uses of an accelerator. A stream is a queue of work, run only when `Stream.run` is called or
+    somebody asks whether an event has come, which it has not before `let_go`. ``log`` has what was asked of the device,
+    in order, and ``strays`` what was by threads that had no device then: on a GPU they would be on the first.
     """
 
     def __init__(self):
-        self.log, self.lock, self.let_go = [], threading.RLock(), threading.Event()
+        self.log, self.strays, self.lock, self.let_go = [], [], threading.RLock(), threading.Event()
+        self._of_thread = threading.local()
+        self.set_device_index(CPU)  # the training's thread, as the framework starts it
         self.training = Stream(self, "training")
-        self._current = threading.local()
+
+    def asked(self, what):
+        if getattr(self._of_thread, "device", None) is None:
+            self.strays.append((threading.current_thread().name, what))
+
+    def set_device_index(self, device):
+        assert device == CPU
+        self._of_thread.device = device
 
     def Stream(self, device):
         assert device == CPU
+        self.asked("Stream")
         return Stream(self, "side")
 
-    def Event(self, blocking=False):
+    def Event(self, device):
+        assert device == CPU
+        self.asked("Event")
         return Event(self)
 
-    def current_stream(self, device=None):
-        return getattr(self._current, "stream", self.training)
+    def current_stream(self, device):
+        assert device == CPU
+        self.asked("current_stream")
+        return getattr(self._of_thread, "stream", self.training)
 
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self._current.stream = stream
-        try:
-            with Late(stream):
-                yield
-        finally:
-            del self._current.stream
+    def make_current(self, stream):
+        self.asked("enter")
+        self._of_thread.stream = stream
 
 
 class Stream:
     def __init__(self, device, name):
         self.device, self.name, self.queue = device, name, collections.deque()
 
+    def __enter__(self):
+        self.device.make_current(self)
+        self.late = Late(self)
+        self.late.__enter__()
+
+    def __exit__(self, *exc_info):
+        self.late.__exit__(*exc_info)
+        self.device.make_current(self.device.training)
+
     def do(self, what, work):
+        self.device.asked(what)
         with self.device.lock:
             self.device.log.append(f"{self.name}: {what}")
             self.queue.append(work)
@@ -89,9 +111,11 @@ class Event:
     def record(self, stream):
         self.recorded = Recorded(stream)
 
-    def synchronize(self):
-        assert self.device.let_go.wait(20), "nobody let go"
-        self.recorded.reach()
+    def query(self):
+        self.device.asked("query")
+        if self.device.let_go.is_set():
+            self.recorded.reach()
+        return self.recorded.done
 
 
 class Late(TorchFunctionMode):
@@ -119,6 +143,7 @@ def device():
     device = Device()
     yield device
     device.let_go.set()  # or the worker's thread would hold up the end of the process
+    assert device.strays == []
 
 
 def test_the_order_of_the_protocol(device):
@@ -181,23 +206,54 @@ def test_what_fails_in_the_worker_is_raised_by_the_next_call(device, call):
     copies.drain()  # told once
 
 
-def test_the_stand_in_is_asked_as_torch_cuda_is():
-    """What is called here by these names and arguments is there: a GPU's own classes, without a GPU."""
-    for owner, method, arguments in (
-        (torch.cuda.Stream, "__new__", {"device": CPU}),
-        (torch.cuda.Event, "__new__", {"blocking": True}),
-        (torch.cuda.Event, "record", {"stream": None}),
-        (torch.cuda.Event, "synchronize", {}),
-        (torch.cuda.Stream, "wait_event", {"event": None}),
-    ):
-        inspect.signature(getattr(owner, method)).bind(owner, **arguments)
-        assert method == "__new__" or hasattr(Event if owner is torch.cuda.Event else Stream, method)
-    inspect.signature(torch.cuda.current_stream).bind(CPU)
-    inspect.signature(torch.cuda.stream).bind(None)
+def test_the_worker_says_which_device_is_its_own(device):
+    """The stand-in, too, knows a thread that has not: its first question is one of no device."""
+    copies, asked = Copies(CPU, device), []
+    device.let_go.set()
+    copies.begin([torch.zeros(1)], [torch.ones(1)], lambda: asked.append(device.current_stream(CPU)))
+    copies.drain()
+    assert asked == [device.training] and device.strays == []
+    stray = threading.Thread(target=device.current_stream, args=[CPU], name="stray")
+    stray.start()
+    stray.join()
+    assert device.strays.pop() == ("stray", "current_stream")
 
 
-def test_masters_in_host_memory_need_none_of_it():
-    assert copies_from([torch.zeros(2)]) is None and copies_from([]) is None
+def test_the_stand_in_is_asked_as_torch_is():
+    """What is called here by these names and arguments is there, of any accelerator's."""
+    stream, event = Streams.Stream(device=CPU), Streams.Event(device=CPU)
+    with stream:
+        assert event.query()
+    stream.wait_event(event)
+    with pytest.raises(RuntimeError, match="cpu backend doesn't support events"):
+        event.record(stream)
+    for function in (Streams.current_stream, Streams.set_device_index):
+        inspect.signature(function).bind(CPU)
+    assert {name for name in vars(Streams) if not name.startswith("__")} <= set(dir(Device))
+
+
+def test_masters_in_cpu_memory_need_none_of_it(caplog):
+    assert copies_from([torch.zeros(2)]) is None and copies_from([]) is None and caplog.text == ""
+
+
+@pytest.mark.parametrize("accelerator", [None, "xpu", "mps"])
+def test_an_accelerator_without_streams_has_blocking_copies(monkeypatch, caplog, accelerator):
+    """torch knows none, knows another, or has no streams for it (as without a driver): said once."""
+    found = accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    has_streams.cache_clear()
+    host = Host()
+    host.masters = [Elsewhere(master) for master in host.masters]
+    with caplog.at_level("WARNING", "ds_plugin"):
+        averager = make(host)
+        make(host)
+    has_streams.cache_clear()
+    assert len(caplog.records) == 1 and "no streams on xpu" in caplog.text and "training waits" in caplog.text
+    averager.before_step()
+    averager.snapshot(2, finite=torch.tensor(1.5))
+    averager.snapshot(4, finite=torch.tensor(torch.nan))
+    assert averager.steps == [2] and all(not t.is_pinned() for t in averager.read())
+    assert equal(averager.read(), Host().masters)
 
 
 # -- the averager on it ----------------------------------------------------------------------------------------------
@@ -226,6 +282,16 @@ class Host:
     def move(self, step):
         for master in self.masters:
             master.mul_(0.9).add_(torch.tensor(float(step)).sin())
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on an accelerator, which this torch cannot reach."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        return torch.Tensor._make_subclass(cls, tensor)
+
+    device = torch.device("xpu", 0)
 
 
 def make(host, **changes):
@@ -375,6 +441,69 @@ def test_a_snapshot_does_not_keep_the_training_thread(device, on_device):
     assert host.steps == 2 and averager._mode.steps() == [] and host.masters[0].tolist() == list(range(7))
     device.let_go.set()
     assert averager.steps == [2]
+
+
+class Watch(TorchDispatchMode):
+    """Which operations have allocated a tensor, and which were given one of ``on_device``."""
+
+    def __init__(self, on_device):
+        super().__init__()
+        self.on_device = self.places(on_device)
+        self.count, self.allocating, self.reading = 0, [], []
+
+    @staticmethod
+    def places(tree):
+        found = {t.untyped_storage().data_ptr() for t in tree_leaves(tree) if torch.is_tensor(t)}
+        return found - {0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given, found = self.places([args, kwargs]), func(*args, **(kwargs or {}))
+        self.count += 1
+        self.allocating += [func] if self.places(found) - given else []
+        self.reading += [func] if given & self.on_device else []
+        return found
+
+
+@pytest.mark.parametrize("mode", ["sliding", "block"])
+@pytest.mark.parametrize("verdict", [torch.tensor(True), torch.tensor(1.5), torch.tensor(0.0, dtype=torch.float64)])
+def test_a_snapshot_allocates_nothing_on_the_device(device, monkeypatch, mode, verdict):
+    """On the training's thread nothing at all; on the worker's nothing is made of what is on the device."""
+    host = Host(device.training)
+    training, worker = Watch([host.masters, verdict]), Watch([host.masters, verdict])
+
+    class Watched(Copies):
+        def begin(self, dst, src, then):
+            super().begin(dst, src, lambda: watched(then))
+
+    def watched(then):
+        with worker:
+            then()
+
+    monkeypatch.setattr(averager_module.copies, "copies_from", lambda tensors: Watched(CPU, device))
+    averager = make(host, mode=mode)
+    device.let_go.set()
+    for step in range(2, 12, 2):
+        with training:
+            averager.snapshot(step, finite=verdict)
+            averager.before_step()
+    averager._copies.drain()
+    assert training.count and worker.count and averager.steps
+    assert training.allocating == [] and worker.reading == []
+    with training:
+        assert torch.isfinite(verdict) and training.allocating  # it would show
+
+
+@pytest.mark.parametrize(
+    ("number", "fit"), [(0.0, True), (3.5, True), (-1.0, False), (torch.inf, False), (torch.nan, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_norm_is_read_when_the_masters_have_arrived(device, on_device, number, fit, dtype):
+    _, build = on_device
+    averager, norm = build(), torch.tensor(7.0, dtype=dtype)
+    device.training.do("norm", lambda: norm.fill_(number))
+    averager.snapshot(2, finite=norm)
+    device.let_go.set()
+    assert averager.steps == ([2] if fit else [])
 
 
 def test_a_failure_of_the_arithmetic_reaches_the_training_thread(device, on_device, monkeypatch):

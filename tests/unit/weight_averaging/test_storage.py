@@ -247,6 +247,7 @@ def pinned(monkeypatch):
         return found
 
     monkeypatch.setattr(storage.torch, "empty", pretend)
+    monkeypatch.setattr(storage, "has_streams", lambda kind: kind == "cuda")
     return taken
 
 
