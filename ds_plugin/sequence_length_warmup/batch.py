@@ -323,9 +323,12 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
 
 def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None:
     for side in (sides.encoder, sides.decoder):
-        if side is None or (not exact and side.positions != micro_batch):
+        if side is None or _is_batch(side.rows, side.positions, micro_batch):
             continue
-        if not _is_batch(side.rows, side.positions, micro_batch):
+        # pairs of answers are whole multiples, as many samples as fit are fewer than their tokens; [sequence, batch] is
+        # neither
+        more = side.rows % micro_batch == 0 or side.rows <= side.positions
+        if exact or side.positions == micro_batch or not more:
             raise ConfigError(
                 f"sequence_length_warmup: {side.name} has the shape [{side.rows}, {side.positions}, ...], and "
                 f"train_micro_batch_size_per_gpu is {micro_batch}, so that its first dimension is not the batch; give "

@@ -177,6 +177,7 @@ PACKED = ["cu_seq_lens_q", "cu_seqlens", "cu_doc_len", "max_length_q", "max_seql
         ({"input_ids": TOKENS, "labels": torch.ones(8)}, ["'labels'", "[8]"]),
         ({"input_ids": TOKENS, "decoder_input": torch.ones(8, 3, 4)}, ["'decoder_input'", "[8, 3, 4]"]),
         ({"input_ids": TOKENS.T}, ["input_ids", "[8, 3, ...]", "train_micro_batch_size_per_gpu is 3"]),
+        ({"input_ids": torch.zeros(10, 8).long()}, ["input_ids", "[10, 8, ...]", "per_gpu is 3"]),
         ({"input_ids": torch.zeros(3, 4, 8).long()}, ["[3, 4, 8]", "codebooks"]),
         ({"text": TOKENS, "other": TOKENS[:, :4]}, ["no recognisable token argument", "of one shape"]),
         # labels and masks alone are of what is no text: a transcript, frames of sound
