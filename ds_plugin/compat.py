@@ -4,12 +4,16 @@ Read in deepspeed 0.19.8. `probe_*` functions raise one clear error when a name 
 fails at start and not in the middle of a run.
 """
 
+import contextlib
+import functools
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ds_plugin.errors import StateError
+from ds_plugin.replaced import replaced
 from megatron_patches.patch import Patch
 
 # -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
@@ -164,6 +168,86 @@ def starts_on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu" and not deepspeed.comm.is_initialized()
 
 
+# -- passes that are no step of the run -----------------------------------------------------------------------------
+BOUNDARY = "_is_gradient_accumulation_boundary"  # of the engine: whether this micro-batch is a step's last; None: count
+_MICRO_BATCHES = "_unmanaged_backward_count"  # of the engine, where the caller says when to step
+ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
+ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
+_MARKS = ("overflow", "_global_grad_norm")  # what a step leaves on a wrapper
+
+
+@contextlib.contextmanager
+def plain_backward(engine: Any) -> Iterator[None]:
+    """``engine.backward`` is the class's own in the block, with nothing around it that takes it for a step's."""
+    with contextlib.ExitStack() as stack:
+        for name in ("backward", BACKWARD_PROLOGUE):
+            stack.enter_context(replaced(engine, name, functools.partial(getattr(type(engine), name), engine)))
+        yield
+
+
+@contextlib.contextmanager
+def dropped_gradients(engine: Any) -> Iterator[None]:
+    """The gradients that backward passes in the block leave are let go of, as in a step that the engine skips."""
+    kept = [(owner, name, vars(owner)[name]) for owner, name in _marks(engine)]
+    try:
+        yield
+        drop_gradients(engine)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that is under way says more
+            engine.module.zero_grad()
+        raise
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+
+
+def _marks(engine: Any) -> Iterator[tuple[Any, str]]:
+    names = [(engine, _MICRO_BATCHES), *((engine.optimizer, name) for name in _MARKS)]
+    return ((owner, name) for owner, name in names if name in vars(owner))
+
+
+def drop_gradients(engine: Any) -> None:
+    """Let go of all that has been accumulated, through DeepSpeed's own ways for a step that overflows."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        need(optimizer, ZERO3_SKIP)
+        getattr(optimizer, ZERO3_SKIP)(optimizer.loss_scale)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        need(optimizer, *ZERO12_SKIP)
+        asks, looks, rescales = ZERO12_SKIP
+
+        def overflows(**_: Any) -> None:
+            optimizer.overflow = True
+
+        with (
+            replaced(optimizer, asks, True),
+            replaced(optimizer, looks, overflows),
+            replaced(optimizer, rescales, lambda *_: None),
+        ):
+            optimizer.step()
+    elif optimizer is engine.basic_optimizer:
+        engine.module.zero_grad()
+    else:
+        optimizer.zero_grad()
+    for group in engine.basic_optimizer.param_groups:  # where gradients are offloaded to, they stay between two steps
+        for master in group["params"]:
+            if master.grad is not None:
+                master.grad.zero_()
+
+
+def kept_by(optimizer: Any) -> int | None:
+    """How many tensors an optimizer keeps for each master, of its size and dtype; None: it is not known."""
+    settings = {**getattr(optimizer, "defaults", {}), **(optimizer.param_groups[0] if optimizer.param_groups else {})}
+    if "adam" in type(optimizer).__name__.lower() and "betas" in settings:
+        return 3 if settings.get("amsgrad") else 2
+    if isinstance(optimizer, torch.optim.SGD):
+        return 1 if settings.get("momentum") else 0
+    return None
+
+
 # -- Adam's second moments -------------------------------------------------------------------------------------------
 OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
 ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
@@ -227,26 +311,19 @@ def pipeline_losses(engine: Any) -> list[Any]:
     return list(getattr(engine, PIPELINE_LOSSES))
 
 
-def forward_backward(micro_batches: int, stages: int, stage: int) -> Any:
-    """One stage's instructions for the forward and backward passes of a step, without what makes a step of them."""
+def without_step(micro_batches: int, stages: int, stage: int) -> Any:
+    """One stage's instructions for a step, reductions of gradients included, but for the optimizer's part."""
     from deepspeed.runtime.pipe import schedule
 
-    left_out = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
-    need(schedule, "TrainSchedule", *left_out)
+    left_out = "OptimizerStep"
+    need(schedule, "TrainSchedule", left_out)
 
-    class ForwardBackward(schedule.TrainSchedule):  # type: ignore[misc]
+    class WithoutStep(schedule.TrainSchedule):  # type: ignore[misc]
         def steps(self) -> Any:
             for commands in super().steps():
-                yield [command for command in commands if type(command).__name__ not in left_out]
+                yield [command for command in commands if type(command).__name__ != left_out]
 
-    return ForwardBackward(micro_batches=micro_batches, stages=stages, stage_id=stage)
-
-
-def autocast(engine: Any) -> Any:
-    """The context in which the engine calls its module: torch's autocast, if the JSON asks for it."""
-    from deepspeed.runtime.torch_autocast import autocast_if_enabled
-
-    return autocast_if_enabled(engine)
+    return WithoutStep(micro_batches=micro_batches, stages=stages, stage_id=stage)
 
 
 # -- where a rank stands in the model ----------------------------------------------------------------------------------

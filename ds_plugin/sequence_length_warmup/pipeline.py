@@ -25,11 +25,11 @@ class PipelineLengths:
         if warmup.config.preflight:
             compat.need(engine, compat.PIPELINE_RUN, compat.PIPELINE_BUFFERS, "num_stages", "stage_id", "micro_batches")
             compat.need(engine.module, compat.PIPELINE_MICRO_OFFSET)
-            compat.forward_backward(1, 1, 0)
+            compat.without_step(1, 1, 0)
         self.engine, self.warmup = engine, warmup
         self._users: Callable[[Any], Any] | None = None  # the batch function that ours stands in for
         self._length: int | None = None  # of the activations the engine remembers
-        self._flown = not warmup.config.preflight
+        self._rehearsed = not warmup.config.preflight
         self._kept: list[Any] = []  # a micro-batch that was read ahead, as the user's batch function returned it
 
     def install(self, undo: contextlib.ExitStack) -> None:
@@ -61,8 +61,8 @@ class PipelineLengths:
         try:
             if isinstance(source, Batches):  # cut here, after the user's batch function
                 self.engine.data_iterator = source.whole()
-            if not self._flown and self.warmup.length < self.warmup.full:
-                self._flown = True
+            if not self._rehearsed and self.warmup.length < self.warmup.full:
+                self._rehearsed = True
                 self._preflight()
             self._expect(self.warmup.length)
             yield
@@ -118,8 +118,8 @@ class PipelineLengths:
                 self._kept.append(whole)
         engine.batch_fn = None  # the user's function has seen the micro-batch, and nothing is to be cut
         try:
-            with preflight.remedy(self.warmup.full, preflight.MEANS):
-                fly(engine, whole)
+            with preflight.passes_of_a_step(engine, self.warmup.full):
+                run_passes(engine, whole)
         finally:
             engine.batch_fn = self._batch
             if reader is not None:
@@ -127,13 +127,12 @@ class PipelineLengths:
         self._length = None
 
 
-def fly(engine: Any, micro_batch: Any) -> None:
-    """One step's forward and backward passes, all on one micro-batch (None on stages that load no data). Every rank
-    calls it, between two steps.
+def run_passes(engine: Any, micro_batch: Any) -> None:
+    """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
+    data). Every rank calls it, between two steps.
 
-    As many micro-batches as there are stages are the most that one step keeps in flight. Gradients are neither reduced
-    nor used, and counters, buffers and random streams are put back: the run that follows is bit for bit the run without
-    it.
+    As many micro-batches as there are stages are the most that one step keeps in flight; two show what accumulating
+    takes. The engine's counters are put back.
     """
     from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
@@ -146,12 +145,9 @@ def fly(engine: Any, micro_batch: Any) -> None:
     engine.total_loss = engine.total_additional_losses = None
     setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
     try:
-        with preflight.untouched(engine.module):
-            count = min(engine.micro_batches, engine.num_stages)
-            getattr(engine, compat.PIPELINE_RUN)(compat.forward_backward(count, engine.num_stages, engine.stage_id))
+        count = min(engine.micro_batches, max(2, engine.num_stages))
+        getattr(engine, compat.PIPELINE_RUN)(compat.without_step(count, engine.num_stages, engine.stage_id))
     finally:
-        owner = engine if engine.optimizer is engine.basic_optimizer else engine.optimizer
-        owner.zero_grad()
         for name in compat.PIPELINE_SCRATCH:
             if name in scratch:
                 setattr(engine, name, scratch[name])

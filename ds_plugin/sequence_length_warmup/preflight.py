@@ -1,51 +1,97 @@
-"""One forward and backward pass at full length before the first step, so that an out-of-memory shows at once.
-
-A warmup's first steps are small: without this, the first step that does not fit comes hours later.
-"""
+"""DeepSpeed's passes at full length before the first short step; see `full_length_pass`."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.utils import logger
 
 from ds_plugin import compat
-from ds_plugin.run import rng
+from ds_plugin.backward import loss_of
+from ds_plugin.errors import ConfigError
+from ds_plugin.full_length_pass import SAYS, full_length_pass, peak, state_to_come
+from ds_plugin.replaced import replaced
 from ds_plugin.sequence_length_warmup.batch import find_sides, positions, refuse_unknown
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
+from ds_plugin.weight_averaging.zero_shards import find_shards
 
-MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or a higher ZeRO stage"
+_MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or a higher ZeRO stage"
 
 
-def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call ``engine.module`` and differentiate the mean of its output by its parameters; the result is dropped.
+@contextlib.contextmanager
+def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
+    """Around forward and backward passes through the engine, reductions included, which are no step of the run: room is
+    held for the optimizer's state, and gradients, buffers and random streams are put back. Rank 0's log says how it
+    went. Every rank calls it, between two steps.
 
-    Gradients are asked for by `torch.autograd.grad`, which leaves ``.grad`` and the hooks alone that the host reduces
-    gradients in, and each is let go as soon as it is there, as ZeRO does. Buffers and random streams are put back: the
-    run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for the
-    step. Reentrant activation checkpointing can only be run backward into
-    ``.grad``: there the forward pass has to do, which the log says.
+    Raises:
+        torch.OutOfMemoryError: as `full_length_pass`.
     """
-    args, kwargs = rebuilt((args, kwargs), (_without_graph(leaf.value) for leaf in leaves((args, kwargs))))
-    parameters = [p for p in engine.module.parameters() if p.requires_grad]
-    hooks = [p.register_hook(lambda grad: grad.new_zeros(()).expand_as(grad)) for p in parameters]
+    known = True
+
+    def room() -> list[torch.Tensor]:
+        nonlocal known
+        known, tensors = _state_to_come(engine)
+        return tensors
+
+    with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
+        yield
+    said = f"{SAYS}: a step at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(engine.device)}"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(said)
+
+
+def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
+    """Call the engine's forward and backward pass, twice where gradients are accumulated; the result is dropped.
+
+    The run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for
+    the step. Without an optimizer nothing is trained, and nothing done. Raises as `passes_of_a_step`.
+    """
+    if engine.optimizer is None:
+        return
+    count = min(int(engine.gradient_accumulation_steps()), 2)
+    with passes_of_a_step(engine, length), compat.plain_backward(engine):
+        for index in range(count):
+            own = (_without_graph(leaf.value) for leaf in leaves((args, kwargs)))
+            own_args, own_kwargs = rebuilt((args, kwargs), own)
+            with replaced(engine, compat.BOUNDARY, index == count - 1), _same_forward(engine.module):
+                output = engine.forward(*own_args, **own_kwargs)
+                if (loss := _scalar(output)) is not None:
+                    engine.backward(loss)
+            del output, loss, own_args, own_kwargs
+
+
+def _state_to_come(engine: Any) -> tuple[bool, list[torch.Tensor]]:
+    """Whether it is known what the optimizer keeps, and room for what it does not keep yet."""
     try:
-        with untouched(engine.module), compat.autocast(engine):
-            output = engine.module(*args, **kwargs)
-            means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
-            if means:
-                torch.autograd.grad(torch.stack(means).sum(), parameters, allow_unused=True)
-    except RuntimeError as error:
-        if "compatible with .grad()" not in str(error):
-            raise
-        logger.warning(
-            "sequence length warmup: the preflight ran the full length forward only, because activations are "
-            "recomputed by a reentrant checkpoint"
-        )
+        masters = find_shards(engine).tensors()
+    except ConfigError:  # they are not in memory, or change elsewhere
+        return False, []
+    kept = compat.kept_by(engine.basic_optimizer)
+    if kept is None or compat.adam_variances(engine):
+        return kept is not None, []
+    return True, state_to_come(masters, lambda master: [master.dtype] * kept)
+
+
+@contextlib.contextmanager
+def _same_forward(module: torch.nn.Module) -> Iterator[None]:
+    """Who redirects the module's forward for one call, as Lightning does to its training_step, still has it."""
+    redirected = vars(module).get("forward")
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        if redirected is not None:
+            vars(module)["forward"] = redirected
+
+
+def _scalar(output: Any) -> torch.Tensor | None:
+    """What to differentiate: the loss, or where the model returns none, the mean of all it returns."""
+    if (loss := loss_of(output)) is not None:
+        return loss
+    means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
+    return torch.stack(means).sum() if means else None
 
 
 def lengthened(
@@ -70,34 +116,6 @@ def lengthened(
                 value = torch.cat([value] * times, dim=dimension).narrow(dimension, 0, full)
         values.append(value)
     return dict(rebuilt(arguments, iter(values)))
-
-
-@contextlib.contextmanager
-def remedy(length: int, means: str) -> Iterator[None]:
-    """An out-of-memory in the block says that it came from the preflight, and by which ``means`` a step fits."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(
-            f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, and "
-            f'neither will training at the end of the warmup; use {means}, or write "preflight": false to find out then'
-        )
-        raise
-
-
-@contextlib.contextmanager
-def untouched(module: torch.nn.Module) -> Iterator[None]:
-    """The module's buffers and this rank's random streams are afterwards what they were before the block."""
-    streams = rng.capture()
-    # by named_buffers: in Megatron's DDP, "buffers" is a list
-    buffers = [(buffer, buffer.clone()) for _, buffer in module.named_buffers()]
-    try:
-        yield
-    finally:
-        rng.restore(streams)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _without_graph(value: Any) -> Any:

@@ -69,7 +69,7 @@ class SequenceLengthWarmup:
         self._forwards = 0  # that train, in the accumulation step that is open
         self._first = True  # no forward pass has been cut yet
         self._short = False  # whether it was said that samples are shorter than a step
-        self._flown = not config.preflight
+        self._rehearsed = not config.preflight
         self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
         self._shorten: Shorten | None = None  # in pipelines their batch function does it
         #: what `batch.cut_batch` wants to know of the micro-batches
@@ -198,8 +198,8 @@ class SequenceLengthWarmup:
                 self.count(read, trained)
         if trains:
             self._forwards += 1
-            if not self._flown:
-                self._flown = True
+            if not self._rehearsed:
+                self._rehearsed = True
                 self._preflight(whole, stretch.length)
         return args, kwargs
 
@@ -257,8 +257,7 @@ class SequenceLengthWarmup:
                     raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
             args = tuple(grown[name] for name in self._names[: len(args)])
             kwargs = {name: grown[name] for name in kwargs}
-        with preflight.remedy(self.full, preflight.MEANS):
-            preflight.run(self.engine, args, kwargs)
+        preflight.run(self.engine, args, kwargs, self.full)
 
     def _default_shorten(self) -> Shorten:
         if self.config.mode == "mask":

@@ -51,7 +51,7 @@ class Loop:
         self._get_args = get_args
         self._ready = False  # model, optimizer and state are there
         self._last = 0  # length of the iteration that ran last
-        self._flown = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
+        self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
         self._loaded: tuple[Path, int] | None = None
         self._validation: list[Replay] = []
         self._mark = ""  # behind the names of what is written, while an average is evaluated
@@ -129,8 +129,8 @@ class Loop:
             self.averager.refuse_while_swapped("a training step")
         if self.lengths is not None:
             self._last = self.lengths.length
-            if not self._flown and self._last < self.lengths.full:
-                self._flown = True
+            if not self._rehearsed and self._last < self.lengths.full:
+                self._rehearsed = True
                 host = functools.partial(preflight.before, host, self.lengths.full, self._get_args())
         with self._at_length(self._last):
             result = host(*args, **kwargs)

@@ -6,6 +6,7 @@ step.
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -16,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin.errors import PluginError
-from ds_plugin.sequence_length_warmup.preflight import remedy, untouched
+from ds_plugin.full_length_pass import SAYS, full_length_pass, peak, state_to_come
 from megatron_patches import cpu_host
 from megatron_patches.pretrain.batches import cut
 
 TrainStep = Callable[..., Any]
 _GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
-_SAYS = "sequence length warmup: preflight"
+_MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
 _KEPT = {  # what an option keeps of every pass
     "qk_clip": "the largest attention logits until the optimizer steps",
     "log_max_attention_logit": "the largest attention logits until the optimizer steps",
@@ -50,29 +51,22 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
     call = inspect.signature(train_step).bind(*args, **kwargs)
     _need(call.arguments, _GIVEN, "train_step")
     passes, iterators, model, optimizer, config = (call.arguments[name] for name in _GIVEN)
-    flown = False
+    passed = False
 
     def with_preflight(**settings: Any) -> Any:
-        nonlocal flown
-        if not flown:
-            flown = True
+        nonlocal passed
+        if not passed:
+            passed = True
             _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
             longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(_silent(options, length, config))
-                for chunk in model:
-                    stack.enter_context(untouched(chunk))
-                stack.enter_context(
-                    remedy(length, "a smaller --micro-batch-size, more recomputation or a wider layout")
-                )
-                room = state_to_come(optimizer)
+            room = functools.partial(adams_state, optimizer)
+            with _silent(options, length, config), full_length_pass(model, room, length=length, means=_MEANS):
                 passes(**{**settings, **longest})
-                del room
             for chunk in model:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             known = getattr(options, "optimizer", "adam") == "adam"
-            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{_peak()}")
+            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(_device())}")
         return passes(**settings)
 
     call.arguments["forward_backward_func"] = with_preflight
@@ -105,24 +99,26 @@ def repeated(iterators: Any, length: int) -> Any:
     return (cut(batch, length) for _ in itertools.count())
 
 
-def state_to_come(optimizer: Any) -> list[torch.Tensor]:
+def adams_state(optimizer: Any) -> list[torch.Tensor]:
     """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet.
 
-    Nothing for other optimizers, and for state that is kept in host memory.
+    Nothing for other optimizers, and for state that is kept in CPU memory.
     """
     if hasattr(optimizer, "chained_optimizers"):
-        return [tensor for single in optimizer.chained_optimizers for tensor in state_to_come(single)]
+        return [tensor for single in optimizer.chained_optimizers for tensor in adams_state(single)]
     config = optimizer.config
     if config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False) or optimizer.optimizer is None:
         return []
-    inner, room = optimizer.optimizer, []
-    for parameter in (p for group in inner.param_groups for p in group["params"] if not inner.state.get(p)):
-        kinds = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+    inner = optimizer.optimizer
+
+    def kinds(parameter: torch.Tensor) -> list[torch.dtype]:
+        found = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
         if getattr(inner, "master_weights", False):  # TransformerEngine's: whole, or the bits that bf16 lacks
             rest = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
-            kinds.append(torch.int16 if rest else config.main_params_dtype)
-        room += [torch.empty_like(parameter, dtype=kind) for kind in kinds]
-    return room
+            found.append(torch.int16 if rest else config.main_params_dtype)
+        return found
+
+    return state_to_come((p for group in inner.param_groups for p in group["params"] if not inner.state.get(p)), kinds)
 
 
 @contextlib.contextmanager
@@ -151,20 +147,14 @@ def forget_sums(options: Any) -> None:
                 value.zero_()
 
 
-def _peak() -> str:
-    """The fullest GPU's, from the process's start on; every rank calls it. Nothing on the CPU."""
-    if cpu_host.enabled() or not torch.cuda.is_available():
-        return ""
-    torch.cuda.empty_cache()  # the run's own tensors do not go into the pieces of what is no longer needed
-    most = torch.tensor(torch.cuda.max_memory_allocated(), device="cuda", dtype=torch.float64)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    total = torch.cuda.get_device_properties(most.device).total_memory
-    return f", with at most {most.item() / 2**30:.1f} of {total / 2**30:.1f} GiB allocated on a GPU"
+def _device() -> torch.device:
+    on_cpu = cpu_host.enabled() or not torch.cuda.is_available()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
 def _print(said: str) -> None:
     if dist.get_rank() == 0:
-        print(f"{_SAYS}: {said}", flush=True)
+        print(f"{SAYS}: {said}", flush=True)
 
 
 def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None:

@@ -129,11 +129,11 @@ CASES = [(layout, mode) for layout in LAYOUTS for mode in MODES if layout.pipe <
 @pytest.mark.parametrize(("layout", "mode"), CASES, ids=[f"{name_of(layout)}-{mode}" for layout, mode in CASES])
 def test_every_layout_trains_what_the_schedule_says(once, layout, mode):
     expected = once(2, by_hand, mode)[0]
-    flown = min(layout.pipe, layout.accumulation)  # the preflight's passes
+    passes = min(max(layout.pipe, 2), layout.accumulation)  # the preflight's
     for found, seen in once(layout.ranks, trained, layout, mode):
         lengths = [length for _, _, length in STRETCHES[mode]]
         assert found["length"] == lengths
-        assert seen == [LENGTH] * flown + [n for length in lengths for n in [length] * layout.accumulation]
+        assert seen == [LENGTH] * passes + [n for length in lengths for n in [length] * layout.accumulation]
         assert found["loss"] == pytest.approx(expected["losses"], abs=1e-5)
         assert found["evaluation"] == pytest.approx(expected["evaluations"], abs=1e-5)
         assert found["rate"] == pytest.approx(RATES[mode], rel=1e-12)
@@ -358,8 +358,8 @@ def test_the_preflight_leaves_no_trace(workers, layout, zero, precision, section
         for preflight in (True, False)
     ]
     for (seen, found), (expected_seen, expected) in zip(*runs, strict=True):
-        flown = min(layout.pipe, layout.accumulation)  # the most that are in flight
-        assert seen == [LENGTH] * flown + expected_seen and LENGTH not in expected_seen
+        passes = min(max(layout.pipe, 2), layout.accumulation)  # the most that are in flight
+        assert seen == [LENGTH] * passes + expected_seen and LENGTH not in expected_seen
         losses, weights, *others = found
         assert losses == expected[0] and others == list(expected[2:])
         assert all(gradients == [] and held == [] for _, gradients, held, _ in others[1])

@@ -173,18 +173,18 @@ def written_where_a_writer_is(hooked, plain, iterations, marks):
     assert expected["wandb"] == [entry for entry in logged if "averaged" not in str(entry)]
 
 
-FLOWN = {**WARMUP, "preflight": True, "learning_rate": {"by": "tokens"}}
+REHEARSED = {**WARMUP, "preflight": True, "learning_rate": {"by": "tokens"}}
 
 
 def of_adam(training):
     """Record how much room the preflight takes for Adam's state, and how much that has once there is one."""
-    from megatron_patches.pretrain.preflight import state_to_come
+    from megatron_patches.pretrain.preflight import adams_state
 
     setup, evaluate = training.setup_model_and_optimizer, training.evaluate_and_print_results
     kept = []
 
     def bytes_to_come():
-        return sum(tensor.nbytes for tensor in state_to_come(kept[0]))
+        return sum(tensor.nbytes for tensor in adams_state(kept[0]))
 
     def set_up(*args, **kwargs):
         model, optimizer, scheduler = setup(*args, **kwargs)
@@ -206,14 +206,14 @@ def of_adam(training):
 def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
     """Passes at full length before the first short iteration, of a resumed run, too: everything else is as without."""
     options = {**LAYOUTS[layout], "dropout": 0.1, "save": str(tmp_path / "run"), "save_interval": 2}
-    sections = {"sequence_length_warmup": FLOWN, "weight_averaging": AVERAGING, "completep": RECIPE}
-    without = {**sections, "sequence_length_warmup": {**FLOWN, "preflight": False}}
+    sections = {"sequence_length_warmup": REHEARSED, "weight_averaging": AVERAGING, "completep": RECIPE}
+    without = {**sections, "sequence_length_warmup": {**REHEARSED, "preflight": False}}
     micro_batches = 1 if layout == "data" else 2
     for resumed in (False, True):  # the stand-in's checkpoints have no random streams: a resumed run draws anew
         load = {**options, "load": options["save"], "ckpt_step": 2, "save": None} if resumed else options
-        flown = workers(2).run(run, str(tmp_path), sections, load, twin=of_adam)
+        rehearsed = workers(2).run(run, str(tmp_path), sections, load, twin=of_adam)
         plain = workers(2).run(run, str(tmp_path), without, {**load, "save": None})
-        for found, expected in zip(flown, plain, strict=True):
+        for found, expected in zip(rehearsed, plain, strict=True):
             assert found["code"] == expected["code"] == 0
             trained = expected["train"]
             assert len({shape for shape, _ in trained}) == 4 - resumed and trained[0][0] != (2, FULL)
@@ -226,7 +226,7 @@ def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
             state, to_come = found["state"][0]
             assert found["room"] == [0 if resumed else state] and state > 0 == to_come
         said = "sequence length warmup: preflight: an iteration at 32 tokens fits"
-        assert [said in found["out"] for found in (*flown, *plain)] == [True, False, False, False]
+        assert [said in found["out"] for found in (*rehearsed, *plain)] == [True, False, False, False]
 
 
 def out_of_memory(training):
@@ -250,14 +250,15 @@ def notes_of(*args):
 
 
 def test_an_out_of_memory_shows_before_the_first_iteration(workers, tmp_path):
-    for notes, losses in workers(2).run(notes_of, str(tmp_path), {"sequence_length_warmup": FLOWN}, LAYOUTS["data"]):
+    sections = {"sequence_length_warmup": REHEARSED}
+    for notes, losses in workers(2).run(notes_of, str(tmp_path), sections, LAYOUTS["data"]):
         assert "a step at the full length of 32 tokens, does not fit" in notes[0] and "--micro-batch-size" in notes[0]
         assert losses == []
 
 
 def test_what_the_preflight_could_not_put_back_leaves_it_out(workers, tmp_path):
     options = {**LAYOUTS["data"], "qk_clip": True, "train_iters": 1}
-    ranks = workers(2).run(run, str(tmp_path), {"sequence_length_warmup": FLOWN}, options)
+    ranks = workers(2).run(run, str(tmp_path), {"sequence_length_warmup": REHEARSED}, options)
     assert [found["code"] for found in ranks] == [0, 0]
     assert [shape for found in ranks for shape, _ in found["train"]] == [(2, 8)] * 2
     assert "preflight: none at 32 tokens, since --qk-clip keeps" in ranks[0]["out"]
@@ -272,7 +273,7 @@ def test_the_preflights_room_is_the_optimizers_own():
 
     def room(inner, **config):
         chain = [SimpleNamespace(optimizer=inner, config=SimpleNamespace(**config))]
-        return sum(tensor.nbytes for tensor in preflight.state_to_come(SimpleNamespace(chained_optimizers=chain)))
+        return sum(tensor.nbytes for tensor in preflight.adams_state(SimpleNamespace(chained_optimizers=chain)))
 
     groups = [{"params": [weight]}, {"params": [gain]}]
     inner = SimpleNamespace(param_groups=groups, state={})
@@ -289,7 +290,7 @@ def test_the_preflights_room_is_the_optimizers_own():
     aware.state[weight] = {"exp_avg": weight}
     assert room(aware, optimizer="adam", **dtypes) == 20 + 40
     in_the_chain = SimpleNamespace(chained_optimizers=[], config=SimpleNamespace(optimizer="adam"))
-    assert preflight.state_to_come(SimpleNamespace(chained_optimizers=[in_the_chain])) == []
+    assert preflight.adams_state(SimpleNamespace(chained_optimizers=[in_the_chain])) == []
 
 
 def test_the_preflight_leaves_nothing_for_the_log_and_for_later_checks():
