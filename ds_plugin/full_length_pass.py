@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from ds_plugin.errors import together
+from ds_plugin.errors import StateError, together
 from ds_plugin.run import rng
 
 SAYS = "sequence length warmup: preflight"
@@ -76,6 +76,9 @@ def ending_together() -> Iterator[None]:
     In the block ranks wait for each other in the framework's collectives, which one that has failed never joins; they
     would wait for half an hour. No exception reaches a thread that waits there. So each rank looks into the process
     group's store from another thread, and where it finds an error, prints it and ends the process.
+
+    Raises:
+        StateError: another rank has failed, which a collective has told by an error of its own.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -86,11 +89,7 @@ def ending_together() -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(_LOOK_EVERY):
-            try:
-                said = store.get(_FAILED).decode() if store.check([_FAILED]) else None
-            except RuntimeError:  # the store is gone, with the rank that kept it
-                said = "the rank that keeps the process group's store has ended"
-            if said is not None and not over.wait(_UNWIND):
+            if (said := _word(store)) is not None and not over.wait(_UNWIND):
                 print(f"{said}; rank {dist.get_rank()} ends with it", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -101,12 +100,22 @@ def ending_together() -> Iterator[None]:
         with together():  # the ranks that are through wait here, and still look
             pass
     except BaseException as error:
+        if (said := _word(store)) is not None:
+            raise StateError(f"{said}; rank {dist.get_rank()} ends with it") from error
         with contextlib.suppress(RuntimeError):
             store.set(_FAILED, f"rank {dist.get_rank()} failed with {type(error).__name__}: {error}")
         raise
     finally:
         over.set()
         thread.join()
+
+
+def _word(store: dist.Store) -> str | None:
+    """The error of the first rank that failed; None: none has."""
+    try:
+        return store.get(_FAILED).decode() if store.check([_FAILED]) else None
+    except RuntimeError:
+        return "the rank that kept the process group's store has ended"
 
 
 @contextlib.contextmanager

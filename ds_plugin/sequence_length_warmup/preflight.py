@@ -44,14 +44,15 @@ def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
 
 
 def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
-    """Call the engine's forward and backward pass, twice where gradients are accumulated; the result is dropped.
+    """Call the engine's forward and backward pass, twice where gradients are accumulated, and under ZeRO 3, which
+    gathers parameters ahead once it has seen their order; the result is dropped.
 
     The run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for
     the step. Without an optimizer nothing is trained, and nothing done. Raises as `passes_of_a_step`.
     """
     if engine.optimizer is None:
         return
-    count = min(int(engine.gradient_accumulation_steps()), 2)
+    count = 2 if int(engine.zero_optimization_stage()) == 3 else min(int(engine.gradient_accumulation_steps()), 2)
     with passes_of_a_step(engine, length), compat.plain_backward(engine):
         for index in range(count):
             own = (_without_graph(leaf.value) for leaf in leaves((args, kwargs)))

@@ -64,7 +64,8 @@ def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
     for found in workers(2).run(_shortened_run, accumulation):
         assert found["lengths"] == LENGTHS
         # the preflight comes first, at full length, accumulating as a step does, and is not booked
-        assert found["seen"] == [plain.LENGTH] * min(accumulation, 2) + [length for length in LENGTHS for _ in range(accumulation)]
+        full = [plain.LENGTH] * min(accumulation, 2)
+        assert found["seen"] == full + [length for length in LENGTHS for _ in range(accumulation)]
         assert found["evaluation"] == [plain.LENGTH] * 9
         samples = 2 * plain.MICRO * accumulation  # ranks, micro-batch, accumulation
         assert found["read"] == 9 * samples * plain.LENGTH

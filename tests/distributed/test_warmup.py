@@ -582,7 +582,7 @@ def _checkpointing(preflight):
     return plain.train(engine, 4), engine.module.lengths
 
 
-def test_preflight_with_a_reentrant_checkpoint_runs_forward(workers):
+def test_the_preflight_with_a_reentrant_checkpoint_leaves_no_trace(workers):
     (with_it, lengths), (without, _) = (workers(1).run(_checkpointing, flag)[0] for flag in (True, False))
     assert with_it == without and lengths[0] == plain.LENGTH
 
