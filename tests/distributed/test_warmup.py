@@ -502,7 +502,8 @@ def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, pr
         pool.run(_trained, zero, precision, True, mode), pool.run(_trained, zero, precision, False, mode), strict=True
     ):
         assert with_it[0] == without[0] and with_it[1] == without[1] == 5 and with_it[3] == without[3]
-        assert with_it[2] == [plain.LENGTH, *without[2]] and plain.LENGTH not in without[2]
+        passes = 2 if zero == 3 else 1  # the second gathers parameters ahead
+        assert with_it[2] == [plain.LENGTH] * passes + without[2] and plain.LENGTH not in without[2]
 
 
 class Embedded(plain.TinyLM):
