@@ -17,6 +17,9 @@ is the median over several processes, one after another (low and high then are t
             that read give 6 / 2 = 3 as well. Counting every line moved, either way, would give 7 / 3, but says also
             that reading alone takes a third of a memcpy; "read", a read-only sum, shows that it takes half of one. The
             floor measured is a memcpy and four such reads. The bound is on the lower of these two.
+``threads`` The averages and what torch offers, on one thread and on two, in wall time; and the same again while as many
+            other processes as there are cores want them: by how much each falls behind a plain copy on one thread,
+            which shares the cores as well.
 ``ranks``   The shards of one rank of 1, 2 and 4 under ZeRO, one after another in this process: ranks times the cost
             over the cost on one rank, 1 when it falls as 1 / ranks.
 ``gather``  Two gloo ranks: gathering the whole fp32 weights on each and averaging them there, over a snapshot of the
@@ -40,6 +43,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,6 +54,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.optim import swa_utils
@@ -67,6 +72,14 @@ RANKS = (1, 2, 4)
 _TENSOR = 1024 * 1024  # elements of a tensor, as models have them
 _VOCAB = 256
 _PACKAGES = ("torch", "deepspeed", "megatron-core")
+
+#: what of ours, over what of others', at most
+_AGAINST = (
+    ("mean", "stacked mean", 1.0),
+    ("weighted mean", "mean", 1.5),
+    ("ema", "foreach ema", 2.0),
+    ("block", "foreach mean", 2.0),
+)
 
 Row = dict[str, float]
 Found = dict[str, Any]
@@ -116,6 +129,15 @@ def broken(found: dict[str, Found]) -> list[str]:
         limits.append((f"the mean of {K}, in times its floor", memory["mean"]["ratio"] / floor, 1.5))
         for ours, peer in (("snapshot", "AveragedModel"), ("mean", "stacked mean")):
             limits.append((f"{ours} over {peer}", memory[ours]["ratio"] / memory[peer]["ratio"], 1.0))
+    if rows := found.get("threads"):
+        for ours, peer, limit in _AGAINST:
+            for on in (1, 2):
+                ratio = rows[f"{ours} on {on}"]["ratio"] / rows[f"{peer} on {on}"]["ratio"]
+                limits.append((f"{ours} over {peer}, on {on}", ratio, limit))
+        for name in (name for name in rows if not name.endswith(", loaded")):
+            if name.rpartition(" on ")[0] in ("mean", "weighted mean", "ema", "block"):
+                ratio = rows[f"{name}, loaded"]["ratio"] / rows[name]["ratio"]
+                limits.append((f"{name} under load, in times its own", ratio, 3.0))
     for name, row in found.get("ranks", {}).items():
         limits.append((f"{name}, in times the ideal", row["ratio"], 1.10))
     if gather := found.get("gather"):
@@ -155,7 +177,8 @@ def sizes(args: argparse.Namespace, ranks: int = 1) -> list[int]:
 
 def averager_of(shards: Shards, mode: str = "sliding") -> WeightAverager:
     """An averager whose window of `K` is full, so that all of its memory has been touched."""
-    config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "window": K, "mode": mode})
+    of = {"horizons": [K]} if mode == "ema" else {"window": K}
+    config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "mode": mode, **of})
     averager = WeightAverager(config, shards)
     for step in range(K):
         averager.snapshot(step, finite=True)
@@ -214,24 +237,10 @@ def one_memory(args: argparse.Namespace) -> Found:
     torch.set_num_threads(1)
     shards = Shards(sizes(args))
     masters = shards.tensors()
-    averager, block = averager_of(shards), averager_of(shards, "block")
+    averager = averager_of(shards)
     flat, spare, out = torch.cat(masters), torch.zeros(sum(sizes(args))), [torch.zeros_like(m) for m in masters]
     model = torch.nn.ParameterList(flat.split(_TENSOR))
-    peers = {
-        "AveragedModel": swa_utils.AveragedModel(model),
-        "AveragedModel, foreach mean": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()),
-        "AveragedModel, foreach ema": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn()),
-    }
-
-    def stacked_mean() -> None:
-        for shards in zip(*averager.snapshots(), strict=True):
-            for tensors in zip(*(shard.split(_TENSOR) for shard in shards), strict=True):
-                torch.stack(tensors).mean(0)
-
-    def block_of_k() -> None:
-        for step in range(K):
-            block.snapshot(step, finite=True)
-
+    averaged = swa_utils.AveragedModel(model)
     variants: dict[str, Callable[[], object]] = {
         "memcpy": lambda: spare.copy_(flat),
         "memcpy again": lambda: spare.copy_(flat),
@@ -240,13 +249,62 @@ def one_memory(args: argparse.Namespace) -> Found:
         "snapshot": lambda: averager.snapshot(K, finite=True),
         "snapshot, looked at": lambda: averager.snapshot(K, finite=None),
         "mean": lambda: window.mean_(out, averager.snapshots()),
-        "stacked mean": stacked_mean,
-        f"{K} snapshots and the mean, block": block_of_k,
-        **{name: partial(peer.update_parameters, model) for name, peer in peers.items()},
+        "stacked mean": partial(stacked_mean, averager.snapshots()),
+        "AveragedModel": partial(averaged.update_parameters, model),
     }
     seconds = interleaved(variants, args.rounds)
     rows: Found = {name: over(found, seconds["memcpy"]) for name, found in seconds.items()}
     rows["floor"] = {"lines": FLOOR, "measured": 1 + (K - 1) * rows["read"]["ratio"], "all traffic": (K + 2) / 3}
+    return rows
+
+
+def stacked_mean(snapshots: list[list[torch.Tensor]]) -> None:
+    """What is written without thinking of memory, tensor by tensor of a model."""
+    for shards in zip(*snapshots, strict=True):
+        for tensors in zip(*(shard.split(_TENSOR) for shard in shards), strict=True):
+            torch.stack(tensors).mean(0)
+
+
+def threads(args: argparse.Namespace) -> Found:
+    """In copies on one thread: everything quiet, and in the presence of as many busy processes as there are cores."""
+    found = one_threads(args)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        loaded = one_threads(args)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    return {**found, **{f"{name}, loaded": row for name, row in loaded.items()}}
+
+
+def one_threads(args: argparse.Namespace) -> Found:
+    """Wall time in this process, with torch's own number of threads at 1 and at 2."""
+    shards = Shards(sizes(args))
+    sliding, ema, block = (averager_of(shards, mode) for mode in ("sliding", "ema", "block"))
+    flat, out = torch.cat(shards.tensors()), [torch.zeros_like(m) for m in shards.tensors()]
+    spare, model = torch.zeros_like(flat), torch.nn.ParameterList(flat.split(_TENSOR))
+    kept, weights = sliding.snapshots(), window.read_weights("wma", K)
+    peers = {
+        "foreach ema": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn()),
+        "foreach mean": swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_swa_multi_avg_fn()),
+    }
+    variants: dict[str, Callable[[], object]] = {
+        "copy": lambda: np.copyto(spare.numpy(), flat.numpy()),
+        "snapshot": lambda: sliding.snapshot(K, finite=True),
+        "mean": lambda: window.mean_(out, kept),
+        "weighted mean": lambda: window.weighted_mean_(out, kept, weights),
+        "stacked mean": partial(stacked_mean, kept),
+        "ema": lambda: ema.snapshot(K, finite=True),
+        "block": lambda: block.snapshot(K, finite=True),
+        **{name: partial(peer.update_parameters, model) for name, peer in peers.items()},
+    }
+    before, rows = torch.get_num_threads(), Found()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        seconds = interleaved(variants, args.rounds, time.perf_counter)
+        rows |= {f"{name} on {number}": over(found, seconds["copy"]) for name, found in seconds.items()}
+    torch.set_num_threads(before)
     return rows
 
 
@@ -397,6 +455,7 @@ def device(args: argparse.Namespace) -> Found:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "memory": memory,
+    "threads": threads,
     "ranks": ranks,
     "gather": gather,
     "step": step,

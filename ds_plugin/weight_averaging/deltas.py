@@ -17,19 +17,32 @@ no more than the mean of these.
 All of it works element by element, in a fixed order, so it is the same under every sharding, as in `window`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ds_plugin.weight_averaging import window
 
 Tensors = Sequence[torch.Tensor]
 
+#: elements at a time: of no more torch makes bf16 and fp32 of each other without threads of its own
+_PIECE = 32 * 1024
+
 
 def shrink_(out: Tensors, older: Tensors, newer: Tensors) -> None:
     """Write ``older - newer``, rounded to ``out``'s bf16, into ``out``."""
-    for target, left, right in _pieces(out, older, newer):
-        target.copy_(left - right)
+
+    def shrink(scratch: window.Array, target: window.Array, left: window.Array, right: window.Array) -> None:
+        np.subtract(left, right, out=scratch)
+        window.bits_of(target).copy_(torch.from_numpy(scratch))
+
+    window.in_pieces(shrink, out, older, newer, piece=_piece())
+
+
+def grow_(newest: Tensors, delta: Tensors) -> None:
+    """Make the newest snapshot the one before it, of which ``delta`` is the difference, as `restored` does."""
+    window.in_pieces(_add, newest, newest, delta, piece=_piece())
 
 
 def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tensor]]:
@@ -45,12 +58,23 @@ def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Seq
 
     ``weights``: relative, oldest first, as `window.weighted_mean_` takes them.
     """
-    for target, *kept in _pieces(out, newest, *deltas):
-        window.weighted_mean_([target], restored(kept[:1], [[d] for d in kept[1:]]), weights)
+    count, mean = len(deltas), window.mean_of(weights)
+
+    def restore_and_average(*arrays: window.Array) -> None:
+        scratch, *older = arrays[: count + 1]
+        target, newer, *differences = arrays[count + 1 :]
+        snapshots = [*older, newer]
+        for i in reversed(range(count)):
+            _add(scratch, snapshots[i], snapshots[i + 1], differences[i])
+        mean(scratch, target, *snapshots)
+
+    window.in_pieces(restore_and_average, out, newest, *deltas, scratches=count + 1, piece=_piece())
 
 
-def _pieces(out: Tensors, *sources: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Side by side, cut as `window` cuts them. A source with strides is copied first: such shards are small."""
-    for target, *tensors in zip(out, *sources, strict=True):
-        flat = [target.view(-1), *(t.reshape(-1) for t in tensors)]
-        yield from zip(*(t.split(window.PIECE) for t in flat), strict=True)
+def _add(scratch: window.Array, out: window.Array, newer: window.Array, delta: window.Array) -> None:
+    torch.from_numpy(scratch).copy_(window.bits_of(delta))
+    np.add(newer, scratch, out=out)
+
+
+def _piece() -> int:
+    return min(_PIECE, window.PIECE)

@@ -181,7 +181,7 @@ class SlidingDeltas(Mode):
         while self._steps and self._steps[-1] >= step:
             self._steps.pop()
             if self._order:
-                window.add_(self._newest, self._slots[self._order.pop()])  # as `deltas.restored` does
+                deltas.grow_(self._newest, self._slots[self._order.pop()])
 
     def read_(self, out: Tensors, horizon: int | None) -> None:
         deltas.mean_(out, self._newest, self._deltas(), window.read_weights(self._weights, len(self._steps)))

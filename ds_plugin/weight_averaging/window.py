@@ -1,22 +1,37 @@
-"""The arithmetic of averaging, in place, on lists of fp32 tensors. Nothing here knows a host.
+"""The arithmetic of averaging, in place, on lists of fp32 tensors in CPU memory. Nothing here knows a framework.
 
 Every function works element by element, in an order that is fixed, and never leaves a product and a sum to one kernel:
 a fused multiply-add rounds once, plain code twice, and a kernel may use one in the middle of a tensor and the other at
-its end. So each element's bits do not depend on which rank holds it or where its shard begins.
+its end. So each element's bits do not depend on which rank holds it, where its shard begins, or how many threads work.
+
+All of it goes by numpy in pieces that stay in a core's cache (`in_pieces`), which the threads take one after another.
+Torch's own threads share every call's tensor evenly and wait for each other at its end: where other programs want the
+cores too, each such wait lasts until the slowest has been given a turn, dozens of times the work itself.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 
 Tensors = Sequence[torch.Tensor]
+Array = np.ndarray[Any, np.dtype[Any]]
+Work = Callable[..., None]
 
-#: elements worked on at a time: 2 MiB of fp32 stay in the cache while every snapshot is added to them, so that a mean
-#: reads each snapshot once and writes the result once; much smaller pieces would spend their time in Python
-PIECE = 512 * 1024
+#: elements worked on at a time: 256 KiB of fp32, of which several stay in a core's cache, so that each snapshot is read
+#: once and each result written once; smaller pieces spend their time in Python
+PIECE = 64 * 1024
+#: so many of these where threads share the work: each call has to get Python's lock back from the others
+_SHARED = 16
+#: and so many where nothing is read twice
+_COPIED = 64
+#: threads, at most: memory is not read faster by more, and each takes Python's lock now and then from the training
+_THREADS = 4
 #: the smallest number that fp32 holds with all its digits; a share of the mean below it is none
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -76,26 +91,12 @@ def factors(weights: Sequence[float]) -> tuple[list[float], int]:
 
 
 def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
-    """Write the mean of ``snapshots`` (oldest first, all fp32 of ``out``'s shapes, in host memory) into ``out``.
+    """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) into ``out``.
 
     The order is fixed - add oldest to newest, then divide once - so that every sharding of the same weights gives the
-    same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights. By numpy, whose calls and slices take
-    less time than torch's: about 5 % of the whole.
+    same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights.
     """
-    if len(snapshots) == 1:
-        copy_(out, snapshots[0])
-        return
-    for tensors in zip(out, *snapshots, strict=True):
-        pieces = [[t.numpy() for t in tensors]]
-        if all(t.is_contiguous() for t in tensors):
-            flat = [array.reshape(-1) for array in pieces[0]]
-            pieces = [[array[start : start + PIECE] for array in flat] for start in range(0, flat[0].size, PIECE)]
-        with np.errstate(all="ignore"):  # infinity and NaN are results like others, as they are to torch
-            for target, *sources in pieces:
-                np.add(sources[0], sources[1], out=target)
-                for source in sources[2:]:
-                    np.add(target, source, out=target)
-                np.divide(target, np.float32(len(sources)), out=target)
+    weighted_mean_(out, snapshots, [1.0] * len(snapshots))
 
 
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
@@ -103,51 +104,143 @@ def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence
 
     Equal weights give the bits of `mean_`, whatever their size; a snapshot of weight 0 is not looked at.
     """
+    in_pieces(mean_of(weights), out, *snapshots)
+
+
+def mean_of(weights: Sequence[float]) -> Work:
+    """`weighted_mean_` as work for `in_pieces`, on one scratch, an out and as many snapshots as ``weights``."""
     numbers, count = factors(weights)
-    terms = [(snapshot, number) for snapshot, number in zip(snapshots, numbers, strict=True) if number]
-    if count == len(terms):
-        mean_(out, [snapshot for snapshot, _ in terms])
-        return
-    (_, first), *others = terms
-    for target, oldest, *sources in _pieces(out, *(snapshot for snapshot, _ in terms)):
-        torch.mul(oldest, first, out=target)
-        for source, (_, number) in zip(sources, others, strict=True):
-            target.add_(source * number)
+    (first, share), *others = [(i, np.float32(number)) for i, number in enumerate(numbers) if number]
+
+    def weighted(scratch: Array, out: Array, *snapshots: Array) -> None:
+        np.multiply(snapshots[first], share, out=out)
+        for i, number in others:
+            np.multiply(snapshots[i], number, out=scratch)
+            np.add(out, scratch, out=out)
+
+    def plain(_: Array, out: Array, *snapshots: Array) -> None:
+        total = snapshots[first]
+        for i, _number in others:
+            total = np.add(total, snapshots[i], out=out)
+        np.divide(total, np.float32(count), out=out)
+
+    def single(_: Array, out: Array, *snapshots: Array) -> None:
+        np.copyto(out, snapshots[first])
+
+    if not others:
+        return single
+    return plain if count == len(others) + 1 else weighted
 
 
 def add_(total: Tensors, snapshot: Tensors) -> None:
     """Add a snapshot to a running sum."""
-    for target, source in _pieces(total, snapshot):
-        target.add_(source)
+
+    def add(_: Array, target: Array, source: Array) -> None:
+        np.add(target, source, out=target)
+
+    in_pieces(add, total, snapshot)
 
 
 def mean_of_sum_(out: Tensors, total: Tensors, count: int) -> None:
     """Write a running sum of ``count`` snapshots, divided once, into ``out`` (which may be ``total``)."""
-    for target, source in _pieces(out, total):
-        torch.div(source, count, out=target)
+
+    def divide(_: Array, target: Array, source: Array) -> None:
+        np.divide(source, np.float32(count), out=target)
+
+    in_pieces(divide, out, total)
 
 
 def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
     """Move a running average towards a snapshot: ``average + (snapshot - average) / divisor``."""
-    for target, source in _pieces(average, snapshot):
-        target.add_((source - target).div_(divisor))
+
+    def move(scratch: Array, target: Array, source: Array) -> None:
+        np.subtract(source, target, out=scratch)
+        np.divide(scratch, np.float32(divisor), out=scratch)
+        np.add(target, scratch, out=target)
+
+    in_pieces(move, average, snapshot)
 
 
 def copy_(out: Tensors, source: Tensors) -> None:
-    """Copy tensor by tensor, across devices if need be."""
+    """Copy tensor by tensor, across devices and dtypes if need be."""
+    here: list[tuple[torch.Tensor, torch.Tensor]] = []
     for target, tensor in zip(out, source, strict=True):
-        target.copy_(tensor)
+        if target.device.type == tensor.device.type == "cpu" and target.dtype == tensor.dtype == torch.float32:
+            here.append((target, tensor))
+        else:
+            target.copy_(tensor)
+    copied = zip(*here, strict=True)
+    in_pieces(lambda _, target, tensor: np.copyto(target, tensor), *copied, piece=_COPIED * PIECE)
 
 
 def all_finite(tensors: Tensors) -> bool:
-    """Whether no element is infinite or NaN. One pass: a sum cannot be finite if an element is not."""
-    return all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in tensors)
+    """Whether no element is infinite or NaN, on any device. One pass over memory."""
+    here = [t for t in tensors if t.device.type == "cpu"]
+    others = (t for t in tensors if t.device.type != "cpu")
+    found: list[bool] = []
+
+    def look(_: Array, array: Array) -> None:  # a NaN is the largest and the smallest
+        found.append(not array.size or bool(np.isfinite(array.max()) and np.isfinite(array.min())))
+
+    in_pieces(look, here)
+    # there by a sum, which is not finite if an element is not
+    return all(found) and all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in others)
 
 
-def _pieces(*lists: Tensors) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The lists' tensors side by side, cut into pieces that fit the cache (whole, if one of them has strides)."""
+def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None = None) -> None:
+    """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of the same elements.
+
+    By as many threads as torch has been given, of which the caller is one; each has fp32 scratches of its own, of the
+    piece's shape. The others live as long as the call, so that they round as the caller does and none is lost in a
+    fork. A bf16 tensor comes as its bits (`bits_of`). A tensor with strides is one piece: such shards are small.
+
+    ``piece``: elements, at most.
+    """
+    if not lists:
+        return
+    threads = min(torch.get_num_threads(), _THREADS)
+    size = piece or (PIECE if threads == 1 else _SHARED * PIECE)
+    left, turn = _cut(lists, size), threading.Lock()
+
+    def run() -> None:
+        kept = np.empty((scratches, min(size, max((t.numel() for t in lists[0]), default=0))), np.float32)
+        with np.errstate(all="ignore"):  # infinity and NaN are results like others, as they are to torch
+            while True:
+                with turn:
+                    arrays = next(left, None)
+                if arrays is None:
+                    return
+                shape, count = arrays[0].shape, arrays[0].size
+                if count > kept.shape[1]:
+                    kept = np.empty((scratches, count), np.float32)
+                work(*(row[:count].reshape(shape) for row in kept), *arrays)
+
+    threads = min(threads, -(-sum(t.numel() for t in lists[0]) // size))
+    if threads <= 1:
+        run()
+        return
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="averaging") as pool:
+        others = [pool.submit(run) for _ in range(threads - 1)]
+        run()
+        for other in others:
+            other.result()
+
+
+def bits_of(array: Array) -> torch.Tensor:
+    """A piece of a bf16 tensor as `in_pieces` gives it, as the tensor it is."""
+    return torch.from_numpy(array).view(torch.bfloat16)
+
+
+def _cut(lists: Sequence[Tensors], piece: int) -> Iterator[list[Array]]:
     for tensors in zip(*lists, strict=True):
-        if all(t.is_contiguous() for t in tensors):
-            yield from zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True)
+        arrays = [_array(t.detach()) for t in tensors]
+        if all(array.flags.c_contiguous for array in arrays):
+            flat = [array.reshape(-1) for array in arrays]
+            for start in range(0, flat[0].size, piece):
+                yield [array[start : start + piece] for array in flat]
         else:
-            yield tensors
+            yield arrays
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

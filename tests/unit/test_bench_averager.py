@@ -12,6 +12,9 @@ SMALL = ["--millions", "0.1", "--width", "64", "--depth", "1", "--length", "16",
 SMALL += ["--processes", "1"]
 
 
+THREADS = {"mean": 4.0, "weighted mean": 6.0, "ema": 2.0, "block": 2.0}
+
+
 def good():
     """Figures of which each keeps its bound, just."""
     row = lambda ratio: {"ratio": ratio}  # noqa: E731
@@ -19,6 +22,12 @@ def good():
         "memory": {
             "snapshot": row(1.1), "mean": row(4.35), "AveragedModel": row(1.1), "stacked mean": row(4.35),
             "floor": {"lines": 3.0, "measured": 2.9, "all traffic": 7 / 3},
+        },
+        "threads": {
+            f"{name} on {on}{load}": row(ratio * (3 if load else 1))
+            for name, ratio in {**THREADS, "stacked mean": 4.35, "foreach ema": 1.0, "foreach mean": 1.0}.items()
+            for on in (1, 2)
+            for load in ("", ", loaded")
         },
         "ranks": {"snapshot, 2 ranks": row(1.1), "mean, 4 ranks": row(1.1)},
         "gather": {"gathered, CPU": row(1.0), "gathered, wall": row(0.5)},
@@ -34,6 +43,11 @@ def good():
         ("memory", "mean", "ratio", 4.4, ["the mean of 5, in times its floor: 1.517", "mean over stacked mean"]),
         ("memory", "floor", "lines", 2.8, ["the mean of 5, in times its floor: 1.554"]),  # the lower floor counts
         ("memory", "mean", "ratio", float("nan"), ["the mean of 5", "mean over stacked mean"]),
+        ("threads", "mean on 2", "ratio", 4.4, ["mean over stacked mean, on 2: 1.011"]),
+        ("threads", "weighted mean on 1", "ratio", 6.1, ["weighted mean over mean, on 1: 1.525, at most 1.5"]),
+        ("threads", "ema on 2", "ratio", 2.1, ["ema over foreach ema, on 2: 2.1, at most 2"]),
+        ("threads", "block on 1", "ratio", 2.1, ["block over foreach mean, on 1: 2.1"]),
+        ("threads", "ema on 2, loaded", "ratio", 6.1, ["ema on 2 under load, in times its own: 3.05, at most 3"]),
         ("ranks", "mean, 4 ranks", "ratio", 1.2, ["mean, 4 ranks, in times the ideal: 1.2"]),
         ("gather", "gathered, CPU", "ratio", 0.9, ["a snapshot over a gathered average"]),
         ("step", "overhead", "ratio", 0.002, ["overhead at interval 100, in %: 0.2, at most 0.1"]),
@@ -76,7 +90,8 @@ def test_shards_are_uneven_and_those_of_a_rank_a_part():
 
 def _run(out):
     threads = torch.get_num_threads()
-    code = harness.benchmark("bench_averager").main([*SMALL, "--parts", "memory,ranks,step,device", "--out", out])
+    parts = "memory,threads,ranks,step,device"
+    code = harness.benchmark("bench_averager").main([*SMALL, "--parts", parts, "--out", out])
     torch.set_num_threads(threads)
     return code
 
@@ -95,6 +110,7 @@ def test_a_miniature(workers, tmp_path):
     assert memory["memcpy"] == {"ratio": 1.0, "low": 1.0, "high": 1.0, "best": 1.0}
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for name, row in memory.items() if name != "floor")
     assert memory["floor"]["measured"] == 1 + 4 * memory["read"]["ratio"]
+    assert {"ema on 2", "ema on 2, loaded"} < set(found["threads"]) and found["threads"]["copy on 1"]["ratio"] == 1
     assert set(found["ranks"]) == {f"{what}, {n} ranks" for what in ("snapshot", "mean") for n in (2, 4)}
     assert step["tokens"]["trained"] == 16 and step["tokens"]["parameters"] > 12 * 64**2
     assert step["overhead"]["ratio"] > 0 and step["tokens"]["at 0.1 %"] > 0

@@ -196,7 +196,8 @@ def test_sources_live_until_they_are_copied(device):
 def test_what_fails_in_the_worker_is_raised_by_the_next_call(device, call):
     copies = Copies(CPU, device)
     device.let_go.set()
-    copies.begin([torch.zeros(1)], [torch.ones(1)], lambda: 1 / 0)
+    kept = [torch.zeros(1)], [torch.ones(1)]  # as masters and memory are, whatever becomes of the job
+    copies.begin(*kept, lambda: 1 / 0)
     with contextlib.suppress(ZeroDivisionError):
         copies._job.result()  # it has ended, and nobody has been told
     copies._fence_due = False  # a step that began before it had ended

@@ -1,12 +1,13 @@
 """The arithmetic of averaging: against plain formulas, and the same bits however the weights are cut into shards."""
 
 import math
+import threading
 import warnings
 
 import pytest
 import torch
 
-from ds_plugin.weight_averaging import window
+from ds_plugin.weight_averaging import deltas, window
 from ds_plugin.weight_averaging.config import KINDS
 from tests.reference import averaging as reference
 
@@ -96,6 +97,74 @@ def test_every_sharding_gives_the_same_bits(kind, monkeypatch):
         assert torch.equal(torch.cat(shards), expected), (kind, cuts)
     strided = average(kind, [[s[1:].view(28, 36).t()] for s in snapshots])[0]
     assert torch.equal(strided.t().reshape(-1), expected[1:])
+
+
+def differences(snapshots):
+    """The mean of a window kept as bf16 differences, by the functions of `deltas`."""
+    out = [torch.empty_like(t) for t in snapshots[0]]
+    kept = [[t.bfloat16() for t in snapshot] for snapshot in snapshots[:-1]]
+    for target, older, newer in zip(kept, snapshots[:-1], snapshots[1:], strict=True):
+        deltas.shrink_(target, older, newer)
+    deltas.mean_(out, snapshots[-1], kept, WEIGHTS)
+    newest = [t.clone() for t in snapshots[-1]]
+    deltas.grow_(newest, kept[-1])
+    return [torch.stack(pair) for pair in zip(out, newest, strict=True)]
+
+
+def naive_differences(snapshots):
+    """Its mean, and the newest snapshot but one."""
+    whole = [snapshots[-1]]
+    for older, newer in zip(snapshots[-2::-1], snapshots[:0:-1], strict=True):
+        whole.append(whole[-1] + (older - newer).bfloat16())
+    return torch.stack([naive("weighted", whole[::-1]), whole[1]])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["mean", "weighted", "sum", "move", "differences"])
+def test_bits_do_not_depend_on_threads_or_shards(kind, threads, monkeypatch):
+    """Many pieces, some beside a vector register's end; shards that are empty, of one element, about a piece long."""
+    piece, count = 1000, 200_003
+    monkeypatch.setattr(window, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(3)
+    snapshots = [torch.randn(count) * 10.0 ** torch.randint(-42, 30, (count,)) for _ in WEIGHTS]  # subnormal ones, too
+    expected = naive_differences(snapshots) if kind == "differences" else naive(kind, snapshots)
+    around = [0, 1, piece - 1, piece, piece + 1, 2 * piece - 1, 2 * piece + 1, 0, 7, 15, 17, 33]
+    rest = count - sum(around)
+    for cuts in ([count], [*around, rest], [rest // 3, *around, rest - rest // 3]):
+        shards = [list(s.split(cuts)) for s in snapshots]
+        found = differences(shards) if kind == "differences" else average(kind, shards)
+        assert torch.equal(torch.cat(found, -1), expected), cuts
+
+
+def test_pieces_are_shared_among_threads(monkeypatch):
+    """Two at least are at work at once, each with scratch of its own; every element is given out once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    together, scratches, seen = threading.Barrier(2, timeout=20), set(), []
+
+    def work(scratch, array):
+        if len(seen) < 2:
+            together.wait()  # breaks if nobody else comes
+        scratches.add(scratch.ctypes.data)
+        seen.extend(array.tolist())
+
+    window.in_pieces(work, list(torch.arange(60.0).split([25, 0, 35])), piece=10)
+    assert sorted(seen) == list(range(60)) and len(scratches) == 2
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    caller, started = threading.get_ident(), threading.Event()
+
+    def work(scratch, array):
+        if threading.get_ident() == caller:
+            assert started.wait(20)
+            return
+        started.set()
+        raise MemoryError("lost")
+
+    with pytest.raises(MemoryError, match="lost"):
+        window.in_pieces(work, [torch.zeros(40)], piece=10)
 
 
 def weighted(snapshots, weights):
