@@ -1,0 +1,221 @@
+"""Whether what is promised holds on a GPU: one command, on one GPU, without a network, within 6 minutes.
+
+    bash launch_scripts/gpu_check.sh [--out FILE.json] [--wheels DIR] [--dry-run]
+
+The parts and their bounds are in `gpu_parts`; a line is printed for each. The JSON has what each measured beside its
+bound, and is written anew after every part, so that what was found survives whatever comes next. A part that raises, or
+takes longer than its share of the time, has failed, and the rest goes on. Exit code 0; 1 when a part failed or found no
+time; 2 when nothing could be run, and why: no GPU, or packages that are missing. They may come as wheels: ``pip wheel
+-w DIR deepspeed megatron-core`` where there is a network, and ``--wheels DIR`` here. With ``--dry-run`` all of it runs
+in miniature on a CPU: streams are a stand-in's, device memory is what torch's operations make, and times have no bound.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "results" / "gpu" / "check.json"
+LIMIT = 340.0  # seconds for all of it, from the start of this file
+_BEGAN = time.monotonic()
+
+#: distribution -> the module that shows that it is there; of DeepSpeed's own needs those that its import asks for
+PACKAGES = {
+    **{name: name for name in ("torch", "deepspeed", "pydantic", "numpy", "safetensors", "psutil", "rich")},
+    **{name: name for name in ("einops", "hjson", "msgpack", "ninja", "packaging", "tqdm")},
+    "megatron-core": "megatron.core",
+    "py-cpuinfo": "cpuinfo",
+}
+
+#: a part's status, and what a part yields with the reason when there is nothing here for it to run on
+NOT_RUN, NO_TIME = "not run", "no time was left"
+
+Record = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
+    """Run all parts; the exit code. ``limit``: seconds from now on, in place of `LIMIT`."""
+    parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=_Plain, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU and a stand-in's streams")
+    parser.add_argument("--out", type=Path, help=f"the JSON; default: {OUT.relative_to(ROOT)}, none in a dry run")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="install packages that are missing from here")
+    args = parser.parse_args(arguments)
+    out = args.out or (None if args.dry_run else OUT)
+    ends = (_BEGAN + LIMIT) if limit is None else time.monotonic() + limit
+    try:
+        if args.wheels is not None:
+            install(args.wheels)
+        if lacking := missing(args.dry_run):
+            raise Unfit("\n".join(lacking))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        _environment(args.dry_run)
+        parts = importlib.import_module("gpu_parts")
+        rig = parts.start(args.dry_run)
+    except (Unfit, ImportError, OSError) as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    described: Record = {
+        "date": datetime.date.today().isoformat(),
+        "command": "bash launch_scripts/gpu_check.sh" + " --dry-run" * args.dry_run,
+        "device": rig.name,
+        "versions": parts.versions(),
+        "parts": {name: {"status": NOT_RUN, "reason": NO_TIME} for name in parts.PARTS},
+    }
+    for name, (function, budget) in parts.PARTS.items():
+        left = ends - time.monotonic()
+        if left > 1:
+            described["parts"][name] = ran(lambda f=function: f(rig), parts.verdicts(name, rig), min(budget, left))
+        print(said(name, described["parts"][name]), flush=True)
+        described["seconds"] = round(time.monotonic() - ends + (LIMIT if limit is None else limit), 1)
+        if out is not None:
+            write(out, described)
+    parts.end()
+    records = described["parts"].values()
+    return int(any(r["status"] == "failed" or r.get("reason") == NO_TIME for r in records))
+
+
+def ran(part: Callable[[], Iterator[tuple[str, Any]]], verdict: Callable[[str, Any], Record], seconds: float) -> Record:
+    """What became of a part: its figures, each with a verdict, as far as it came."""
+    record: Record = {"status": "passed", "figures": {}}
+    began = time.monotonic()
+    try:
+        with within(seconds):
+            for name, value in part():
+                if name == NOT_RUN:
+                    return {"status": NOT_RUN, "reason": value}
+                record["figures"][name] = verdict(name, value)
+        broken = [name for name, figure in record["figures"].items() if figure.get("passed") is False]
+        if broken:
+            record |= {"status": "failed", "error": "out of bounds: " + "; ".join(broken)}
+    except (Exception, OverTime) as error:
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    return {**record, "seconds": round(time.monotonic() - began, 1)}
+
+
+def said(name: str, record: Record) -> str:
+    """A part's line."""
+    figures = record.get("figures", {}).items()
+    why = record.get("error") or record.get("reason")
+    values = ", ".join(f"{key} {_short(figure['value'])}" for key, figure in figures)
+    return f"{name}: {record['status']}, {record.get('seconds', 0)} s" + f": {why}" * bool(why) + f" [{values}]"
+
+
+def write(path: Path, described: Record) -> None:
+    from ds_plugin.atomic import atomic_write
+
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(described, indent=1) + "\n"))
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise `OverTime` in the block when it takes longer. In the main thread only; a call into C is let end."""
+
+    def ring(*_: object) -> None:
+        raise OverTime(f"took longer than its {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class OverTime(BaseException):
+    """No `Exception`, which the frameworks may catch."""
+
+
+class Unfit(Exception):
+    """This machine cannot run the check; a line for each thing that is missing."""
+
+
+def missing(dry_run: bool) -> list[str]:
+    """What this machine lacks, a line each. Nothing heavy is imported for it."""
+    absent = _absent()
+    found = []
+    if absent:
+        found.append(f"packages are missing: {' '.join(absent)}; install them, or give --wheels DIR with their wheels")
+    if dry_run:
+        return found
+    if "torch" not in absent and (cuda := _torch_cuda()) is None:
+        found.append("torch is built without CUDA; install a CUDA build of it")
+    if (why := _no_device()) is not None:
+        found.append(f"no GPU: {why}; --dry-run runs the check in miniature on a CPU")
+    return found
+
+
+def install(folder: Path) -> None:
+    """Have pip install what is missing from a folder of wheels, without a network."""
+    if not folder.is_dir():
+        raise Unfit(f"--wheels: {folder} is no folder; give the one that holds the wheels")
+    if absent := _absent():
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
+        if subprocess.run([*pip, "--find-links", str(folder), *absent], stdout=sys.stderr).returncode:
+            raise Unfit(f"--wheels: pip could not install {' '.join(absent)} from {folder}; its message is above")
+        importlib.invalidate_caches()
+
+
+def _absent() -> list[str]:
+    def there(module: str) -> bool:
+        with contextlib.suppress(ImportError):
+            return importlib.util.find_spec(module) is not None
+        return False
+
+    return [name for name, module in PACKAGES.items() if not there(module)]
+
+
+def _torch_cuda() -> str | None:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"]
+
+
+def _no_device() -> str | None:
+    """Why the driver shows no GPU, asked by its own library, which opens no context."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "the NVIDIA driver (libcuda.so.1) is not here"
+    count = ctypes.c_int()
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code or not count.value:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return f"the driver shows no device (code {code}, CUDA_VISIBLE_DEVICES {visible!r})"
+    return None
+
+
+def _environment(dry_run: bool) -> None:
+    """What torch and the frameworks read when they are imported: one rank, no network, nothing compiled."""
+    os.environ.update({"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"})
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
+    if dry_run:
+        os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

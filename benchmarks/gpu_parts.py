@@ -1,0 +1,539 @@
+"""The parts of `gpu_check`: what each measures on a GPU, and the bounds.
+
+A part is a generator of (name of a figure, its value), so that figures found before an error are kept.
+"""
+
+import gc
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import bench_averager
+import bench_completep
+import bench_warmup
+import torch
+from torch.overrides import TorchFunctionMode
+
+import ds_plugin
+from ds_plugin.run import startup
+from ds_plugin.weight_averaging import copies, finite
+
+Figures = Iterator[tuple[str, Any]]
+Span = tuple[float, float]  # begin and end
+
+_VOCAB, _ADAMW = 256, {"lr": 1e-3, "weight_decay": 0.1}
+_EXACT, _FEW = (0.0, 0.0), 1.01
+#: part -> figure, by what follows the last ": " of its name -> the lowest and the highest value that pass
+BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "optimizer": {"is fused": (1, 1), "losses not finite": _EXACT},
+    "precision": {
+        "losses not finite": _EXACT,
+        "steps skipped by an overflow": (1, 1),
+        "loss scale after over before": (0.5, 0.5),
+        **dict.fromkeys(("masters changed by it", "snapshots of it", "tokens trained by it"), _EXACT),
+        "snapshots of the step after it": (1, 1),
+    },
+    "zero": {"losses not finite": _EXACT, "resumed, largest difference": _EXACT},
+    "memory": {"full-length pass over step": (0.98, 1.02)},
+    "transformer_engine": {"its modules in the model": (1, math.inf), "losses not finite": _EXACT},
+    "snapshot": {
+        "device memory, bytes": _EXACT,
+        "copies under kernels": (0.8, 1.0),
+        "rate over the link's": (0.8, math.inf),
+        "overhead at interval 20": (-math.inf, 0.005),
+        "overhead at interval 100": (-math.inf, 0.001),
+    },
+    "completep": {"time over unpatched": (0, _FEW)},
+    "warmup": {"time over DeepSpeed's": (0, _FEW)},
+}
+#: a dry run does not judge these: times of a miniature, and what a CPU does not have
+ON_A_GPU = {"is fused", *BOUNDS["snapshot"], "time over unpatched", "time over DeepSpeed's"} - {"device memory, bytes"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a GPT and its batch: the length is the full one, in tokens."""
+
+    width: int
+    depth: int
+    length: int
+    batch: int
+
+
+@dataclass
+class Rig:
+    """What the parts run on: this GPU."""
+
+    dry_run: bool = False
+    name: str = field(default_factory=lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    small: Shape = Shape(256, 2, 128, 4)
+    large: Shape = Shape(1024, 4, 1024, 4)  # activations and optimizer state both count in its memory
+    fast: Shape = Shape(1024, 8, 512, 8)  # its kernels take longer than the CPU takes to start them
+    lengths: tuple[int, ...] = (128, 256, 512)
+    rounds: int = 20
+    round: int = bench_warmup.ROUND  # steps of the warmup's; 4 rounds of them carry whole samples
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    @contextmanager
+    def counted(self) -> Iterator[Callable[[], Callable[[], int]]]:
+        """Device memory that the block makes. Calling what is yielded begins with the peak anew, and returns a function
+        that reads it."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+
+        def peak_from_here() -> Callable[[], int]:
+            self.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return lambda: torch.cuda.max_memory_allocated() - held
+
+        yield peak_from_here
+
+    @contextmanager
+    def watched_copies(self) -> Iterator[None]:
+        """Engines that are built in here have their snapshots seen by `profiled`."""
+        yield
+
+    def profiled(self, work: Callable[[], object]) -> tuple[list[Span], list[Span]]:
+        """When copies from the device and when its kernels ran during some work, in seconds."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            self.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json")
+            profile.export_chrome_trace(str(path))
+            return spans(json.loads(path.read_text()))
+
+
+@dataclass
+class Miniature(Rig):
+    """A CPU. A stand-in's stream copies in a thread; device memory is what torch's operations make."""
+
+    dry_run: bool = True
+    small: Shape = Shape(32, 1, 16, 2)
+    large: Shape = Shape(32, 2, 32, 2)
+    fast: Shape = Shape(32, 1, 16, 2)
+    lengths: tuple[int, ...] = (8, 16, 32)
+    rounds: int = 3
+    round: int = 4
+    streams: Any = field(default_factory=lambda: StandIn())
+
+    def synchronize(self) -> None:
+        pass
+
+    @contextmanager
+    def counted(self) -> Iterator[Callable[[], Callable[[], int]]]:
+        gc.collect()
+        with bench_completep.Held() as held:
+
+            def peak_from_here() -> Callable[[], int]:
+                held.peak = held.alive
+                return lambda: held.peak
+
+            yield peak_from_here
+
+    @contextmanager
+    def watched_copies(self) -> Iterator[None]:
+        original = copies.copies_from
+        copies.copies_from = lambda tensors: copies.Copies(torch.device("cpu"), self.streams)
+        try:
+            yield
+        finally:
+            copies.copies_from = original
+
+    def profiled(self, work: Callable[[], object]) -> tuple[list[Span], list[Span]]:
+        self.streams.copied.clear()
+        began = time.perf_counter()
+        work()
+        return list(self.streams.copied), [(began, time.perf_counter())]
+
+
+class StandIn:
+    """What `copies.Copies` uses of an accelerator: work of the training's stream is done at once, copies on another one
+    by a thread, in order. ``copied`` has when."""
+
+    def __init__(self) -> None:
+        self.copied: list[Span] = []
+        self.thread = ThreadPoolExecutor(1)
+
+    def set_device_index(self, device: torch.device) -> None: ...
+    def current_stream(self, device: torch.device) -> "Stream":
+        return Stream(None)
+
+    def Stream(self, device: torch.device) -> "Stream":
+        return Stream(self)
+
+    def Event(self, device: torch.device) -> "Event":
+        return Event()
+
+
+class Event:
+    reached: Future[None] | None = None
+
+    def record(self, stream: "Stream") -> None:
+        self.reached = None if stream.owner is None else stream.owner.thread.submit(lambda: None)
+
+    def query(self) -> bool:
+        return self.reached is None or self.reached.done()
+
+
+class Stream(TorchFunctionMode):
+    """The training's without an owner; else copies inside ``with stream`` are its thread's."""
+
+    def __init__(self, owner: StandIn | None):
+        super().__init__()
+        self.owner = owner
+
+    def wait_event(self, event: Event) -> None:
+        if event.reached is not None:
+            event.reached.result()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.copy_ or self.owner is None:
+            return func(*args, **(kwargs or {}))
+        self.owner.thread.submit(self._copy, *args)
+        return args[0]
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        assert self.owner is not None
+        began = time.perf_counter()
+        target.copy_(source)
+        self.owner.copied.append((began, time.perf_counter()))
+
+
+def start(dry_run: bool) -> Rig:
+    """Make this process a world of one rank."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    from megatron_patches.completep import trial
+
+    startup.quiet()
+    startup.skip_inference_kernel()
+    if dry_run:
+        torch.set_num_threads(1)
+        get_accelerator().is_fp16_supported = lambda: True  # it asks for fast kernels, and slow ones do here
+    trial.start_host()
+    deepspeed.init_distributed(dist_backend="gloo" if dry_run else "nccl", verbose=False)
+    return Miniature() if dry_run else Rig()
+
+
+def end() -> None:
+    startup.leave()
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "deepspeed", "megatron-core", "numpy")
+    return {"python": platform.python_version(), "cuda": str(torch.version.cuda), **{p: version(p) for p in packages}}
+
+
+def verdicts(part: str, rig: Rig) -> Callable[[str, Any], dict[str, Any]]:
+    """What a part's figure comes to: the value, and where it has a bound that counts here, whether it is kept."""
+
+    def verdict(name: str, value: Any) -> dict[str, Any]:
+        kind = name.split(": ")[-1]
+        bound = BOUNDS[part].get(kind)
+        if bound is None or (rig.dry_run and kind in ON_A_GPU):
+            return {"value": value, "bound": None}
+        written = [limit if math.isfinite(limit) else None for limit in bound]  # JSON has no infinity
+        return {"value": value, "bound": written, "passed": bool(bound[0] <= value <= bound[1])}
+
+    return verdict
+
+
+def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
+    """Copies from the device, and kernels, of a profile in Chrome's format; seconds."""
+
+    def of(category: str, name: str) -> list[Span]:
+        events = [e for e in trace["traceEvents"] if e.get("cat") == category and name in e["name"]]
+        return [(e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events]
+
+    return of("gpu_memcpy", "DtoH"), of("kernel", "")
+
+
+def under(copied: list[Span], kernels: list[Span]) -> float:
+    """The share of the copies' time in which some kernel runs. Copies do not overlap; kernels may."""
+    shared, last = 0.0, -math.inf
+    for begin, end in sorted(kernels):
+        begin, last = max(begin, last), max(end, last)
+        shared += sum(max(0.0, min(end, e) - max(begin, b)) for b, e in copied)
+    return shared / sum(e - b for b, e in copied)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+
+
+def methods(shape: Shape, *names: str, **averaging: Any) -> dict[str, Any]:
+    """The JSON sections of some methods, of all three without names; ``averaging``: settings of its own."""
+    every: dict[str, Any] = {
+        "sequence_length_warmup": {
+            "enabled": True, "start_length": 8, "end_length": shape.length, "duration": {"steps": 4},
+        },
+        "completep": {"enabled": True, "base_width": shape.width // 2, "base_depth": 1, "base_head_dim": 16},
+        "weight_averaging": {"enabled": True, "window": 2, "interval": 1, **averaging},
+    }  # fmt: skip
+    return {name: every[name] for name in names or every}
+
+
+@contextmanager
+def engine_of(
+    shape: Shape, sections: dict[str, Any], stage: int, precision: str = "bf16", te: bool = False, **host: Any
+) -> Iterator[Any]:
+    """A DeepSpeed engine on a GPT that starts alike for every layout; gone afterwards, its memory too."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_patches import gpt
+    from megatron_patches.completep import finish, prepare
+
+    described = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": shape.length}
+    cfg = gpt.GPTConfig.model_validate({**described, "num_attention_heads": shape.width // 16})
+    gpt.initialize_parallel(cfg, 1234)
+    section = ds_plugin.split_config(sections)[1].completep
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    spec = gpt.layer_spec(cfg) if te else get_gpt_layer_local_spec(normalization=cfg.normalization)
+    config, spec = prepare(gpt.transformer_config(cfg, dtype), spec, section)
+    model = gpt.build_gpt(cfg, _VOCAB, config, spec)
+    finish(model, section)
+    given: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": shape.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        # a scale that does not overflow by itself, and is halved by the first overflow
+        precision: {"enabled": True, **({"initial_scale_power": 8, "hysteresis": 1} if precision == "fp16" else {})},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6},
+        "optimizer": {"type": "AdamW", "params": {**_ADAMW, "torch_adam": True}},
+        **host,
+    }
+    engine = ds_plugin.initialize(model=model, config={**given, **sections})[0]
+    del model
+    engine.train()
+    try:
+        yield engine
+    finally:
+        if any(section["enabled"] for section in sections.values()):
+            ds_plugin.detach(engine)
+        engine.destroy()
+
+
+def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[float]:
+    """Steps on the batches that belong to their numbers, the loss times a factor; the losses."""
+    from megatron_patches.completep import trial
+
+    losses = []
+    for _ in range(steps):
+        generator = torch.Generator().manual_seed(engine.global_steps)
+        tokens = torch.randint(0, _VOCAB, (shape.batch, shape.length + 1), generator=generator)
+        loss = trial.loss_of(engine, (tokens[:, :-1], tokens[:, 1:]))
+        engine.backward(loss * factor)
+        engine.step()
+        losses.append(loss.detach())
+    return [loss.item() for loss in losses]
+
+
+def not_finite(losses: list[float]) -> int:
+    return sum(not math.isfinite(loss) for loss in losses)
+
+
+# -- the parts -------------------------------------------------------------------------------------------------------
+
+
+def optimizer(rig: Rig) -> Figures:
+    """The AdamW that a JSON without ``torch_adam`` comes to, and a few steps of it with all methods."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    from ds_plugin.run.optimizer import choose_optimizer
+
+    plain: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": _ADAMW}}
+    if rig.dry_run:  # DeepSpeed would compile its own for CPUs
+        plain, _ = choose_optimizer(plain)
+    elif CUDA_HOME is None:
+        yield "not run", "DeepSpeed compiles FusedAdam, and there is no CUDA toolkit (nvcc; CUDA_HOME)"
+        return
+    with engine_of(rig.small, methods(rig.small), stage=1, **plain) as engine:
+        kind = type(engine.basic_optimizer)
+        yield "chosen", f"{kind.__module__}.{kind.__qualname__}"
+        yield "is fused", int(kind.__name__ == "FusedAdam")
+        yield "losses not finite", not_finite(train(engine, rig.small, 4))
+
+
+def precision(rig: Rig) -> Figures:
+    """All methods in bf16; and in fp16, where the gradients of one step overflow: it is skipped, and in no average."""
+    shape = rig.small
+    with engine_of(shape, methods(shape), stage=0) as engine:
+        yield "bf16, stage 0: losses not finite", not_finite(train(engine, shape, 4))
+    for stage in (0, 1, 3):
+        with engine_of(shape, methods(shape), stage=stage, precision="fp16") as engine:
+            plugin, what = ds_plugin.attached(engine), f"fp16, stage {stage}: "
+            yield what + "losses not finite", not_finite(train(engine, shape, 2))
+            masters = [master.clone() for master in plugin.averager.masters()]
+            steps, trained, scale = plugin.averager.steps[:], plugin.ledger.trained, engine.optimizer.loss_scale
+            skipped = engine.skipped_steps
+            train(engine, shape, 1, factor=1e30)
+            yield what + "steps skipped by an overflow", engine.skipped_steps - skipped
+            yield what + "loss scale after over before", float(engine.optimizer.loss_scale / scale)
+            moved = zip(masters, plugin.averager.masters(), strict=True)
+            yield what + "masters changed by it", sum(not torch.equal(a, b) for a, b in moved)
+            yield what + "snapshots of it", len(set(plugin.averager.steps) ^ set(steps))
+            yield what + "tokens trained by it", plugin.ledger.trained - trained
+            train(engine, shape, 1)
+            yield what + "snapshots of the step after it", plugin.averager.steps.count(engine.global_steps)
+
+
+def zero(rig: Rig) -> Figures:
+    """All methods under ZeRO 1, 2 and 3; a run from a checkpoint against the one that wrote it, its average too."""
+    shape = rig.small
+    for stage in (1, 2, 3):
+        sections, what = methods(shape), f"stage {stage}: "
+        with tempfile.TemporaryDirectory() as folder:
+            with engine_of(shape, sections, stage) as engine:
+                losses = train(engine, shape, 3)
+                engine.save_checkpoint(folder)
+                straight = _ending(engine, shape)
+            yield what + "losses not finite", not_finite(losses + straight)
+            with engine_of(shape, sections, stage) as engine:
+                engine.load_checkpoint(folder)
+                resumed = _ending(engine, shape)
+            yield what + "resumed, largest difference", max(abs(a - b) for a, b in zip(straight, resumed, strict=True))
+
+
+def _ending(engine: Any, shape: Shape) -> list[float]:
+    """The losses of three further steps, and the sums of the average."""
+    losses = train(engine, shape, 3)
+    return losses + [tensor.double().sum().item() for tensor in ds_plugin.attached(engine).averager.read()]
+
+
+def memory(rig: Rig) -> Figures:
+    """The peak of a first step with its full-length pass, over that of DeepSpeed's first step at full length."""
+    shape = rig.large
+
+    def peak(stage: int, *names: str) -> int:
+        with rig.counted() as peak_from_here:
+            with engine_of(shape, methods(shape, *names) if names else {}, stage) as engine:
+                read = peak_from_here()
+                train(engine, shape, 1)
+                return read()
+
+    peak(0)  # workspaces and masks that stay
+    for stage in (0, 1, 2, 3):
+        real, tried = peak(stage), peak(stage, "sequence_length_warmup")
+        yield f"stage {stage}: step, bytes", real
+        yield f"stage {stage}: full-length pass over step", tried / real
+
+
+def transformer_engine(rig: Rig) -> Figures:
+    """All methods on its layers."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:  # whatever a build for another machine may raise
+        yield "not run", f"transformer_engine does not import: {type(error).__name__}: {error}"
+        return
+    with engine_of(rig.small, methods(rig.small), stage=1, te=True) as engine:
+        kinds = [kind.__module__ for module in engine.module.modules() for kind in type(module).__mro__]
+        yield "its modules in the model", sum(kind.startswith("transformer_engine") for kind in kinds)
+        yield "losses not finite", not_finite(train(engine, rig.small, 6))
+
+
+def snapshot(rig: Rig) -> Figures:
+    """What a snapshot of a training engine takes: device memory, the link, and time that shows.
+
+    Overheads: by how much two steps, with a snapshot after the first, take longer than DeepSpeed's, over an interval of
+    its steps.
+    """
+    shape = rig.fast
+    sections = methods(shape, "weight_averaging", interval=2)
+    with rig.watched_copies(), engine_of(shape, {}, 1) as plain, engine_of(shape, sections, 1) as engine:
+        averager = ds_plugin.attached(engine).averager
+        train(engine, shape, 5)  # the next step is due
+
+        def settled() -> None:
+            assert averager.steps  # waits for the snapshot before
+            rig.synchronize()
+
+        def two_of(which: Any) -> Callable[[], None]:
+            def two() -> None:
+                train(which, shape, 2)
+                rig.synchronize()
+
+            return two
+
+        settled()
+        averager.before_step()
+        norm = finite.step_was_finite(engine, averager.masters())
+        with rig.counted() as peak_from_here:
+            held = peak_from_here()
+            before = held()
+            averager.snapshot(engine.global_steps, finite=norm)
+            settled()
+            yield "device memory, bytes", held() - before
+
+        variants = {"plain": two_of(plain), "averaged": two_of(engine)}
+        seconds = bench_averager.interleaved(variants, rig.rounds, time.perf_counter, before=settled)
+        added = statistics.median(a - b for a, b in zip(seconds["averaged"], seconds["plain"], strict=True))
+        yield "step, seconds", (step := statistics.median(seconds["plain"]) / 2)
+        for interval in (20, 100):
+            yield f"overhead at interval {interval}", added / (interval * step)
+
+        flat = torch.cat([master.flatten() for master in averager.masters()])
+        pinned = torch.empty(flat.shape, pin_memory=not rig.dry_run)
+
+        def link() -> None:
+            pinned.copy_(flat, non_blocking=True)
+            rig.synchronize()
+
+        fastest = min(bench_averager.interleaved({"link": link}, rig.rounds, time.perf_counter, before=settled)["link"])
+        yield "link, GB/s", flat.nbytes / fastest / 1e9
+        rig.profiled(two_of(engine))  # a profiler's own start
+        settled()
+        copied, kernels = rig.profiled(lambda: (two_of(engine)(), settled()))
+        yield "copies under kernels", under(copied, kernels)
+        yield "rate over the link's", fastest / sum(e - b for b, e in copied)
+
+
+def completep(rig: Rig) -> Figures:
+    """A step in both residual modes over megatron-core's own, taking turns (`bench_completep`)."""
+    shape = rig.fast
+    args = Namespace(**vars(shape), dropout=0.0, llama=False, fused=False)
+    steps = {name: bench_completep.build(name, args) for name in bench_completep.VARIANTS}
+    found = bench_completep.times(steps, rig.rounds)
+    yield "unpatched again", found["unpatched again"][0]
+    for mode in ("forward", "folded"):
+        yield f"{mode}: time over unpatched", found[mode][0]
+
+
+def warmup(rig: Rig) -> Figures:
+    """A step of three lengths over DeepSpeed's on samples of that length, taking turns (`bench_warmup`)."""
+    args = Namespace(width=rig.fast.width, depth=rig.large.depth, batch=rig.fast.batch, rounds=3)
+    _, again, *modes = bench_warmup.VARIANTS
+    bench_warmup.ROUND = rig.round
+    steps = {name: bench_warmup.build(name, args, list(rig.lengths)) for name in bench_warmup.VARIANTS}
+    for length in rig.lengths:
+        found = bench_warmup.times(steps, args.rounds, length)
+        yield f"length {length}, DeepSpeed again", found[again][0]
+        for mode in modes:
+            yield f"length {length}, {mode}: time over DeepSpeed's", found[mode][0]
+
+
+#: name -> the part, and the seconds it may take
+PARTS: dict[str, tuple[Callable[[Rig], Figures], float]] = {
+    "precision": (precision, 45),
+    "zero": (zero, 45),
+    "memory": (memory, 45),
+    "transformer_engine": (transformer_engine, 30),
+    "snapshot": (snapshot, 45),
+    "completep": (completep, 30),
+    "warmup": (warmup, 60),
+    "optimizer": (optimizer, 90),  # the last: it may compile for a minute
+}
