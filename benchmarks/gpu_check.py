@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,23 @@ OUT = ROOT / "docs" / "results" / "gpu" / "check.json"
 LIMIT = 340.0  # seconds for all of it, from the start of this file
 _BEGAN = time.monotonic()
 
-#: distribution -> the module that shows that it is there; of DeepSpeed's own needs those that its import asks for
+#: distribution -> the module that shows that it is there; DeepSpeed and Megatron-core import the second line's
 PACKAGES = {
-    **{name: name for name in ("torch", "deepspeed", "pydantic", "numpy", "safetensors", "psutil", "rich")},
+    **{name: name for name in ("torch", "deepspeed", "pydantic", "numpy", "safetensors", "psutil")},
     **{name: name for name in ("einops", "hjson", "msgpack", "ninja", "packaging", "tqdm")},
     "megatron-core": "megatron.core",
-    "py-cpuinfo": "cpuinfo",
 }
 
 #: a part's status, and what a part yields with the reason when there is nothing here for it to run on
 NOT_RUN, NO_TIME = "not run", "no time was left"
 
+_FORMAT = argparse.RawDescriptionHelpFormatter
 Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
     """Run all parts; the exit code. ``limit``: seconds from now on, in place of `LIMIT`."""
-    parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=_Plain, allow_abbrev=False)
+    parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=_FORMAT, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU and a stand-in's streams")
     parser.add_argument("--out", type=Path, help=f"the JSON; default: {OUT.relative_to(ROOT)}, none in a dry run")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="install packages that are missing from here")
@@ -63,27 +64,33 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
         _environment(args.dry_run)
+        from ds_plugin.atomic import atomic_path
+        from ds_plugin.run import env, startup
+
+        startup.quiet()
         parts = importlib.import_module("gpu_parts")
         rig = parts.start(args.dry_run)
-    except (Unfit, ImportError, OSError) as error:
+    except (Unfit, ImportError, OSError, RuntimeError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     described: Record = {
         "date": datetime.date.today().isoformat(),
         "command": "bash launch_scripts/gpu_check.sh" + " --dry-run" * args.dry_run,
-        "device": rig.name,
-        "versions": parts.versions(),
+        "device": env.accelerator(),
+        "versions": env.versions(),
         "parts": {name: {"status": NOT_RUN, "reason": NO_TIME} for name in parts.PARTS},
     }
     for name, (function, budget) in parts.PARTS.items():
         left = ends - time.monotonic()
         if left > 1:
-            described["parts"][name] = ran(lambda f=function: f(rig), parts.verdicts(name, rig), min(budget, left))
+            verdict = parts.verdicts(name, args.dry_run)
+            described["parts"][name] = ran(partial(function, rig), verdict, min(budget, left))
         print(said(name, described["parts"][name]), flush=True)
         described["seconds"] = round(time.monotonic() - ends + (LIMIT if limit is None else limit), 1)
         if out is not None:
-            write(out, described)
-    parts.end()
+            with atomic_path(out) as path:
+                path.write_text(json.dumps(described, indent=1) + "\n")
+    startup.leave()
     records = described["parts"].values()
     return int(any(r["status"] == "failed" or r.get("reason") == NO_TIME for r in records))
 
@@ -112,12 +119,6 @@ def said(name: str, record: Record) -> str:
     why = record.get("error") or record.get("reason")
     values = ", ".join(f"{key} {_short(figure['value'])}" for key, figure in figures)
     return f"{name}: {record['status']}, {record.get('seconds', 0)} s" + f": {why}" * bool(why) + f" [{values}]"
-
-
-def write(path: Path, described: Record) -> None:
-    from ds_plugin.atomic import atomic_write
-
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(described, indent=1) + "\n"))
 
 
 @contextlib.contextmanager
@@ -152,7 +153,7 @@ def missing(dry_run: bool) -> list[str]:
         found.append(f"packages are missing: {' '.join(absent)}; install them, or give --wheels DIR with their wheels")
     if dry_run:
         return found
-    if "torch" not in absent and (cuda := _torch_cuda()) is None:
+    if "torch" not in absent and _torch_cuda() is None:
         found.append("torch is built without CUDA; install a CUDA build of it")
     if (why := _no_device()) is not None:
         found.append(f"no GPU: {why}; --dry-run runs the check in miniature on a CPU")
@@ -205,16 +206,13 @@ def _environment(dry_run: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
+    os.environ["DS_ACCELERATOR"] = "cpu" if dry_run else "cuda"
     if dry_run:
-        os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-class _Plain(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A part is a generator of (name of a figure, its value), so that figures found be
 import gc
 import json
 import math
-import platform
 import statistics
 import tempfile
 import time
@@ -14,151 +13,108 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench_averager
 import bench_completep
 import bench_warmup
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch.overrides import TorchFunctionMode
+from torch.utils import cpp_extension
 
 import ds_plugin
 from ds_plugin.run import startup
+from ds_plugin.run.optimizer import choose_optimizer
 from ds_plugin.weight_averaging import copies, finite
+from megatron_patches import gpt
+from megatron_patches.completep import finish, prepare, trial
 
 Figures = Iterator[tuple[str, Any]]
 Span = tuple[float, float]  # begin and end
 
 _VOCAB, _ADAMW = 256, {"lr": 1e-3, "weight_decay": 0.1}
-_EXACT, _FEW = (0.0, 0.0), 1.01
+_NONE, _FEW = (0, 0), (0, 1.01)
 #: part -> figure, by what follows the last ": " of its name -> the lowest and the highest value that pass
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
-    "optimizer": {"is fused": (1, 1), "losses not finite": _EXACT},
+    "optimizer": {"is fused": (1, 1), "losses not finite": _NONE},
     "precision": {
-        "losses not finite": _EXACT,
+        "losses not finite": _NONE,
         "steps skipped by an overflow": (1, 1),
         "loss scale after over before": (0.5, 0.5),
-        **dict.fromkeys(("masters changed by it", "snapshots of it", "tokens trained by it"), _EXACT),
+        "masters changed by it": _NONE,
+        "snapshots of it": _NONE,
+        "tokens trained by it": _NONE,
         "snapshots of the step after it": (1, 1),
     },
-    "zero": {"losses not finite": _EXACT, "resumed, largest difference": _EXACT},
+    "zero": {"losses not finite": _NONE, "resumed, largest difference": _NONE},
     "memory": {"full-length pass over step": (0.98, 1.02)},
-    "transformer_engine": {"its modules in the model": (1, math.inf), "losses not finite": _EXACT},
+    "transformer_engine": {"its modules in the model": (1, math.inf), "losses not finite": _NONE},
     "snapshot": {
-        "device memory, bytes": _EXACT,
+        "device memory, bytes": _NONE,
         "copies under kernels": (0.8, 1.0),
         "rate over the link's": (0.8, math.inf),
         "overhead at interval 20": (-math.inf, 0.005),
         "overhead at interval 100": (-math.inf, 0.001),
     },
-    "completep": {"time over unpatched": (0, _FEW)},
-    "warmup": {"time over DeepSpeed's": (0, _FEW)},
+    "completep": {"time over unpatched": _FEW},
+    "warmup": {"time over DeepSpeed's": _FEW},
 }
 #: a dry run does not judge these: times of a miniature, and what a CPU does not have
 ON_A_GPU = {"is fused", *BOUNDS["snapshot"], "time over unpatched", "time over DeepSpeed's"} - {"device memory, bytes"}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of a GPT and its batch: the length is the full one, in tokens."""
+class Shape(NamedTuple):
+    """Of a GPT and its batch; the length is the full one, in tokens."""
 
     width: int
     depth: int
     length: int
     batch: int
 
+    @property
+    def head(self) -> int:
+        """Size of an attention head."""
+        return min(64, self.width // 2)
 
-@dataclass
+
 class Rig:
-    """What the parts run on: this GPU."""
+    """What the parts run on: this GPU, or in miniature a CPU."""
 
-    dry_run: bool = False
-    name: str = field(default_factory=lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
-    small: Shape = Shape(256, 2, 128, 4)
-    large: Shape = Shape(1024, 4, 1024, 4)  # activations and optimizer state both count in its memory
-    fast: Shape = Shape(1024, 8, 512, 8)  # its kernels take longer than the CPU takes to start them
-    lengths: tuple[int, ...] = (128, 256, 512)
-    rounds: int = 20
-    round: int = bench_warmup.ROUND  # steps of the warmup's; 4 rounds of them carry whole samples
+    def __init__(self, dry_run: bool):
+        self.dry_run = dry_run
+        self.small = Shape(32, 1, 16, 2) if dry_run else Shape(256, 2, 128, 4)
+        # activations and the optimizer's state both count in its memory
+        self.large = Shape(32, 2, 32, 2) if dry_run else Shape(1024, 8, 256, 2)
+        # its kernels take longer than it takes the CPU to start them
+        self.fast = Shape(32, 1, 16, 2) if dry_run else Shape(2048, 2, 512, 16)
+        self.lengths = [8, 16, 32] if dry_run else [128, 256, 512]
+        self.rounds, self.round = (3, 4) if dry_run else (20, 20)
+        self.streams = StandIn()
+        if dry_run:
+            copies.copies_from = lambda tensors: copies.Copies(torch.device("cpu"), self.streams)
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize()
-
-    @contextmanager
-    def counted(self) -> Iterator[Callable[[], Callable[[], int]]]:
-        """Device memory that the block makes. Calling what is yielded begins with the peak anew, and returns a function
-        that reads it."""
-        gc.collect()
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated()
-
-        def peak_from_here() -> Callable[[], int]:
-            self.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            return lambda: torch.cuda.max_memory_allocated() - held
-
-        yield peak_from_here
-
-    @contextmanager
-    def watched_copies(self) -> Iterator[None]:
-        """Engines that are built in here have their snapshots seen by `profiled`."""
-        yield
+        if not self.dry_run:
+            torch.cuda.synchronize()
 
     def profiled(self, work: Callable[[], object]) -> tuple[list[Span], list[Span]]:
         """When copies from the device and when its kernels ran during some work, in seconds."""
+        if self.dry_run:
+            self.streams.copied.clear()
+            began = time.perf_counter()
+            work()
+            return self.streams.copied, [(began, time.perf_counter())]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             self.synchronize()
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace.json")
-            profile.export_chrome_trace(str(path))
-            return spans(json.loads(path.read_text()))
-
-
-@dataclass
-class Miniature(Rig):
-    """A CPU. A stand-in's stream copies in a thread; device memory is what torch's operations make."""
-
-    dry_run: bool = True
-    small: Shape = Shape(32, 1, 16, 2)
-    large: Shape = Shape(32, 2, 32, 2)
-    fast: Shape = Shape(32, 1, 16, 2)
-    lengths: tuple[int, ...] = (8, 16, 32)
-    rounds: int = 3
-    round: int = 4
-    streams: Any = field(default_factory=lambda: StandIn())
-
-    def synchronize(self) -> None:
-        pass
-
-    @contextmanager
-    def counted(self) -> Iterator[Callable[[], Callable[[], int]]]:
-        gc.collect()
-        with bench_completep.Held() as held:
-
-            def peak_from_here() -> Callable[[], int]:
-                held.peak = held.alive
-                return lambda: held.peak
-
-            yield peak_from_here
-
-    @contextmanager
-    def watched_copies(self) -> Iterator[None]:
-        original = copies.copies_from
-        copies.copies_from = lambda tensors: copies.Copies(torch.device("cpu"), self.streams)
-        try:
-            yield
-        finally:
-            copies.copies_from = original
-
-    def profiled(self, work: Callable[[], object]) -> tuple[list[Span], list[Span]]:
-        self.streams.copied.clear()
-        began = time.perf_counter()
-        work()
-        return list(self.streams.copied), [(began, time.perf_counter())]
+            profile.export_chrome_trace(f"{folder}/trace.json")
+            return spans(json.loads(Path(folder, "trace.json").read_text()))
 
 
 class StandIn:
@@ -181,6 +137,8 @@ class StandIn:
 
 
 class Event:
+    """Reached when the thread has done what its stream had to do by then."""
+
     reached: Future[None] | None = None
 
     def record(self, stream: "Stream") -> None:
@@ -216,37 +174,24 @@ class Stream(TorchFunctionMode):
 
 def start(dry_run: bool) -> Rig:
     """Make this process a world of one rank."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    from megatron_patches.completep import trial
-
-    startup.quiet()
     startup.skip_inference_kernel()
     if dry_run:
         torch.set_num_threads(1)
         get_accelerator().is_fp16_supported = lambda: True  # it asks for fast kernels, and slow ones do here
+    else:
+        torch.cuda.set_device(0)
     trial.start_host()
     deepspeed.init_distributed(dist_backend="gloo" if dry_run else "nccl", verbose=False)
-    return Miniature() if dry_run else Rig()
+    return Rig(dry_run)
 
 
-def end() -> None:
-    startup.leave()
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "deepspeed", "megatron-core", "numpy")
-    return {"python": platform.python_version(), "cuda": str(torch.version.cuda), **{p: version(p) for p in packages}}
-
-
-def verdicts(part: str, rig: Rig) -> Callable[[str, Any], dict[str, Any]]:
+def verdicts(part: str, dry_run: bool) -> Callable[[str, Any], dict[str, Any]]:
     """What a part's figure comes to: the value, and where it has a bound that counts here, whether it is kept."""
 
     def verdict(name: str, value: Any) -> dict[str, Any]:
         kind = name.split(": ")[-1]
         bound = BOUNDS[part].get(kind)
-        if bound is None or (rig.dry_run and kind in ON_A_GPU):
+        if bound is None or (dry_run and kind in ON_A_GPU):
             return {"value": value, "bound": None}
         written = [limit if math.isfinite(limit) else None for limit in bound]  # JSON has no infinity
         return {"value": value, "bound": written, "passed": bool(bound[0] <= value <= bound[1])}
@@ -282,7 +227,7 @@ def methods(shape: Shape, *names: str, **averaging: Any) -> dict[str, Any]:
         "sequence_length_warmup": {
             "enabled": True, "start_length": 8, "end_length": shape.length, "duration": {"steps": 4},
         },
-        "completep": {"enabled": True, "base_width": shape.width // 2, "base_depth": 1, "base_head_dim": 16},
+        "completep": {"enabled": True, "base_width": shape.width // 2, "base_depth": 1, "base_head_dim": shape.head},
         "weight_averaging": {"enabled": True, "window": 2, "interval": 1, **averaging},
     }  # fmt: skip
     return {name: every[name] for name in names or every}
@@ -293,13 +238,8 @@ def engine_of(
     shape: Shape, sections: dict[str, Any], stage: int, precision: str = "bf16", te: bool = False, **host: Any
 ) -> Iterator[Any]:
     """A DeepSpeed engine on a GPT that starts alike for every layout; gone afterwards, its memory too."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from megatron_patches import gpt
-    from megatron_patches.completep import finish, prepare
-
     described = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": shape.length}
-    cfg = gpt.GPTConfig.model_validate({**described, "num_attention_heads": shape.width // 16})
+    cfg = gpt.GPTConfig.model_validate({**described, "num_attention_heads": shape.width // shape.head})
     gpt.initialize_parallel(cfg, 1234)
     section = ds_plugin.split_config(sections)[1].completep
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -330,17 +270,21 @@ def engine_of(
 
 def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[float]:
     """Steps on the batches that belong to their numbers, the loss times a factor; the losses."""
-    from megatron_patches.completep import trial
-
-    losses = []
-    for _ in range(steps):
-        generator = torch.Generator().manual_seed(engine.global_steps)
+    batches, losses = [], []
+    for step in range(engine.global_steps, engine.global_steps + steps):  # sending them waits for the device
+        generator = torch.Generator().manual_seed(step)
         tokens = torch.randint(0, _VOCAB, (shape.batch, shape.length + 1), generator=generator)
+        batches.append(tokens.to(engine.device))
+    for tokens in batches:
         loss = trial.loss_of(engine, (tokens[:, :-1], tokens[:, 1:]))
         engine.backward(loss * factor)
         engine.step()
         losses.append(loss.detach())
     return [loss.item() for loss in losses]
+
+
+def plugin_of(engine: Any) -> Any:
+    return ds_plugin.attached(engine)
 
 
 def not_finite(losses: list[float]) -> int:
@@ -352,14 +296,10 @@ def not_finite(losses: list[float]) -> int:
 
 def optimizer(rig: Rig) -> Figures:
     """The AdamW that a JSON without ``torch_adam`` comes to, and a few steps of it with all methods."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    from ds_plugin.run.optimizer import choose_optimizer
-
     plain: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": _ADAMW}}
     if rig.dry_run:  # DeepSpeed would compile its own for CPUs
         plain, _ = choose_optimizer(plain)
-    elif CUDA_HOME is None:
+    elif cpp_extension.CUDA_HOME is None:
         yield "not run", "DeepSpeed compiles FusedAdam, and there is no CUDA toolkit (nvcc; CUDA_HOME)"
         return
     with engine_of(rig.small, methods(rig.small), stage=1, **plain) as engine:
@@ -376,7 +316,7 @@ def precision(rig: Rig) -> Figures:
         yield "bf16, stage 0: losses not finite", not_finite(train(engine, shape, 4))
     for stage in (0, 1, 3):
         with engine_of(shape, methods(shape), stage=stage, precision="fp16") as engine:
-            plugin, what = ds_plugin.attached(engine), f"fp16, stage {stage}: "
+            plugin, what = plugin_of(engine), f"fp16, stage {stage}: "
             yield what + "losses not finite", not_finite(train(engine, shape, 2))
             masters = [master.clone() for master in plugin.averager.masters()]
             steps, trained, scale = plugin.averager.steps[:], plugin.ledger.trained, engine.optimizer.loss_scale
@@ -412,19 +352,20 @@ def zero(rig: Rig) -> Figures:
 def _ending(engine: Any, shape: Shape) -> list[float]:
     """The losses of three further steps, and the sums of the average."""
     losses = train(engine, shape, 3)
-    return losses + [tensor.double().sum().item() for tensor in ds_plugin.attached(engine).averager.read()]
+    return losses + [tensor.double().sum().item() for tensor in plugin_of(engine).averager.read()]
 
 
 def memory(rig: Rig) -> Figures:
     """The peak of a first step with its full-length pass, over that of DeepSpeed's first step at full length."""
-    shape = rig.large
+
+    def step(engine: Any) -> None:
+        train(engine, rig.large, 1)
 
     def peak(stage: int, *names: str) -> int:
-        with rig.counted() as peak_from_here:
-            with engine_of(shape, methods(shape, *names) if names else {}, stage) as engine:
-                read = peak_from_here()
-                train(engine, shape, 1)
-                return read()
+        with engine_of(rig.large, methods(rig.large, *names) if names else {}, stage) as engine:
+            gc.collect()  # not in the step, whose peak would be another one's
+            held = 6 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # bf16 and masters
+            return held + bench_completep.peak_memory(partial(step, engine))
 
     peak(0)  # workspaces and masks that stay
     for stage in (0, 1, 2, 3):
@@ -454,8 +395,8 @@ def snapshot(rig: Rig) -> Figures:
     """
     shape = rig.fast
     sections = methods(shape, "weight_averaging", interval=2)
-    with rig.watched_copies(), engine_of(shape, {}, 1) as plain, engine_of(shape, sections, 1) as engine:
-        averager = ds_plugin.attached(engine).averager
+    with engine_of(shape, {}, 1) as plain, engine_of(shape, sections, 1) as engine:
+        averager = plugin_of(engine).averager
         train(engine, shape, 5)  # the next step is due
 
         def settled() -> None:
@@ -469,15 +410,13 @@ def snapshot(rig: Rig) -> Figures:
 
             return two
 
-        settled()
-        averager.before_step()
-        norm = finite.step_was_finite(engine, averager.masters())
-        with rig.counted() as peak_from_here:
-            held = peak_from_here()
-            before = held()
-            averager.snapshot(engine.global_steps, finite=norm)
+        def whole() -> None:
+            averager.snapshot(engine.global_steps, finite=known)
             settled()
-            yield "device memory, bytes", held() - before
+
+        known = finite.step_was_finite(engine, averager.masters())
+        averager.before_step()
+        yield "device memory, bytes", bench_completep.peak_memory(whole)
 
         variants = {"plain": two_of(plain), "averaged": two_of(engine)}
         seconds = bench_averager.interleaved(variants, rig.rounds, time.perf_counter, before=settled)
@@ -495,9 +434,15 @@ def snapshot(rig: Rig) -> Figures:
 
         fastest = min(bench_averager.interleaved({"link": link}, rig.rounds, time.perf_counter, before=settled)["link"])
         yield "link, GB/s", flat.nbytes / fastest / 1e9
-        rig.profiled(two_of(engine))  # a profiler's own start
-        settled()
-        copied, kernels = rig.profiled(lambda: (two_of(engine)(), settled()))
+
+        def watched() -> None:
+            two_of(engine)()
+            settled()
+
+        rig.profiled(watched)  # a profiler takes its time when it first starts
+        copied, kernels = rig.profiled(watched)
+        if not copied or not kernels:
+            raise RuntimeError(f"the profile shows {len(copied)} copies from the device and {len(kernels)} kernels")
         yield "copies under kernels", under(copied, kernels)
         yield "rate over the link's", fastest / sum(e - b for b, e in copied)
 
@@ -505,7 +450,7 @@ def snapshot(rig: Rig) -> Figures:
 def completep(rig: Rig) -> Figures:
     """A step in both residual modes over megatron-core's own, taking turns (`bench_completep`)."""
     shape = rig.fast
-    args = Namespace(**vars(shape), dropout=0.0, llama=False, fused=False)
+    args = Namespace(**shape._asdict(), dropout=0.0, llama=False, fused=False)
     steps = {name: bench_completep.build(name, args) for name in bench_completep.VARIANTS}
     found = bench_completep.times(steps, rig.rounds)
     yield "unpatched again", found["unpatched again"][0]
@@ -515,10 +460,10 @@ def completep(rig: Rig) -> Figures:
 
 def warmup(rig: Rig) -> Figures:
     """A step of three lengths over DeepSpeed's on samples of that length, taking turns (`bench_warmup`)."""
-    args = Namespace(width=rig.fast.width, depth=rig.large.depth, batch=rig.fast.batch, rounds=3)
+    args = Namespace(width=rig.fast.width, depth=rig.fast.depth, batch=rig.fast.batch // 2, rounds=3)
     _, again, *modes = bench_warmup.VARIANTS
     bench_warmup.ROUND = rig.round
-    steps = {name: bench_warmup.build(name, args, list(rig.lengths)) for name in bench_warmup.VARIANTS}
+    steps = {name: bench_warmup.build(name, args, rig.lengths) for name in bench_warmup.VARIANTS}
     for length in rig.lengths:
         found = bench_warmup.times(steps, args.rounds, length)
         yield f"length {length}, DeepSpeed again", found[again][0]

@@ -1,0 +1,117 @@
+"""The check of a GPU in miniature: every part has a verdict, and a bound that is broken is an exit code."""
+
+import json
+import math
+
+import pytest
+
+from tests import harness
+
+#: the full-length pass holds less than a step does
+AWAITED = {"memory"}
+
+
+def _run(out, *names, limit=200.0, bounds=None):
+    check, parts = harness.benchmark("gpu_check"), harness.benchmark("gpu_parts")
+    for name in names and set(parts.PARTS) - set(names):
+        del parts.PARTS[name]
+    parts.BOUNDS.update(bounds or {})
+    return check.main(["--dry-run", "--out", out], limit=limit)
+
+
+def test_a_dry_run_has_a_verdict_on_every_part(workers, tmp_path):
+    [code] = workers(1).run(_run, str(tmp_path / "new" / "found.json"))
+    described = json.loads((tmp_path / "new" / "found.json").read_text())
+    status = {name: part["status"] for name, part in described["parts"].items()}
+    failed = {name for name in status if status[name] == "failed"}
+    assert failed <= AWAITED, [described["parts"][name]["error"] for name in failed]
+    assert code == (1 if failed else 0)
+    assert {name for name in status if status[name] == "passed"} | failed == {
+        *("precision", "zero", "memory", "snapshot", "completep", "warmup", "optimizer")
+    }
+    assert described["parts"]["transformer_engine"]["reason"].startswith("transformer_engine does not import: ")
+    # each bound of a part is met by some figure, or says of none
+    bounds = harness.benchmark("gpu_parts").BOUNDS
+    for name in status.keys() - {"transformer_engine"}:
+        figures = described["parts"][name]["figures"]
+        assert {key.split(": ")[-1] for key in figures} >= bounds[name].keys()
+        assert all(math.isfinite(f["value"]) for f in figures.values() if not isinstance(f["value"], str))
+    judged = {key for part in described["parts"].values() for key, f in part.get("figures", {}).items() if f["bound"]}
+    assert {"fp16, stage 3: loss scale after over before", "stage 2: resumed, largest difference"} <= judged
+    assert {"device memory, bytes", "stage 0: full-length pass over step"} <= judged
+    assert described["parts"]["optimizer"]["figures"]["chosen"]["value"] == "torch.optim.adamw.AdamW"
+    assert described["device"].startswith("cpu") and {"python", "torch", "deepspeed"} <= described["versions"].keys()
+    assert described["seconds"] > 0 and {path.name for path in tmp_path.rglob("*.json")} == {"found.json"}
+
+
+def _snapshot_of_an_overflow(out):
+    """As if the averager were not told that a step was skipped."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine.was_step_applied = lambda engine: True
+    return _run(out, "precision")
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error"),
+    [
+        (_run, {"names": ["optimizer"], "bounds": {"optimizer": {"losses not finite": (1, 2)}}}, "losses not finite"),
+        (_snapshot_of_an_overflow, {}, "fp16, stage 0: tokens trained by it"),
+    ],
+)
+def test_what_is_broken_is_named_and_an_exit_code(workers, tmp_path, function, arguments, error):
+    out = tmp_path / "found.json"
+    names = arguments.pop("names", [])
+    assert workers(1).run(function, str(out), *names, **arguments) == [1]
+    [part] = json.loads(out.read_text())["parts"].values()
+    assert part["status"] == "failed" and error in part["error"]
+
+
+def test_a_part_that_finds_no_time_says_so(workers, tmp_path):
+    out = tmp_path / "found.json"
+    assert workers(1).run(_run, str(out), "zero", limit=0.0) == [1]
+    assert json.loads(out.read_text())["parts"] == {"zero": {"status": "not run", "reason": "no time was left"}}
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_copies_under_kernels_by_hand():
+    """Copies 0-4 and 6-8; kernels 1-3, 2-3.5 within and beside it, 7-9: (2.5 + 1) of 6."""
+    parts = harness.benchmark("gpu_parts")
+    assert parts.under([(0, 4), (6, 8)], [(7, 9), (1, 3), (2, 3.5)]) == 3.5 / 6
+    assert parts.under([(0, 4)], []) == 0
+
+
+def test_spans_of_a_trace_by_hand():
+    parts = harness.benchmark("gpu_parts")
+    events = [
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "ts": 2e6, "dur": 5e5},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pageable -> Device)", "ts": 0, "dur": 1},
+        {"cat": "kernel", "name": "gemm", "ts": 1e6, "dur": 1e6},
+        {"cat": "gpu_user_annotation", "name": "Optimizer.step", "ts": 0, "dur": 9e6},
+        {"name": "process_name", "ph": "M"},
+    ]
+    assert parts.spans({"traceEvents": events}) == ([(2.0, 2.5)], [(1.0, 2.0)])
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "name", "value", "verdict"),
+    [
+        (True, "stage 1: full-length pass over step", 1.02, {"bound": [0.98, 1.02], "passed": True}),
+        (False, "stage 1: full-length pass over step", 0.97, {"bound": [0.98, 1.02], "passed": False}),
+        (False, "stage 1: full-length pass over step", math.nan, {"bound": [0.98, 1.02], "passed": False}),
+        (True, "stage 1: step, bytes", 7, {"bound": None}),
+    ],
+)
+def test_verdicts_by_hand(dry_run, name, value, verdict):
+    parts = harness.benchmark("gpu_parts")
+    found = parts.verdicts("memory", dry_run)(name, value)
+    assert found.pop("value") is value and found == verdict
+
+
+def test_times_are_judged_on_a_gpu_only():
+    parts = harness.benchmark("gpu_parts")
+    slow = "length 8, carry: time over DeepSpeed's", 1.5
+    assert parts.verdicts("warmup", False)(*slow) == {"value": 1.5, "bound": [0, 1.01], "passed": False}
+    assert parts.verdicts("warmup", True)(*slow) == {"value": 1.5, "bound": None}
