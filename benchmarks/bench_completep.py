@@ -129,7 +129,7 @@ def times(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[
     return {name: (middle, low, high) for name, (low, middle, high) in quartiles.items()}
 
 
-def peak_memory(step: Callable[[], None]) -> int:
+def peak_memory(step: Callable[[], object]) -> int:
     """Most bytes of tensors alive at once during a step, beyond those alive at its start."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -356,16 +356,14 @@ def _ending(engine: Any, shape: Shape) -> list[float]:
 
 
 def memory(rig: Rig) -> Figures:
-    """The peak of a first step with its full-length pass, over that of DeepSpeed's first step at full length."""
-
-    def step(engine: Any) -> None:
-        train(engine, rig.large, 1)
+    """The peak of a first step with its full-length pass, over that of DeepSpeed's first two at full length: in the
+    second, Adam's state is there while gradients are made."""
 
     def peak(stage: int, *names: str) -> int:
         with engine_of(rig.large, methods(rig.large, *names) if names else {}, stage) as engine:
             gc.collect()  # not in the step, whose peak would be another one's
             held = 6 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())  # bf16 and masters
-            return held + bench_completep.peak_memory(partial(step, engine))
+            return held + bench_completep.peak_memory(partial(train, engine, rig.large, 1 if names else 2))
 
     peak(0)  # workspaces and masks that stay
     for stage in (0, 1, 2, 3):
