@@ -1,32 +1,43 @@
-"""What the three methods take on 64 to 4096 GPUs, worked out: the tables of docs/scaling.md.
+"""What weight averaging takes on 64 to 4096 GPUs, worked out, and that arithmetic checked here: docs/scaling.md.
 
-    python benchmarks/scaling.py [--out docs/results/scaling]
+    python benchmarks/scaling.py                                              # the table for models of 7 to 405 billion
+    python benchmarks/scaling.py --measure --out docs/results/scaling         # 1 to 8 processes here; measured.json
 
-Models of 7, 70 and 405 billion parameters; bytes and seconds of one rank. The arithmetic is
-`ds_plugin.run.plan_costs`, which ``python -m ds_plugin plan`` uses as well; `scaling_measure.py` checks it against
-processes on one machine. ``--out`` writes the figures as tables.csv, unrounded.
+The arithmetic is `ds_plugin.plan.costs`, which ``python -m ds_plugin plan`` uses. ``--measure`` finds in one process
+the bytes per second of a snapshot (of 104 MB) and the operations per second of a training step: `costs.RATES["cpu"]`,
+to two digits. Then DeepSpeed (fp32, ZeRO 1) trains a small GPT with averaging in 1, 2, 4 and 8 gloo processes.
+
+Seconds are CPU time of the thread that is measured; one rank at a time works. Figures are medians over rounds, "low"
+and "high" hold the middle half of them.
 """
 
 import argparse
-import csv
+import datetime
+import json
+import os
+import platform
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from ds_plugin.atomic import atomic_write
-from ds_plugin.run import plan_costs as costs
-from ds_plugin.run.plan_costs import Layout
-from ds_plugin.sequence_length_warmup.config import INTERLEAVE
+from ds_plugin.plan import costs
+from ds_plugin.plan.costs import RATES, Layout
+from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.cost import size
+from ds_plugin.weight_averaging.memory import size
 from megatron_patches.gpt import GPTConfig, padded_vocab_size
 
-RANKS = (64, 256, 1024, 4096)
-WINDOW, INTERVAL, REPORT = 5, 100, 20
-STEP_TOKENS = 4096 * 4096
-H100 = costs.gpu(link=25e9, bandwidth=3.35e12, flops=400e12)
-
+PROCESSES, RANKS = (1, 2, 4, 8), (64, 1024, 4096)
+WINDOW, INTERVAL, STEP_TOKENS = 5, 100, 4096 * 4096
 _LLAMA: dict[str, Any] = {
     "seq_length": 4096, "position_embedding": "rope", "normalization": "RMSNorm", "activation": "swiglu", "bias": False,
 }  # fmt: skip
@@ -44,117 +55,194 @@ MODELS = {
              tensor_parallel=8), 128256,
     ),
 }  # fmt: skip
+AVERAGING = {"enabled": True, "interval": INTERVAL, "window": WINDOW}
+_VOCAB, _LENGTH, _LARGE = 256, 64, 26_000_000  # of the GPT that is trained; elements of the large snapshot
 
 Row = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the tables, write the CSV; the exit code."""
+    """Print the table, or measure; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write tables.csv here")
+    parser.add_argument("--measure", action="store_true", help="check the arithmetic on this machine")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write measured.json here")
     args = parser.parse_args(arguments)
-    rows = work_out()
-    print(tables(rows))
+    if not args.measure:
+        print(table(work_out()))
+        return 0
+    found = measure(args.rounds)
+    for name, rate in found["rates"].items():
+        print(f"{name}: {rate['value']:.3g} ({rate['low']:.3g} to {rate['high']:.3g})")
+    print(compared(found["compared"]))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out / "tables.csv", lambda path: _write_csv(path, rows))
+        text = json.dumps(found, indent=1) + "\n"
+        atomic_write(args.out / "measured.json", lambda path: path.write_text(text))
     return 0
 
 
-def shape(name: str) -> tuple[GPTConfig, int]:
-    """A model of `MODELS`, and its padded vocabulary."""
-    sizes, vocab = MODELS[name]
-    model = GPTConfig.model_validate({**_LLAMA, **sizes})
-    return model, padded_vocab_size(vocab, model.tensor_parallel)
-
-
 def work_out() -> list[Row]:
-    """A row for each model and number of ranks: bytes and seconds of one rank. CompleteP is on, 16 bits, ZeRO 1."""
-    config = WeightAveragingConfig.model_validate({"enabled": True, "interval": INTERVAL, "window": WINDOW})
-    rows = []
-    for name in MODELS:
-        model, vocab = shape(name)
-        found = costs.parts(model, vocab)
-        count = sum(costs.parameters(found, model.num_layers).values())
+    """A row for each model and number of ranks: bytes and seconds of one rank, 16 bits, ZeRO 1."""
+    config, rates, rows = WeightAveragingConfig.model_validate(AVERAGING), RATES["gpu"], []
+    for name, (shape, words) in MODELS.items():
+        model = GPTConfig.model_validate({**_LLAMA, **shape})
+        vocab = padded_vocab_size(words, model.tensor_parallel)
         for ranks in RANKS:
             layout = Layout(ranks, tensor=model.tensor_parallel)
-            local = costs.local_parameters(found, model.num_layers, layout, tied=False)
-            masters = costs.shares(local, layout.data, by_role=True)
-            taken = costs.averaging(config, masters, pinned=True)
-            refreshed = 2 * (sum(local.values()) - sum(masters.values()))  # 16-bit parameters of the other ranks
-            step = costs.step_seconds(H100, costs.multiplying(found, model), STEP_TOKENS, ranks)
-            tokens = STEP_TOKENS // layout.data
-            multiplied = costs.multiplied_bytes(model, tokens, layout, 2)
-            seconds = {
-                "averaging_seconds": costs.averaging_seconds(H100, taken.snapshot, INTERVAL),
-                "warmup_seconds": costs.warmup_seconds(H100, taken.snapshot, REPORT, ranks),
-                "completep_seconds": multiplied * H100.multiply,
-            }
+            held = costs.parameters(model, vocab, layout)
+            masters = -(-held // layout.data)
             rows.append(
                 {
                     "model": name,
-                    "parameters": count,
+                    "parameters": costs.parameters(model, vocab, Layout(1)),
                     "ranks": ranks,
-                    "tensor": layout.tensor,
-                    "step_seconds": step,
-                    "snapshot_bytes": taken.snapshot,
-                    "host_bytes": taken.exact,
-                    "host_bytes_pinned": taken.held,
-                    "node_bytes_pinned": taken.held * layout.on_node,
-                    "snapshot_seconds": taken.snapshot * H100.snapshot,
-                    "swap_bytes": 2 * taken.snapshot,
-                    "swap_received_bytes": 2 * refreshed,
-                    "gather_instead_bytes": 2 * refreshed,  # fp32, once, of what the swap refreshes twice in 16 bits
-                    "report_bytes": taken.snapshot,
-                    "report_received_bytes": costs.REPORT_BYTES * ranks,
-                    "carried_bytes": INTERLEAVE * tokens * 3 * 8,  # tokens, positions and labels, 64 bits each
-                    "multiplied_bytes": multiplied,
-                    "gradient_bytes": 2 * model.seq_length * model.hidden_size,  # of a sample's residual stream
-                    **seconds,
-                    "share": sum(seconds.values()) / step,
+                    "step": costs.step_seconds(rates, model, vocab, STEP_TOKENS, ranks),
+                    "memory": costs.averaging(config, masters, pinned=False)[0],
+                    "pinned": costs.averaging(config, masters, pinned=True)[0],
+                    "snapshot": 4 * masters,
+                    "seconds": 4 * masters / rates.link,
+                    "received": 4 * (held - masters),
                 }
             )
     return rows
 
 
-def tables(rows: list[Row]) -> str:
-    """In Markdown: averaging, warmup, CompleteP."""
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    heads = "model | ranks | a step | CPU memory per rank, pinned at most (node) | copied per snapshot | in | of a step"
+    lines = [f"| {heads} | gathering instead: received |", "|---" * 8 + "|"]
+    for row in rows:
+        cells = (
+            row["model"], str(row["ranks"]), _time(row["step"]),
+            f"{size(row['memory'])}, {size(row['pinned'])} ({size(8 * row['pinned'])})", size(row["snapshot"]),
+            _time(row["seconds"]), f"{row['seconds'] / INTERVAL / row['step']:.1e}",
+            size(row["received"]),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
-    def first(r: Row) -> tuple[str, ...]:
-        return r["model"], f"{r['parameters'] / 1e9:.2f}e9", str(r["ranks"]), _time(r["step_seconds"])
 
-    parts: list[tuple[tuple[str, ...], Callable[[Row], tuple[str, ...]]]] = [
-        (
-            ("host memory per rank, as pinned (node)", "copied per snapshot", "in", "per step", "of a step",
-             "swap: to the host and back", "received for it", "gathering instead: received per snapshot"),
-            lambda r: (
-                f"{size(r['host_bytes'])}, {size(r['host_bytes_pinned'])} ({size(r['node_bytes_pinned'])})",
-                size(r["snapshot_bytes"]), _time(r["snapshot_seconds"]), _time(r["averaging_seconds"]),
-                _share(r["averaging_seconds"] / r["step_seconds"]), size(r["swap_bytes"]),
-                size(r["swap_received_bytes"]), size(r["gather_instead_bytes"]),
-            ),
-        ),
-        (
-            ("host memory: `truncate`, `carry`", "read per report", "received per report", "per step", "of a step"),
-            lambda r: (
-                f"0, {size(r['carried_bytes'])}", size(r["report_bytes"]), size(r["report_received_bytes"]),
-                _time(r["warmup_seconds"]), _share(r["warmup_seconds"] / r["step_seconds"]),
-            ),
-        ),
-        (
-            ("memory, forward mode, per sample", "multiplied per step", "in", "of a step", "folded mode"),
-            lambda r: (
-                size(r["gradient_bytes"]), size(r["multiplied_bytes"]), _time(r["completep_seconds"]),
-                _share(r["completep_seconds"] / r["step_seconds"]), "0",
-            ),
-        ),
-    ]  # fmt: skip
-    written = []
-    for heads, cells in parts:
-        all_heads = ("model", "parameters", "ranks", "a step", *heads)
-        lines = [f"| {' | '.join(all_heads)} |", "|---" * len(all_heads) + "|"]
-        written.append("\n".join([*lines, *(f"| {' | '.join((*first(row), *cells(row)))} |" for row in rows)]))
-    return "\n\n".join(written)
+# -- measured ----------------------------------------------------------------------------------------------------------
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Spawn the processes of each size; the rates come from the run of one."""
+    rates: dict[str, Any] = {}
+    rows: list[Row] = []
+    for processes in PROCESSES:
+        with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
+            given = (processes, rounds, folder, rates.get("link", {}).get("value"))
+            torch.multiprocessing.spawn(_process, given, nprocs=processes)
+            written = json.loads((Path(folder) / "found.json").read_text())
+        rates = rates or written["rates"]
+        rows += written["rows"]
+    packages = {name: version(name) for name in ("torch", "deepspeed", "megatron-core")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), **packages},
+        "device": f"{os.cpu_count()} CPU cores, one thread a process",
+        "rounds": rounds,
+        "load_average": os.getloadavg()[0],
+        "rates": rates,
+        "compared": rows,
+    }
+
+
+class _Large:
+    """Masters of one large tensor, of no engine."""
+
+    layout = "sharded"
+
+    def __init__(self) -> None:
+        self._masters = [torch.randn(_LARGE)]
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self._masters
+
+    def refresh(self) -> None: ...
+
+    def fragments(self) -> list[Any]:
+        return []
+
+
+def _process(rank: int, processes: int, rounds: int, folder: str, link: float | None) -> None:
+    import ds_plugin
+    from ds_plugin.run import startup
+    from megatron_patches import cpu_host, gpt
+
+    startup.quiet()
+    startup.skip_inference_kernel()
+    cpu_host.enable()
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(processes)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    shape = {"num_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "seq_length": _LENGTH}
+    config = GPTConfig.model_validate(shape)
+    gpt.initialize_parallel(config, 1234)
+    model = gpt.build_gpt(config, _VOCAB, gpt.transformer_config(config, torch.float32), gpt.layer_spec(config))
+    engine = ds_plugin.initialize(model=model, mpu=gpt.DeepSpeedMPU(), config={
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "weight_averaging": AVERAGING,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    })[0]  # fmt: skip
+    tokens = torch.randint(_VOCAB, (1, _LENGTH))
+    positions = torch.arange(_LENGTH)[None]
+
+    def train() -> None:
+        engine.backward(engine(tokens, positions, None, labels=tokens).mean())
+        engine.step()
+
+    rates = {}
+    if processes == 1:
+        large = WeightAverager(WeightAveragingConfig.model_validate({**AVERAGING, "interval": 1}), _Large())
+        operations = 6 * _LENGTH * sum(p.numel() for p in model.parameters())
+        rates["link"] = _rate(_snapshots(large, rounds), 4 * _LARGE)
+        rates["flops"] = _rate(_timed(train, rounds), operations)
+        link = rates["link"]["value"]
+    averager = ds_plugin.attached(engine).averager
+    assert link is not None and averager is not None
+    held = costs.parameters(config, padded_vocab_size(_VOCAB, 1), Layout(processes))
+    masters = -(-held // processes)
+    taken = costs.averaging(averager.config, masters, pinned=False)[0]
+    copied = 4 * sum(t.numel() for t in averager.shards.tensors())
+    for turn in range(processes):  # so that they do not take the memory's bandwidth from one another
+        dist.barrier()
+        seconds = _snapshots(averager, rounds) if turn == rank else []
+        if turn == rank == 0:
+            low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+            rows = [
+                _row(processes, "bytes of CPU memory", taken, averager.memory.rank),
+                _row(processes, "bytes of a snapshot", 4 * masters, copied),
+                _row(processes, "seconds of a snapshot", 4 * masters / link, middle) | {"low": low, "high": high},
+            ]
+            (Path(folder) / "found.json").write_text(json.dumps({"rates": rates, "rows": rows}))
+    dist.barrier()
+    startup.leave()
+
+
+def _snapshots(averager: WeightAverager, rounds: int) -> list[float]:
+    for step in range(WINDOW):  # all buffers have been touched
+        averager.snapshot(step, finite=True)
+    return _timed(lambda: averager.snapshot(WINDOW, finite=True), rounds)
+
+
+def _timed(work: Callable[[], object], rounds: int) -> list[float]:
+    found = []
+    for _ in range(rounds + 1):
+        started = time.thread_time()
+        work()
+        found.append(time.thread_time() - started)
+    return found[1:]  # the first warms up
+
+
+def _rate(seconds: list[float], amount: float) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"value": amount / middle, "low": amount / high, "high": amount / low}
+
+
+def _row(processes: int, what: str, predicted: float, measured: float) -> Row:
+    return {"processes": processes, "what": what, "predicted": predicted, "measured": measured}
 
 
 def _time(seconds: float) -> str:
@@ -164,15 +252,15 @@ def _time(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.2g} %" if value >= 1e-5 else "< 0.001 %"
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def compared(rows: list[Row]) -> str:
+    """In Markdown, predicted beside measured."""
+    lines = ["| processes | what | predicted | measured (middle half) | ratio |", "|---" * 5 + "|"]
+    for row in rows:
+        show = size if row["what"].startswith("bytes") else _time
+        half = f" ({show(row['low'])} to {show(row['high'])})" if "low" in row else ""
+        cells = (str(row["processes"]), row["what"], show(row["predicted"]), show(row["measured"]) + half)
+        lines.append(f"| {' | '.join(cells)} | {row['measured'] / row['predicted']:.3g} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

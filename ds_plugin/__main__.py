@@ -5,7 +5,6 @@ to-universal FOLDER TARGET       convert a checkpoint to DeepSpeed's universal f
 translate-config OLD.json        DeepSpeed's curriculum_learning as sequence_length_warmup: the new file
 tune-warmup --config FILE        find the warmup's start length and duration with short runs
 merge CKPT... --out FOLDER       the weighted mean of checkpoints, as safetensors or torch_dist
-averaging-cost                   memory, traffic and time of weight averaging for a model and a number of ranks
 plan --config FILE               what a recipe comes to on so many ranks: lengths, tokens, rates, memory, time
 """
 
@@ -18,9 +17,8 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
-    from ds_plugin.run import plan
+    from ds_plugin.plan import plan
     from ds_plugin.sequence_length_warmup import tune
-    from ds_plugin.weight_averaging import cost
     from ds_plugin.weight_averaging.config import KINDS
 
     parser = argparse.ArgumentParser(
@@ -43,15 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     merging.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="shards made at a time")
     merging.add_argument("--dtype", help="fp32, bf16 or fp16; else that of the masters or the files read")
     merging.add_argument("--shard-gb", type=float, default=5.0, help="size of the shards made from DeepSpeed files")
-    cost.add_arguments(commands.add_parser("averaging-cost", help="what weight averaging takes, worked out on paper"))
     plan.add_arguments(commands.add_parser("plan", help="what a recipe comes to, before the first step"))
     args = parser.parse_args(arguments)
     if args.command == "plan":
         return plan.command(args)
     if args.command == "tune-warmup":
         return tune.command(args)
-    if args.command == "averaging-cost":
-        return cost.command(args)
     if args.command == "merge":
         from ds_plugin.weight_averaging import merge
 

@@ -55,7 +55,8 @@ def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) ->
         return f"{field}: unknown key (value {value!r}); {hint}"
     if kind == "missing":
         owner = _model_at(model, location[:-1])
-        what = owner.model_fields[location[-1]].description or "a value"
+        field_name = location[-1].replace("-", "_")  # where it has an alias
+        what = owner.model_fields[field_name].description or "a value"
         return f"{field}: missing; write {what}"
     if kind == "value_error":  # our own validators word the whole remedy
         return f"{field}: {context['error']}" if location else str(context["error"])

@@ -1,30 +1,38 @@
-"""What a schedule comes to over a whole run: steps and tokens, worked out before the first step."""
+"""What a schedule comes to over a whole run: lengths, steps and tokens, worked out before the first step."""
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from ds_plugin.sequence_length_warmup.carry import CarryOrder
-from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+
+
+class Schedule(Protocol):
+    """What the walk asks of a scheduler."""
+
+    config: SequenceLengthWarmupConfig
+    multiple_of: int
+
+    def length_at(self, position: int) -> int: ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of ``steps`` optimizer steps; tokens over all data-parallel ranks."""
+    """A run of ``steps`` optimizer steps, the last at ``length``; tokens over all data-parallel ranks."""
 
     steps: int
     trained: int
     read: int
+    length: int = 0
 
 
-def plan(
-    scheduler: SequenceLengthScheduler,
-    batch: int,
-    *,
-    steps: int | None = None,
-    tokens: int | None = None,
-) -> Plan:
-    """The run of ``steps`` steps, or the shortest one that trains at least ``tokens`` tokens; ``batch`` is in samples.
+def walk(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: int | None = None) -> Iterator[Plan]:
+    """The run so far, after each step while the warmup lasts, and once at the end.
 
-    Adaptive pacing is planned as if it never held.
+    It is the run of ``steps`` steps, or the shortest one that trains at least ``tokens`` tokens; ``batch`` is in
+    samples. Adaptive pacing is planned as if it never held.
     """
     config, full = scheduler.config, scheduler.config.end_length
     assert (steps is None) != (tokens is None)
@@ -34,15 +42,19 @@ def plan(
         position = (step if config.duration.unit == "steps" else trained) + 1
         if position > config.duration.total and not order.open:  # all that follows is at full length
             left = steps - step if steps is not None else -(-((tokens or 0) - trained) // (batch * full))
-            return Plan(step + left, trained + left * batch * full, read + left * batch * full)
+            yield Plan(step + left, trained + left * batch * full, read + left * batch * full, full)
+            return
         length = scheduler.length_at(position)
-        if config.mode == "mask":
-            trained, read = trained + batch * full, read + batch * full
-        elif config.mode == "truncate":
-            trained, read = trained + batch * length, read + batch * full
-        else:
+        if config.mode == "carry":
             stretch = order.next(length)
             order.take(stretch)
             trained, read = trained + batch * stretch.length, read + (batch * full if stretch.offset == 0 else 0)
+        else:
+            trained, read = trained + batch * (full if config.mode == "mask" else length), read + batch * full
         step += 1
-    return Plan(step, trained, read)
+        yield Plan(step, trained, read, length)
+
+
+def plan(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: int | None = None) -> Plan:
+    """The run that `walk` comes to."""
+    return functools.reduce(lambda _, then: then, walk(scheduler, batch, steps=steps, tokens=tokens), Plan(0, 0, 0))

@@ -56,6 +56,24 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     return "\n".join(_lines(model, section, params, config.get("scheduler") or {}))
 
 
+def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each role of this model gets, in numbers: init std, learning rate, weight decay and eps.
+
+    ``params``: of the base model's AdamW, as DeepSpeed's ``optimizer.params``.
+    """
+    ratios = section.ratios(model.hidden_size, model.num_layers)
+    found = {}
+    for role in _roles(model, section):
+        m = section.multipliers(role, ratios)
+        found[role.value] = {
+            "init_std": model.init_std * m.init_std,
+            "lr": params["lr"] * m.lr,
+            "weight_decay": params.get("weight_decay", 0.0) * m.weight_decay,
+            "eps": params.get("eps", 1e-8) * m.eps,
+        }
+    return found
+
+
 def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
     """The smallest learning rate after warmup over the largest, or None when the scheduler is not one known here."""
     params = scheduler.get("params") or {}

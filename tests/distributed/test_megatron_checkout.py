@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from ds_plugin.run import plan_inputs
+from ds_plugin.plan import inputs
 from ds_plugin.weight_averaging.merge import merge
 from megatron_patches.completep import rules
 from tests import harness
@@ -93,9 +93,9 @@ if CHECKOUT is not None:
     def test_the_checkout_takes_the_recipe(recipe):
         """Its own parser, checks and model config, at the recipe's ranks; the plan is of the same model and layout."""
         file, ranks = harness.ROOT / "configs" / f"{recipe}.json", RECIPES[recipe]
-        job = plan_inputs.read_job(file, ranks)
+        job = inputs.read_job(file, ranks)
         place = {"WORLD_SIZE": str(ranks), "RANK": "0", "LOCAL_RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        given = [*plan_inputs.arguments(job.options), "--no-rope-fusion"]  # that wants TransformerEngine
+        given = [*inputs.arguments(job.options), "--no-rope-fusion"]  # that wants TransformerEngine
         done = subprocess.run(
             [
                 sys.executable,
@@ -112,7 +112,7 @@ if CHECKOUT is not None:
         )
         assert done.returncode == 0, done.stderr[-4000:]
         found = next(line for line in done.stdout.splitlines() if line.startswith("PARSED")).split()[1:]
-        model, section = job.settings.model, job.settings.plugin.completep
+        model, section = job.model, job.methods.completep
         head = model.hidden_size // model.num_attention_heads
         scale = None if section.base_head_dim == head else rules.attention_scale(head, section.base_head_dim)
         expected = [job.layout.data, model.num_layers, model.hidden_size, head, scale]

@@ -1,0 +1,240 @@
+"""A recipe for a number of ranks, read and validated as the framework that it is for would have it.
+
+A file with a ``megatron`` section is for Megatron-LM's scripts: the section holds their options by name, without the
+dashes, and is read as the ``model``, ``training``, ``optimizer`` and ``scheduler`` that the other recipes have.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ds_plugin.config import PluginConfig, load_json, split_config
+from ds_plugin.config_model import nearest, parse_section
+from ds_plugin.errors import ConfigError
+from ds_plugin.plan.costs import Layout
+from ds_plugin.run import host_config
+from ds_plugin.sequence_length_warmup.plan import plan
+from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.weight_averaging.zero_shards import refuse_nvme
+from megatron_patches.gpt import GPTConfig, padded_vocab_size
+
+MEGATRON = "megatron"
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_Size = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
+_Rate = Annotated[float, Field(ge=0, description="a number, 0 or more")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned."""
+
+    source: str
+    model: GPTConfig
+    methods: PluginConfig
+    deepspeed: Mapping[str, Any]  # the rest of the JSON; Megatron-LM's options in DeepSpeed's words
+    options: Mapping[str, Any]  # Megatron-LM's; empty for DeepSpeed
+    layout: Layout
+    batch: int  # samples of a step, all ranks together
+    micro_batch: int
+    padded_vocab: int
+    steps: int
+    scheduler: SequenceLengthScheduler | None
+
+
+class _Training(BaseModel):
+    """How long a run is; what else the section holds is the script's."""
+
+    model_config = ConfigDict(strict=True)
+
+    steps: int = Field(0, ge=0)
+    tokens: _Size | None = None
+
+
+class _Options(BaseModel):
+    """Megatron-LM's options that are read here alone; its parser and `GPTConfig` look at the others."""
+
+    model_config = ConfigDict(strict=True, extra="allow", alias_generator=lambda name: name.replace("_", "-"))
+
+    micro_batch_size: _Size
+    global_batch_size: _Size
+    train_iters: _Size
+    vocab_size: _Size
+    lr: float = Field(gt=0, description="a number above 0")
+    weight_decay: _Rate
+    min_lr: _Rate = 0.0
+    lr_warmup_iters: _Rate | None = None
+    lr_warmup_samples: _Rate = 0.0
+    context_parallel_size: _Size = 1
+    make_vocab_size_divisible_by: _Size = 128
+
+
+def read_job(
+    source: str | Path | Mapping[str, Any], ranks: int, *, per_node: int = 8, vocab_size: int | None = None
+) -> Job:
+    """``vocab_size``: of a recipe for DeepSpeed; Megatron-LM's say it.
+
+    Raises:
+        ConfigError: the recipe is wrong, or its sizes do not divide the ranks or one another.
+    """
+    for name, value in (("--world-size", ranks), ("--ranks-per-node", per_node)):
+        if value < 1:
+            raise ConfigError(f"{name}: {value} is not a number of ranks; write 1 or more")
+    config, options = load_json(source), {}
+    named = "the config" if isinstance(source, Mapping) else str(source)
+    if MEGATRON in config:
+        options = config.pop(MEGATRON)
+        config |= _as_deepspeed(options, config)
+    for section in ("model", "training"):
+        if section not in config:
+            guess = nearest(section, config)
+            hint = f'is "{guess}" meant to be it?' if guess else 'configs/ has complete ones; "megatron" is another way'
+            raise ConfigError(f'{named}: section "{section}" is missing; {hint}')
+    model = parse_section(GPTConfig, MEGATRON if options else "model", config.pop("model"))
+    training = config.pop("training")
+    deepspeed, methods = split_config(config)
+    host_config.check(deepspeed)
+    if not deepspeed.get("optimizer"):
+        raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
+    context = options.get("context-parallel-size", 1)
+    layout = Layout(ranks, per_node, model.tensor_parallel, model.pipeline_parallel, context)
+    if ranks % (model.model_ranks * context):
+        raise ConfigError(
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {context} parallel ranks do not divide "
+            f"--world-size {ranks}; plan for a multiple of {model.model_ranks * context}, or lower one of them"
+        )
+    batch, micro = _batch(deepspeed, layout)
+    if options:
+        from megatron_patches.pretrain.options import check_options
+
+        check_options(methods, _namespace(options))
+        if methods.completep is not None:
+            methods = replace(methods, completep=methods.completep.on_megatron())
+    elif methods.weight_averaging is not None:
+        refuse_nvme(deepspeed)
+    scheduler = _schedule(methods, options, model)
+    vocab = vocab_size if vocab_size is not None else options.get("vocab-size", 0)
+    if vocab < 1:
+        raise ConfigError(f"--vocab-size: {vocab_size or 'missing'}; write the tokenizer's, e.g. 50257, 256 for bytes")
+    multiple = options.get("make-vocab-size-divisible-by", 128) * layout.tensor
+    return Job(
+        source=named,
+        model=model,
+        methods=methods,
+        deepspeed=deepspeed,
+        options=options,
+        layout=layout,
+        batch=batch,
+        micro_batch=micro,
+        padded_vocab=-(-vocab // multiple) * multiple if options else padded_vocab_size(vocab, layout.tensor),
+        steps=_steps(training, scheduler, batch, model.seq_length),
+        scheduler=scheduler,
+    )
+
+
+def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:
+    """Samples of a step and of a micro-batch: given two of the three keys, DeepSpeed works out the third."""
+    batch, micro, steps = (config.get(name) for name in _BATCH)
+    if batch is None and micro is None:
+        raise ConfigError(f"{_BATCH[1]}: missing; write the samples per rank and micro-batch, e.g. 8")
+    unit = (micro or 1) * (steps or 1) * layout.data
+    batch = batch or unit
+    if batch % unit or (batch != unit and micro and steps):
+        given = "".join(f" x {name} {config[name]}" for name in _BATCH[1:] if config.get(name) is not None)
+        nearby = unit if micro and steps else f"{max(1, batch // unit) * unit} or {(batch // unit + 1) * unit}"
+        raise ConfigError(
+            f"train_batch_size: {batch} does not fit {layout.data} data-parallel rank(s){given} = {unit}; write "
+            f"{nearby}, or another number of ranks"
+        )
+    return batch, micro or batch // unit
+
+
+def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> SequenceLengthScheduler | None:
+    """The warmup's, of full length. Raises ConfigError for what the framework's training would refuse."""
+    section, full = methods.sequence_length_warmup, model.seq_length
+    if section is None:
+        return None
+    if options:
+        from megatron_patches.pretrain.lengths import Lengths
+        from megatron_patches.pretrain.options import layout_multiple
+
+        return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options))).schedule
+    if section.end_length != full:
+        raise ConfigError(
+            f"sequence_length_warmup.end_length: {section.end_length} is not model.seq_length {full}, so the full "
+            f"length would never be trained; write {full}"
+        )
+    return SequenceLengthScheduler(section)
+
+
+def _steps(section: Any, scheduler: SequenceLengthScheduler | None, batch: int, full: int) -> int:
+    training = parse_section(_Training, "training", section)
+    if training.tokens is None:
+        if not training.steps:
+            guess = nearest("steps", set(section) - {"steps"})
+            hint = f'is "{guess}" meant to be it?' if guess else "write the optimizer steps in all, e.g. 300, or tokens"
+            raise ConfigError(f"training.steps: missing; {hint}")
+        return training.steps
+    needed = -(-training.tokens // (batch * full))
+    if scheduler is not None:
+        needed = plan(scheduler, batch, tokens=training.tokens).steps
+    return min(training.steps or needed, needed)
+
+
+def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron-LM's options in the words of the other recipes."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f'"{MEGATRON}" must be a JSON object of Megatron-LM\'s options, got {given!r}')
+    for name in given:
+        if name.startswith("-") or "_" in name:
+            raise ConfigError(f'{MEGATRON}.{name}: write the option as "{name.strip("-").replace("_", "-")}"')
+    for name in ("model", "training", "optimizer", "scheduler", "train_batch_size"):
+        if name in config:
+            raise ConfigError(f'{name}: "{MEGATRON}" says it already; leave it out')
+    read, get = parse_section(_Options, MEGATRON, given), given.get
+    rise = read.lr_warmup_samples / read.global_batch_size if read.lr_warmup_iters is None else read.lr_warmup_iters
+    same = ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "normalization")
+    model = {name.replace("-", "_"): given[name] for name in same if name in given}
+    model |= {
+        # without the flag Megatron-LM does not look at the number of groups
+        "num_query_groups": get("num-query-groups", 1) if get("group-query-attention") else None,
+        "init_std": get("init-method-std", 0.02),
+        "tensor_parallel": get("tensor-model-parallel-size", 1),
+        "pipeline_parallel": get("pipeline-model-parallel-size", 1),
+        "position_embedding": "rope" if get("position-embedding-type") == "rope" else "learned",
+        "activation": "swiglu" if get("swiglu") else "gelu",
+        "qk_norm": bool(get("qk-layernorm")),
+        "bias": not get("disable-bias-linear"),
+        "tie_embeddings": not get("untie-embeddings-and-output-weights"),
+    }
+    betas = [get("adam-beta1", 0.9), get("adam-beta2", 0.999)]
+    adam = {"lr": read.lr, "weight_decay": read.weight_decay, "eps": get("adam-eps", 1e-8), "betas": betas}
+    decay = {"cos_min_ratio": read.min_lr / read.lr, "warmup_num_steps": rise}
+    return {
+        "model": model,
+        "training": {"steps": read.train_iters},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WarmupCosineLR", "params": decay},
+        "train_batch_size": read.global_batch_size,
+        "train_micro_batch_size_per_gpu": read.micro_batch_size,
+        "zero_optimization": {"stage": 1 if get("use-distributed-optimizer") else 0},
+        **{name: {"enabled": True} for name in ("bf16", "fp16") if get(name)},
+    }
+
+
+def _namespace(options: Mapping[str, Any]) -> SimpleNamespace:
+    """The options as Megatron-LM's parser would give them."""
+    defaults = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False}
+    return SimpleNamespace(**{**defaults, **{name.replace("-", "_"): value for name, value in options.items()}})
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """Megatron-LM's command line: a flag for true, nothing for false, a name and its value(s) for the rest."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [] if value is False else [f"--{name}", *map(str, values)]
+    return words

@@ -1,0 +1,186 @@
+"""What a recipe comes to, before any money is spent. ``python -m ds_plugin plan --config FILE --world-size N``.
+
+Builds the real config objects, but no model and no process: lengths and tokens, what CompleteP gives each role, what
+averaging takes and adds to the time of a step.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_plugin.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:  # importing them takes seconds, which --help should not
+    from ds_plugin.plan.costs import Rates
+    from ds_plugin.plan.inputs import Job
+
+_RATES = {"link": "bytes/s to CPU memory", "flops": "operations/s, as achieved"}
+
+
+def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
+    """The plan in JSON types; bytes, seconds, tokens over all ranks. ``pinned``: the ranks train on GPUs."""
+    from ds_plugin.plan import costs
+
+    model, layout = job.model, job.layout
+    zero = job.deepspeed.get("zero_optimization") or {}
+    offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    whole = costs.parameters(model, job.padded_vocab, costs.Layout(1))
+    held = costs.parameters(model, job.padded_vocab, layout)
+    masters = -(-held // (layout.data * layout.context)) if zero.get("stage", 0) else held
+    tokens = job.batch * model.seq_length
+    found: dict[str, Any] = {
+        "recipe": f"{job.source}, {'Megatron-LM' if job.options else 'DeepSpeed'}",
+        "layout": {**asdict(layout), "data": layout.data},
+        "parameters": {"all": whole, "of a rank": held, "fp32 masters": masters},
+        "batch": {"samples": job.batch, "tokens": tokens, "micro-batch": job.micro_batch},
+        **_lengths(job),
+        "lr": job.deepspeed["optimizer"].get("params", {}).get("lr"),
+        "completep": None if job.methods.completep is None else _completep(job),
+        "averaging": None,
+        "seconds": {"full-length step": costs.step_seconds(rates, model, job.padded_vocab, tokens, layout.ranks)},
+    }
+    averaging = job.methods.weight_averaging
+    if averaging is not None:  # nothing of a snapshot is counted as hidden behind the computation
+        found["averaging"] = _averaging(job, masters, pinned and not offloaded, found["lr_peak_from_step"])
+        found["seconds"] |= {"snapshot": 4 * masters / rates.link, "swap": 8 * masters / rates.link}
+        found["seconds"]["averaging adds"] = 4 * masters / rates.link / averaging.interval
+    found["assumed per second"] = asdict(rates)
+    return found
+
+
+def _lengths(job: "Job") -> dict[str, Any]:
+    """The lengths by step, the tokens they come to, and the step from which the learning rate is at its peak."""
+    from ds_plugin.sequence_length_warmup.plan import Plan, walk
+
+    full = job.batch * job.model.seq_length
+    now, whole = Plan(0, 0, 0), Plan(job.steps, job.steps * full, job.steps * full, job.model.seq_length)
+    rise = ((job.deepspeed.get("scheduler") or {}).get("params") or {}).get("warmup_num_steps")
+    rise = rise if isinstance(rise, (int, float)) and rise > 0 else None
+    section = job.methods.sequence_length_warmup
+    by_tokens = section is not None and section.learning_rate.by == "tokens"
+    lengths, peak = [], None
+    for then in [whole] if job.scheduler is None else walk(job.scheduler, job.batch, steps=job.steps):
+        if then.length != now.length:
+            lengths.append({"length": then.length, "from_step": now.steps + 1, "from_token": now.trained + 1})
+        if rise is not None and peak is None and (then.trained / full if by_tokens else then.steps) >= rise:
+            a_step = (then.trained - now.trained) // (then.steps - now.steps)
+            peak = now.steps + math.ceil((rise * full - now.trained) / a_step) if by_tokens else math.ceil(rise)
+        now = then
+    left = "carried" if section is not None and section.mode == "carry" else "discarded"
+    run = {"steps": job.steps, "trained": now.trained, "read": now.read, "discarded": 0, "carried": 0}
+    return {"tokens": {**run, left: now.read - now.trained}, "lengths": lengths, "lr_peak_from_step": peak}
+
+
+def _completep(job: "Job") -> dict[str, Any]:
+    from megatron_patches.completep.table import applied, rules_table
+
+    section, model = job.methods.completep, job.model
+    assert section is not None
+    config = {"model": model.model_dump(), "completep": section.model_dump()}
+    config |= {key: job.deepspeed[key] for key in ("optimizer", "scheduler") if key in job.deepspeed}
+    text = rules_table(config)  # which also says what is missing
+    return {"roles": applied(model, section, job.deepspeed["optimizer"]["params"]), "table": text.splitlines()}
+
+
+def _averaging(job: "Job", masters: int, pinned: bool, peak: int | None) -> dict[str, Any]:
+    from ds_plugin.plan import costs
+
+    config = job.methods.weight_averaging
+    assert config is not None
+    in_memory, in_files = costs.averaging(config, masters, pinned=pinned)
+    exact, _ = costs.averaging(config, masters, pinned=False)
+    first = -(-max(1, config.start_step) // config.interval) * config.interval
+    reach = config.window * config.interval if config.mode != "ema" else max(config.horizons or [0]) * config.interval
+    found: dict[str, Any] = {
+        "snapshot bytes": 4 * masters,
+        "memory bytes": in_memory,
+        "bytes before pinning": exact,
+        "node memory bytes": in_memory * min(job.layout.ranks, job.layout.per_node),
+        "file bytes": in_files,
+        "first snapshot": first,
+        "snapshots": max(0, (job.steps - first) // config.interval + 1),
+        "averaged steps": reach,
+        "share of the run": reach / job.steps,
+    }
+    if not found["snapshots"]:
+        found["note"] = "the run ends before the first snapshot"
+    elif peak is not None and first < peak:
+        found["note"] = f"the first snapshot is taken before the learning rate is at its peak, at step {peak}"
+    return found
+
+
+def text(found: dict[str, Any]) -> str:
+    """The plan for people."""
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict) and "table" in value:  # CompleteP's, for people already
+            said = "".join(f"\n    {line}" for line in value["table"])
+        elif isinstance(value, list):
+            said = "".join(f"\n    {_said(name, row)}" for row in value)
+        else:
+            said = _said(name, value)
+        lines.append(f"{name.replace('_', ' '):<20}{said}")
+    return "\n".join(lines)
+
+
+def _said(name: str, value: Any) -> str:
+    from ds_plugin.weight_averaging.memory import size
+
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_said(key, item)}" for key, item in value.items())
+    if "bytes" in name:
+        return size(value)
+    if value is None:
+        return "off"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m ds_plugin plan``."""
+    add = parser.add_argument
+    add("--config", "--deepspeed_config", dest="config", required=True, metavar="FILE", help="a recipe, as in configs/")
+    add("--world-size", type=int, required=True, metavar="N", help="ranks, all nodes together")
+    add("--ranks-per-node", type=int, default=8, metavar="N")
+    add("--vocab-size", type=int, metavar="N", help="of a recipe for DeepSpeed: 256 for bytes")
+    add("--device", choices=("gpu", "cpu"), default="gpu", help="what the ranks train on (default gpu)")
+    for name, what in _RATES.items():
+        add(f"--{name}", type=float, help=f"of the device: {what}")
+    add("--json", type=Path, metavar="FILE", help="write the plan here, too")
+    add("--arguments", action="store_true", help="print a Megatron-LM recipe's command line instead")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Print the plan; 2 with one message when it cannot be made."""
+    from ds_plugin.run import startup
+
+    startup.quiet()
+    from ds_plugin.atomic import atomic_write
+    from ds_plugin.plan import costs, inputs
+
+    try:
+        given = {name: getattr(args, name) for name in _RATES if getattr(args, name) is not None}
+        for name, value in given.items():
+            if not value > 0:
+                raise ConfigError(f"--{name}: {value} is not a rate; write a number above 0")
+        job = inputs.read_job(args.config, args.world_size, per_node=args.ranks_per_node, vocab_size=args.vocab_size)
+        if args.arguments:
+            if not job.options:
+                raise ConfigError(f'--arguments: {args.config} has no "megatron" section; it is a recipe for DeepSpeed')
+            print(" ".join(inputs.arguments(job.options)))
+            return 0
+        found = make(job, replace(costs.RATES[args.device], **given), pinned=args.device == "gpu")
+        if args.json is not None:
+            written = json.dumps(found, indent=1) + "\n"
+            atomic_write(args.json, lambda path: path.write_text(written, encoding="utf-8"))
+    except PluginError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --json {str(args.json)!r} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    print(text(found))
+    return 0
