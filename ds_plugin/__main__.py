@@ -3,7 +3,7 @@
 env                              what this installation consists of
 to-universal FOLDER TARGET       convert a checkpoint to DeepSpeed's universal format, for another number of ranks
 translate-config OLD.json        DeepSpeed's curriculum_learning as sequence_length_warmup: the new file
-tune-warmup --config FILE        find the warmup's start length and duration with short runs
+tune-warmup --config FILE        find the warmup's start length and duration with short runs of a script
 merge CKPT... --out FOLDER       the weighted mean of checkpoints, as safetensors or torch_dist
 plan --config FILE               what a recipe comes to on so many ranks: lengths, tokens, rates, memory, time
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     from ds_plugin.plan import plan
-    from ds_plugin.sequence_length_warmup import tune
+    from ds_plugin.tune import search
     from ds_plugin.weight_averaging.config import KINDS
 
     parser = argparse.ArgumentParser(
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     translator = commands.add_parser("translate-config", help="curriculum_learning as sequence_length_warmup")
     translator.add_argument("config", type=Path, metavar="OLD.json", help="a DeepSpeed config; it is not changed")
     translator.add_argument("--out", type=Path, metavar="FILE", help="write the new config here, not to stdout")
-    tune.add_arguments(commands.add_parser("tune-warmup", help="find start length and duration with short runs"))
+    search.add_arguments(commands.add_parser("tune-warmup", help="find start length and duration with short runs"))
     merging = commands.add_parser("merge", help="the weighted mean of checkpoints, as safetensors or torch_dist")
     merging.add_argument("checkpoints", nargs="+", metavar="CKPT", help="oldest first; of one kind")
     merging.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or of an interrupted merge")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "plan":
         return plan.command(args)
     if args.command == "tune-warmup":
-        return tune.command(args)
+        return search.command(args)
     if args.command == "merge":
         from ds_plugin.weight_averaging import merge
 

@@ -12,10 +12,9 @@ import psutil
 import pytest
 
 from ds_plugin.__main__ import main
-from ds_plugin.run.folder import COLUMNS
-from ds_plugin.sequence_length_warmup import trial as trial_module
-from ds_plugin.sequence_length_warmup.trial import ROOT, Trial, judge, significant_fluctuation, trial_steps
-from ds_plugin.sequence_length_warmup.tune import search
+from ds_plugin.tune import trial as trial_module
+from ds_plugin.tune.search import search
+from ds_plugin.tune.trial import ROOT, Trial, judge
 
 NAN, INF = math.nan, math.inf
 
@@ -23,9 +22,8 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     ("perplexities", "index"),
     [
-        ([], None),
         ([500.0], None),
-        ([10.0, 13.0, 8.0, 10.4], None),  # 1.3x exactly is not above it
+        ([10.0, 13.0, 8.0, 10.39], None),  # not above 1.3x
         ([10.0, 8.0, 10.41], 2),
         ([10.0, 8.0, 9.0, 10.5], 3),  # against the best, not the one before
         ([5.0, 20.0, 4.0, 20.0], 1),
@@ -34,16 +32,22 @@ NAN, INF = math.nan, math.inf
     ],
 )
 def test_significant_fluctuation(perplexities, index):
-    assert significant_fluctuation(perplexities) == index
+    judged = judge(
+        metrics(*((step, 2.0, math.log(p)) for step, p in enumerate(perplexities))), len(perplexities) - 1, 1.3
+    )
+    assert (judged[0] == "stable") is (index is None) and judged[1] == (
+        len(perplexities) - 1 if index is None else index
+    )
 
 
 def test_the_threshold_is_the_callers():
-    assert significant_fluctuation([10.0, 12.0], threshold=1.1) == 1
-    assert significant_fluctuation([10.0, 12.0], threshold=1.2) is None
+    rows = metrics((0, 2.0, math.log(10)), (1, 2.0, math.log(12)))
+    assert [judge(rows, 1, threshold)[0] for threshold in (1.1, 1.21)] == ["fluctuated", "stable"]
 
 
 def metrics(*rows):
-    return {name: [row[i] for row in rows] for i, name in enumerate(("step", "train_loss", "eval_loss"))}
+    names = ("step", "train_loss", "eval_loss")
+    return [{name: "" if x is None else str(x) for name, x in zip(names, row, strict=True)} for row in rows]
 
 
 TEN, EIGHT, ELEVEN = math.log(10), math.log(8), math.log(11)
@@ -128,17 +132,9 @@ def test_the_boundary_is_found_in_few_runs(longest, provisional):
     assert len(asked) <= 2 + math.log2(len(DURATIONS))
 
 
-def test_a_learning_rate_by_tokens_takes_more_steps():
-    section = {"enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 8}}
-    config = {"sequence_length_warmup": section, "scheduler": {"params": {"warmup_num_steps": 1}}}
-    assert trial_steps(config) == 4
-    section["learning_rate"] = {"by": "tokens"}
-    # 8 + 3t floored to 8 is 8 8 16 16 16 24 24 32: after seven steps 112 tokens of a sample, after eight 144; four full
-    # steps are 128
-    assert trial_steps(config) == 8
-
-
 # -- trials: a script that is stable with a start length of 16 and a duration of at most 60
+
+COLUMNS = ("step", "train_loss", "eval_loss", "length")
 
 SCRIPT = f"""
 import json, os, subprocess, sys, time
@@ -191,9 +187,10 @@ def command(folder, **changes):
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "total_num_steps": "auto"}},
     }
     (folder / "in.json").write_text(json.dumps(config | changes))
-    options = {"--config": "in.json", "--out": "out", "--script": "script.py"}
-    paths = [part for flag, name in options.items() for part in (flag, str(folder / name))]
-    return ["tune-warmup", *paths, "--launcher", f"'{sys.executable}'", "--granularity", "10"]
+    paths = ["--config", str(folder / "in.json"), "--out", str(folder / "out")]
+    durations = ",".join(map(str, range(10, 101, 10)))
+    given = ["--launcher", f"'{sys.executable}'", "--durations", durations]
+    return ["tune-warmup", "--script", str(folder / "script.py"), *paths, *given]
 
 
 def started(folder):
@@ -201,7 +198,7 @@ def started(folder):
 
 
 # 10 to 100 by tens, compared at 4 warmups: 40; then between 40 and the end 70, 50, 60
-TRIALS = ["start8_steps40", "start16_steps40", "start16_steps70", "start16_steps50", "start16_steps60"]
+TRIALS = [f"start{start}_duration{duration}" for start, duration in [(8, 40), (16, 40), (16, 70), (16, 50), (16, 60)]]
 
 
 def test_the_tuned_json_is_the_input_with_two_values_changed(tmp_path, tune):
@@ -211,11 +208,11 @@ def test_the_tuned_json_is_the_input_with_two_values_changed(tmp_path, tune):
     before["sequence_length_warmup"] |= {"start_length": 16, "duration": {"steps": 60}}
     assert json.loads((tmp_path / "out" / "in.json").read_text()) == before
     assert list((tmp_path / "out").glob(".*")) == []
-    assert f"start_length 16, duration 60 steps: {tmp_path / 'out' / 'in.json'}" in out.splitlines()
+    assert f"start_length 16, duration 60: {tmp_path / 'out' / 'in.json'}" in out.splitlines()
     for line in (
-        "start 8, duration 40 steps: fluctuated (at step 10 of 40, perplexity 3.669 is 1.35x the best so far, 2.718)",
-        "start 16, duration 40 steps: stable (perplexity 2.718 after 40 steps)",
-        "start 16, duration 70 steps: fluctuated (at step 30 of 40, perplexity 3.669 is 1.35x the best so far, 2.718)",
+        "start 8, duration 40: fluctuated at step 10 of 40, perplexity 3.669, the best 2.718",
+        "start 16, duration 40: stable at step 40 of 40, perplexity 2.718, the best 2.718",
+        "start 16, duration 70: fluctuated at step 30 of 40, perplexity 3.669, the best 2.718",
     ):
         assert line in out.splitlines()
 
@@ -228,30 +225,22 @@ def test_a_trial_is_the_beginning_of_the_real_run(tmp_path, tune):
     assert "weight_averaging" not in config
     assert config["sequence_length_warmup"]["start_length"] == 8
     log = (tmp_path / "out" / TRIALS[0] / "log.txt").read_text()
-    assert "'--data', 'text'" in log and log.rstrip().endswith("'start8_steps40']")  # ours come last and win
-
-
-def test_a_training_of_so_many_tokens(tmp_path, tune):
-    # 12800 // (2 x 64) = 100 full steps: durations 10 to 50
-    code, _, _ = tune("--start-lengths 16", training={"steps": 0, "tokens": 12800}, train_batch_size=2)
-    assert code == 0 and started(tmp_path) == ["start16_steps40", "start16_steps50"]
+    assert "'--data', 'text'" in log and log.rstrip().endswith("'start8_duration40']")  # ours come last and win
 
 
 def test_a_duration_in_tokens_stays_in_tokens(tmp_path, tune):
     section = {"enabled": True, "end_length": 64, "duration": {"tokens": 1}}
-    code, out, _ = tune(sequence_length_warmup=section, train_batch_size=2)
-    assert code == 1  # the made-up script's 60 is below the learning rate's warmup: 10 steps x 2 samples x 32 tokens
-    assert started(tmp_path)[0] == "start8_tokens2560"
-    code, out, _ = tune("--min-duration 10 --max-duration 100 --out", f"{tmp_path}/b", sequence_length_warmup=section)
-    assert code == 0 and "start_length 16, duration 60 tokens" in out
-    tuned = json.loads((tmp_path / "b" / "in.json").read_text())
+    code, out, _ = tune("--start-lengths 16", sequence_length_warmup=section)
+    assert code == 0 and "start_length 16, duration 60" in out and started(tmp_path)[0] == "start16_duration60"
+    tuned = json.loads((tmp_path / "out" / "in.json").read_text())
     assert tuned["sequence_length_warmup"]["duration"] == {"tokens": 60}
 
 
 def test_an_interrupted_search_goes_on(tmp_path, tune):
     first = tune()
-    path = tmp_path / "out" / "trials.csv"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # the last one was not finished
+    path = tmp_path / "out" / "trials.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"trials": kept["trials"][:-1]}))  # the last one was not finished
     (tmp_path / "started").unlink()
     code, out, _ = tune()
     assert code == first[0] == 0 and started(tmp_path) == TRIALS[-1:]
@@ -270,7 +259,7 @@ def test_a_trial_that_fails_or_stops_early_is_an_error_and_no_data_point(tmp_pat
         "a line of the script" in err
         and f"{sys.executable} {tmp_path}/script.py --exit {exit_code} --deepspeed_config" in err
     )
-    assert len((tmp_path / "out" / "trials.csv").read_text().splitlines()) == len(TRIALS)  # a header, and one less
+    assert len(json.loads((tmp_path / "out" / "trials.json").read_text())["trials"]) == len(TRIALS) - 1
     assert not (tmp_path / "out" / "in.json").exists()
     deadline = time.monotonic() + 10
     while left(tmp_path) and time.monotonic() < deadline:  # what the script had started is killed, not waited for
@@ -284,24 +273,32 @@ def test_nothing_stable_is_exit_code_1(tmp_path, tune):
     assert not (tmp_path / "out" / "in.json").exists()
 
 
+BY_TOKENS = {"enabled": True, "end_length": 64, "duration": {"steps": 1}}
+
+
 @pytest.mark.parametrize(
     ("flags", "changes", "message"),
     [
         ("", {"scheduler": {}}, "--steps: missing"),
-        ("", {"training": {"tokens": 10**6}}, "--max-duration: missing"),
-        ("--steps 40", {"scheduler": {}}, "--min-duration: missing"),
+        ("", {"sequence_length_warmup": {**BY_TOKENS, "learning_rate": {"by": "tokens"}}}, "--steps: missing"),
         ("", {"sequence_length_warmup": {"enabled": False, "end_length": 8, "duration": {"steps": 1}}}, "not enabled"),
-        ("--max-duration 5", {}, "no multiple of --granularity 10 is from --min-duration 10 to --max-duration 5"),
         ("--start-lengths 128", {}, "not lengths of at most end_length 64"),
         ("--threshold 1", {}, "--threshold: 1.0 is not above 1"),
         ("--out {}", {}, "which must not change"),
-        ("--script nowhere.py", {}, "'nowhere.py' does not exist"),
         ("--launcher nowhere", {}, "'nowhere' cannot be started"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path, tune, flags, changes, message):
     code, _, err = tune(flags.format(tmp_path), **changes)
     assert code == 2 and message in err and not (tmp_path / "started").exists()
+
+
+def test_a_script_or_a_record_that_is_not_there(tmp_path, tune):
+    (tmp_path / "script.py").unlink()
+    assert "script.py' does not exist; give the training script" in tune()[2]
+    (tmp_path / "script.py").write_text(SCRIPT.replace("train_loss=loss", "loss=loss").replace("train_loss,", "loss,"))
+    code, _, err = tune()
+    assert code == 2 and "metrics.csv" in err and "train_loss" in err
 
 
 def left(folder):

@@ -1,0 +1,185 @@
+"""Finds the warmup's start length and duration with short runs: the tuning recipe of arXiv 2108.06084.
+
+A trial is the beginning of the real run, with its samples and learning rates. It ends after the first few multiples of
+the learning rate's warmup, or at the first evaluation whose perplexity fluctuates significantly.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import shlex
+import shutil
+import signal
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.atomic import atomic_write
+from ds_plugin.config import load_json, split_config
+from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.sequence_length_warmup.translate import translate
+from ds_plugin.tune.trial import MULTIPLES, Trial, watched
+
+EVALUATIONS = 20  # of a whole trial, five of them in its first quarter
+
+
+def search(
+    run: Callable[[int, int], Trial], *, start_lengths: Sequence[int], durations: Sequence[int], provisional: int
+) -> Trial | None:
+    """The trial of the smallest stable start length at its longest stable duration; None when nothing is stable.
+
+    A start length is stable when its run with the ``provisional`` duration (the nearest of ``durations`` at or below)
+    passes the very beginning. Where no duration is stable with it either, the next one is tried. Stability is taken to
+    end somewhere: at most ``2 + log2(len(durations))`` runs for each start length; both lists rise.
+    """
+    run = functools.cache(run)
+    first = max(0, bisect_right(durations, provisional) - 1)
+    for start in start_lengths:
+        if run(start, durations[first]).at_start:
+            continue
+        found, low, high, probe = None, -1, len(durations), first
+        while high - low > 1:
+            trial = run(start, durations[probe])
+            found, low, high = (trial, probe, high) if trial.outcome == "stable" else (found, low, probe)
+            probe = (low + high) // 2
+        if found is not None:
+            return found
+    return None
+
+
+def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, list[int]]:
+    """The steps of a trial and the start lengths to try: the flags, or what this JSON tells.
+
+    Raises:
+        ConfigError: there is nothing to search, or it does not tell.
+    """
+    section = split_config(config)[1].sequence_length_warmup
+    if section is None:
+        raise ConfigError('sequence_length_warmup: absent or not enabled; write "enabled": true and the other fields')
+    if section.schedule == "discrete":
+        raise ConfigError('sequence_length_warmup.schedule: "discrete" has no duration to search; write "linear"')
+    rise = ((config.get("scheduler") or {}).get("params") or {}).get("warmup_num_steps")
+    known = MULTIPLES * rise if isinstance(rise, int) and section.learning_rate.by == "steps" else None
+    if not (wanted := args.steps or known):
+        raise ConfigError(
+            "--steps: missing, and not told by scheduler.params.warmup_num_steps with a learning rate by steps; give "
+            "the optimizer steps of a trial, four times as many as the learning rate's warmup takes"
+        )
+    shortest = -(-8 // section.multiple_of) * section.multiple_of
+    starts = args.start_lengths or [shortest << n for n in range(32) if shortest << n < section.end_length]
+    if not starts or starts[-1] > section.end_length:
+        raise ConfigError(f"--start-lengths: {starts} are not lengths of at most end_length {section.end_length}")
+    return min(wanted, config.get("training", {}).get("steps") or sys.maxsize), starts
+
+
+def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
+    """The JSON with another start length and duration, in its own unit."""
+    config = copy.deepcopy(config)
+    unit = next(iter(config["sequence_length_warmup"]["duration"]))
+    config["sequence_length_warmup"] |= {"start_length": start, "duration": {unit: duration}}
+    return config
+
+
+def _rising(text: str) -> list[int]:
+    if min(values := sorted({int(part) for part in text.split(",")})) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return values
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``python -m ds_plugin tune-warmup``."""
+    add = parser.add_argument
+    add("--script", type=Path, required=True, help="takes --deepspeed_config FILE --runs FOLDER --name NAME and writes "
+        "FOLDER/NAME/metrics.csv with the columns step, train_loss and eval_loss")  # fmt: skip
+    add("--config", "--deepspeed_config", dest="config", type=Path, required=True, help="the JSON to tune; not changed")
+    add("--out", type=Path, default=Path("runs/tune"), help="trials, trials.json, the tuned JSON (default runs/tune)")
+    add("--start-lengths", type=_rising, help="candidates, as 64,128 (default 8,16,32,... below the full length)")
+    add("--durations", type=_rising, required=True, help="candidates in the JSON's unit, as 500,1000,1500,2000")
+    add("--steps", type=int, help=f"optimizer steps of a trial (default {MULTIPLES}x the learning rate's warmup)")
+    add("--threshold", type=float, default=1.3, help="a perplexity above this times the best so far (default 1.3)")
+    add("--launcher", default="deepspeed", help='with options, as "torchrun --nproc_per_node 2" (default deepspeed)')
+    add("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to the script, as -- --data TEXT")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable, 2 on an error, 130 on Ctrl-C."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial's processes are ended too
+    try:
+        return _tune(args)
+    except PluginError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the trials that are finished", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    config = translate(load_json(args.config))[0]
+    steps, starts = candidates(config, args)
+    target, record = args.out / args.config.name, args.out / "trials.json"
+    if not args.script.is_file():
+        raise ConfigError(f"--script: '{args.script}' does not exist; give the training script")
+    if target.resolve() == args.config.resolve():
+        raise ConfigError(f"--out: '{args.out}' is the folder of {args.config}, which must not change; give another")
+    if args.threshold <= 1:
+        raise ConfigError(f"--threshold: {args.threshold} is not above 1; write e.g. 1.3")
+    args.out.mkdir(parents=True, exist_ok=True)
+    interval = max(1, steps // EVALUATIONS)
+    steps -= steps % interval  # the last one is evaluated
+    settings = [tuned(config, 8, 1), str(args.script), args.launcher, args.arguments, args.threshold, steps]
+    found = load_json(record) if record.exists() else {"settings": settings, "trials": []}
+    if found["settings"] != settings:
+        raise ConfigError(f"--out: '{record}' is of a search with other settings; give another folder")
+
+    def run(start: int, duration: int) -> Trial:
+        for trial in (Trial(**known) for known in found["trials"]):
+            if (trial.start_length, trial.duration) == (start, duration):
+                print(f"{trial} - known from {record}", flush=True)
+                return trial
+        folder = args.out / f"start{start}_duration{duration}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a trial that was interrupted
+        folder.mkdir()
+        _write(folder / "config.json", _of_trial(tuned(config, start, duration), interval))
+        # Ours come last, so that they win over the same flags among the user's.
+        flags = ["--deepspeed_config", str(folder / "config.json"), "--runs", str(args.out), "--name", folder.name]
+        started = [*shlex.split(args.launcher), str(args.script), *args.arguments, *flags]
+        judged = watched(started, folder, steps, args.threshold)
+        trial = Trial(start, duration, *judged[:2], steps, *judged[2:])
+        found["trials"].append(asdict(trial))
+        _write(record, found)
+        print(trial, flush=True)
+        return trial
+
+    in_steps = "steps" in config["sequence_length_warmup"]["duration"]
+    provisional = steps if in_steps else args.durations[len(args.durations) // 2]
+    best = search(run, start_lengths=starts, durations=args.durations, provisional=provisional)
+    if best is None:
+        print(
+            f"error: no start length of {starts} is stable with any of the durations that were tried: "
+            "lower the learning rate, lengthen its warmup, or give larger --start-lengths",
+            file=sys.stderr,
+        )
+        return 1
+    _write(target, tuned(config, best.start_length, best.duration))
+    print(f"start_length {best.start_length}, duration {best.duration}: {target}")
+    return 0
+
+
+def _of_trial(config: dict[str, Any], interval: int) -> dict[str, Any]:
+    """The JSON of a trial. The run's own number of steps stays: schedules and the order of samples depend on it."""
+    config = {key: value for key, value in config.items() if key != "weight_averaging"}
+    if "training" in config:  # a script of one's own may have another place for them
+        config["training"] |= {"eval_interval": interval, "save_interval": sys.maxsize}
+    split_config(config)  # refuses what the methods would, before anything is started
+    return config
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
