@@ -47,7 +47,7 @@ class PluginConfig:
                 that cannot be translated.
         """
         raw, notes = translate(raw)
-        _say_once(notes)
+        say_once(notes)
         for key in raw:
             guess = nearest(key, SECTIONS) if key not in SECTIONS else None
             # "completion" is 0.6-close to "completep"; only a near-identical name is a misspelling for certain.
@@ -100,12 +100,12 @@ def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
         ConfigError: as `load_json` and `PluginConfig.from_dict` do.
     """
     config, notes = translate(load_json(source))
-    _say_once(notes)
+    say_once(notes)
     plugin = PluginConfig.from_dict(config)
     return {key: value for key, value in config.items() if key not in SECTIONS}, plugin
 
 
-def _say_once(notes: Iterable[str]) -> None:
+def say_once(notes: Iterable[str]) -> None:
     """Log on rank 0 (as launchers number ranks: nothing is initialized yet), each text once in a process."""
     for note in notes:
         if os.environ.get("RANK", "0") == "0" and note not in _said:

@@ -45,7 +45,7 @@ def parse_section(model: type[Section], name: str, raw: Any) -> Section:
 
 def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) -> str:
     location = [str(part) for part in item["loc"]]
-    field = ".".join([name, *location])
+    field = ".".join(filter(None, [name, *location]))
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _model_at(model, location[:-1])
@@ -58,6 +58,8 @@ def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) ->
         field_name = location[-1].replace("-", "_")  # where it has an alias
         what = owner.model_fields[field_name].description or "a value"
         return f"{field}: missing; write {what}"
+    if kind in ("model_type", "dict_type"):
+        return f"{field}: {value!r}; write a JSON object {{...}}, or leave it out"
     if kind == "value_error":  # our own validators word the whole remedy
         return f"{field}: {context['error']}" if location else str(context["error"])
     return f"{field}: {item['msg'][0].lower()}{item['msg'][1:]}, got {value!r}"

@@ -15,12 +15,11 @@ from pydantic import BeforeValidator, Field
 
 from ds_plugin.config_model import SectionConfig, parse_section
 from ds_plugin.errors import ConfigError
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
 OURS = "sequence_length_warmup"
 LEGACY = "curriculum_learning"
-SAMPLING = "data_efficiency.data_sampling"
-BLOCK = f"{SAMPLING}.curriculum_learning"
-
+BLOCK = "data_efficiency.data_sampling.curriculum_learning"
 #: metrics that stand for the length, by the names Megatron-DeepSpeed gave them, and our mode for each
 METRICS = {"seqlen": "truncate", "seqlen_truncate": "truncate", "seqlen_reshape": "carry"}
 
@@ -29,14 +28,18 @@ Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) 
 
 
 class _Curriculum(SectionConfig):
-    """What both kinds have."""
+    """What both kinds have, and what only the metric has."""
 
     min_difficulty: Whole = Field(description="the first length in tokens, e.g. 8")
     max_difficulty: Whole = Field(description="the full length in tokens, e.g. 1024")
-    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"] = Field(
+    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete"] = Field(
         description='"fixed_linear", "fixed_root" or "fixed_discrete"'
     )
     schedule_config: dict[str, Any] = {}
+    difficulty_type: Literal["value"] = "value"  # a percentile ranks samples and says no length
+    clustering_type: str = "single_cluster"
+    index_to_sample_path: str | None = None
+    index_to_metric_path: str | None = None
 
 
 class _Legacy(_Curriculum):
@@ -44,28 +47,22 @@ class _Legacy(_Curriculum):
     curriculum_type: Literal["seqlen"] = Field(description='"seqlen"')
 
 
-class _Metric(_Curriculum):
-    difficulty_type: Literal["value"] = "value"  # a percentile ranks samples and says no length
-    clustering_type: str = "single_cluster"
-    index_to_sample_path: str | None = None
-    index_to_metric_path: str | None = None
-
-
-class _Block(SectionConfig):
-    enabled: bool
-    curriculum_metrics: dict[str, Any] = Field(description='{"seqlen": {...}}')
-    data_cluster_path: str | None = None
-
-
-class _Growing(SectionConfig):
+class _Linear(SectionConfig):
     total_curriculum_step: Whole = Field(description="the optimizer steps until the full length, e.g. 1000")
     difficulty_step: Whole = Field(description="what lengths are multiples of, e.g. 8")
-    root_degree: Whole | None = None
+    root_degree: Whole | None = None  # without effect here, as in DeepSpeed
+
+
+class _Root(_Linear):
+    root_degree: Whole = Field(description="the degree of the root, e.g. 2")
 
 
 class _Discrete(SectionConfig):
     difficulty: list[Whole] = Field(description="the lengths, e.g. [64, 256, 1024]", min_length=2)
-    max_step: list[Whole] = Field(description="the last step of each length but the last, e.g. [1000, 5000]")
+    max_step: list[Whole] = Field(description="the last step of each length but the last, e.g. [1, 5]", min_length=1)
+
+
+_KINDS: dict[str, type[SectionConfig]] = {"fixed_linear": _Linear, "fixed_root": _Root, "fixed_discrete": _Discrete}
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -79,14 +76,16 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     new, notes = copy.deepcopy(dict(config)), []
     legacy = new.pop(LEGACY, None)
-    legacy_on = legacy is not None and _switched_on(legacy)
+    legacy_on = legacy is not None and (not isinstance(legacy, dict) or legacy.get("enabled", False) is not False)
     if LEGACY in config and not legacy_on:
         notes.append(f"{LEGACY} is off and left out: DeepSpeed 0.19.8 refuses the key, even with the value null")
-    sampling = _at(new, "data_efficiency", "data_sampling")
+    efficiency, sampling = _at(new, "data_efficiency"), _at(new, "data_efficiency", "data_sampling")
     # This switch alone turns DeepSpeed's sampler on, whatever "enabled" says above it.
-    block_on = bool(_at(sampling, "curriculum_learning").get("enabled"))
-    ours_on = bool(_at(new, OURS).get("enabled"))
-    metric = _length_metric(new)
+    block = _at(sampling, LEGACY)
+    block_on, ours_on = bool(block.get("enabled")), bool(_at(new, OURS).get("enabled"))
+    metrics = list(_at(block, "curriculum_metrics"))
+    switched = all(switches.get("enabled") for switches in (efficiency, sampling, block))
+    metric = next((name for name in metrics if name in METRICS and switched), None)  # others choose samples
     given = [(OURS, ours_on or (OURS in new and (legacy_on or metric))), (LEGACY, legacy_on), (BLOCK, block_on)]
     names = [name for name, present in given if present]
     if len(names) > 1:
@@ -94,111 +93,54 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             f'{names[1]}: "enabled": true, and {names[0]} is given too: both set the length (or the samples) of a '
             "step; remove one of the two"
         )
-    if legacy_on:
-        _translate_into(new, notes, LEGACY, legacy, _Legacy)
-    elif metric is not None:
-        block = sampling.pop("curriculum_learning")
-        _translate_into(
-            new, notes, f"{BLOCK}.curriculum_metrics.{metric}", block["curriculum_metrics"][metric], _Metric
+    if metric is not None and len(metrics) > 1:
+        other = next(name for name in metrics if name != metric)
+        raise ConfigError(
+            f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which becomes {OURS} and turns DeepSpeed's "
+            f"sampler off; remove {other!r}, or keep it and remove {metric!r}"
         )
+    if legacy_on or metric is not None:
+        path, raw, remark = LEGACY, legacy, "the model gets shortened batches and no argument curriculum_seqlen"
+        if metric is not None:
+            path, raw = f"{BLOCK}.curriculum_metrics.{metric}", sampling.pop(LEGACY)["curriculum_metrics"][metric]
+            remark = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
+        new[OURS] = _section(path, raw, _Legacy if metric is None else _Curriculum)
+        if metric is not None and METRICS[metric] == "carry":
+            new[OURS]["mode"] = "carry"
+            remark += "; reshape trained a sample's pieces as more rows of one step, carry trains them in later steps"
+        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
     if _at(new, OURS).get("enabled") and _at(sampling, "dynamic_batching").get("enabled"):
         raise ConfigError(
-            f"{SAMPLING}.dynamic_batching.enabled: True changes the batch size, and {OURS} (or what becomes it) the "
-            'length: do not ramp both; write "enabled": false in one of them'
+            f"data_efficiency.data_sampling.dynamic_batching.enabled: True changes the batch size, and {OURS} (or what "
+            'becomes it) the length: do not ramp both; write "enabled": false in one of them'
         )
     return new, notes
 
 
-def _length_metric(config: Mapping[str, Any]) -> str | None:
-    """The metric of DeepSpeed's sampler that stands for the length; None if there is none, or a switch is off.
-
-    Other metrics choose samples: alone they are DeepSpeed's affair, beside the length they would be lost.
-    """
-    efficiency = _at(config, "data_efficiency")
-    sampling = _at(efficiency, "data_sampling")
-    block = _at(sampling, "curriculum_learning")
-    metrics = [name for name in _at(block, "curriculum_metrics") if name in METRICS]
-    if not (metrics and efficiency.get("enabled") and sampling.get("enabled") and block.get("enabled")):
-        return None
-    parsed = parse_section(_Block, BLOCK, block)
-    for other in parsed.curriculum_metrics:
-        if other != metrics[0]:
-            raise ConfigError(
-                f"{BLOCK}.curriculum_metrics: {other!r} beside {metrics[0]!r}, which becomes {OURS} and turns "
-                f"DeepSpeed's sampler off; remove {other!r}, or keep it and remove {metrics[0]!r}"
-            )
-    return metrics[0]
-
-
-def _translate_into(new: dict[str, Any], notes: list[str], path: str, raw: Any, model: type[_Curriculum]) -> None:
+def _section(path: str, raw: Any, model: type[_Curriculum]) -> dict[str, Any]:
+    """Ours, validated."""
     try:
         old = parse_section(model, path, raw)
-        section, remarks = _section(path, old)
+        schedule: Any = parse_section(_KINDS[old.schedule_type], f"{path}.schedule_config", old.schedule_config)
+        section: dict[str, Any] = {"enabled": True, "schedule": old.schedule_type.removeprefix("fixed_")}
+        section |= {"start_length": old.min_difficulty, "end_length": old.max_difficulty}
+        if isinstance(schedule, _Discrete):  # the difficulties alone count
+            lengths, boundaries = schedule.difficulty, schedule.max_step
+            section |= {"start_length": max(old.min_difficulty, lengths[0]), "duration": {"steps": boundaries[-1]}}
+            section |= {"lengths": lengths, "boundaries": boundaries, "multiple_of": math.gcd(8, *lengths)}
+        else:
+            # DeepSpeed comes to a max_difficulty that is no multiple of the step late, in one shorter stride. Ours has
+            # to divide the full length, so strides get finer: always less than one difficulty_step from DeepSpeed's.
+            section["multiple_of"] = math.gcd(schedule.difficulty_step, old.max_difficulty)
+            section["duration"] = {"steps": schedule.total_curriculum_step}
+            section |= {"root_degree": schedule.root_degree} if isinstance(schedule, _Root) else {}
+        parse_section(SequenceLengthWarmupConfig, OURS, section)
     except ConfigError as error:
-        raise ConfigError(f'{error}; or write "{OURS}" in its place, which is what it is read as') from None
-    if isinstance(old, _Metric):
-        remarks.append("DeepSpeed's curriculum sampler is off: the order of samples is the data loader's")
-        if old.clustering_type != "single_cluster":
-            remarks.append(f"samples are cut to the length; clustering_type {old.clustering_type!r} chose short ones")
-        if METRICS[path.rpartition(".")[2]] == "carry":
-            section["mode"] = "carry"
-            remarks.append(
-                "reshape trained a sample's pieces as more rows of one step; carry trains every token once too, but "
-                "in later steps, so that early steps are smaller"
-            )
-    else:
-        remarks.append("the model gets shortened batches and no argument curriculum_seqlen")
-    new[OURS] = section
-    notes.append("; ".join([f'{path} is read as "{OURS}": {json.dumps(section)}', *remarks]))
-
-
-def _section(path: str, old: _Curriculum) -> tuple[dict[str, Any], list[str]]:
-    """Bounds and schedule, and what a user should know about them."""
-    low, high = old.min_difficulty, old.max_difficulty
-    if low > high:
-        raise ConfigError(f"{path}.min_difficulty: {low} is above max_difficulty {high}; write at most {high}")
-    if old.schedule_type == "custom":
         raise ConfigError(
-            f"{path}.schedule_type: 'custom' takes a function, and JSON holds none; write \"schedule\": "
-            f'"package.module:function" of a function (share of the duration, start, end) -> length in "{OURS}"'
-        )
-    section: dict[str, Any] = {"enabled": True, "start_length": low, "end_length": high}
-    if old.schedule_type == "fixed_discrete":
-        discrete = parse_section(_Discrete, f"{path}.schedule_config", old.schedule_config)
-        lengths, boundaries = discrete.difficulty, discrete.max_step
-        for key, values in (("difficulty", lengths), ("max_step", boundaries)):
-            if values != sorted(set(values)):
-                raise ConfigError(f"{path}.schedule_config.{key}: {values} do not rise; put them in order")
-        if len(boundaries) != len(lengths) - 1:
-            raise ConfigError(
-                f"{path}.schedule_config.max_step: {boundaries} are {len(boundaries)} for {len(lengths)} difficulties "
-                f"{lengths}; write one less than difficulties, the last step of each but the last"
-            )
-        if high != lengths[-1]:  # DeepSpeed stops there, or never gets there
-            raise ConfigError(f"{path}.max_difficulty: {high}, but the last difficulty is {lengths[-1]}; write that")
-        if low > lengths[0]:
-            raise ConfigError(f"{path}.min_difficulty: {low}, but the first difficulty is {lengths[0]}; write that")
-        section |= {"start_length": lengths[0], "schedule": "discrete", "duration": {"steps": boundaries[-1]}}
-        section |= {"lengths": lengths, "boundaries": boundaries, "multiple_of": math.gcd(8, *lengths)}
-        return section, []
-    growing = parse_section(_Growing, f"{path}.schedule_config", old.schedule_config)
-    remarks, step = [], growing.difficulty_step
-    section |= {"schedule": "linear", "duration": {"steps": growing.total_curriculum_step}}
-    if old.schedule_type == "fixed_root":
-        if growing.root_degree is None:
-            raise ConfigError(f"{path}.schedule_config.root_degree: missing for 'fixed_root'; write e.g. 2")
-        section |= {"schedule": "root", "root_degree": growing.root_degree}
-    elif growing.root_degree is not None:
-        remarks.append(f"root_degree {growing.root_degree} has no effect in 'fixed_linear', and had none")
-    # DeepSpeed comes to a max_difficulty that is no multiple of the step late, in one shorter stride. Ours has to
-    # divide the full length, so strides get finer; every length stays less than one difficulty_step from DeepSpeed's.
-    section["multiple_of"] = math.gcd(step, high)
-    if high % step:
-        remarks.append(
-            f"difficulty_step {step} does not divide max_difficulty {high}, so lengths are multiples of "
-            f"{section['multiple_of']} only: choose a max_difficulty that it divides if the samples can be that long"
-        )
-    return section, remarks
+            f'{path} is read as "{OURS}": {error}; or write that section in its place, which takes functions, too, '
+            '"schedule": "package.module:function"'
+        ) from None
+    return section
 
 
 def _at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -207,10 +149,3 @@ def _at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-def _switched_on(legacy: Any) -> bool:
-    if not isinstance(legacy, dict) or not isinstance(legacy.get("enabled", False), bool):
-        value = f".enabled: {legacy['enabled']!r}" if isinstance(legacy, dict) else f": {legacy!r}"
-        raise ConfigError(f'{LEGACY}{value} is no switch; write {{"enabled": false}} or "{OURS}", which it is read as')
-    return bool(legacy.get("enabled"))

@@ -68,7 +68,7 @@ CASES = {
         (),
         ["optimizer: []", "scheduler: 'x'", "a JSON object"],
     ),
-    "a batch in quotes": ({**config(), "train_batch_size": "8"}, (), ["train_batch_size: '8'", "1 or more"]),
+    "a batch in quotes": ({**config(), "train_batch_size": "8"}, (), ["train_batch_size", "integer, got '8'"]),
     "unknown key of DeepSpeed's section": (
         {**config(), "bf16": {"enable": True}},
         (),

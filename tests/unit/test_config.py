@@ -103,7 +103,7 @@ BAD = [
     ({"weight-averaging": AVERAGING}, ["weight-averaging", '"weight_averaging"']),
     # translated where they can be (sequence_length_warmup/test_translate.py)
     ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning", "sequence_length_warmup", "missing"]),
-    ({"curriculum_learning": "seqlen"}, ["curriculum_learning", "'seqlen'", '{"enabled": false}']),
+    ({"curriculum_learning": "seqlen"}, ["curriculum_learning", "a JSON object", "'seqlen'"]),
 ]
 
 

@@ -65,15 +65,15 @@ WRONG = [
     # sections, what the message must hold
     ({"zero_optimization": 5}, ["zero_optimization: 5; write a JSON object"]),
     ({"zero_optimization": True}, ["zero_optimization: True; write a JSON object"]),
-    ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage: True; write 0, 1, 2 or 3"]),
-    ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: 4"]),
+    ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage: input should be a valid integer, got True"]),
+    ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: input should be less than or equal to 3, got 4"]),
     ({"zero_optimization": {"offload_optimizer": "cpu"}}, ["zero_optimization.offload_optimizer: 'cpu'"]),
     ({"zero_optimization": {"offload_optimizer": {"devise": 1}}}, ["offload_optimizer.devise", '"device"']),
     ({"zero_optimization": {"overlap_comm": "x"}}, ["zero_optimization.overlap_comm", "boolean", "'x'"]),
     ({"optimizer": []}, ["optimizer: []; write a JSON object"]),
     (
         {"optimizer": {"type": 3, "params": {"lr": "x"}}},
-        ["optimizer.type: 3; write a name", "optimizer.params.lr: 'x'"],
+        ["optimizer.type: input should be a valid string, got 3", "optimizer.params.lr: input", "number, got 'x'"],
     ),
     ({"scheduler": None}, ["scheduler: None"]),
     ({"scheduler": {"type": "WarmupLR", "params": [1]}}, ["scheduler.params: [1]"]),
@@ -85,13 +85,14 @@ WRONG = [
         ["scheduler.params.warmup_num_step is not known to WarmupLR", 'mean "warmup_num_steps"?'],
     ),
     ({"bf16": 1}, ["bf16: 1; write a JSON object"]),
-    ({"fp16": {"enabled": "no"}}, ["fp16.enabled: 'no'; write true or false"]),
+    ({"fp16": {"enabled": "no"}}, ["fp16.enabled: input should be a valid boolean, got 'no'"]),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ["the JSON", "cannot be simultaneously enabled"]),
-    ({"train_batch_size": "8"}, ["train_batch_size: '8'; write a whole number, 1 or more"]),
-    ({"train_batch_size": 0}, ["train_batch_size: 0"]),
-    ({"gradient_accumulation_steps": 1.5}, ["gradient_accumulation_steps: 1.5"]),
-    ({"gradient_clipping": None}, ["gradient_clipping: None; write a number"]),
-    ({"steps_per_print": True}, ["steps_per_print: True"]),
+    ({"train_batch_size": "8"}, ["train_batch_size: input should be a valid integer, got '8'"]),
+    ({"train_batch_size": 0}, ["train_batch_size: input should be greater than or equal to 1, got 0"]),
+    ({"gradient_accumulation_steps": 1.5}, ["gradient_accumulation_steps: input should be a valid integer, got 1.5"]),
+    ({"gradient_clipping": None}, ["gradient_clipping: input should be a valid number, got None"]),
+    ({"gradient_clipping": True}, ["gradient_clipping: input should be a valid number, got True"]),
+    ({"steps_per_print": True}, ["steps_per_print: input should be a valid integer, got True"]),
     ({"tensorboard": {"enabledd": 1}}, ["tensorboard: {'enabledd': 1}", "tensorboard.enabledd: Extra inputs"]),
     ({"checkpoint": {"tag_validation": 5}}, ["checkpoint: {'tag_validation': 5}", "AttributeError"]),
     ({"nebula": {}, "compile": {}}, ["nebula: {}", "has been removed"]),
@@ -134,13 +135,11 @@ def test_what_deepspeed_takes_is_taken():
     ],
 )
 def test_an_unknown_key_is_said_once_on_rank_0(caplog, monkeypatch, key, meant):
-    host_config._warn.cache_clear()
     host_config.check({**BASE, key: {}})
     host_config.check({**BASE, key: {}})
     [said] = [record.getMessage() for record in caplog.records]
     assert re.match(rf"{key}: DeepSpeed [\d.]+ does not know this key and ignores it; ", said)
     assert f'did you mean "{meant}"?' in said if meant else "remove it" in said
-    host_config._warn.cache_clear()
     monkeypatch.setenv("RANK", "1")
-    host_config.check({**BASE, key: {}})
+    host_config.check({**BASE, f"{key}_too": {}})
     assert len(caplog.records) == 1

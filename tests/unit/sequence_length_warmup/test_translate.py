@@ -94,8 +94,8 @@ TRANSLATED = [
     (legacy(linear()), LINEAR, ["curriculum_learning is read", "no argument curriculum_seqlen"]),
     (metrics("seqlen"), LINEAR, [SEQLEN, "sampler is off"]),
     (metrics("seqlen_truncate"), LINEAR, [f"{PATH}.curriculum_metrics.seqlen_truncate"]),
-    (metrics("seqlen_reshape"), {**LINEAR, "mode": "carry"}, ["reshape", "carry trains every token once"]),
-    (metrics(clustering_type="schedule_based"), LINEAR, ["'schedule_based' chose short ones"]),
+    (metrics("seqlen_reshape"), {**LINEAR, "mode": "carry"}, ["reshape", "carry trains them in later steps"]),
+    (metrics(clustering_type="schedule_based"), LINEAR, ["sampler is off"]),
     (legacy(root(64, 2048, 1000, 16, 2)), {
         "enabled": True, "start_length": 64, "end_length": 2048, "schedule": "root", "root_degree": 2,
         "duration": {"steps": 1000}, "multiple_of": 16,
@@ -111,9 +111,9 @@ TRANSLATED = [
     }, []),
     # 250 = 31 * 8 + 2: the largest multiple that still divides it
     (legacy(linear(8, 250, 150, 8)), {**LINEAR, "end_length": 250, "duration": {"steps": 150}, "multiple_of": 2},
-     ["difficulty_step 8", "max_difficulty 250", "multiples of 2"]),
+     ['"multiple_of": 2']),
     (legacy(linear(total=4e4)), LINEAR, []),
-    (legacy(linear(schedule_config=root(8, 1024, 40000, 8, 2)["schedule_config"])), LINEAR, ["root_degree 2 has no"]),
+    (legacy(linear(schedule_config=root(8, 1024, 40000, 8, 2)["schedule_config"])), LINEAR, []),
 ]  # fmt: skip
 
 
@@ -245,20 +245,20 @@ def test_a_full_length_that_the_step_does_not_divide(old):
 
 REFUSED = [
     # config, what the one message must hold: the key, the value, the remedy
-    ({"curriculum_learning": True}, ["curriculum_learning: True", '{"enabled": false}']),
-    (legacy(linear(), enabled="true"), ["curriculum_learning.enabled: 'true'", '{"enabled": false}']),
+    ({"curriculum_learning": True}, ['"curriculum_learning" must be a JSON object', "got True"]),
+    (legacy(linear(), enabled="true"), ["curriculum_learning.enabled", "boolean, got 'true'"]),
     (legacy({}), ["curriculum_learning.min_difficulty: missing", "e.g. 8", "sequence_length_warmup"]),
     ({"curriculum_learning": {"enabled": True, **linear()}}, ["curriculum_type: missing", '"seqlen"']),
     (legacy(linear(), curriculum_type="rarity"), ["curriculum_learning.curriculum_type", "'seqlen', got 'rarity'"]),
     (legacy(linear(), min_dificulty=8), ["curriculum_learning.min_dificulty", "8", '"min_difficulty"']),
     (legacy(linear(low=0)), ["curriculum_learning.min_difficulty", "greater than or equal to 1, got 0"]),
     (legacy(linear(low="8")), ["curriculum_learning.min_difficulty", "integer", "'8'"]),
-    (legacy(linear(low=2048)), ["curriculum_learning.min_difficulty: 2048", "write at most 1024"]),
+    (legacy(linear(low=2048)), ["curriculum_learning is read", "start_length: 2048", "at most 1024"]),
     (legacy(linear(high=1e3 + 0.5)), ["curriculum_learning.max_difficulty", "1000.5"]),
     (legacy(without(linear(), "max_difficulty")), ["curriculum_learning.max_difficulty: missing", "e.g. 1024"]),
     (legacy(without(linear(), "schedule_type")), ["curriculum_learning.schedule_type: missing", '"fixed_linear"']),
     (legacy(linear(schedule_type="linear")), ["curriculum_learning.schedule_type", "'fixed_linear'", "got 'linear'"]),
-    (legacy(linear(schedule_type="custom")), ["schedule_type: 'custom'", "package.module:function"]),
+    (legacy(linear(schedule_type="custom")), ["schedule_type", "got 'custom'", "package.module:function"]),
     (legacy(without(linear(), "schedule_config")), ["schedule_config.total_curriculum_step: missing", "e.g. 1000"]),
     (legacy(linear(schedule_config=[])), ["curriculum_learning.schedule_config", "[]"]),
     (legacy(linear(total=0)), ["schedule_config.total_curriculum_step", "got 0"]),
@@ -266,17 +266,16 @@ REFUSED = [
     (legacy(root(8, 64, 9, 8, 1.5)), ["schedule_config.root_degree", "1.5"]),
     (legacy(linear(schedule_type="fixed_root")), ["schedule_config.root_degree: missing", "e.g. 2"]),
     (legacy(linear(schedule_config={"max_step": [5]})), ["schedule_config.max_step: unknown key", "[5]"]),
-    (legacy(discrete(8, 64, [8, 64], [5, 9])), ["schedule_config.max_step: [5, 9]", "one less"]),
+    (legacy(discrete(8, 64, [8, 64], [5, 9])), ["boundaries: [5, 9]", "one less"]),
     (legacy(discrete(8, 64, [64], [])), ["schedule_config.difficulty", "at least 2", "[64]"]),
-    (legacy(discrete(8, 64, [8, 64, 32], [5, 9])), ["schedule_config.difficulty: [8, 64, 32]", "in order"]),
-    (legacy(discrete(8, 64, [8, 16, 64], [9, 9])), ["schedule_config.max_step: [9, 9]", "in order"]),
-    (legacy(discrete(8, 128, [8, 64], [5])), ["curriculum_learning.max_difficulty: 128", "64; write that"]),
-    (legacy(discrete(16, 64, [8, 64], [5])), ["curriculum_learning.min_difficulty: 16", "8; write that"]),
+    (legacy(discrete(8, 64, [8, 64, 32], [5, 9])), ["lengths: [8, 64, 32]", "in order"]),
+    (legacy(discrete(8, 64, [8, 16, 64], [9, 9])), ["boundaries: [9, 9]", "in order"]),
+    (legacy(discrete(8, 128, [8, 64], [5])), ["curriculum_learning is read", "end_length: 128", "write 64"]),
+    (legacy(discrete(16, 64, [8, 64], [5])), ["curriculum_learning is read", "start_length: 16", "write 8"]),
     (metrics(difficulty_type="percentile"), [f"{SEQLEN}.difficulty_type", "'value', got 'percentile'"]),
     (metrics(clustering=1), [f"{SEQLEN}.clustering: unknown key", '"clustering_type"']),
-    (metrics(schedule=linear(schedule_type="custom")), [f"{SEQLEN}.schedule_type: 'custom'", "module:function"]),
+    (metrics(schedule=linear(schedule_type="custom")), [f"{SEQLEN}.schedule_type", "got 'custom'", "module:function"]),
     (metrics(block={"curriculum_metrics": {"seqlen": 8}}), [SEQLEN, "JSON object", "8"]),
-    (metrics(block={"data_cluster": "x"}), [f"{PATH}.data_cluster", "'x'", '"data_cluster_path"']),
     (metrics(others={"vocabularyrarity": RARITY}), ["curriculum_metrics: 'vocabularyrarity' beside", "remove"]),
     (metrics(others={"seqlen_reshape": linear()}), ["curriculum_metrics: 'seqlen_reshape' beside 'seqlen'", "remove"]),
     # both set the length
@@ -358,7 +357,7 @@ def test_command_writes_the_new_file(old_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (json.dumps(legacy(linear(schedule_type="custom"))), ["schedule_type: 'custom'", "package.module:function"]),
+        (json.dumps(legacy(linear(schedule_type="custom"))), ["schedule_type", "got 'custom'", "module:function"]),
         (json.dumps({"sequence_length_warmup": {**OURS, "strt_length": 8}}), ["strt_length", '"start_length"']),
         ("{", ["old.json", "not JSON"]),
         (b"\xff\xfe", ["old.json", "not UTF-8"]),
