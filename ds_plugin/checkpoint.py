@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ds_plugin.engine import Plugin
 
 MANIFEST = "ds_plugin.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def write_text(path: Path, text: str) -> None:
@@ -288,7 +288,7 @@ def _state(plugin: "Plugin") -> dict[str, Any]:
     if plugin.warmup is not None:
         state["sequence_length_warmup"] = plugin.warmup.state()
     if plugin.averager is not None:
-        state["weight_averaging"] = {"steps": plugin.averager.steps, "format": window_files.FORMAT}
+        state["weight_averaging"] = {"steps": plugin.averager.steps}
     if plugin.spikes is not None:
         state["weight_averaging"]["spikes"] = plugin.spikes.state()
     if plugin.completep is not None:
@@ -304,7 +304,6 @@ def _manifest(plugin: "Plugin", save_id: str, model: dict[str, list[int]], state
         "world_size": dist.get_world_size(),
         "zero_stage": int(plugin.engine.zero_optimization_stage()),
         "sections": plugin.config.to_dict(),
-        "all_stages": True,
         "model": model,
         "state": state,
     }
@@ -335,8 +334,6 @@ def _compare(
             f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; use the version it is from"
         )
     saved = manifest["model"]
-    if compat.is_pipeline(plugin.engine) and not manifest.get("all_stages"):  # an older one knows the first stage's
-        here = None
     here = saved if here is None else here
     for name in [*saved, *here]:
         if saved.get(name) != here.get(name):
@@ -367,15 +364,6 @@ def _compare(
         )
     if same_run and plugin.warmup is not None and "sequence_length_warmup" in manifest["state"]:
         plugin.warmup.check_state(manifest["state"]["sequence_length_warmup"])
-    window = manifest["state"].get("weight_averaging", {"format": window_files.FORMAT})
-    if same_run and plugin.averager is not None and "format" not in window:
-        for key, value in _layout(plugin).items():
-            if manifest[key] != value:
-                raise CheckpointError(
-                    f"{path}: the averaging window was saved with {key} {manifest[key]} by a version that could not "
-                    f"divide it otherwise, this run has {value}; resume with {key} {manifest[key]} and save again, or "
-                    "resume the weights alone (load_module_only)"
-                )
 
 
 def _plain(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -415,9 +403,4 @@ def _compare_universal(plugin: "Plugin", manifest: dict[str, Any], path: Path) -
         raise CheckpointError(
             f"{path}: a universal checkpoint of zero_optimization.stage {saved} cannot be resumed with stage {here}; "
             f"write stage {saved}"
-        )
-    if plugin.completep is not None and "completep" not in manifest["state"]:
-        raise CheckpointError(
-            f"{path} was saved by a version that did not keep the param groups' settings; resume from an ordinary "
-            "checkpoint on the same number of ranks, and save and convert again"
         )

@@ -23,7 +23,6 @@ from ds_plugin.run.folder import RunFolder, read_metrics
 from ds_plugin.run.progress import Progress
 from ds_plugin.run.settings import Settings
 from ds_plugin.sequence_length_warmup.plan import plan
-from megatron_patches.gpt import GPTConfig
 
 _MONITORED = (
     "length",
@@ -42,8 +41,7 @@ _MONITORED = (
     "adam_variance_max",
 )
 
-#: settings of the model that a run of an earlier version may not have saved
-_DEFAULTS = {f"model.{name}": field.default for name, field in GPTConfig.model_fields.items()}
+FORMAT = 1  # of run.json
 
 
 class Recorder:
@@ -189,7 +187,7 @@ class Recorder:
             path.mkdir(parents=True, exist_ok=True)
             rng.save(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
             if self.first:
-                state = {**self._identity(), "steps": self.run.training.steps}
+                state = {"format": FORMAT, **self._identity(), "steps": self.run.training.steps}
                 state |= {"seconds": self._seconds(), "flops": self._flops}
                 atomic_write(path / "run.json", lambda p: p.write_text(json.dumps(state, indent=1)))
         self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
@@ -221,8 +219,13 @@ class Recorder:
             raise CheckpointError(
                 f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
             ) from None
+        if saved.get("format") != FORMAT:
+            raise CheckpointError(
+                f"resume: '{path / 'run.json'}' has format {saved.get('format')!r}, this version reads {FORMAT}; "
+                "resume with the version it is from, or start a new run with another --name"
+            )
         for key, value in self._identity().items():
-            there = saved.get(key, _DEFAULTS.get(key))
+            there = saved.get(key)
             if there != value:
                 raise CheckpointError(
                     f"resume: '{path}' was trained with {key} {there!r}, this run has {value!r}; give the "
@@ -235,7 +238,7 @@ class Recorder:
                 "passed a different number of times)"
             )
         self._earlier_seconds = saved["seconds"]
-        self._flops = saved.get("flops", 0.0)
+        self._flops = saved["flops"]
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run: its model and its samples."""

@@ -31,12 +31,10 @@ from ds_plugin.weight_averaging.fragments import Fragment
 from ds_plugin.weight_averaging.modes import Saved, Whole
 from ds_plugin.weight_averaging.reshard import READ_ELEMENTS, REMEDY, Resharded, Source, damage, plan
 
-#: "1" had sliding windows only, and neither mode, state nor hash; "2" no fragments, so that it fits one layout only
 FORMAT = "3"
 
-#: what of the configuration cannot change in a mode, and what it was before it could be chosen
+#: what of the configuration cannot change in a mode
 _FIXED = {"sliding": ("deltas",), "block": ("window",), "ema": ("horizons",)}
-_BEFORE = {"mode": "sliding", "deltas": "fp32"}
 
 
 def shard_name(rank: int) -> str:
@@ -125,7 +123,7 @@ def load(
         shapes = [shard.shape for shard in averager.masters()]
         own = share(rank) if world_size == saved_ranks else None
         held: Saved
-        if own is not None and (own.old or own.fits(coordinate, shapes, averager.shards.fragments())):
+        if own is not None and own.fits(coordinate, shapes, averager.shards.fragments()):
             compare(own.saved, averager.config, own.path)
             held = Whole(own.whole(shapes))
         else:
@@ -147,8 +145,7 @@ def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path)
         CheckpointError: the mode differs, or what cannot change within it.
     """
     for key in ("mode", *_FIXED[config.mode]) if saved else ():
-        was = saved.get(key, _BEFORE.get(key))
-        if was is not None and was != getattr(config, key):
+        if (was := saved[key]) != getattr(config, key):
             raise CheckpointError(
                 f"{path}: saved with weight_averaging.{key} {was!r}, this run has {getattr(config, key)!r}; "
                 f"write {json.dumps(was)}, or resume the weights alone (load_module_only)"
@@ -160,25 +157,23 @@ class _Share:
 
     def __init__(self, path: Path, file: Any, **expected: Any):
         found = file.metadata() or {}
+        if found.get("format") != FORMAT:
+            raise CheckpointError(
+                f"weight_averaging: {path} has format {found.get('format')!r}, this version reads {FORMAT!r}; use the "
+                "version it is from"
+            )
         for key, value in expected.items():
             if found.get(key) != str(value):
                 raise CheckpointError(
                     f"weight_averaging: {path} has {key} {found.get(key)!r} where this run expects {str(value)!r}: it "
                     f"belongs to another rank, layout or save; {REMEDY}"
                 )
-        if found.get("format") not in ("1", "2", FORMAT):
-            raise CheckpointError(
-                f"weight_averaging: {path} has format {found.get('format')!r}, this version reads 1 to {FORMAT}; use "
-                "the version it is from"
-            )
-        self.path, self.file, self.found = path, file, found
-        self.old = found["format"] != FORMAT
-        if not self.old and found["metadata_sha256"] != _seal(found):
+        if found["metadata_sha256"] != _seal(found):
             raise ValueError("its metadata is not what was saved")
-        self.state = json.loads(found["state"]) if "state" in found else {"steps": json.loads(found["steps"])}
-        fixed = {k: self.state[k] for k in ("window", "horizons") if k in self.state}
-        self.saved = {"mode": found.get("mode", "sliding"), **(fixed if self.old else json.loads(found["fixed"]))}
-        self.coordinate = None if self.old else json.loads(found["coordinate"])
+        self.path, self.file, self.found = path, file, found
+        self.state = json.loads(found["state"])
+        self.saved = {"mode": found["mode"], **json.loads(found["fixed"])}
+        self.coordinate = json.loads(found["coordinate"])
 
     @functools.cached_property
     def shapes(self) -> list[torch.Size]:
@@ -194,8 +189,6 @@ class _Share:
 
     def whole(self, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:
         """All of the file, in the shards' shapes, tested."""
-        if self.old:
-            return self._old(len(shapes))
         self.verify()
         return {name: self.file.get_tensor(name).view(shapes[_shard(name)]) for name in self.file.keys()}
 
@@ -216,32 +209,14 @@ class _Share:
         with damage(self.path):
             return {name.rpartition(".")[0]: self.file.get_slice(name)[0:0].dtype for name in self.file.keys()}
 
-    def _old(self, shards: int) -> dict[str, torch.Tensor]:
-        with damage(self.path):
-            count, tensors = int(self.found["tensors"]), {name: self.file.get_tensor(name) for name in self.file.keys()}
-            if "sha256" in self.found and self.found["sha256"] != _hash(tensors):
-                raise ValueError("its contents are not those that were saved")
-        if count != shards:
-            raise CheckpointError(
-                f"weight_averaging: {self.path} holds {count} shards per snapshot, this optimizer has {shards}; resume "
-                "with the settings it was saved with"
-            )
-        return tensors
-
 
 def _reshard(
     files: Sequence[_Share], averager: WeightAverager, *, rank: int, world_size: int, coordinate: Sequence[int]
 ) -> tuple[_Share, Resharded]:
     """The window of ``files`` as this rank's shards, and one of the files it is read from."""
-    for file in files:
-        if file.old:
-            raise CheckpointError(
-                f"weight_averaging: {file.path} has format {file.found['format']}, which does not say which parameters "
-                f"it holds; resume on {len(files)} ranks with the ZeRO stage it was saved with, and save again"
-            )
     mine = [file for file in files if file.coordinate == list(coordinate)]
     if not mine:
-        known = sorted({tuple(file.coordinate) for file in files if file.coordinate is not None})
+        known = sorted({tuple(file.coordinate) for file in files})
         raise CheckpointError(
             f"weight_averaging: {files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage "
             f"{list(coordinate)}, only {', '.join(map(str, map(list, known)))}; resume with the tensor and pipeline "
@@ -283,13 +258,4 @@ def _digest(flat: Any, count: int) -> str:
         values = flat[start : min(start + READ_ELEMENTS, count)]
         digest.update(str(values.dtype).encode())
         digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of formats before 3: SHA-256 over names and contents, in the names' order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -60,15 +60,8 @@ class CompletePConfig(SectionConfig):
         return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
 
     def differences(self, stored: object) -> list[tuple[str, object, object]]:
-        """(setting, value there, value here) wherever the section of a checkpoint is another one.
-
-        A setting that the checkpoint's version did not have counts as its default.
-        """
-        here = self.model_dump()
-        try:
-            there = CompletePConfig.model_validate(stored).model_dump()
-        except ValueError:  # of another version, or no section at all
-            there = dict(stored) if isinstance(stored, Mapping) else {}
+        """(setting, value there, value here) wherever the section of a checkpoint is another one."""
+        here, there = self.model_dump(), dict(stored) if isinstance(stored, Mapping) else {}
         names = sorted({*there, *here})
         return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
 

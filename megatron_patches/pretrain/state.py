@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_patches.pretrain.loop import Loop
 
 MANIFEST = "ds_plugin.json"
-FORMAT = 1
+FORMAT = 2
 AVERAGED = "averaged"
 TRACKER = "latest_checkpointed_iteration.txt"  # the host's
 
@@ -203,8 +203,6 @@ def _read(path: Path, text: str) -> dict[str, Any]:
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
                 "wrote it"
             )
-        if "average_of" in manifest:  # the first of them said no more
-            manifest.setdefault("sections", {})
         if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
             raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
     except (ValueError, KeyError, TypeError) as error:

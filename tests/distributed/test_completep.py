@@ -311,11 +311,11 @@ def test_a_checkpoint_without_the_plugin_is_refused(workers, tmp_path):
     assert error.type == "CheckpointError" and "another parametrization" in error.message
 
 
-def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
-    stored = {k: v for k, v in section().model_dump().items() if k != "residual"}
+def test_every_setting_of_a_checkpoint_is_compared():
+    stored = section().model_dump()
     assert section().differences(stored) == []
     assert section(residual="folded").differences(stored) == [("residual", "forward", "folded")]
-    assert section(alpha=0.5).differences(stored) == [("alpha", 1.0, 0.5)]
+    assert section(alpha=0.5).differences({**stored, "another": 1}) == [("alpha", 1.0, 0.5), ("another", 1, None)]
     assert ("base_width", None, 16) in section().differences(None)
 
 

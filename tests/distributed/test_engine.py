@@ -170,7 +170,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
     elif change == "absent":
         tag.rename(tmp_path / "elsewhere")
     else:
-        (tag / "ds_plugin.json").write_text('{"format": 1}')
+        (tag / "ds_plugin.json").write_text('{"format": 2}')
     for error in workers(ranks).run(_resume_other, str(tmp_path), config, width, expect="errors", timeout=60):
         assert error is not None and error.type.endswith("CheckpointError"), error
         assert all(part in error.message for part in parts), error.message

@@ -435,7 +435,10 @@ def test_completep_and_resume(workers, tmp_path):
     (tmp_path / "tracker").rename(tracker)
     (folder / "weight_averaging_rank_00001.safetensors").unlink()
     refused(workers(2).run(run, str(tmp_path), sections, load), "weight_averaging_rank_00001.safetensors is missing")
-    (folder / "ds_plugin.json").unlink()
+    manifest = folder / "ds_plugin.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    refused(workers(2).run(run, str(tmp_path), sections, load), "ds_plugin.json has format 1, this version reads 2")
+    manifest.unlink()
     refused(workers(2).run(run, str(tmp_path), sections, load), "a checkpoint of a run without this plugin")
     of_another = {**options, "load": str(tmp_path / "plain"), "save": None, "train_iters": 4}
     del sections["completep"]
