@@ -24,6 +24,7 @@ _RATES = {"link": "bytes/s to CPU memory", "flops": "operations/s, as achieved"}
 def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     """The plan in JSON types; bytes, seconds, tokens over all ranks. ``pinned``: the ranks train on GPUs."""
     from ds_plugin.plan import costs
+    from megatron_patches.completep.table import applied, rules_table
 
     model, layout = job.model, job.layout
     zero = job.deepspeed.get("zero_optimization") or {}
@@ -39,15 +40,22 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
         "batch": {"samples": job.batch, "tokens": tokens, "micro-batch": job.micro_batch},
         **_lengths(job),
         "lr": job.deepspeed["optimizer"].get("params", {}).get("lr"),
-        "completep": None if job.methods.completep is None else _completep(job),
+        "completep": None,
         "averaging": None,
         "seconds": {"full-length step": costs.step_seconds(rates, model, job.padded_vocab, tokens, layout.ranks)},
     }
-    averaging = job.methods.weight_averaging
-    if averaging is not None:  # nothing of a snapshot is counted as hidden behind the computation
-        found["averaging"] = _averaging(job, masters, pinned and not offloaded, found["lr_peak_from_step"])
-        found["seconds"] |= {"snapshot": 4 * masters / rates.link, "swap": 8 * masters / rates.link}
-        found["seconds"]["averaging adds"] = 4 * masters / rates.link / averaging.interval
+    if (completep := job.methods.completep) is not None:
+        config = {**job.deepspeed, "model": model.model_dump(), "completep": completep.model_dump()}
+        lines = rules_table(config).splitlines()  # which also says what is missing
+        found["completep"] = {"table": lines, "roles": applied(model, completep, config["optimizer"]["params"])}
+    if (averaging := job.methods.weight_averaging) is not None:
+        found["averaging"] = _averaging(job, averaging, masters, pinned and not offloaded, found["lr_peak_from_step"])
+        snapshot = 4 * masters / rates.link  # nothing of it is counted as hidden behind the computation
+        found["seconds"] |= {
+            "snapshot": snapshot,
+            "swap": 2 * snapshot,
+            "averaging adds": snapshot / averaging.interval,
+        }
     found["assumed per second"] = asdict(rates)
     return found
 
@@ -75,22 +83,9 @@ def _lengths(job: "Job") -> dict[str, Any]:
     return {"tokens": {**run, left: now.read - now.trained}, "lengths": lengths, "lr_peak_from_step": peak}
 
 
-def _completep(job: "Job") -> dict[str, Any]:
-    from megatron_patches.completep.table import applied, rules_table
-
-    section, model = job.methods.completep, job.model
-    assert section is not None
-    config = {"model": model.model_dump(), "completep": section.model_dump()}
-    config |= {key: job.deepspeed[key] for key in ("optimizer", "scheduler") if key in job.deepspeed}
-    text = rules_table(config)  # which also says what is missing
-    return {"roles": applied(model, section, job.deepspeed["optimizer"]["params"]), "table": text.splitlines()}
-
-
-def _averaging(job: "Job", masters: int, pinned: bool, peak: int | None) -> dict[str, Any]:
+def _averaging(job: "Job", config: Any, masters: int, pinned: bool, peak: int | None) -> dict[str, Any]:
     from ds_plugin.plan import costs
 
-    config = job.methods.weight_averaging
-    assert config is not None
     in_memory, in_files = costs.averaging(config, masters, pinned=pinned)
     exact, _ = costs.averaging(config, masters, pinned=False)
     first = -(-max(1, config.start_step) // config.interval) * config.interval

@@ -92,26 +92,23 @@ def _check_named(config: Mapping[str, Any]) -> None:
         bases = (optim.Optimizer, optim.lr_scheduler.LRScheduler)
         return {n: k for n, k in names.items() if inspect.isclass(k) and hasattr(k, method) and k not in bases}
 
-    torchs = classes(vars(optim), "zero_grad")
-    name = (config.get("optimizer") or {}).get("type")
-    if name is not None and name not in torchs and name.lower() not in DEEPSPEED_OPTIMIZERS:
-        raise ConfigError(f"optimizer.type: {name!r} is not known; {_write_one_of(name, 'AdamW', torchs)}")
-    schedulers = classes({**vars(optim.lr_scheduler), **vars(lr_schedules)}, "get_last_lr")  # DeepSpeed's come first
+    if (name := (config.get("optimizer") or {}).get("type")) is not None and name.lower() not in DEEPSPEED_OPTIMIZERS:
+        _check_known("optimizer.type", name, "AdamW", classes(vars(optim), "zero_grad"))
     section = config.get("scheduler") or {}
-    name = section.get("type")
-    if name is None:
-        return
-    if name not in schedulers:
-        raise ConfigError(f"scheduler.type: {name!r} is not known; {_write_one_of(name, 'WarmupCosineLR', schedulers)}")
-    known = list(inspect.signature(schedulers[name]).parameters)[1:]  # the first is the optimizer
-    for key in section.get("params") or {}:
-        if key not in known:
-            raise ConfigError(f"scheduler.params.{key} is not known to {name}; {_write_one_of(key, known[0], known)}")
+    if (name := section.get("type")) is not None:
+        # DeepSpeed's come first
+        schedulers = classes({**vars(optim.lr_scheduler), **vars(lr_schedules)}, "get_last_lr")
+        _check_known("scheduler.type", name, "WarmupCosineLR", schedulers)
+        known = list(inspect.signature(schedulers[name]).parameters)[1:]  # the first is the optimizer
+        for key in section.get("params") or {}:
+            _check_known(f"scheduler.params of {name}", key, known[0], known)
 
 
-def _write_one_of(name: str, usual: str, known: Iterable[str]) -> str:
-    guess = nearest(name, known)
-    return f'did you mean "{guess}"?' if guess else f'write "{usual}", or another of {", ".join(sorted(known))}'
+def _check_known(field: str, name: str, usual: str, known: Iterable[str]) -> None:
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f'did you mean "{guess}"?' if guess else f'write "{usual}", or another of {", ".join(sorted(known))}'
+        raise ConfigError(f"{field}: {name!r} is not known; {hint}")
 
 
 def _refusal(sections: Mapping[str, Any]) -> str | None:

@@ -82,7 +82,7 @@ WRONG = [
     ({"scheduler": {"type": "WarmupCosinLR"}}, ["scheduler.type: 'WarmupCosinLR'", 'mean "WarmupCosineLR"?']),
     (
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_step": 1}}},
-        ["scheduler.params.warmup_num_step is not known to WarmupLR", 'mean "warmup_num_steps"?'],
+        ["scheduler.params of WarmupLR: 'warmup_num_step' is not known", 'mean "warmup_num_steps"?'],
     ),
     ({"bf16": 1}, ["bf16: 1; write a JSON object"]),
     ({"fp16": {"enabled": "no"}}, ["fp16.enabled: input should be a valid boolean, got 'no'"]),
