@@ -228,7 +228,7 @@ def methods(shape: Shape, *names: str, **averaging: Any) -> dict[str, Any]:
             "enabled": True, "start_length": 8, "end_length": shape.length, "duration": {"steps": 4},
         },
         "completep": {"enabled": True, "base_width": shape.width // 2, "base_depth": 1, "base_head_dim": shape.head},
-        "weight_averaging": {"enabled": True, "window": 2, "interval": 1, **averaging},
+        "weight_averaging": {"enabled": True, "window": 4, "interval": 1, **averaging},
     }  # fmt: skip
     return {name: every[name] for name in names or every}
 
@@ -350,7 +350,7 @@ def zero(rig: Rig) -> Figures:
 
 
 def _ending(engine: Any, shape: Shape) -> list[float]:
-    """The losses of three further steps, and the sums of the average."""
+    """The losses of three further steps, and the sums of the average, in which a snapshot from before them is left."""
     losses = train(engine, shape, 3)
     return losses + [tensor.double().sum().item() for tensor in plugin_of(engine).averager.read()]
 
@@ -392,7 +392,7 @@ def snapshot(rig: Rig) -> Figures:
     its steps.
     """
     shape = rig.fast
-    sections = methods(shape, "weight_averaging", interval=2)
+    sections = methods(shape, "weight_averaging", window=2, interval=2)
     with engine_of(shape, {}, 1) as plain, engine_of(shape, sections, 1) as engine:
         averager = plugin_of(engine).averager
         train(engine, shape, 5)  # the next step is due
