@@ -38,6 +38,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file."""
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def replace_folder(staging: Path, final: Path) -> None:
     """Rename the folder `staging` to `final`. Whenever this is killed, a whole folder is there, old or new.
 

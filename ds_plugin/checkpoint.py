@@ -21,21 +21,16 @@ from deepspeed.utils import logger
 from safetensors import SafetensorError
 
 from ds_plugin import compat
-from ds_plugin.atomic import atomic_write
+from ds_plugin.atomic import atomic_write, write_text
 from ds_plugin.errors import CheckpointError, together
+from ds_plugin.manifest import MANIFEST
 from ds_plugin.weight_averaging import checkpoint as window_files
 from ds_plugin.weight_averaging.fragments import plain_name
 
 if TYPE_CHECKING:
     from ds_plugin.engine import Plugin
 
-MANIFEST = "ds_plugin.json"
 FORMAT = 2
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small text file atomically."""
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
 
 
 def save(plugin: "Plugin", folder: Path) -> None:

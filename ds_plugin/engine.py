@@ -25,11 +25,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from ds_plugin import checkpoint, compat
+from ds_plugin import checkpoint, compat, readings
+from ds_plugin.atomic import write_text
 from ds_plugin.backward import BackwardPasses
 from ds_plugin.completep import CompleteP
 from ds_plugin.config import PluginConfig
 from ds_plugin.errors import ConfigError, StateError, together
+from ds_plugin.readings import EngineReadings
 from ds_plugin.replaced import replaced
 from ds_plugin.sequence_length_warmup.batch import Shorten
 from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
@@ -37,7 +39,7 @@ from ds_plugin.sequence_length_warmup.ledger import Ledger
 from ds_plugin.sequence_length_warmup.pipeline import PipelineLengths
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
-from ds_plugin.weight_averaging import finite, publish, restart
+from ds_plugin.weight_averaging import publish, restart
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
 from ds_plugin.weight_averaging.zero_shards import find_shards
@@ -70,13 +72,15 @@ class Plugin:
         if config.weight_averaging is not None:
             compat.need(engine, compat.TAKE_STEP)
             shards = find_shards(engine)
-            finite.refuse_unknown(engine)
+            readings.refuse_unknown_norm(engine)
             if config.weight_averaging.save_average:
                 publish.refuse(engine)
             self.averager = WeightAverager(config.weight_averaging, shards)
             self._undo.callback(self.averager.close)
             if config.weight_averaging.restart is not None:
-                self.spikes = SpikeWatch(engine, config.weight_averaging.restart)
+                self.spikes = SpikeWatch(
+                    EngineReadings(engine), config.weight_averaging.restart, every_rank=not compat.is_pipeline(engine)
+                )
         if config.completep is not None:
             self.completep = CompleteP(engine, config.completep)
         if self.warmup is not None and self.warmup.config.learning_rate.by == "tokens":
@@ -215,7 +219,7 @@ class Plugin:
         averager = self._between_steps()
         if moments not in ("keep", "reset"):
             raise ConfigError(f"restart_from_average: moments={moments!r}; give 'keep' or 'reset'")
-        states = restart.to_reset(self.engine, keep=moments == "keep")
+        states = restart.to_reset(readings.optimizers(self.engine), self.engine.device, keep=moments == "keep")
         averager.restart(horizon)
         restart.zero_(states)
         if states and moments == "keep" and dist.get_rank() == 0:
@@ -365,7 +369,7 @@ class Plugin:
             if self.spikes.since is not None:
                 return  # the loss is too high at present: no snapshot
         if applied and self.averager.due(step):
-            known = finite.step_was_finite(self.engine, self.averager.masters())
+            known = readings.step_was_finite(self.engine, self.averager.masters())
             self.averager.snapshot(step, finite=known)
 
     def _restart_after_spike(self, spikes: SpikeWatch, averager: WeightAverager, step: int) -> None:
@@ -405,7 +409,7 @@ class Plugin:
         if latest:
             with together():
                 if dist.get_rank() == 0:
-                    checkpoint.write_text(root / "latest", tag)
+                    write_text(root / "latest", tag)
         if averager is not None:
             publish.publish_with_checkpoint(self.engine, averager, root / tag)
         return result

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ds_plugin import compat
 from ds_plugin.errors import StateError
 
 THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
@@ -120,25 +119,46 @@ class Correlation:
         self._mean_x, self._mean_y, self._xx, self._yy, self._xy = state[1:]
 
 
-def adam_variance(engine: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on the engine's device.
+class Readings(Protocol):
+    """What the instruments read of a framework's training, on this rank."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where losses and gradient norms are."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, equal on all ranks."""
+
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """The last step's, of the whole model, below 0 or not finite if it was not finite. None: not known."""
+
+    def adam_variances(self) -> list[torch.Tensor]:
+        """Adam's second moments, the live tensors; none where there are none or they are not in this process."""
+
+    def state_copies(self) -> int:
+        """On how many ranks each of their elements lies."""
+
+
+def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on its device.
 
     The l1 norms of all ranks add up to the model's, the largest of the maxima is the model's. No gather, no host sync,
-    no temporary of the state's size. None: this rank holds no such state (see `compat.adam_variances`). Ranks of one
+    no temporary of the state's size. None: this rank holds no such state. Ranks of one
     tensor-parallel group each count what they replicate (the norms' weights), pipeline stages a tied weight.
     """
     norms, maxima = [], []
-    for variance in compat.adam_variances(engine):
+    for variance in readings.adam_variances():
         for chunk in variance.reshape(-1).split(_CHUNK_HOST if variance.is_cpu else _CHUNK_DEVICE):
             if chunk.numel() == 0:
                 continue
             # torch.sum adds up pairwise: 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
             # ord=0.5) needs no temporary at all, but adds up in sequence and is 8 % off for 30 million on a CPU.
-            norms.append(chunk.float().sqrt().sum().double().to(engine.device))
-            maxima.append(chunk.max().double().sqrt().to(engine.device))
+            norms.append(chunk.float().sqrt().sum().double().to(readings.device))
+            maxima.append(chunk.max().double().sqrt().to(readings.device))
     if not norms:
         return None
-    return torch.stack(norms).sum() / compat.optimizer_state_copies(engine), torch.stack(maxima).max()
+    return torch.stack(norms).sum() / readings.state_copies(), torch.stack(maxima).max()
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,7 @@ class Summed(Protocol):
 
 
 class StabilityMonitor:
-    """The instruments on one engine, read every ``interval`` optimizer steps by one collective over all ranks.
+    """The instruments on one training, read every ``interval`` optimizer steps by one collective over all ranks.
 
     A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
     its gradient 0, and nothing is unstable. So a step is infinite only if no micro-batch of any rank had a finite loss,
@@ -178,7 +198,7 @@ class StabilityMonitor:
 
     def __init__(
         self,
-        engine: Any,
+        readings: Readings,
         interval: int,
         extra: Callable[[], Mapping[str, float]] = dict,
         *,
@@ -190,13 +210,13 @@ class StabilityMonitor:
         ``variance``: reports hold Adam's, too, which costs a pass over its state each.
 
         Raises:
-            StateError: this DeepSpeed keeps the optimizer's state in a way not known.
+            StateError: the framework keeps the optimizer's state in a way not known.
         """
         assert interval >= 1
         if variance:
-            compat.adam_variances(engine)  # so that it raises now and not at the first report
+            readings.adam_variances()  # so that it raises now and not at the first report
         self.variance = variance
-        self.engine = engine
+        self.readings = readings
         self.interval = interval
         self.extra = extra
         self.summed = summed
@@ -206,7 +226,7 @@ class StabilityMonitor:
         self._ratios: list[tuple[float | None, float | None]] = []
         # Slots of the steps whose losses have not: the first `_closed` are complete, the one after them is open.
         # Of the finite means: their sum, the sum of their squares, how many they are.
-        self._booked = torch.zeros(3, interval, dtype=torch.float64, device=engine.device)
+        self._booked = torch.zeros(3, interval, dtype=torch.float64, device=readings.device)
         self._counts = [0] * interval  # of all means
         self._lengths = [0] * interval
         self._closed = 0
@@ -245,7 +265,7 @@ class StabilityMonitor:
         l1, maximum = self._exchange(variance=self.variance)
         ratios, beyond_noise = zip(*self._ratios, strict=True)
         largest = max((ratio for ratio in ratios if ratio is not None), default=None)
-        report = Report(self.engine.global_steps, ratios[-1], largest, l1, maximum, beyond_noise)
+        report = Report(self.readings.step, ratios[-1], largest, l1, maximum, beyond_noise)
         self._ratios = []
         self.with_l1.add(report.loss_ratio, l1)
         self.with_max.add(report.loss_ratio, maximum)
@@ -294,12 +314,9 @@ class StabilityMonitor:
     def _book_gradient_norm(self) -> None:
         """A norm that is not finite makes the step's sum infinite. No sync: a norm on the device stays there.
 
-        What fp16 skips says nothing: it is looking for its loss scale. A norm below 0 is DeepSpeed's mark of one that
-        is not finite; fp32 without ZeRO has none.
+        A norm below 0 is DeepSpeed's mark of one that is not finite.
         """
-        if self.engine.fp16_enabled() and not self.engine.was_step_applied():
-            return
-        norm = self.engine.get_global_grad_norm()
+        norm = self.readings.gradient_norm()
         if isinstance(norm, torch.Tensor):
             sound = (torch.isfinite(norm) & (norm >= 0)).reshape(())
             self._booked[0, self._closed].add_(torch.where(sound, 0.0, math.inf))
@@ -314,11 +331,11 @@ class StabilityMonitor:
         the numbers to compare; those to add up. Every rank works out the same from the same table: on the CPU, and
         rank after rank, since in which order a GPU adds up depends on its kind.
         """
-        n, device = self.interval, self.engine.device
-        equal = {"step": self.engine.global_steps, **self.extra()}
+        n, device = self.interval, self.readings.device
+        equal = {"step": self.readings.step, **self.extra()}
         parts = [self._booked.flatten()]
         if variance:
-            found = adam_variance(self.engine)
+            found = adam_variance(self.readings)
             absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
             parts.append(absent if found is None else torch.stack(found))
         counts_at = sum(map(len, parts))

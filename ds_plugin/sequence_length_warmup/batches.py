@@ -9,18 +9,49 @@ given a part of every sample (context parallelism, Ulysses).
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ds_plugin.errors import StateError
 from ds_plugin.sequence_length_warmup.batch import POSITION_NAMES, cut_batch
+from ds_plugin.sequence_length_warmup.carry import Stretch
 from ds_plugin.sequence_length_warmup.nested import leaves
 from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
 
-if TYPE_CHECKING:
-    from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
-
 #: n -> this rank's micro-batches from the n-th of the whole run on (counted from 0), each at full length
 Source = Callable[[int], Iterator[Any]]
+
+
+class Lengths(Protocol):
+    """What the reader of micro-batches needs of a warmup: where its training stands, and what comes next."""
+
+    full: int  # length of a sample
+
+    @property
+    def carries(self) -> bool:
+        """Whether what is cut off is trained later."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one step, on this rank."""
+
+    @property
+    def stretch(self) -> Stretch:
+        """What the running step trains."""
+
+    @property
+    def open_windows(self) -> list[int]:
+        """Batches of which a part is still to be trained, by number."""
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """Keyword arguments of `cut_batch` by which it knows the samples."""
+
+    def count(self, read: int, trained: int) -> None:
+        """Book a micro-batch's tokens."""
 
 
 class Batches(Iterator[Any]):
@@ -30,7 +61,7 @@ class Batches(Iterator[Any]):
     It reads on from the right place by itself after a checkpoint was loaded.
     """
 
-    def __init__(self, warmup: "SequenceLengthWarmup", source: Source):
+    def __init__(self, warmup: Lengths, source: Source):
         self._warmup, self._source = warmup, source
         self._iterator: Iterator[Any] | None = None
         self._next_window = 0  # what the iterator gives next
@@ -48,9 +79,8 @@ class Batches(Iterator[Any]):
         warmup, stretch = self._warmup, self._warmup.stretch
         whole = self._next_whole()
         # a stretch from within samples, and what is left of them, are counted from samples of one length
-        exact = warmup.config.mode == "carry"
         cut, read, trained = cut_batch(
-            whole, stretch.length, stretch.offset, full=warmup.full, exact=exact, **warmup.samples
+            whole, stretch.length, stretch.offset, full=warmup.full, exact=warmup.carries, **warmup.samples
         )
         refuse_restarts(leaves(whole), POSITION_NAMES, look=False)
         warmup.count(read if stretch.offset == 0 else 0, trained)
@@ -73,8 +103,8 @@ class Batches(Iterator[Any]):
         warmup = self._warmup
         if self._closed:
             raise StateError("sequence_length_warmup: the method was detached from the engine; read the batches anew")
-        if self._step != warmup.engine.global_steps:
-            self._step, self._pulled = warmup.engine.global_steps, 0
+        if self._step != warmup.step:
+            self._step, self._pulled = warmup.step, 0
         if self._pulled == warmup.micro_batches:
             raise StateError(
                 f"sequence_length_warmup: micro-batch {self._pulled + 1} asked for in a step of {self._pulled}; the "

@@ -14,6 +14,7 @@ from deepspeed.utils import logger
 
 from ds_plugin import compat
 from ds_plugin.errors import CheckpointError, ConfigError, StateError, together
+from ds_plugin.readings import EngineReadings
 from ds_plugin.sequence_length_warmup import preflight
 from ds_plugin.sequence_length_warmup.batch import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
@@ -49,7 +50,7 @@ class SequenceLengthWarmup:
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.tokens = TokenCounts(replicas=replicas, copies=world // replicas)
         self.monitor = StabilityMonitor(
-            engine,
+            EngineReadings(engine),
             config.report_interval,
             lambda: {"length": self.length},
             variance=config.reads_variance,
@@ -112,6 +113,16 @@ class SequenceLengthWarmup:
         """Where the schedule stands: the step or nominal token that comes next, less what adaptive pacing has held."""
         done = self.engine.global_steps if self.config.duration.unit == "steps" else self.tokens.nominal
         return done + 1 - self.held
+
+    @property
+    def carries(self) -> bool:
+        """Whether what is cut off is trained later."""
+        return self.order is not None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return int(self.engine.global_steps)
 
     @property
     def micro_batches(self) -> int:

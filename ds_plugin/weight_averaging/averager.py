@@ -8,6 +8,7 @@ average has the same bits under every sharding (`window`).
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -15,9 +16,28 @@ from ds_plugin.errors import ConfigError, StateError, together
 from ds_plugin.weight_averaging import copies, modes, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.finite import is_sound
+from ds_plugin.weight_averaging.fragments import Fragment
 from ds_plugin.weight_averaging.storage import Storage
 from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
-from ds_plugin.weight_averaging.zero_shards import MasterShards
+
+
+class MasterShards(Protocol):
+    """What the averager needs of a framework.
+
+    ``layout`` says how the weights are divided: ``"replicated"`` (every data-parallel rank holds all) or ``"sharded"``.
+    Where it has ``models``, this rank's parts of the model, a swap leaves their buffers as they were.
+    """
+
+    layout: str
+
+    def tensors(self) -> list[torch.Tensor]:
+        """This rank's fp32 masters, the live tensors (never copies), in a fixed order; some may be empty."""
+
+    def refresh(self) -> None:
+        """Make the model compute with the masters' present values. May hold collectives: every rank calls it."""
+
+    def fragments(self) -> list[Fragment]:
+        """Which parameters' elements lie where in `tensors`; the rest is padding."""
 
 
 class WeightAverager:

@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin import compat
-from ds_plugin.atomic import atomic_write, replace_folder, sync_folder
+from ds_plugin.atomic import atomic_write, replace_folder, sync_folder, write_text
 from ds_plugin.errors import ConfigError, PluginError, StateError, together
-from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.manifest import MANIFEST
+from ds_plugin.weight_averaging.averager import MasterShards, WeightAverager
 from ds_plugin.weight_averaging.fragments import check, plain_name, unwrapped
 from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
 from ds_plugin.weight_averaging.publish_config import write_config
@@ -40,7 +41,6 @@ from ds_plugin.weight_averaging.publish_plan import (
     index_of,
     plan_files,
 )
-from ds_plugin.weight_averaging.zero_shards import MasterShards
 
 #: elements converted and written at a time: 4 MiB of fp32
 PIECE = 1024 * 1024
@@ -183,7 +183,7 @@ def publish(
     averaged = tuple(sum(len(values) for _, values in h.average) for h in held)
     reports = _gathered(Report(place, tuple(h.row for h in held) if first else None, averaged))
     with together():
-        entries, mine = agree(reports, rank, averager.shards.layout)
+        entries, mine = agree(reports, rank, averager.shards.layout, compat.PIPELINE_TIED)
         files = plan_files(entries, max_shard_bytes)
         shares = [(held[i], held[i].average if of_average else held[i].own()) for i, of_average in mine]
     with _new_folder(Path(folder), replace) as (final, staging):
@@ -396,8 +396,6 @@ def mark_checkpoint(engine: Any, averager: WeightAverager, folder: Path, horizon
     Raises:
         ConfigError: the folder holds something already.
     """
-    from ds_plugin import checkpoint  # it imports this folder's modules
-
     said = {
         "format": "averaged",
         "averaged": True,
@@ -411,4 +409,4 @@ def mark_checkpoint(engine: Any, averager: WeightAverager, folder: Path, horizon
             if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
                 raise ConfigError(f"save_averaged_checkpoint: {folder} exists already; give another tag")
             folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_text(folder / checkpoint.MANIFEST, json.dumps(said, indent=1))
+            write_text(folder / MANIFEST, json.dumps(said, indent=1))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ds_plugin import compat
 from ds_plugin.errors import StateError
 from ds_plugin.weight_averaging.merge_inputs import DTYPE_NAMES
 
@@ -156,11 +155,12 @@ class Report:
     averaged: tuple[int, ...]
 
 
-def agree(reports: Sequence[Report], rank: int, layout: str) -> tuple[list[Entry], list[tuple[int, bool]]]:
+def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple[list[Entry], list[tuple[int, bool]]]:
     """All tensors of the model, and what ``rank`` writes: ``(row, whether of the average)``.
 
-    A name that several stages have is a tied tensor, of the lowest of them; what tensor parallelism does not cut is
-    written by its first rank, and what data parallelism does not divide by the first of its ranks.
+    A name that several stages have is a tied tensor, of the lowest of them, and begins with ``tied``; what tensor
+    parallelism does not cut is written by its first rank, and what data parallelism does not divide by the first of
+    its ranks.
 
     Raises:
         StateError: places differ about a tensor, or an averaged one is not held exactly once.
@@ -180,7 +180,7 @@ def agree(reports: Sequence[Report], rank: int, layout: str) -> tuple[list[Entry
                 )
             known = entries.setdefault(row.entry.name, row.entry)
             owner = owners.setdefault(known.name, place[0])
-            if owner != place[0] and not known.name.startswith(compat.PIPELINE_TIED):
+            if owner != place[0] and not known.name.startswith(tied):
                 raise StateError(
                     f"publish: pipeline stages {owner} and {place[0]} both have a {known.name}, which is not "
                     "tied; leave parameters to the layers (a loss_fn has none)"

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ds_plugin import compat
 from ds_plugin.errors import StateError, together
 from ds_plugin.weight_averaging.finite import finite_everywhere
 
@@ -13,31 +12,35 @@ from ds_plugin.weight_averaging.finite import finite_everywhere
 ZERO_AT_START = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"})
 
 
-def to_reset(engine: Any, *, keep: bool) -> list[dict[str, Any]]:
+def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> list[dict[str, Any]]:
     """What a restart starts again (see `moments`): everything, or with ``keep`` nothing, if all of it is finite.
 
     One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: the moments share
     their step counts, and a moment of zero at a high step count would take far too large steps. Every rank calls it; to
     keep costs a pass over the state and 4 bytes.
 
+    Args:
+        optimizers: what has ``state`` and ``param_groups`` of this rank's masters.
+        device: on which the answer is exchanged.
+
     Raises:
         StateError: as `moments` does.
     """
     if keep:
-        kept = [value for entry in _entries(engine) for value in entry.values() if torch.is_tensor(value)]
-        if finite_everywhere([value for value in kept if value.is_floating_point()], engine.device):
+        kept = [value for entry in _entries(optimizers) for value in entry.values() if torch.is_tensor(value)]
+        if finite_everywhere([value for value in kept if value.is_floating_point()], device):
             return []
     with together():
-        return moments(engine)
+        return moments(optimizers)
 
 
-def moments(engine: Any) -> list[dict[str, Any]]:
+def moments(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
     """The dictionaries, live, that hold this rank's moments and step counts; `zero_` starts them again.
 
     Raises:
         StateError: the optimizer keeps something else, of which it is not known how it begins.
     """
-    found = _entries(engine)
+    found = _entries(optimizers)
     for entry in found:
         unknown = sorted(key for key, value in entry.items() if key not in ZERO_AT_START and torch.is_tensor(value))
         if unknown:
@@ -46,18 +49,11 @@ def moments(engine: Any) -> list[dict[str, Any]]:
                 "moments='keep', which needs moments that are finite"
             )
     # apex's kind of Adam counts steps in its groups
-    return found + [group for owner in _owners(engine) for group in owner.param_groups if "step" in group]
+    return found + [group for each in optimizers for group in each.param_groups if "step" in group]
 
 
-def _owners(engine: Any) -> list[Any]:
-    optimizer = engine.optimizer
-    compat.need(optimizer, compat.OPTIMIZER_STATE)
-    second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
-    return [optimizer] if second is None else [optimizer, second]
-
-
-def _entries(engine: Any) -> list[dict[str, Any]]:
-    return [entry for owner in _owners(engine) for entry in getattr(owner, compat.OPTIMIZER_STATE).values()]
+def _entries(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
+    return [entry for optimizer in optimizers for entry in optimizer.state.values()]
 
 
 def zero_(states: Sequence[dict[str, Any]]) -> None:

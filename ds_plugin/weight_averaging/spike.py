@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from ds_plugin import compat
 from ds_plugin.errors import StateError
-from ds_plugin.stability import StabilityMonitor
+from ds_plugin.stability import Readings, StabilityMonitor
 from ds_plugin.weight_averaging.config import RestartConfig
 
 
@@ -20,13 +19,16 @@ class SpikeWatch:
     The loss ratio is `stability.LossRatio`'s of all ranks' mean loss, as in arXiv 2108.06084.
     """
 
-    def __init__(self, engine: Any, config: RestartConfig):
+    def __init__(self, readings: Readings, config: RestartConfig, *, every_rank: bool = True):
+        """``every_rank``: each has losses, so that a step in which this one noted none is an error; not so in a
+        pipeline, where the last stage has them.
+        """
         self.config = config
-        self.monitor = StabilityMonitor(engine, config.patience)
+        self.monitor = StabilityMonitor(readings, config.patience)
         self.since: int | None = None  # the first step of those without a break, up to the last look, that were above
         self.restarts: list[int] = []  # steps after which training went back to the average
         self.told: int | None = None  # the `since` of the spike that the log has told of
-        self._engine = engine
+        self._every_rank = every_rank
         self._recorded = False
 
     def record(self, loss: Any) -> None:
@@ -43,7 +45,7 @@ class SpikeWatch:
         Raises:
             StateError: no loss came in this step, so that nothing is watched.
         """
-        if not self._recorded and not compat.is_pipeline(self._engine):
+        if self._every_rank and not self._recorded:
             raise StateError(
                 "weight_averaging.restart: this step's loss is not known, so that nothing could be watched; call "
                 "engine.backward(loss), or loss.backward() on the loss that the model returns, or leave "

@@ -4,12 +4,13 @@ One small class per optimizer wrapper; `find_shards` picks it. The attribute nam
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ds_plugin import compat
 from ds_plugin.errors import ConfigError
+from ds_plugin.weight_averaging.averager import MasterShards
 from ds_plugin.weight_averaging.fragments import Fragment, plain_names, whole
 
 NVME_REFUSED = (
@@ -26,25 +27,6 @@ def refuse_nvme(config: Mapping[str, Any]) -> None:
     offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
     if isinstance(offload, Mapping) and offload.get("device") == "nvme":
         raise ConfigError(NVME_REFUSED)
-
-
-class MasterShards(Protocol):
-    """What the averager needs of a host.
-
-    ``layout`` says how the weights are divided: ``"replicated"`` (every data-parallel rank holds all) or ``"sharded"``.
-    Where it has ``models``, this rank's parts of the model, a swap leaves their buffers as they were.
-    """
-
-    layout: str
-
-    def tensors(self) -> list[torch.Tensor]:
-        """This rank's fp32 masters, the live tensors (never copies), in a fixed order; some may be empty."""
-
-    def refresh(self) -> None:
-        """Make the model compute with the masters' present values. May hold collectives: every rank calls it."""
-
-    def fragments(self) -> list[Fragment]:
-        """Which parameters' elements lie where in `tensors`; the rest is padding."""
 
 
 class _Shards:

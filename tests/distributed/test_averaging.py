@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 import ds_plugin
 from ds_plugin.errors import StateError
+from ds_plugin.readings import step_was_finite
 from ds_plugin.weight_averaging import swap
-from ds_plugin.weight_averaging.finite import step_was_finite
 from ds_plugin.weight_averaging.fragments import check
 from tests.distributed import plain
 from tests.reference import averaging as reference

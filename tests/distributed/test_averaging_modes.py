@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
+from ds_plugin import readings
 from ds_plugin.errors import CheckpointError, ConfigError, PluginError, StateError
 from ds_plugin.weight_averaging import memory, restart, window
 from ds_plugin.weight_averaging.averager import WeightAverager
@@ -228,7 +229,7 @@ def _started_from(weights, masters, zero, precision, wrapper):
         window.copy_(shards.tensors(), masters)
         shards.refresh()
     if precision != "fp32" and zero == 0:  # this wrapper makes a step of zero gradients when it is built, and counts it
-        restart.zero_(restart.moments(engine))
+        restart.zero_(restart.moments(readings.optimizers(engine)))
     engine.global_steps = 6
     return engine, plain.train(engine, 4)
 

@@ -6,7 +6,7 @@ import torch
 
 import ds_plugin
 from ds_plugin.errors import StateError
-from ds_plugin.weight_averaging.finite import step_was_finite
+from ds_plugin.readings import step_was_finite
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import LENGTH, Layout
 from tests.reference import averaging as reference

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ds_plugin import stability
 from ds_plugin.errors import StateError
+from ds_plugin.readings import EngineReadings
 from ds_plugin.stability import StabilityMonitor, adam_variance
 from tests.distributed import plain
 from tests.reference import stability as reference
@@ -45,8 +46,8 @@ def train(engine, monitor, steps, after_step=None):
 
 def _against_gathered(zero, precision, extra, sections):
     engine = make(zero, precision, extra, **sections)
-    monitor, expected = StabilityMonitor(engine, 3, variance=True), []
-    before = adam_variance(engine)
+    monitor, expected = StabilityMonitor(EngineReadings(engine), 3, variance=True), []
+    before = adam_variance(EngineReadings(engine))
     before = before and [value.item() for value in before]
 
     def after_step(engine):
@@ -122,7 +123,7 @@ def _against_one_process(zero):
     torch.manual_seed(7)
     twin = plain.TinyLM()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=0.1)
-    monitor, reports, expected, losses = StabilityMonitor(engine, 1, variance=True), [], [], []
+    monitor, reports, expected, losses = StabilityMonitor(EngineReadings(engine), 1, variance=True), [], [], []
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = engine.get_lr()[0]
@@ -185,7 +186,7 @@ def counted():
 
 def _cost(zero, variance):
     engine = make(zero)
-    monitor = StabilityMonitor(engine, 4, lambda: {"length": 16}, variance=variance)
+    monitor = StabilityMonitor(EngineReadings(engine), 4, lambda: {"length": 16}, variance=variance)
     train(engine, monitor, 4)  # Adam has a state
     loss, between, at_report = torch.ones((), requires_grad=True), [], []
     for step in range(8):
@@ -200,7 +201,7 @@ def _cost(zero, variance):
 
 def _elements(variance):
     engine = make(1)
-    monitor = StabilityMonitor(engine, 4, lambda: {"length": 16}, variance=variance)
+    monitor = StabilityMonitor(EngineReadings(engine), 4, lambda: {"length": 16}, variance=variance)
     train(engine, monitor, 3)
     return plain.collectives(lambda: monitor.close_step())
 
@@ -229,7 +230,7 @@ def test_one_collective_and_one_read_per_interval(workers, zero, variance):
 def _disagree(name):
     engine = make(1)
     numbers = {"length": 16, "tokens": 157_300_000_001}  # in float32 both token counts below are the same
-    monitor = StabilityMonitor(engine, 2, lambda: numbers)
+    monitor = StabilityMonitor(EngineReadings(engine), 2, lambda: numbers)
     train(engine, monitor, 3)
     if dist.get_rank() == 2:
         numbers["length"] -= name == "length"
@@ -255,7 +256,7 @@ def test_every_rank_raises_when_one_differs(workers, name, values):
 def _missing_losses():
     """Rank 1 computes no loss, as an earlier pipeline stage; in steps 3 and 4 nobody records one."""
     engine = make(1)
-    monitor, reports = StabilityMonitor(engine, 2, variance=True), []
+    monitor, reports = StabilityMonitor(EngineReadings(engine), 2, variance=True), []
     for step, value in enumerate([4.0, 6.0, None, None, 2.0, 5.0], start=1):
         if value is not None and dist.get_rank() == 0:
             for micro in range(ACCUMULATION):
@@ -285,7 +286,7 @@ def test_losses_that_nobody_records_have_no_ratio(workers):
 def _one_nan():
     """One element of one rank's state is not finite."""
     engine = make(1)
-    monitor = StabilityMonitor(engine, 2, variance=True)
+    monitor = StabilityMonitor(EngineReadings(engine), 2, variance=True)
     train(engine, monitor, 2)
     if dist.get_rank() == 1:
         next(iter(engine.optimizer.state.values()))["exp_avg_sq"][0] = float("nan")
@@ -315,7 +316,7 @@ NOT_FINITE = [
 
 def _not_finite():
     engine = make(1)
-    monitor, fed = StabilityMonitor(engine, len(NOT_FINITE)), []
+    monitor, fed = StabilityMonitor(EngineReadings(engine), len(NOT_FINITE)), []
     monitor.loss_ratio.feed = lambda loss, length, error: fed.append((loss, round(error, 12)))
     for losses, *_ in NOT_FINITE:
         for loss in losses[dist.get_rank()]:
@@ -331,7 +332,7 @@ def test_micro_batches_without_a_finite_loss_are_left_out(workers):
 def _infinite_gradient(zero, precision, extra):
     """In step 2 of 3 the losses are finite and their gradients are not, on one rank."""
     engine = make(zero, precision, extra)
-    monitor, fed, norms = StabilityMonitor(engine, 3), [], []
+    monitor, fed, norms = StabilityMonitor(EngineReadings(engine), 3), [], []
     monitor.loss_ratio.feed = lambda loss, length, error: fed.append(loss)
     for step in range(3):
         for micro in range(ACCUMULATION):
@@ -355,7 +356,7 @@ def _other_optimizer():
     config = plain.host_config(0, accumulation=ACCUMULATION)
     config["optimizer"] = {"type": "SGD", "params": {"lr": 0.01}}
     engine = plain.make(config)
-    return train(engine, StabilityMonitor(engine, 2, variance=True), 2)[1][-1]
+    return train(engine, StabilityMonitor(EngineReadings(engine), 2, variance=True), 2)[1][-1]
 
 
 def test_an_optimizer_without_variances(workers):
@@ -366,9 +367,9 @@ def test_an_optimizer_without_variances(workers):
 def _chunks():
     engine = make(3)
     plain.train(engine, 2)
-    whole = [value.item() for value in adam_variance(engine)]
+    whole = [value.item() for value in adam_variance(EngineReadings(engine))]
     stability._CHUNK_HOST = 7
-    return whole, [value.item() for value in adam_variance(engine)]
+    return whole, [value.item() for value in adam_variance(EngineReadings(engine))]
 
 
 def test_reading_in_chunks_changes_nothing(workers):
@@ -385,7 +386,7 @@ def _resume(zero, precision, folder):
 
     def run(save):
         engine = make(zero, precision)
-        monitor = StabilityMonitor(engine, 4, variance=True)
+        monitor = StabilityMonitor(EngineReadings(engine), 4, variance=True)
         _, reports = train(engine, monitor, 6)
         if save:
             state = json.dumps(monitor.state())
@@ -393,7 +394,7 @@ def _resume(zero, precision, folder):
             saved = reports + train(engine, monitor, 7)[1], monitor.summary()  # saving changes nothing
             engine = make(zero, precision)
             engine.load_checkpoint(folder, tag="6")
-            monitor = StabilityMonitor(engine, 4, variance=True)
+            monitor = StabilityMonitor(EngineReadings(engine), 4, variance=True)
             monitor.record(torch.tensor(99.0))  # dropped, as is what was recorded before any load
             monitor.load_state(json.loads(state))
         reports += train(engine, monitor, 7)[1]
@@ -419,7 +420,7 @@ def test_a_resumed_run_reports_what_an_uninterrupted_one_does(workers, tmp_path,
 def _early():
     """A report in the middle of an interval keeps the losses of the step that is open."""
     engine = make(1)
-    monitor = StabilityMonitor(engine, 3)
+    monitor = StabilityMonitor(EngineReadings(engine), 3)
     reports = []
     for value in (2.0, 1.0):
         monitor.record(torch.tensor(value))
@@ -453,7 +454,7 @@ def _pipeline(zero):
     layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11), torch.nn.Linear(11, 3)]
     model = PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
     engine = deepspeed.initialize(model=model, config=plain.host_config(zero, accumulation=ACCUMULATION))[0]
-    monitor = StabilityMonitor(engine, 2, variance=True)
+    monitor = StabilityMonitor(EngineReadings(engine), 2, variance=True)
     stage, replica = engine.stage_id, engine.grid.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(replica)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ds_plugin import stability
 from ds_plugin.errors import StateError
+from ds_plugin.readings import EngineReadings
 from ds_plugin.stability import Correlation, LossRatio, StabilityMonitor
 from tests.reference import stability as reference
 
@@ -141,7 +142,7 @@ VARIANCE = slice(3 * SLOTS, 3 * SLOTS + 2)  # where a vector has it
 def exchange(monkeypatch, table):
     """A monitor whose job has sent ``table``, [ranks, numbers]: the losses it fed, and what it made of the rest."""
     engine = SimpleNamespace(device=torch.device("cpu"), global_steps=12)
-    monitor = StabilityMonitor(engine, SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1})
+    monitor = StabilityMonitor(EngineReadings(engine), SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1})
     monitor._closed = SLOTS
     losses = []
     monkeypatch.setattr(stability, "adam_variance", lambda engine: None)
@@ -157,7 +158,7 @@ def test_between_reports_nothing_is_read_from_the_device():
     engine = SimpleNamespace(
         device=device, global_steps=1, fp16_enabled=lambda: False, get_global_grad_norm=lambda: norm
     )
-    norm, monitor = torch.empty((), device=device), StabilityMonitor(engine, 3)
+    norm, monitor = torch.empty((), device=device), StabilityMonitor(EngineReadings(engine), 3)
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(norm > 0)
     for _ in range(2):

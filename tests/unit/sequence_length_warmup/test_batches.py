@@ -77,12 +77,12 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool((leaves(empty)[0].value == 0).all())
     stub = SimpleNamespace(
-        engine=SimpleNamespace(global_steps=0), micro_batches=1, open_windows=[], config=SimpleNamespace(mode="carry"),
+        step=0, carries=True, micro_batches=1, open_windows=[],
         full=6, samples={"micro_batch": 2}, stretch=Stretch(0, 0, 2), count=lambda *counted: None,
     )  # fmt: skip
     read = Batches(stub, lambda n: itertools.repeat(empty))
     for step, offset in enumerate((0, 2, 4)):
-        stub.engine.global_steps, stub.stretch = step, Stretch(step, offset, 2)
+        stub.step, stub.stretch = step, Stretch(step, offset, 2)
         found = leaves(next(read))
         assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 

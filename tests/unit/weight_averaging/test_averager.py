@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_plugin import readings
 from ds_plugin.errors import CheckpointError, ConfigError, StateError
-from ds_plugin.weight_averaging import checkpoint, finite, memory, restart, storage, swap, window
+from ds_plugin.weight_averaging import checkpoint, memory, restart, storage, swap, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.fragments import whole
@@ -381,19 +382,19 @@ def dense(norm):
     [(None, None), (1.5, True), (0.0, True), (float("nan"), False), (float("inf"), False), (torch.tensor(-1.0), False)],
 )
 def test_the_norm_says_whether_a_step_was_finite(norm, verdict):
-    assert finite.step_was_finite(dense(norm)) is verdict
+    assert readings.step_was_finite(dense(norm)) is verdict
 
 
 def test_a_norm_on_the_accelerator_is_not_read_there():
     norm = torch.ones((), device="meta")  # which has no value: reading it would raise
-    verdict = finite.step_was_finite(dense(norm))
+    verdict = readings.step_was_finite(dense(norm))
     assert verdict is norm
 
 
 def test_zero_without_a_norm_is_refused():
     engine = SimpleNamespace(optimizer=SimpleNamespace(compute_grad_norm=False))
     with pytest.raises(ConfigError, match="compute_grad_norm is false.*write true"):
-        finite.refuse_unknown(engine)
+        readings.refuse_unknown_norm(engine)
 
 
 def test_an_optimizer_that_grew_is_refused_everywhere(tmp_path):
@@ -470,14 +471,14 @@ def test_moments_start_again():
     optimizer.step()
     engine = SimpleNamespace(optimizer=optimizer)
     state = optimizer.state[parameter]
-    restart.zero_(restart.moments(engine))
+    restart.zero_(restart.moments(readings.optimizers(engine)))
     assert len(state) == 4 and all(not value.any() for value in state.values())
     state["step"] = 5  # as DeepSpeed's own Adams count
-    restart.zero_(restart.moments(engine))
+    restart.zero_(restart.moments(readings.optimizers(engine)))
     assert state["step"] == 0
     state["worker_error"] = torch.ones(3)
     with pytest.raises(StateError, match="worker_error.*moments='keep'"):
-        restart.moments(engine)
+        restart.moments(readings.optimizers(engine))
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------

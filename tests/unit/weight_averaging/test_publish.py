@@ -107,7 +107,7 @@ def _row(name, numel=4, cut=False, divided=False):
 
 
 def _writes(reports, layout):
-    found = [agree(reports, rank, layout) for rank in range(len(reports))]
+    found = [agree(reports, rank, layout, "tied_modules.") for rank in range(len(reports))]
     assert all(entries == found[0][0] for entries, _ in found)
     return [e.name for e in found[0][0]], [mine for _, mine in found]
 
@@ -151,7 +151,7 @@ REFUSED = [
 @pytest.mark.parametrize(("reports", "message"), REFUSED)
 def test_ranks_that_do_not_fit_together_are_refused(reports, message):
     with pytest.raises(StateError, match=message):
-        agree([Report(*report) for report in reports], 0, "sharded")
+        agree([Report(*report) for report in reports], 0, "sharded", "tied_modules.")
 
 
 class Tied(torch.nn.Module):
