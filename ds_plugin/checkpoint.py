@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,18 +22,31 @@ from safetensors import SafetensorError
 
 from ds_plugin import compat
 from ds_plugin.atomic import atomic_write, write_text
+from ds_plugin.completep import CompleteP
+from ds_plugin.config import PluginConfig
 from ds_plugin.errors import CheckpointError, together
 from ds_plugin.manifest import MANIFEST
+from ds_plugin.sequence_length_warmup.warmup import SequenceLengthWarmup
 from ds_plugin.weight_averaging import checkpoint as window_files
+from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.fragments import plain_name
-
-if TYPE_CHECKING:
-    from ds_plugin.engine import Plugin
+from ds_plugin.weight_averaging.spike import SpikeWatch
 
 FORMAT = 2
 
 
-def save(plugin: "Plugin", folder: Path) -> None:
+class Methods(Protocol):
+    """The methods on one engine; None: off."""
+
+    engine: Any
+    config: PluginConfig
+    warmup: SequenceLengthWarmup | None
+    averager: WeightAverager | None
+    spikes: SpikeWatch | None
+    completep: CompleteP | None
+
+
+def save(plugin: Methods, folder: Path) -> None:
     """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise."""
     engine = plugin.engine
     save_id = [uuid.uuid4().hex]
@@ -61,7 +74,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def check(
-    plugin: "Plugin",
+    plugin: Methods,
     folder: Path,
     *,
     same_model: bool = True,
@@ -127,7 +140,7 @@ def check(
     return manifest
 
 
-def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> None:
+def load(plugin: Methods, folder: Path, manifest: dict[str, Any] | None) -> None:
     """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine."""
     try:
         _load(plugin, folder, manifest)
@@ -137,7 +150,7 @@ def load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> Non
         raise
 
 
-def _load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> None:
+def _load(plugin: Methods, folder: Path, manifest: dict[str, Any] | None) -> None:
     with together():
         if manifest is not None and manifest["global_steps"] != plugin.engine.global_steps:
             raise CheckpointError(
@@ -162,7 +175,7 @@ def _load(plugin: "Plugin", folder: Path, manifest: dict[str, Any] | None) -> No
             plugin.spikes.load_state(state.get("weight_averaging", {}).get("spikes"))
 
 
-def resume(plugin: "Plugin", folder: Path, tag: str | None) -> None:
+def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
     """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already.
 
     ``folder``, ``tag``: as they were given to ``engine.load_checkpoint``. What DeepSpeed could load is not judged
@@ -277,7 +290,7 @@ def _from_rank_0(read: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def _state(plugin: "Plugin") -> dict[str, Any]:
+def _state(plugin: Methods) -> dict[str, Any]:
     """The small state, equal on all ranks. Every rank calls it: some of it is brought together first."""
     state: dict[str, Any] = {}
     if plugin.warmup is not None:
@@ -291,7 +304,7 @@ def _state(plugin: "Plugin") -> dict[str, Any]:
     return state
 
 
-def _manifest(plugin: "Plugin", save_id: str, model: dict[str, list[int]], state: dict[str, Any]) -> dict[str, Any]:
+def _manifest(plugin: Methods, save_id: str, model: dict[str, list[int]], state: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "save_id": save_id,
@@ -304,13 +317,13 @@ def _manifest(plugin: "Plugin", save_id: str, model: dict[str, list[int]], state
     }
 
 
-def _place(plugin: "Plugin") -> dict[str, Any]:
+def _place(plugin: Methods) -> dict[str, Any]:
     """Where this rank stands, as the averaging window's files ask for it."""
     coordinate = compat.model_coordinate(plugin.engine)
     return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "coordinate": coordinate}
 
 
-def _shapes(plugin: "Plugin") -> dict[str, list[int]]:
+def _shapes(plugin: Methods) -> dict[str, list[int]]:
     """Every parameter's shape, before ZeRO and after tensor parallelism. Every rank of a pipeline calls it."""
     shapes = {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
     if compat.is_pipeline(plugin.engine):  # each rank has its stage's
@@ -321,7 +334,7 @@ def _shapes(plugin: "Plugin") -> dict[str, list[int]]:
 
 
 def _compare(
-    plugin: "Plugin", manifest: dict[str, Any], path: Path, here: dict[str, list[int]] | None, *, same_run: bool
+    plugin: Methods, manifest: dict[str, Any], path: Path, here: dict[str, list[int]] | None, *, same_run: bool
 ) -> None:
     """``here``: the model's shapes; None leaves them to the host."""
     if manifest["format"] != FORMAT:
@@ -366,11 +379,11 @@ def _plain(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     return {plain_name(name).removeprefix("module."): shape for name, shape in shapes.items()}
 
 
-def _layout(plugin: "Plugin") -> dict[str, int]:
+def _layout(plugin: Methods) -> dict[str, int]:
     return {"world_size": dist.get_world_size(), "zero_stage": int(plugin.engine.zero_optimization_stage())}
 
 
-def _compare_ordinary(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+def _compare_ordinary(plugin: Methods, manifest: dict[str, Any], path: Path) -> None:
     """DeepSpeed's ordinary checkpoints hold the optimizer's state as it was divided, in other files for each stage."""
     here, universal = _layout(plugin), "python -m ds_plugin to-universal FOLDER TARGET"
     if _kind(manifest["zero_stage"]) != _kind(here["zero_stage"]):
@@ -391,7 +404,7 @@ def _kind(stage: int) -> int:
     return min(stage, 1) if stage < 3 else stage
 
 
-def _compare_universal(plugin: "Plugin", manifest: dict[str, Any], path: Path) -> None:
+def _compare_universal(plugin: Methods, manifest: dict[str, Any], path: Path) -> None:
     """DeepSpeed's universal checkpoints of ZeRO 1/2 and of ZeRO 3 hold different things under the same names."""
     saved, here = manifest["zero_stage"], int(plugin.engine.zero_optimization_stage())
     if (saved == 3) != (here == 3):

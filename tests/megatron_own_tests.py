@@ -264,7 +264,7 @@ def install_idle(called: list[str]) -> Callable[[], None]:
     """
     import megatron_patches
     from ds_plugin.config import PluginConfig
-    from megatron_patches import patch, script_hooks
+    from megatron_patches import apply_completep, patch
     from megatron_patches.completep.config import CompletePConfig
     from megatron_patches.pretrain import script
     from megatron_patches.pretrain.loop import Loop
@@ -281,7 +281,7 @@ def install_idle(called: list[str]) -> Callable[[], None]:
 
         return call
 
-    for owner, names in ((Loop, script.WRAPPED), (script_hooks, ("prepare", "build_optimizer", "check_scheduler"))):
+    for owner, names in ((Loop, script.WRAPPED), (apply_completep, ("prepare", "build_optimizer", "check_scheduler"))):
         for name in names:
             setattr(owner, name, noted(name, getattr(owner, name)))
     given = sections(enabled=True)

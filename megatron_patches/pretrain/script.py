@@ -17,6 +17,8 @@ from typing import Any
 
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.errors import ConfigError, PluginError, StateError
+from megatron_patches.apply_completep import apply_completep
+from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.patch import Change, Patch, Switch
 
 FLAG = "--ds-plugin-config"
@@ -121,6 +123,25 @@ def prepare_host(script: Path) -> None:
         cpu.enable()
 
 
+def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
+    """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
+
+    A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
+    apply to Megatron-LM's own training loop: the script then uses ``megatron.training``, and the other two methods are
+    in it as well: `install`. Without a section (the method is off) nothing is changed.
+
+    Raises:
+        ConfigError: the file cannot be read, or one of its sections is wrong.
+        StateError, PluginError: see these two functions.
+    """
+    if isinstance(section, (str, Path)):
+        section = PluginConfig.from_dict(load_json(section))
+    if isinstance(section, PluginConfig):
+        install(section)
+    elif section is not None:
+        apply_completep(section)
+
+
 def install(sections: PluginConfig) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
 
@@ -149,7 +170,6 @@ def install(sections: PluginConfig) -> None:
     _refuse_other_loops()
     training = _training()
     from megatron_patches.pretrain.loop import Loop
-    from megatron_patches.script_hooks import apply
 
     loop, guard = Loop(sections, training.get_args), _first_step()
 
@@ -162,7 +182,8 @@ def install(sections: PluginConfig) -> None:
     try:
         for patch in patches:
             patch.apply()
-        apply(sections.completep)
+        if sections.completep is not None:
+            apply_completep(sections.completep)
     except PluginError:
         for patch in reversed(patches):
             patch.revert()

@@ -9,19 +9,19 @@ import logging
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from ds_plugin.atomic import atomic_write
+from ds_plugin.config import PluginConfig
 from ds_plugin.config_model import parse_section
 from ds_plugin.errors import CheckpointError, together
+from ds_plugin.manifest import MANIFEST
 from ds_plugin.weight_averaging import checkpoint as window_files
+from ds_plugin.weight_averaging.averager import WeightAverager
+from megatron_patches.pretrain.lengths import Lengths
 
-if TYPE_CHECKING:
-    from megatron_patches.pretrain.loop import Loop
-
-MANIFEST = "ds_plugin.json"
 FORMAT = 2
 AVERAGED = "averaged"
 TRACKER = "latest_checkpointed_iteration.txt"  # the host's
@@ -32,7 +32,18 @@ def folder_of(root: Path, iteration: int) -> Path:
     return root / "ds_plugin" / f"iter_{iteration:07d}"
 
 
-def save(loop: "Loop", root: Path, iteration: int) -> None:
+class Methods(Protocol):
+    """The methods in one training loop; None: off."""
+
+    sections: PluginConfig
+    lengths: Lengths | None
+    averager: WeightAverager | None
+
+    def options(self) -> Any:
+        """Megatron-LM's arguments."""
+
+
+def save(loop: Methods, root: Path, iteration: int) -> None:
     """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
     save_id: str = _from_rank_0(uuid.uuid4().hex)
     folder = folder_of(root, iteration)
@@ -62,7 +73,7 @@ def root_of_average(root: Path, horizon: int | None) -> Path:
     return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
 
 
-def mark_average(loop: "Loop", root: Path, iteration: int) -> None:
+def mark_average(loop: Methods, root: Path, iteration: int) -> None:
     """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
     with together():
         if dist.get_rank() == 0:
@@ -78,7 +89,7 @@ def mark_average(loop: "Loop", root: Path, iteration: int) -> None:
             atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def check(loop: "Loop", model: Any) -> None:
+def check(loop: Methods, model: Any) -> None:
     """Look at what the host is about to load into ``model``, its chunks. Every rank calls it, before the host does.
 
     Raises:
@@ -118,7 +129,7 @@ def _to_load(options: Any) -> tuple[Path, int, bool] | None:
     return Path(root), step or int(text), finetune
 
 
-def _check_run(loop: "Loop", manifest: dict[str, Any] | None, path: Path) -> None:
+def _check_run(loop: Methods, manifest: dict[str, Any] | None, path: Path) -> None:
     section = loop.sections.completep
     if manifest is None:
         if section is not None:
@@ -144,7 +155,7 @@ def _check_run(loop: "Loop", manifest: dict[str, Any] | None, path: Path) -> Non
         raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
 
 
-def _check_weights(loop: "Loop", manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
+def _check_weights(loop: Methods, manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_patches.completep.config import CompletePConfig
@@ -163,7 +174,7 @@ def _check_weights(loop: "Loop", manifest: dict[str, Any] | None, path: Path, ch
         )
 
 
-def load(loop: "Loop", root: Path, iteration: int) -> None:
+def load(loop: Methods, root: Path, iteration: int) -> None:
     """Take over the state of the iteration that the host has loaded from ``root``. Every rank calls it.
 
     Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
@@ -210,7 +221,7 @@ def _read(path: Path, text: str) -> dict[str, Any]:
     return manifest
 
 
-def _parsed(loop: "Loop", text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
+def _parsed(loop: Methods, text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
     manifest = _read(path, text) if text is not None else None
     _check_run(loop, manifest, path)
     if manifest is None:

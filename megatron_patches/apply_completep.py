@@ -1,22 +1,18 @@
 """CompleteP in a script that builds its own objects: the host's builders, rebound.
 
-    megatron_patches.apply(section)      # before the model is built; or apply("methods.json"), see there
+    megatron_patches.apply(section)      # before the model is built
     ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
     megatron_patches.revert()
 
 Where a script can be changed, prefer `completep.prepare`, `finish` and `completep.megatron.build_optimizer`: they use
 the host's own extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
-
-The file is not called apply.py: a submodule of that name would take the place of the function in the package.
 """
 
 import importlib
 import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
-from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.errors import ConfigError, PluginError, StateError
 from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.layers import finish, give_back, prepared
@@ -29,34 +25,21 @@ _OPTIMIZERS = "megatron.core.optimizer"
 _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
 
-def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
+def apply_completep(section: CompletePConfig) -> None:
     """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
 
     A section that does not say ``residual`` is folded: an iteration multiplies nothing then, and checkpoints run in
-    stock code. A JSON file, or all its sections, apply to Megatron-LM's own training loop: the script then uses
-    ``megatron.training``, and the other two methods are in it as well (`pretrain.script.install`).
+    stock code. The config that a model is built from is changed itself, so that the model holds the very object that
+    the script goes on to use; when the construction fails it is as before.
 
-    The config that a model is built from is changed itself, so that the model holds the very object that the script
-    goes on to use; when the construction fails it is as before.
-
-    Without a section (the method is off) nothing is changed. `megatron_patches.revert()` undoes it, in every module
-    that holds one of the host's names and on the configs; models that were built can still be trained.
+    `megatron_patches.revert()` undoes it, in every module that holds one of the host's names and on the configs; models
+    that were built can still be trained.
 
     Raises:
-        ConfigError: the file cannot be read, or one of its sections is wrong.
         StateError: another section is in force.
-        PluginError: this megatron-core (for a file, this Megatron-LM) lacks a symbol that has to be rebound; nothing
-            is changed.
+        PluginError: this megatron-core lacks a symbol that has to be rebound; nothing is changed.
     """
     global _applied
-    if isinstance(section, (str, Path)):
-        section = PluginConfig.from_dict(load_json(section))
-    if isinstance(section, PluginConfig):
-        from megatron_patches.pretrain.script import install
-
-        return install(section)
-    if section is None:
-        return
     section = section.on_megatron()
     if _applied is not None and any(patch.applied for patch in _applied[1]):
         if _applied[0] != section:
