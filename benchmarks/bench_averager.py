@@ -181,6 +181,7 @@ def averager_of(shards: Shards, mode: str = "sliding") -> WeightAverager:
     config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "mode": mode, **of})
     averager = WeightAverager(config, shards)
     for step in range(K):
+        averager.before_step()  # an accelerator's snapshot is followed by the fence of the next step
         averager.snapshot(step, finite=True)
     return averager
 
@@ -422,6 +423,7 @@ def device(args: argparse.Namespace) -> Found:
     product = torch.empty_like(matrix)
 
     def begin() -> None:
+        averager.before_step()
         averager.snapshot(K, finite=True)
 
     def work() -> None:  # tens of milliseconds: longer than the copy
@@ -520,6 +522,7 @@ def _gathering_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
 
 def _snapshot(averager: WeightAverager) -> None:
     """One to its end."""
+    averager.before_step()
     averager.snapshot(K, finite=True)
     _settle(averager)
 

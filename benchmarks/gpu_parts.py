@@ -28,9 +28,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import cpp_extension
 
 import ds_plugin
+from ds_plugin import readings
 from ds_plugin.run import startup
 from ds_plugin.run.optimizer import choose_optimizer
-from ds_plugin.weight_averaging import copies, finite
+from ds_plugin.weight_averaging import copies
 from megatron_patches import gpt
 from megatron_patches.completep import finish, prepare, trial
 
@@ -412,7 +413,7 @@ def snapshot(rig: Rig) -> Figures:
             averager.snapshot(engine.global_steps, finite=known)
             settled()
 
-        known = finite.step_was_finite(engine, averager.masters())
+        known = readings.step_was_finite(engine, averager.masters())
         averager.before_step()
         yield "device memory, bytes", bench_completep.peak_memory(whole)
 
