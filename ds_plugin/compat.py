@@ -173,6 +173,7 @@ BOUNDARY = "_is_gradient_accumulation_boundary"  # of the engine: whether this m
 _MICRO_BATCHES = "_unmanaged_backward_count"  # of the engine, where the caller says when to step
 ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
 ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
+_ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # other Adams keep less (8 bits), or more (1-bit's errors)
 _MARKS = ("overflow", "_global_grad_norm")  # what a step leaves on a wrapper
 
 
@@ -241,7 +242,7 @@ def drop_gradients(engine: Any) -> None:
 def kept_by(optimizer: Any) -> int | None:
     """How many tensors an optimizer keeps for each master, of its size and dtype; None: it is not known."""
     settings = {**getattr(optimizer, "defaults", {}), **(optimizer.param_groups[0] if optimizer.param_groups else {})}
-    if "adam" in type(optimizer).__name__.lower() and "betas" in settings:
+    if type(optimizer).__name__ in _ADAMS:
         return 3 if settings.get("amsgrad") else 2
     if isinstance(optimizer, torch.optim.SGD):
         return 1 if settings.get("momentum") else 0

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from deepspeed.utils import groups
 
 from ds_plugin import compat
@@ -24,3 +25,20 @@ def test_where_a_rank_stands_in_the_model(monkeypatch, mpu, coordinate):
     monkeypatch.delattr(groups, "_get_expert_parallel_rank")
     with pytest.raises(StateError, match="_get_expert_parallel_rank"):
         compat.model_coordinate(SimpleNamespace(mpu=mpu, has_moe_layers=True))
+
+
+def test_what_an_optimizer_will_keep_is_known_of_those_that_keep_whole_moments():
+    """Per master weight, against what torch's own keep once they have stepped; others are not guessed at."""
+    Adam8bit = type("AdamW8bit", (torch.optim.AdamW,), {})
+    weight = torch.nn.Parameter(torch.ones(7))
+    for optimizer in (
+        torch.optim.AdamW([weight], 0.1),
+        torch.optim.Adam([weight], 0.1, amsgrad=True),
+        torch.optim.SGD([weight], 0.1),
+        torch.optim.SGD([weight], 0.1, momentum=0.9),
+    ):
+        weight.grad = torch.ones(7)
+        kept = compat.kept_by(optimizer)
+        optimizer.step()
+        assert kept == sum(torch.is_tensor(v) and v.numel() == 7 for v in optimizer.state[weight].values())
+    assert compat.kept_by(Adam8bit([weight], 0.1)) is None and compat.kept_by(torch.optim.Adagrad([weight])) is None
