@@ -30,9 +30,6 @@ is the median over several processes, one after another (low and high then are t
             matmul, a snapshot 4 N bytes: N cancels (and so do ranks, which divide both), and "tokens" says from how
             many tokens a step, all ranks together, a snapshot every 100 steps is less than 0.1 % of it. On a GPU these
             are upper limits: snapshots are timed to their end here, and hide behind training there.
-``device``  With a GPU: device memory a snapshot takes; its rate, to the end, as a share of that of one copy from device
-            to pinned memory; how long the call holds up the host; how much of it shows when work of the device is
-            queued after it, as the next step is. Wall time.
 """
 
 import argparse
@@ -135,7 +132,7 @@ def broken(found: dict[str, Found]) -> list[str]:
                 ratio = rows[f"{ours} on {on}"]["ratio"] / rows[f"{peer} on {on}"]["ratio"]
                 limits.append((f"{ours} over {peer}, on {on}", ratio, limit))
         for name in (name for name in rows if not name.endswith(", loaded")):
-            if name.rpartition(" on ")[0] in ("mean", "weighted mean", "ema", "block"):
+            if name.rpartition(" on ")[0] in ("snapshot", "mean", "weighted mean", "ema", "block"):
                 ratio = rows[f"{name}, loaded"]["ratio"] / rows[name]["ratio"]
                 limits.append((f"{name} under load, in times its own", ratio, 3.0))
     for name, row in found.get("ranks", {}).items():
@@ -145,8 +142,6 @@ def broken(found: dict[str, Found]) -> list[str]:
     if step := found.get("step"):
         limits.append((f"overhead at interval {INTERVAL}, in %", 100 * step["overhead"]["ratio"], 0.1))
         limits.append(("tokens a step at which it is 0.1 %", step["tokens"]["at 0.1 %"], step["tokens"]["trained"]))
-    if device := found.get("device"):
-        limits.append(("device memory of a snapshot, in bytes", device["extra bytes"], 0))
     return [f"{name}: {value:.4g}, at most {limit:.4g}" for name, value, limit in limits if not value <= limit]
 
 
@@ -244,7 +239,6 @@ def one_memory(args: argparse.Namespace) -> Found:
     averaged = swa_utils.AveragedModel(model)
     variants: dict[str, Callable[[], object]] = {
         "memcpy": lambda: spare.copy_(flat),
-        "memcpy again": lambda: spare.copy_(flat),
         "read": lambda: flat.sum(),
         "add in place": lambda: spare.add_(flat),
         "snapshot": lambda: averager.snapshot(K, finite=True),
@@ -374,12 +368,18 @@ def step(args: argparse.Namespace) -> Found:
         for _ in range(number):
             backward(None)
             step()
-        _settle(averager)
+        assert averager.steps  # waits for a snapshot that is under way, as reading does
 
     for _ in range(K):
         steps(INTERVAL, engine.backward, engine.step)
     assert averager.steps == [INTERVAL] * K
     large = averager_of(Shards(sizes(args), engine.device))
+
+    def large_snapshot() -> None:
+        large.before_step()
+        large.snapshot(K, finite=True)
+        assert large.steps
+
     square = torch.randn(1024, 1024)
     if engine.device.type == "cuda":
         square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -389,11 +389,11 @@ def step(args: argparse.Namespace) -> Found:
         "wrapped": lambda: steps(INTERVAL - 1, engine.backward, engine.step),
         "bare interval": lambda: steps(INTERVAL, host_backward, host_step),
         "wrapped interval": lambda: steps(INTERVAL, engine.backward, engine.step),
-        "large snapshot": partial(_snapshot, large),
+        "large snapshot": large_snapshot,
         "matmul": lambda: square @ square,
     }
     clock = time.perf_counter if engine.device.type == "cuda" else time.thread_time
-    seconds = interleaved({name: _finished(variant) for name, variant in variants.items()}, args.rounds, clock)
+    seconds = interleaved({name: partial(_finished, variant) for name, variant in variants.items()}, args.rounds, clock)
     added, added_interval = (
         [found - statistics.median(seconds[f"bare{what}"]) for found in seconds[f"wrapped{what}"]]
         for what in ("", " interval")
@@ -413,55 +413,12 @@ def step(args: argparse.Namespace) -> Found:
     }
 
 
-def device(args: argparse.Namespace) -> Found:
-    """A snapshot from a GPU; nothing without one."""
-    if not torch.cuda.is_available():
-        return {}
-    averager = averager_of(Shards(sizes(args), "cuda"))
-    flat, spare = torch.cat(averager.shards.tensors()), torch.empty(sum(sizes(args)), pin_memory=True)
-    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = torch.empty_like(matrix)
-
-    def begin() -> None:
-        averager.before_step()
-        averager.snapshot(K, finite=True)
-
-    def work() -> None:  # tens of milliseconds: longer than the copy
-        for _ in range(40):
-            torch.mm(matrix, matrix, out=product)
-
-    def idle() -> None:
-        _settle(averager)
-        torch.cuda.synchronize()
-
-    variants = {
-        "link": _finished(lambda: spare.copy_(flat, non_blocking=True)),
-        "call": begin,
-        "snapshot": _finished(partial(_snapshot, averager)),
-        "work": _finished(work),
-        "snapshot, work": _finished(begin, work, averager.before_step),
-    }
-    seconds = interleaved(variants, args.rounds, time.perf_counter, before=idle)
-    idle()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    _snapshot(averager)
-    added = [both - alone for both, alone in zip(seconds["snapshot, work"], seconds["work"], strict=True)]
-    return {
-        "extra bytes": torch.cuda.max_memory_allocated() - held,
-        "share of the link's rate": over(seconds["link"], seconds["snapshot"]),
-        "call, of a snapshot": over(seconds["call"], seconds["snapshot"]),
-        "not hidden, of a snapshot": over(added, seconds["snapshot"]),
-    }
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "memory": memory,
     "threads": threads,
     "ranks": ranks,
     "gather": gather,
     "step": step,
-    "device": device,
 }
 
 
@@ -520,28 +477,11 @@ def _gathering_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
     startup.leave()
 
 
-def _snapshot(averager: WeightAverager) -> None:
-    """One to its end."""
-    averager.before_step()
-    averager.snapshot(K, finite=True)
-    _settle(averager)
-
-
-def _settle(averager: WeightAverager) -> None:
-    """Wait for a snapshot that is under way, as reading does."""
-    assert averager.steps
-
-
-def _finished(*queued: Callable[[], object]) -> Callable[[], None]:
-    """Call one after the other, and wait for the device."""
-
-    def run() -> None:
-        for function in queued:
-            function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return run
+def _finished(queued: Callable[[], object]) -> None:
+    """Call it, and wait for the device."""
+    queued()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _said(figure: Any) -> str:

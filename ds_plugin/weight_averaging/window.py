@@ -169,21 +169,25 @@ def copy_(out: Tensors, source: Tensors) -> None:
             here.append((target, tensor))
         else:
             target.copy_(tensor)
-    copied = zip(*here, strict=True)
-    in_pieces(lambda _, target, tensor: np.copyto(target, tensor), *copied, piece=_COPIED * PIECE)
+    # on one thread whole: a copy larger than all caches is written past them, and its lines are not read first
+    piece = max((t.numel() for t, _ in here), default=0) if torch.get_num_threads() == 1 else _COPIED * PIECE
+    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=piece)
 
 
 def all_finite(tensors: Tensors) -> bool:
-    """Whether no element is infinite or NaN, on any device. One pass over memory."""
-    here = [t for t in tensors if t.device.type == "cpu"]
-    others = (t for t in tensors if t.device.type != "cpu")
+    """Whether no element is infinite or NaN, on any device."""
+    alone = torch.get_num_threads() == 1  # then torch's sum is the fastest, and waits for nobody
+    here: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    for t in tensors:
+        (others if alone or t.device.type != "cpu" or t.dtype != torch.float32 else here).append(t)
     found: list[bool] = []
 
     def look(_: Array, array: Array) -> None:  # a NaN is the largest and the smallest
-        found.append(not array.size or bool(np.isfinite(array.max()) and np.isfinite(array.min())))
+        found.append(bool(np.isfinite(array.max()) and np.isfinite(array.min())))
 
     in_pieces(look, here)
-    # there by a sum, which is not finite if an element is not
+    # a sum is not finite if an element is not
     return all(found) and all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in others)
 
 
@@ -234,6 +238,8 @@ def bits_of(array: Array) -> torch.Tensor:
 def _cut(lists: Sequence[Tensors], piece: int) -> Iterator[list[Array]]:
     for tensors in zip(*lists, strict=True):
         arrays = [_array(t.detach()) for t in tensors]
+        if any(array.shape != arrays[0].shape for array in arrays):
+            raise ValueError(f"tensors of one shape are averaged, not of {' and '.join(str(a.shape) for a in arrays)}")
         if all(array.flags.c_contiguous for array in arrays):
             flat = [array.reshape(-1) for array in arrays]
             for start in range(0, flat[0].size, piece):

@@ -215,8 +215,18 @@ def test_a_share_that_is_nothing_in_fp32_leaves_its_snapshot_out(least):
         ([-math.inf, 0], False),
     ],
 )
-def test_all_finite(values, finite):
-    assert window.all_finite([torch.zeros(3), torch.tensor(values, dtype=torch.float32)]) is finite
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_finite(values, finite, dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert window.all_finite([torch.zeros(3), torch.tensor(values, dtype=dtype)]) is finite
+
+
+def test_tensors_of_other_shapes_are_refused():
+    """One element would else be taken for all, and what is longer by whole pieces be cut."""
+    for other in (torch.zeros(1), torch.zeros(2 * window.PIECE)):
+        with pytest.raises(ValueError, match="one shape"):
+            window.add_([torch.zeros(window.PIECE)], [other])
 
 
 def test_extreme_values_are_torchs_and_silent():
