@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from ds_plugin.errors import StateError, together
+from ds_plugin.errors import PluginError, StateError, together
 from ds_plugin.run import rng
 
 SAYS = "sequence length warmup: preflight"
@@ -100,7 +100,8 @@ def ending_together() -> Iterator[None]:
         with together():  # the ranks that are through wait here, and still look
             pass
     except BaseException as error:
-        if (said := _word(store)) is not None:
+        own = isinstance(error, (torch.OutOfMemoryError, PluginError))  # it failed as well, whoever was first
+        if not own and (said := _word(store)) is not None:
             raise StateError(f"{said}; rank {dist.get_rank()} ends with it") from error
         with contextlib.suppress(RuntimeError):
             store.set(_FAILED, f"rank {dist.get_rank()} failed with {type(error).__name__}: {error}")
