@@ -173,6 +173,7 @@ BOUNDARY = "_is_gradient_accumulation_boundary"  # of the engine: whether this m
 _MICRO_BATCHES = "_unmanaged_backward_count"  # of the engine, where the caller says when to step
 ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
 ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
+ZERO3_GRADIENTS = "grad_partitions_flat_buffer"  # made at the start; without a new gradient a part keeps the old one
 _ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # other Adams keep less (8 bits), or more (1-bit's errors)
 _MARKS = ("overflow", "_global_grad_norm")  # what a step leaves on a wrapper
 
@@ -214,8 +215,9 @@ def drop_gradients(engine: Any) -> None:
 
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        need(optimizer, ZERO3_SKIP)
+        need(optimizer, ZERO3_SKIP, ZERO3_GRADIENTS, ZERO3_MASTERS)
         getattr(optimizer, ZERO3_SKIP)(optimizer.loss_scale)
+        getattr(optimizer, ZERO3_GRADIENTS).zero_()
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
         need(optimizer, *ZERO12_SKIP)
         asks, looks, rescales = ZERO12_SKIP
@@ -233,10 +235,12 @@ def drop_gradients(engine: Any) -> None:
         engine.module.zero_grad()
     else:
         optimizer.zero_grad()
-    for group in engine.basic_optimizer.param_groups:  # where gradients are offloaded to, they stay between two steps
-        for master in group["params"]:
-            if master.grad is not None:
-                master.grad.zero_()
+    masters = getattr(optimizer, ZERO3_MASTERS, None)  # which no param group has between two steps
+    if masters is None:
+        masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    for master in masters:
+        if master.grad is not None:  # where gradients are offloaded to, they stay between two steps
+            master.grad.zero_()
 
 
 def kept_by(optimizer: Any) -> int | None:

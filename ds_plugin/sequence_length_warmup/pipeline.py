@@ -131,8 +131,8 @@ def run_passes(engine: Any, micro_batch: Any) -> None:
     """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
     data). Every rank calls it, between two steps.
 
-    As many micro-batches as there are stages are the most that one step keeps in flight; two show what accumulating
-    takes. The engine's counters are put back.
+    With one micro-batch more than there are stages, as many are in flight as in any step while gradients have
+    accumulated already. The engine's counters are put back.
     """
     from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 
@@ -145,7 +145,7 @@ def run_passes(engine: Any, micro_batch: Any) -> None:
     engine.total_loss = engine.total_additional_losses = None
     setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
     try:
-        count = min(engine.micro_batches, max(2, engine.num_stages))
+        count = min(engine.micro_batches, engine.num_stages + 1)
         getattr(engine, compat.PIPELINE_RUN)(compat.without_step(count, engine.num_stages, engine.stage_id))
     finally:
         for name in compat.PIPELINE_SCRATCH:

@@ -1,11 +1,13 @@
 """The full-length pass holds what a step at full length holds, and ends on all ranks or on none."""
 
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import time
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,6 +104,37 @@ def test_a_pipelines_first_short_step_needs_what_a_full_one_needs(workers, zero,
     layout = Layout(pipe=2)
     for short, step in workers(layout.ranks).run(_both_pipelined, layout, zero, precision):
         assert short == pytest.approx(step, rel=0.02)
+
+
+LONG, NARROW, DEEP = 64, 64, 4  # activations are the most of it, so that it matters how many are in flight
+
+
+def _blocks():
+    for _ in range(DEEP):
+        yield from (torch.nn.Linear(NARROW, 4 * NARROW), torch.nn.GELU(), torch.nn.Linear(4 * NARROW, NARROW))
+
+
+def _in_flight(sections):
+    layers = [torch.nn.Embedding(plain.VOCAB, NARROW), *_blocks(), torch.nn.Linear(NARROW, plain.VOCAB)]
+    loss_fn = lambda logits, labels: torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)  # noqa: E731
+    model = deepspeed.PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
+    with LiveBytes() as bytes_of:
+        engine = ds_plugin.initialize(model=model, config=plain.host_config(accumulation=4, **sections))[0]
+        tokens = torch.arange(plain.MICRO * LONG).view(plain.MICRO, LONG) % plain.VOCAB
+        bytes_of.peak = 0
+        for _ in range(2):
+            engine.train_batch(itertools.repeat((tokens, tokens)))
+    return bytes_of.peak
+
+
+def _both_in_flight():
+    warmup = {**plain.WARMUP, "end_length": LONG, "duration": {"steps": 1000}}
+    return _in_flight({"sequence_length_warmup": warmup}), _in_flight({})
+
+
+def test_a_pipelines_pass_has_as_many_micro_batches_in_flight_as_a_step_beside_gradients(workers):
+    for short, full in workers(2).run(_both_in_flight):
+        assert short == pytest.approx(full, rel=0.02)
 
 
 # -- where forward is not the module's --------------------------------------------------------------------------------

@@ -457,11 +457,12 @@ def _full_length_rates(by, scheduler):
 
 
 class Dropping(plain.TinyLM):
-    """With dropout and a buffer that every forward pass changes."""
+    """With dropout, a buffer that every forward pass changes and weights that only the full length trains."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
+        self.at_full_length = torch.nn.Linear(13, 13)
 
     def forward(self, input_ids, labels):
         self.calls += 1
@@ -469,13 +470,19 @@ class Dropping(plain.TinyLM):
         hidden = torch.nn.functional.dropout(self.embedding(input_ids), 0.2, self.training)
         x = hidden + self.positions[: input_ids.shape[1]]
         x = x + self.outer(torch.nn.functional.gelu(self.inner(self.norm(x))))
+        if input_ids.shape[1] == plain.LENGTH:
+            x = self.at_full_length(x)
         return torch.nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
 
 
-def _trained(zero, precision, preflight, mode):
+def _trained(zero, precision, preflight, mode, accumulation=1, offload=False):
     torch.manual_seed(7)
     changes = {"preflight": preflight, "mode": mode}
-    engine = ds_plugin.initialize(model=Dropping(), config=plain.host_config(zero, precision, **section(**changes)))[0]
+    config = plain.host_config(zero, precision, accumulation, **section(**changes))
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    engine = ds_plugin.initialize(model=Dropping(), config=config)[0]
     torch.manual_seed(8)
     if mode == "carry":
         batches = ds_plugin.attached(engine).batches(source)
@@ -489,21 +496,33 @@ def _trained(zero, precision, preflight, mode):
             losses.append(loss.item())
     else:
         losses = plain.train(engine, 5)
-    return losses, engine.module.calls.item(), engine.module.lengths, torch.rand(3).tolist()
+    found = losses, engine.module.calls.item(), engine.module.lengths, torch.rand(3).tolist()
+    scale = getattr(engine.optimizer, "loss_scale", None)
+    return *found, scale, engine.skipped_steps, plain.evaluate(engine)  # at full length: all weights
 
 
 @pytest.mark.parametrize(
-    ("zero", "precision", "mode"),
-    [(0, "fp32", "truncate"), (1, "bf16", "truncate"), (2, "fp32", "carry"), (3, "fp32", "truncate")],
+    ("zero", "precision", "mode", "accumulation", "offload"),
+    [
+        (0, "fp32", "truncate", 2, False),
+        (0, "fp16", "truncate", 1, False),
+        (1, "bf16", "truncate", 1, False),
+        (1, "fp32", "truncate", 2, True),
+        (2, "fp32", "carry", 1, False),
+        (2, "bf16", "truncate", 2, True),
+        (3, "fp32", "truncate", 1, False),
+        (3, "bf16", "truncate", 2, True),
+    ],
 )
-def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, precision, mode):
-    pool = workers(2)
-    for with_it, without in zip(
-        pool.run(_trained, zero, precision, True, mode), pool.run(_trained, zero, precision, False, mode), strict=True
-    ):
-        assert with_it[0] == without[0] and with_it[1] == without[1] == 5 and with_it[3] == without[3]
-        passes = 2 if zero == 3 else 1  # the second gathers parameters ahead
-        assert with_it[2] == [plain.LENGTH] * passes + without[2] and plain.LENGTH not in without[2]
+def test_preflight_runs_the_longest_sample_and_leaves_no_trace(workers, zero, precision, mode, accumulation, offload):
+    with_it, without = (
+        workers(2).run(_trained, zero, precision, preflight, mode, accumulation, offload) for preflight in (True, False)
+    )
+    for found, expected in zip(with_it, without, strict=True):
+        (losses, calls, lengths, *others), (_, _, expected_lengths, *_) = found, expected
+        assert losses == expected[0] and others == list(expected[3:]) and calls == expected[1] == 5 * accumulation
+        passes = 2 if accumulation > 1 or zero == 3 else 1  # over accumulated gradients, with parameters gathered ahead
+        assert lengths == [plain.LENGTH] * passes + expected_lengths and plain.LENGTH not in expected_lengths
 
 
 class Embedded(plain.TinyLM):
