@@ -11,6 +11,7 @@ import itertools
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -34,8 +35,8 @@ def full_length_pass(
     rank's random streams are afterwards what they were. All ranks go on, or none.
 
     Raises:
-        torch.OutOfMemoryError: with a note that says where it came from and by which ``means`` a step fits. Nothing of
-            the room is kept.
+        torch.OutOfMemoryError: with a note that says where it came from and by which ``means`` a step fits. Nothing
+            that was made in the block is kept.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(ending_together())
@@ -124,6 +125,7 @@ def _remedy(length: int, means: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the activations for as long as the error is known
         error.add_note(
             f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, and "
             f'neither will training at the end of the warmup; use {means}, or write "preflight": false to find out then'

@@ -12,6 +12,7 @@ from ds_plugin import compat
 from ds_plugin.backward import loss_of
 from ds_plugin.errors import ConfigError
 from ds_plugin.full_length_pass import SAYS, full_length_pass, peak, state_to_come
+from ds_plugin.readings import optimizers
 from ds_plugin.replaced import replaced
 from ds_plugin.sequence_length_warmup.batch import find_sides, positions, refuse_unknown
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
@@ -71,7 +72,7 @@ def _state_to_come(engine: Any) -> tuple[bool, list[torch.Tensor]]:
     except ConfigError:  # they are not in memory, or change elsewhere
         return False, []
     kept = compat.kept_by(engine.basic_optimizer)
-    if kept is None or compat.adam_variances(engine):
+    if kept is None or any(each.state for each in optimizers(engine)):
         return kept is not None, []
     return True, state_to_come(masters, lambda master: [master.dtype] * kept)
 

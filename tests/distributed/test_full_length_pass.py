@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import ds_plugin
 from ds_plugin import full_length_pass
+from tests import harness
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout
-from tests.live_bytes import LiveBytes
 
 ROWS, WIDTH = 20, 1024  # so that activations, gradients and Adam's state are all a good part of the whole
 BUCKET = 20_000  # elements; DeepSpeed's own is larger than all of this
@@ -40,7 +40,7 @@ def _peak(sections, zero, precision, accumulation, offload):
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False
-    with LiveBytes() as bytes_of:
+    with harness.benchmark("bench_completep").Held() as bytes_of:
         engine = plain.make(config, WIDTH)
         engine.train()
         peaks = []
@@ -82,7 +82,7 @@ PIPELINE = {"hidden_size": 128, "ffn_hidden_size": 256}
 
 def _pipelined_peak(layout, zero, precision, sections):
     changes = {"zero_optimization": {"stage": zero, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}}
-    with LiveBytes() as bytes_of:
+    with harness.benchmark("bench_completep").Held() as bytes_of:
         engine = pipelined.make(layout, ds_plugin.initialize, zero, precision, {**changes, **sections}, size=PIPELINE)
         data, peaks = pipelined.batches(engine), []
         for _ in range(2):
@@ -118,7 +118,7 @@ def _in_flight(sections):
     layers = [torch.nn.Embedding(plain.VOCAB, NARROW), *_blocks(), torch.nn.Linear(NARROW, plain.VOCAB)]
     loss_fn = lambda logits, labels: torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)  # noqa: E731
     model = deepspeed.PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
-    with LiveBytes() as bytes_of:
+    with harness.benchmark("bench_completep").Held() as bytes_of:
         engine = ds_plugin.initialize(model=model, config=plain.host_config(accumulation=4, **sections))[0]
         tokens = torch.arange(plain.MICRO * LONG).view(plain.MICRO, LONG) % plain.VOCAB
         bytes_of.peak = 0

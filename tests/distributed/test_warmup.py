@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+import weakref
 
 import deepspeed
 import pytest
@@ -568,6 +569,8 @@ def test_the_preflight_leaves_the_graph_of_embeddings_to_the_step(workers):
 class TooLarge(plain.TinyLM):
     def forward(self, input_ids, labels):
         if input_ids.shape[1] == plain.LENGTH:
+            activation = self.embedding(input_ids)
+            self.activation = weakref.ref(activation)
             raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
         return super().forward(input_ids, labels)
 
@@ -577,12 +580,13 @@ def _out_of_memory():
     try:
         plain.train(engine, 1)
     except torch.OutOfMemoryError as error:
-        return error.__notes__
+        return error.__notes__, engine.module.activation() is None
     return None
 
 
 def test_an_out_of_memory_of_the_preflight_says_so(workers):
-    [notes] = workers(1).run(_out_of_memory)
+    [(notes, freed)] = workers(1).run(_out_of_memory)
+    assert freed  # though the error is still at hand
     assert f"a step at the full length of {plain.LENGTH} tokens, does not fit" in notes[0]
     assert "train_micro_batch_size_per_gpu" in notes[0]
 
