@@ -163,15 +163,15 @@ def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
 
 def copy_(out: Tensors, source: Tensors) -> None:
     """Copy tensor by tensor, across devices and dtypes if need be."""
+    alone = torch.get_num_threads() == 1  # then torch's copy is the fastest of many small ones, and waits for nobody
     here: list[tuple[torch.Tensor, torch.Tensor]] = []
     for target, tensor in zip(out, source, strict=True):
-        if target.device.type == tensor.device.type == "cpu" and target.dtype == tensor.dtype == torch.float32:
+        plain = target.device.type == tensor.device.type == "cpu" and target.dtype == tensor.dtype == torch.float32
+        if plain and not alone:
             here.append((target, tensor))
         else:
             target.copy_(tensor)
-    # on one thread whole: a copy larger than all caches is written past them, and its lines are not read first
-    piece = max((t.numel() for t, _ in here), default=0) if torch.get_num_threads() == 1 else _COPIED * PIECE
-    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=piece)
+    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=_COPIED * PIECE)
 
 
 def all_finite(tensors: Tensors) -> bool:
