@@ -7,7 +7,8 @@ a time over the reference's of the same round, with the middle half of the round
 smallest time over the reference's smallest ("best"). Times are CPU time of the thread unless a part says otherwise, so
 that other programs disturb them less. Which physical pages a process gets moves its memory's speed, too: ``memory``
 is the median over several processes, one after another (low and high then are the lowest and the highest of theirs). A
-*memcpy* is torch's copy of all masters, end to end, into one buffer of the kind the averager has. The parts:
+*memcpy* is torch's copy of all masters into memory of the kind the averager has, of which nothing is in a cache. The
+parts:
 
 ``memory``  A snapshot, the mean of a window of 5, and what others do: torch's AveragedModel, and the mean of stacked
             snapshots, both on tensors of 4 MiB, as models have. The floor of the mean: it reads five arrays and writes
@@ -34,6 +35,7 @@ is the median over several processes, one after another (low and high then are t
 
 import argparse
 import datetime
+import itertools
 import json
 import multiprocessing
 import os
@@ -234,13 +236,23 @@ def one_memory(args: argparse.Namespace) -> Found:
     shards = Shards(sizes(args))
     masters = shards.tensors()
     averager = averager_of(shards)
-    flat, spare, out = torch.cat(masters), torch.zeros(sum(sizes(args))), [torch.zeros_like(m) for m in masters]
+    flat, out = torch.cat(masters), [torch.zeros_like(m) for m in masters]
+    spares = itertools.cycle(averager_of(shards).snapshots())  # of the averager's kind, and as cold as its own
+
+    def memcpy() -> None:
+        for target, master in zip(next(spares), masters, strict=True):
+            target.copy_(master)
+
+    def add_in_place() -> None:
+        for target, master in zip(next(spares), masters, strict=True):
+            target.add_(master)
+
     model = torch.nn.ParameterList(flat.split(_TENSOR))
     averaged = swa_utils.AveragedModel(model)
     variants: dict[str, Callable[[], object]] = {
-        "memcpy": lambda: spare.copy_(flat),
+        "memcpy": memcpy,
         "read": lambda: flat.sum(),
-        "add in place": lambda: spare.add_(flat),
+        "add in place": add_in_place,
         "snapshot": lambda: averager.snapshot(K, finite=True),
         "snapshot, looked at": lambda: averager.snapshot(K, finite=None),
         "mean": lambda: window.mean_(out, averager.snapshots()),
@@ -349,8 +361,9 @@ def step(args: argparse.Namespace) -> Found:
     """What averaging adds to DeepSpeed's step."""
     import ds_plugin
 
-    engine, train, count = _engine(args)
-    train()  # from the first step on, the host says that one was applied
+    _, train, count = _engine(args)  # which trains, and nothing is wrapped there
+    engine, once, _ = _engine(args)
+    once()  # from the first step on, the host says that one was applied
 
     def host_backward(loss: object) -> object:
         return loss

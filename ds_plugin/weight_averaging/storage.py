@@ -1,6 +1,8 @@
 """Where the snapshots lie: in pinned or plain CPU memory, or in files that are mapped into memory."""
 
+import contextlib
 import itertools
+import math
 import mmap
 import os
 import tempfile
@@ -16,6 +18,8 @@ from ds_plugin.weight_averaging.copies import has_streams
 from ds_plugin.weight_averaging.memory import Memory
 
 Tensors = list[torch.Tensor]
+
+_LARGE = 4 << 20  # bytes, at which a tensor is worth pages of its own
 
 
 class Storage:
@@ -78,7 +82,7 @@ class Storage:
         return memory.needed(self._masters, 1, dtype=dtype)
 
     def _in_memory(self, dtype: torch.dtype) -> Tensors:
-        return [torch.empty(t.shape, dtype=dtype, device="cpu") for t in self._masters]
+        return [_empty(t.shape, dtype) for t in self._masters]
 
     def _pieces(self, dtypes: Sequence[torch.dtype]) -> list[int]:
         return memory.pieces([t.numel() for t in self._masters], dtypes)
@@ -124,3 +128,18 @@ class Storage:
                 f"({error.strerror}); make room there, or write another folder"
             ) from None
         return self._cut(torch.frombuffer(mapping, dtype=torch.uint8), dtype)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in CPU memory; a large one in huge pages where the kernel has some left.
+
+    Each snapshot sweeps over buffers of gigabytes: with small pages a core spends a part of that in looking them up.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=dtype).view(shape)

@@ -26,10 +26,12 @@ Work = Callable[..., None]
 #: elements worked on at a time: 256 KiB of fp32, of which several stay in a core's cache, so that each snapshot is read
 #: once and each result written once; smaller pieces spend their time in Python
 PIECE = 64 * 1024
-#: so many of these where threads share the work: each call has to get Python's lock back from the others
-_SHARED = 16
-#: and so many where nothing is read twice
-_COPIED = 64
+#: and twice of that where threads share the work: each call has to get Python's lock back from the others
+_SHARED = 2 * PIECE
+#: so many pieces are a thread's turn: whose it is has to be agreed upon
+_TURN = 8
+#: what is copied is read once, so that its pieces need no cache
+_COPIED = 8 * PIECE
 #: threads, at most: memory is not read faster by more, and each takes Python's lock now and then from the training
 _THREADS = 4
 #: the smallest number that fp32 holds with all its digits; a share of the mean below it is none
@@ -151,11 +153,15 @@ def mean_of_sum_(out: Tensors, total: Tensors, count: int) -> None:
 
 
 def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
-    """Move a running average towards a snapshot: ``average + (snapshot - average) / divisor``."""
+    """Move a running average towards a snapshot: ``average + (snapshot - average) * (1 / divisor)``, in fp32.
+
+    Times a factor that is rounded once: a processor divides at a small part of the speed at which it multiplies.
+    """
+    rate = np.float32(1 / divisor)
 
     def move(scratch: Array, target: Array, source: Array) -> None:
         np.subtract(source, target, out=scratch)
-        np.divide(scratch, np.float32(divisor), out=scratch)
+        np.multiply(scratch, rate, out=scratch)
         np.add(target, scratch, out=target)
 
     in_pieces(move, average, snapshot)
@@ -171,7 +177,7 @@ def copy_(out: Tensors, source: Tensors) -> None:
             here.append((target, tensor))
         else:
             target.copy_(tensor)
-    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=_COPIED * PIECE)
+    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=_COPIED)
 
 
 def all_finite(tensors: Tensors) -> bool:
@@ -195,7 +201,7 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
     """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of the same elements.
 
     By as many threads as torch has been given, of which the caller is one; each has fp32 scratches of its own, of the
-    piece's shape. The others live as long as the call, so that they round as the caller does and none is lost in a
+    piece's shape. The other threads live as long as the call: they round as the caller does, and none is lost in a
     fork. A bf16 tensor comes as its bits (`bits_of`). A tensor with strides is one piece: such shards are small.
 
     ``piece``: elements, at most.
@@ -203,21 +209,23 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
     if not lists:
         return
     threads = min(torch.get_num_threads(), _THREADS)
-    size = piece or (PIECE if threads == 1 else _SHARED * PIECE)
+    piece = piece or (PIECE if threads == 1 else _SHARED)
+    size = piece if threads == 1 else _TURN * piece
     left, turn = _cut(lists, size), threading.Lock()
 
     def run() -> None:
-        kept = np.empty((scratches, min(size, max((t.numel() for t in lists[0]), default=0))), np.float32)
+        kept = np.empty((scratches, min(piece, max((t.numel() for t in lists[0]), default=0))), np.float32)
         with np.errstate(all="ignore"):  # infinity and NaN are results like others, as they are to torch
             while True:
                 with turn:
                     arrays = next(left, None)
                 if arrays is None:
                     return
-                shape, count = arrays[0].shape, arrays[0].size
-                if count > kept.shape[1]:
-                    kept = np.empty((scratches, count), np.float32)
-                work(*(row[:count].reshape(shape) for row in kept), *arrays)
+                for part in _parts(arrays, piece):
+                    shape, count = part[0].shape, part[0].size
+                    if count > kept.shape[1]:
+                        kept = np.empty((scratches, count), np.float32)
+                    work(*(row[:count].reshape(shape) for row in kept), *part)
 
     threads = min(threads, -(-sum(t.numel() for t in lists[0]) // size))
     if threads <= 1:
@@ -241,11 +249,17 @@ def _cut(lists: Sequence[Tensors], piece: int) -> Iterator[list[Array]]:
         if any(array.shape != arrays[0].shape for array in arrays):
             raise ValueError(f"tensors of one shape are averaged, not of {' and '.join(str(a.shape) for a in arrays)}")
         if all(array.flags.c_contiguous for array in arrays):
-            flat = [array.reshape(-1) for array in arrays]
-            for start in range(0, flat[0].size, piece):
-                yield [array[start : start + piece] for array in flat]
+            yield from _parts([array.reshape(-1) for array in arrays], piece)
         else:
             yield arrays
+
+
+def _parts(arrays: list[Array], piece: int) -> Iterator[list[Array]]:
+    if arrays[0].ndim != 1:  # with strides
+        yield arrays
+        return
+    for start in range(0, arrays[0].size, piece):
+        yield [array[start : start + piece] for array in arrays]
 
 
 def _array(tensor: torch.Tensor) -> Array:

@@ -71,5 +71,5 @@ def ema(snapshots, horizon):
     """The running average: the n-th snapshot moves it by 1 / min(n, horizon) of the way."""
     average = dict(snapshots[0])
     for n, snapshot in enumerate(snapshots[1:], start=2):
-        average = {name: a + (snapshot[name] - a) / min(n, horizon) for name, a in average.items()}
+        average = {name: a + (snapshot[name] - a) * (1 / min(n, horizon)) for name, a in average.items()}
     return average

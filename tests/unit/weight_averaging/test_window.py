@@ -148,8 +148,8 @@ def test_pieces_are_shared_among_threads(monkeypatch):
         scratches.add(scratch.ctypes.data)
         seen.extend(array.tolist())
 
-    window.in_pieces(work, list(torch.arange(60.0).split([25, 0, 35])), piece=10)
-    assert sorted(seen) == list(range(60)) and len(scratches) == 2
+    window.in_pieces(work, list(torch.arange(600.0).split([250, 0, 350])), piece=10)
+    assert sorted(seen) == list(range(600)) and len(scratches) == 2
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch):
@@ -164,7 +164,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
         raise MemoryError("lost")
 
     with pytest.raises(MemoryError, match="lost"):
-        window.in_pieces(work, [torch.zeros(40)], piece=10)
+        window.in_pieces(work, [torch.zeros(400)], piece=10)
 
 
 def weighted(snapshots, weights):
