@@ -58,11 +58,11 @@ import torch
 import torch.distributed as dist
 from torch.optim import swa_utils
 
-from ds_plugin.atomic import atomic_write
+from ds_plugin.core.files import atomic_write
 from ds_plugin.weight_averaging import window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import Fragment
+from ds_plugin.weight_averaging.state.fragments import Fragment
 
 K = 5  # snapshots of a window
 INTERVAL = 100
@@ -373,7 +373,7 @@ def step(args: argparse.Namespace) -> Found:
 
     engine.backward, engine.step = host_backward, host_step  # what is wrapped next, so that only the wrapping is timed
     ds_plugin.attach(engine, {"weight_averaging": {"enabled": True, "interval": INTERVAL, "window": K}})
-    averager = ds_plugin.attached(engine).averager
+    averager = ds_plugin.get_plugin(engine).averager
     assert averager is not None
 
     def steps(number: int, backward: Callable[[object], object], step: Callable[[], object]) -> None:
@@ -437,15 +437,15 @@ PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
 
 def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
     """DeepSpeed in fp32 without ZeRO, one training step of it, and its number of parameters."""
-    from ds_plugin.run import startup
+    from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
     startup.skip_inference_kernel()
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
-    from megatron_patches import gpt
-    from megatron_patches.completep import trial
+    from ds_plugin.sweeps import trial
+    from megatron_patches.models import gpt
 
     trial.start_host()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
@@ -478,7 +478,7 @@ def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
 
 
 def _gathering_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    from ds_plugin.run import startup
+    from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
     torch.set_num_threads(1)

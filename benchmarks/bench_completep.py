@@ -23,10 +23,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_plugin.atomic import atomic_write
-from megatron_patches import gpt
-from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of, trial
-from megatron_patches.completep.config import CompletePConfig
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.core.files import atomic_write
+from ds_plugin.sweeps import trial
+from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
+from megatron_patches.models import gpt
 
 VARIANTS = ("unpatched", "unpatched again", "forward", "folded")
 _VOCAB = 256

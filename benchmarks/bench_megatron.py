@@ -33,8 +33,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.atomic import atomic_write
-from megatron_patches.completep.config import CompletePConfig
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.core.files import atomic_write
 
 ROUND = 20  # iterations; also between two snapshots
 BOUND = 1.01
@@ -185,7 +185,7 @@ def rank(arguments: list[str]) -> None:
 
     Beside the file goes what this rank's iterations took, when the last is reached.
     """
-    from megatron_patches.pretrain import script
+    from megatron_patches.training_loop import script
 
     path, given, sections = script.read_arguments(arguments)
     script.prepare_host(path)
@@ -240,8 +240,8 @@ class Switches:
 
     def of_loop(self, training: Any) -> None:
         """The wrapped functions that are called in an iteration, and the cutting of batches."""
-        from megatron_patches import patch
-        from megatron_patches.pretrain.batches import Cut
+        from ds_plugin.core import patch
+        from megatron_patches.training_loop.batches import Cut
 
         for change in patch._REGISTRY:
             place, _, name = change.name.rpartition(".")

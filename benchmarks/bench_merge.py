@@ -1,4 +1,4 @@
-"""How fast ``python -m ds_plugin merge`` is: against plain copies of the same bytes in the same run.
+"""How fast ``ds-plugin merge`` is: against plain copies of the same bytes in the same run.
 
     python benchmarks/bench_merge.py [--out FILE.json] [--check]
 
@@ -30,14 +30,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ds_plugin.atomic import atomic_write
-from ds_plugin.weight_averaging.merge import merge
+from ds_plugin.core.files import atomic_write
+from ds_plugin.weight_averaging.merge.merge import merge
 
 BLOCK = 1 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PEAK = """
 import sys
-from ds_plugin.weight_averaging.merge import merge
+from ds_plugin.weight_averaging.merge.merge import merge
 merge(sys.argv[3:], sys.argv[1], workers=int(sys.argv[2]))
 print(open("/proc/self/status").read())
 """
@@ -92,7 +92,7 @@ def make(folder: Path, dtype: str, args: argparse.Namespace) -> list[Path]:
 
 
 def measure(folder: Path, inputs: list[Path], workers: int, args: argparse.Namespace) -> dict[str, float]:
-    """Copies and merge in turns (the first round warms up), then the peak memory of one more merge."""
+    """SnapshotStager and merge in turns (the first round warms up), then the peak memory of one more merge."""
     out = folder / "out"
     turns: dict[str, Callable[[], object]] = {
         "copy": lambda: copy(inputs, out, 1),

@@ -24,10 +24,10 @@ import deepspeed
 import torch
 
 import ds_plugin
-from ds_plugin.atomic import atomic_write
-from ds_plugin.run import startup
-from megatron_patches import gpt
-from megatron_patches.completep import trial
+from ds_plugin.core.files import atomic_write
+from ds_plugin.deepspeed_engine import startup
+from ds_plugin.sweeps import trial
+from megatron_patches.models import gpt
 
 VARIANTS = ("host", "host again", "truncate", "carry")
 ROUND = 20  # steps; the instruments report once in so many
@@ -108,7 +108,7 @@ def build(variant: str, args: argparse.Namespace, lengths: list[int]) -> Callabl
             **({"interleave": 1} if variant == "carry" else {}),
         }  # fmt: skip
         engine = ds_plugin.initialize(model=model, config={**host, "sequence_length_warmup": warmup})[0]
-        plugin = ds_plugin.attached(engine)
+        plugin = ds_plugin.get_plugin(engine)
         cut = plugin.batches(lambda n: _forever(whole)) if variant == "carry" else None
 
         def batch(length: int) -> dict[str, torch.Tensor]:

@@ -27,9 +27,9 @@ from typing import Any
 import small_runs
 
 import ds_plugin
+from ds_plugin.sweeps.records import read_records, write_records
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from megatron_patches.completep.records import read_records, write_records
 
 ALL = 10**9  # an ema horizon beyond any run's number of snapshots: the plain mean of all of them, which is SWA
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the run, where steps saved are read
@@ -214,7 +214,7 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
     """One run in this process (`small_runs.prepare_process`): evaluations, and training losses."""
     regime, spike = plan.regimes[setting.regime], plan.spike if setting.after else None
     engine, text = small_runs.build(json_of(setting, plan), plan, setting.seed, cache)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     watching = _averagers(plugin, regime)
     count = regime.steps * regime.batch
     samples = small_runs.Samples(plan, text, cache, count=count, seed=setting.seed)

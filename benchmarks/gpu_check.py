@@ -64,8 +64,9 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
         _environment(args.dry_run)
-        from ds_plugin.atomic import atomic_path
-        from ds_plugin.run import env, startup
+        from ds_plugin.cli import env
+        from ds_plugin.core.files import atomic_path
+        from ds_plugin.deepspeed_engine import startup
 
         startup.quiet()
         parts = importlib.import_module("gpu_parts")

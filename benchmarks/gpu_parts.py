@@ -28,12 +28,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import cpp_extension
 
 import ds_plugin
-from ds_plugin import readings
-from ds_plugin.run import startup
-from ds_plugin.run.optimizer import choose_optimizer
-from ds_plugin.weight_averaging import copies
-from megatron_patches import gpt
-from megatron_patches.completep import finish, prepare, trial
+from ds_plugin.deepspeed_engine import readings, startup
+from ds_plugin.sweeps import trial
+from ds_plugin.weight_averaging.snapshots import stager
+from launch_scripts.gpt.optimizer import choose_optimizer
+from megatron_patches.completep import finish, prepare
+from megatron_patches.models import gpt
 
 Figures = Iterator[tuple[str, Any]]
 Span = tuple[float, float]  # begin and end
@@ -97,7 +97,7 @@ class Rig:
         self.rounds, self.round = (3, 4) if dry_run else (20, 20)
         self.streams = StandIn()
         if dry_run:
-            copies.copies_from = lambda tensors: copies.Copies(torch.device("cpu"), self.streams)
+            stager.copies_from = lambda tensors: stager.SnapshotStager(torch.device("cpu"), self.streams)
 
     def synchronize(self) -> None:
         if not self.dry_run:
@@ -119,8 +119,8 @@ class Rig:
 
 
 class StandIn:
-    """What `copies.Copies` uses of an accelerator: work of the training's stream is done at once, copies on another one
-    by a thread, in order. ``copied`` has when."""
+    """What `SnapshotStager` uses of an accelerator: work of the training's stream is done at once, copies on another
+    one by a thread, in order. ``copied`` has when."""
 
     def __init__(self) -> None:
         self.copied: list[Span] = []
@@ -201,7 +201,7 @@ def verdicts(part: str, dry_run: bool) -> Callable[[str, Any], dict[str, Any]]:
 
 
 def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
-    """Copies from the device, and kernels, of a profile in Chrome's format; seconds."""
+    """SnapshotStager from the device, and kernels, of a profile in Chrome's format; seconds."""
 
     def of(category: str, name: str) -> list[Span]:
         events = [e for e in trace["traceEvents"] if e.get("cat") == category and name in e["name"]]
@@ -211,7 +211,7 @@ def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
 
 
 def under(copied: list[Span], kernels: list[Span]) -> float:
-    """The share of the copies' time in which some kernel runs. Copies do not overlap; kernels may."""
+    """The share of the copies' time in which some kernel runs. SnapshotStager do not overlap; kernels may."""
     shared, last = 0.0, -math.inf
     for begin, end in sorted(kernels):
         begin, last = max(begin, last), max(end, last)
@@ -285,7 +285,7 @@ def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[fl
 
 
 def plugin_of(engine: Any) -> Any:
-    return ds_plugin.attached(engine)
+    return ds_plugin.get_plugin(engine)
 
 
 def not_finite(losses: list[float]) -> int:

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                                              # the table for models of 7 to 405 billion
     python benchmarks/scaling.py --measure --out docs/results/scaling         # 1 to 8 processes here; measured.json
 
-The arithmetic is `ds_plugin.plan.costs`, which ``python -m ds_plugin plan`` uses. ``--measure`` finds in one process
+The arithmetic is `ds_plugin.plan.costs`, which ``ds-plugin plan`` uses. ``--measure`` finds in one process
 the bytes per second of a snapshot (of 104 MB) and the operations per second of a training step: `costs.RATES["cpu"]`,
 to two digits. Then DeepSpeed (fp32, ZeRO 1) trains a small GPT with averaging in 1, 2, 4 and 8 gloo processes.
 
@@ -28,13 +28,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_plugin.atomic import atomic_write
+from ds_plugin.core.files import atomic_write
 from ds_plugin.plan import costs
 from ds_plugin.plan.costs import RATES, Layout
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.memory import size
-from megatron_patches.gpt import GPTConfig, padded_vocab_size
+from ds_plugin.weight_averaging.snapshots.memory import size
+from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 PROCESSES, RANKS = (1, 2, 4, 8), (64, 1024, 4096)
 WINDOW, INTERVAL, STEP_TOKENS = 5, 100, 4096 * 4096
@@ -168,12 +168,13 @@ class _Large:
 
 def _process(rank: int, processes: int, rounds: int, folder: str, link: float | None) -> None:
     import ds_plugin
-    from ds_plugin.run import startup
-    from megatron_patches import cpu_host, gpt
+    from ds_plugin.deepspeed_engine import startup
+    from megatron_patches import megatron_on_cpu
+    from megatron_patches.models import gpt
 
     startup.quiet()
     startup.skip_inference_kernel()
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(processes)}
@@ -200,7 +201,7 @@ def _process(rank: int, processes: int, rounds: int, folder: str, link: float | 
         rates["link"] = _rate(_snapshots(large, rounds), 4 * _LARGE)
         rates["flops"] = _rate(_timed(train, rounds), operations)
         link = rates["link"]["value"]
-    averager = ds_plugin.attached(engine).averager
+    averager = ds_plugin.get_plugin(engine).averager
     assert link is not None and averager is not None
     held = costs.parameters(config, padded_vocab_size(_VOCAB, 1), Layout(processes))
     masters = -(-held // processes)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 import ds_plugin
-from ds_plugin.atomic import atomic_write
-from ds_plugin.run import corpus, data, startup
-from ds_plugin.run.optimizer import choose_optimizer, decay_groups
-from megatron_patches import gpt
-from megatron_patches.completep.trial import start_host
+from ds_plugin.core.files import atomic_write
+from ds_plugin.deepspeed_engine import startup
+from ds_plugin.sweeps.trial import start_host
+from launch_scripts.gpt import corpus, data
+from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
+from megatron_patches.models import gpt
 
 _EVALUATED_AT_ONCE = 16
 

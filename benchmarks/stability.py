@@ -32,9 +32,9 @@ from typing import Any
 import small_runs
 
 import ds_plugin
-from ds_plugin.atomic import atomic_write
-from ds_plugin.stability import LossRatio
-from megatron_patches.completep.records import read_records, write_records
+from ds_plugin.core.files import atomic_write
+from ds_plugin.core.loss_statistics import LossRatio
+from ds_plugin.sweeps.records import read_records, write_records
 
 ARMS = ("plain", "truncate", "carry")
 SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
@@ -160,7 +160,7 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
 def train(setting: Setting, scale: Scale, cache: Path) -> Result:
     """One training run in this process (`small_runs.prepare_process`)."""
     engine, text = small_runs.build(json_of(setting, scale), scale, setting.seed, cache)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
     count = 2 * scale.steps(setting.batch) * setting.batch
     samples = small_runs.Samples(scale, text, cache, count=count, seed=setting.seed)

@@ -2,7 +2,7 @@
 
     import ds_plugin
     engine, optimizer, loader, scheduler = ds_plugin.initialize(model=model, config="config.json")
-    with ds_plugin.attached(engine).averaged_weights():
+    with ds_plugin.get_plugin(engine).averaged_weights():
         evaluate()
 
 Importing this package is cheap: DeepSpeed is imported when one of the names below is first used.
@@ -11,14 +11,17 @@ Importing this package is cheap: DeepSpeed is imported when one of the names bel
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_plugin.attachment import attach, attached, detach, initialize
     from ds_plugin.config import PluginConfig, split_config
-    from ds_plugin.engine import Plugin
+    from ds_plugin.deepspeed_engine.attach import attach, detach, get_plugin, initialize
+    from ds_plugin.deepspeed_engine.engine import Plugin
 
-__all__ = ["Plugin", "PluginConfig", "attach", "attached", "detach", "initialize", "split_config"]
+__all__ = ["Plugin", "PluginConfig", "attach", "detach", "get_plugin", "initialize", "split_config"]
 __version__ = "0.1.0"
 
-_HOME = {"PluginConfig": "ds_plugin.config", "split_config": "ds_plugin.config", "Plugin": "ds_plugin.engine"}
+_HOME = {
+    **dict.fromkeys(("PluginConfig", "split_config"), "ds_plugin.config"),
+    "Plugin": "ds_plugin.deepspeed_engine.engine",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +29,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'ds_plugin' has no attribute '{name}'")
     import importlib
 
-    return getattr(importlib.import_module(_HOME.get(name, "ds_plugin.attachment")), name)
+    return getattr(importlib.import_module(_HOME.get(name, "ds_plugin.deepspeed_engine.attach")), name)

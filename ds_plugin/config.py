@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.config_model import SectionConfig, nearest, parse_section
-from ds_plugin.errors import ConfigError
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import SectionConfig, nearest, parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.translate import translate
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from megatron_patches.completep.config import CompletePConfig
 
 SECTIONS: dict[str, type[SectionConfig]] = {
     "sequence_length_warmup": SequenceLengthWarmupConfig,

@@ -3,6 +3,10 @@
     deepspeed launch_scripts/pretrain_gpt.py --deepspeed_config configs/quickstart.json --name first
 
 Read `train` first: it is the whole loop. What the methods add to an ordinary DeepSpeed script is marked with (*).
+
+A copy of this file for another model needs `ds_plugin`, and `megatron_patches` where the model is megatron-core's. The
+folder ``launch_scripts/gpt/`` is the application around the loop (data, run folder, progress, report) and is not
+installed: take it along, or use your own.
 """
 
 import sys
@@ -12,7 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.run import startup
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where launch_scripts.gpt is found
+
+from ds_plugin.deepspeed_engine import startup
 
 startup.quiet()
 startup.announce("starting DeepSpeed and Megatron-core ...")
@@ -23,14 +29,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import ds_plugin
-from ds_plugin.errors import PluginError, together
-from ds_plugin.run import corpus, data, settings
-from ds_plugin.run.folder import RunFolder
-from ds_plugin.run.optimizer import choose_optimizer, decay_groups
-from ds_plugin.run.progress import Progress
-from ds_plugin.run.recorder import Recorder
-from megatron_patches import cpu_host, gpt, pipeline_gpt
+from ds_plugin.core.errors import PluginError, raise_on_all_ranks
+from launch_scripts.gpt import corpus, data, settings
+from launch_scripts.gpt.folder import RunFolder
+from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
+from launch_scripts.gpt.progress import Progress
+from launch_scripts.gpt.recorder import Recorder
+from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import finish, prepare
+from megatron_patches.models import gpt, pipeline_gpt
 
 Batch = dict[str, torch.Tensor]
 
@@ -41,18 +48,18 @@ def build_model(run: settings.Settings, vocab_size: int) -> torch.nn.Module:
     config, spec = prepare(config, spec, run.plugin.completep)  # (*)
     build = gpt.build_gpt if run.model.pipeline_parallel == 1 else pipeline_gpt.build_pipeline
     model = build(run.model, vocab_size, config, spec)
-    finish(pipeline_gpt.gpt_of(model), run.plugin.completep)  # (*)
+    finish(model, run.plugin.completep)  # (*)
     return model
 
 
 def build_engine(run: settings.Settings, model: torch.nn.Module) -> Any:
     """The DeepSpeed engine; the optimizer is the fastest AdamW this machine has."""
-    host, optimizer = choose_optimizer(run.host)
+    config, optimizer = choose_optimizer(run.deepspeed)
     # CompleteP makes its own groups; without it, norms and biases go without weight decay.
     groups = None if run.plugin.completep is not None else decay_groups(model)
     mpu = None if is_pipeline(model) else gpt.DeepSpeedMPU()  # a pipeline's model brings its own
     engine, *_ = ds_plugin.initialize(  # (*) in place of deepspeed.initialize
-        model=model, config=host, optimizer=optimizer, model_parameters=groups, mpu=mpu
+        model=model, config=config, optimizer=optimizer, model_parameters=groups, mpu=mpu
     )
     return engine
 
@@ -129,7 +136,7 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
     progress.stage("building the model")
     gpt.initialize_parallel(run.model, cfg.seed)
     engine = build_engine(run, build_model(run, text.vocab_size))
-    plugin = ds_plugin.attached(engine)  # (*) the methods' handle: lengths, tokens, the average
+    plugin = ds_plugin.get_plugin(engine)  # (*) the methods' handle: lengths, tokens, the average
     training_batches, evaluation_batches, count = build_data(run, text, engine, args.cache)
 
     record = Recorder(engine, run, folder, text, progress)
@@ -150,8 +157,8 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
         record.write()
         if step % cfg.save_interval == 0 or record.finished:
             record.save()
-    if cpu_host.enabled():
-        cpu_host.check_replicas(engine.module)  # what tensor-parallel ranks hold alike must have stayed alike
+    if megatron_on_cpu.enabled():
+        megatron_on_cpu.check_replicas(engine.module)  # what tensor-parallel ranks hold alike must have stayed alike
     record.finish()
     return engine
 
@@ -162,10 +169,10 @@ def main() -> int:
     startup.skip_inference_kernel()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     try:
-        with together():
+        with raise_on_all_ranks():
             run = settings.load_settings(args)
         if not torch.cuda.is_available():
-            cpu_host.enable()
+            megatron_on_cpu.enable()
         with Progress(run.training.steps, enabled=dist.get_rank() == 0) as progress:
             train(args, run, RunFolder.open(args.runs, args.name, args.resume), progress)
     except PluginError as error:

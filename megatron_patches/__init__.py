@@ -8,10 +8,10 @@ them all.
 
 from typing import TYPE_CHECKING, Any
 
-from megatron_patches.patch import active, revert
+from ds_plugin.core.patch import active, revert
 
 if TYPE_CHECKING:
-    from megatron_patches.pretrain.script import apply
+    from megatron_patches.training_loop.script import apply
 
 __all__ = ["active", "apply", "revert"]
 
@@ -19,6 +19,6 @@ __all__ = ["active", "apply", "revert"]
 def __getattr__(name: str) -> Any:
     if name != "apply":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_patches.pretrain.script import apply
+    from megatron_patches.training_loop.script import apply
 
     return apply

@@ -4,7 +4,7 @@
     ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
     megatron_patches.revert()
 
-Where a script can be changed, prefer `completep.prepare`, `finish` and `completep.megatron.build_optimizer`: they use
+Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`: they use
 the host's own extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
 """
 
@@ -13,12 +13,13 @@ import sys
 import weakref
 from typing import Any
 
-from ds_plugin.errors import ConfigError, PluginError, StateError
-from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.layers import finish, give_back, prepared
-from megatron_patches.completep.megatron import build_optimizer, check_scheduler
-from megatron_patches.completep.supported import check_model
-from megatron_patches.patch import Change, Patch, Switch
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.supported import check_model
+from ds_plugin.core.errors import ConfigError, PluginError, StateError
+from ds_plugin.core.patch import Change, Patch, Switch
+from megatron_patches.completep.building import scaled_builds
+from megatron_patches.completep.layers import give_back
+from megatron_patches.completep.optimizer import build_optimizer, check_scheduler
 
 _OPTIMIZERS = "megatron.core.optimizer"
 
@@ -62,13 +63,6 @@ def apply_completep(section: CompletePConfig) -> None:
 def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     configs: list[weakref.ref[Any]] = []
 
-    def build_model(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
-        # in place: a training loop sets what it wants done (reducing gradients, too) on the config that it gave
-        with prepared(config, transformer_layer_spec, section) as scaled_spec:
-            model.original(self, config, scaled_spec, *args, **kwargs)
-            finish(self, section)
-        configs.append(weakref.ref(config))
-
     def build_language_model(self: Any, *args: Any, **kwargs: Any) -> None:
         check_model(self)  # before it has parameters, which no recipe would reach
         language_model.original(self, *args, **kwargs)
@@ -103,9 +97,7 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     # A class stays the host's own object, whoever holds it. The function may be bound in any module, a script's too,
     # and a binding that is missed would train with the base model's groups.
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
-    model = Patch(
-        "megatron.core.models.gpt.gpt_model.GPTModel.__init__", build_model, reason="completep: init and forward pass"
-    )
+    model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
     language_model = Patch(
         "megatron.core.models.common.language_module.language_module.LanguageModule.__init__",
         build_language_model,

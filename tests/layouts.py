@@ -32,8 +32,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from ds_plugin.atomic import atomic_write
-from ds_plugin.run.folder import read_metrics
+from ds_plugin.core.files import atomic_write
+from launch_scripts.gpt.folder import read_metrics
 from tests.distributed.test_pretrain import run_script
 from tests.harness import Launched, WorkerError, WorkerPools
 from tests.megatron_lm import logged, real

@@ -131,7 +131,7 @@ class Recorder:
         self._errors: dict[str, tuple[str, bool]] = {}
 
     def pytest_exception_interact(self, node: Any, call: Any) -> None:
-        from ds_plugin.errors import PluginError
+        from ds_plugin.core.errors import PluginError
 
         error = call.excinfo.value
         first = next(iter(str(error).strip().splitlines()), "")
@@ -172,7 +172,7 @@ class Collected:
 
 def run_tests(variant: str, checkout: Path, out: Path, files: Sequence[str]) -> int:
     """Prepare the host, apply the variant's patches and let pytest run the files; pytest's exit code."""
-    from megatron_patches.pretrain import script
+    from megatron_patches.training_loop import script
 
     script.prepare_host(checkout / "pretrain_gpt.py")
     stand_in()
@@ -195,7 +195,7 @@ def stand_in() -> None:
     import torch
     from packaging.version import Version
 
-    from megatron_patches.patch import Patch
+    from ds_plugin.core.patch import Patch
 
     importlib.import_module("megatron.training.training")  # what of megatron asks for TransformerEngine finds none
     host, specs = (importlib.import_module(f"megatron.core.{m}") for m in ("utils", "models.gpt.gpt_layer_specs"))
@@ -263,11 +263,12 @@ def install_idle(called: list[str]) -> Callable[[], None]:
     ``megatron_patches.revert()`` would undo the CPU host as well.
     """
     import megatron_patches
+    from ds_plugin.completep.config import CompletePConfig
     from ds_plugin.config import PluginConfig
-    from megatron_patches import apply_completep, patch
-    from megatron_patches.completep.config import CompletePConfig
-    from megatron_patches.pretrain import script
-    from megatron_patches.pretrain.loop import Loop
+    from ds_plugin.core import patch
+    from megatron_patches import apply_completep
+    from megatron_patches.training_loop import script
+    from megatron_patches.training_loop.loop import Loop
 
     class AnyModelIsTheBase(CompletePConfig):
         def ratios(self, width: int, depth: int) -> Any:

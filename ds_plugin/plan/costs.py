@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_plugin.weight_averaging import memory, modes
+from ds_plugin.weight_averaging import modes
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from megatron_patches.gpt import GPTConfig
+from ds_plugin.weight_averaging.snapshots import memory
+from megatron_patches.models.gpt import GPTConfig
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ds_plugin.config import PluginConfig, load_json, split_config
-from ds_plugin.config_model import nearest, parse_section
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import nearest, parse_section
+from ds_plugin.deepspeed_engine import json_check
+from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.plan.costs import Layout
-from ds_plugin.run import host_config
 from ds_plugin.sequence_length_warmup.plan import plan
-from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
-from ds_plugin.weight_averaging.zero_shards import refuse_nvme
-from megatron_patches.gpt import GPTConfig, padded_vocab_size
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
+from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 MEGATRON = "megatron"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -42,7 +42,7 @@ class Job:
     micro_batch: int
     padded_vocab: int
     steps: int
-    scheduler: SequenceLengthScheduler | None
+    scheduler: LengthSchedule | None
 
 
 class _Training(BaseModel):
@@ -96,7 +96,7 @@ def read_job(
     model = parse_section(GPTConfig, MEGATRON if options else "model", config.pop("model"))
     training = config.pop("training")
     deepspeed, methods = split_config(config)
-    host_config.check(deepspeed)
+    json_check.check(deepspeed)
     if not deepspeed.get("optimizer"):
         raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
     context = options.get("context-parallel-size", 1)
@@ -108,7 +108,7 @@ def read_job(
         )
     batch, micro = _batch(deepspeed, layout)
     if options:
-        from megatron_patches.pretrain.options import check_options
+        from megatron_patches.training_loop.options import check_options
 
         check_options(methods, _namespace(options))
         if methods.completep is not None:
@@ -152,14 +152,14 @@ def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:
     return batch, micro or batch // unit
 
 
-def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> SequenceLengthScheduler | None:
+def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule | None:
     """The warmup's, of full length. Raises ConfigError for what the framework's training would refuse."""
     section, full = methods.sequence_length_warmup, model.seq_length
     if section is None:
         return None
     if options:
-        from megatron_patches.pretrain.lengths import Lengths
-        from megatron_patches.pretrain.options import layout_multiple
+        from megatron_patches.training_loop.lengths import Lengths
+        from megatron_patches.training_loop.options import layout_multiple
 
         return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options))).schedule
     if section.end_length != full:
@@ -167,10 +167,10 @@ def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfi
             f"sequence_length_warmup.end_length: {section.end_length} is not model.seq_length {full}, so the full "
             f"length would never be trained; write {full}"
         )
-    return SequenceLengthScheduler(section)
+    return LengthSchedule(section)
 
 
-def _steps(section: Any, scheduler: SequenceLengthScheduler | None, batch: int, full: int) -> int:
+def _steps(section: Any, scheduler: LengthSchedule | None, batch: int, full: int) -> int:
     training = parse_section(_Training, "training", section)
     if training.tokens is None:
         if not training.steps:

@@ -1,4 +1,4 @@
-"""What a recipe comes to, before any money is spent. ``python -m ds_plugin plan --config FILE --world-size N``.
+"""What a recipe comes to, before any money is spent. ``ds-plugin plan --config FILE --world-size N``.
 
 Builds the real config objects, but no model and no process: lengths and tokens, what CompleteP gives each role, what
 averaging takes and adds to the time of a step.
@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError, PluginError
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from ds_plugin.plan.costs import Rates
@@ -24,7 +24,7 @@ _RATES = {"link": "bytes/s to CPU memory", "flops": "operations/s, as achieved"}
 def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     """The plan in JSON types; bytes, seconds, tokens over all ranks. ``pinned``: the ranks train on GPUs."""
     from ds_plugin.plan import costs
-    from megatron_patches.completep.table import applied, rules_table
+    from ds_plugin.plan.roles_table import applied, rules_table
 
     model, layout = job.model, job.layout
     zero = job.deepspeed.get("zero_optimization") or {}
@@ -123,7 +123,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _said(name: str, value: Any) -> str:
-    from ds_plugin.weight_averaging.memory import size
+    from ds_plugin.weight_averaging.snapshots.memory import size
 
     if isinstance(value, dict):
         return ", ".join(f"{key.replace('_', ' ')} {_said(key, item)}" for key, item in value.items())
@@ -135,7 +135,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m ds_plugin plan``."""
+    """The flags of ``ds-plugin plan``."""
     add = parser.add_argument
     add("--config", "--deepspeed_config", dest="config", required=True, metavar="FILE", help="a recipe, as in configs/")
     add("--world-size", type=int, required=True, metavar="N", help="ranks, all nodes together")
@@ -150,10 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Print the plan; 2 with one message when it cannot be made."""
-    from ds_plugin.run import startup
+    from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
-    from ds_plugin.atomic import atomic_write
+    from ds_plugin.core.files import atomic_write
     from ds_plugin.plan import costs, inputs
 
     try:

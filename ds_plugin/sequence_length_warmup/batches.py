@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from ds_plugin.errors import StateError
-from ds_plugin.sequence_length_warmup.batch import POSITION_NAMES, cut_batch
-from ds_plugin.sequence_length_warmup.carry import Stretch
+from ds_plugin.core.errors import StateError
+from ds_plugin.sequence_length_warmup.carry import TokenSpan
 from ds_plugin.sequence_length_warmup.nested import leaves
+from ds_plugin.sequence_length_warmup.slicing import POSITION_NAMES, cut_batch
 from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
 
 #: n -> this rank's micro-batches from the n-th of the whole run on (counted from 0), each at full length
@@ -39,7 +39,7 @@ class Lengths(Protocol):
         """Of one step, on this rank."""
 
     @property
-    def stretch(self) -> Stretch:
+    def stretch(self) -> TokenSpan:
         """What the running step trains."""
 
     @property

@@ -18,7 +18,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Stretch:
+class TokenSpan:
     """What one optimizer step trains: tokens ``offset`` to ``offset + length`` of all samples of window ``window``."""
 
     window: int
@@ -40,7 +40,7 @@ def shifts_labels(model: torch.nn.Module) -> bool:
 
 
 class CarryOrder:
-    """Hands out stretches. ``next`` is pure; ``take`` makes its result the past."""
+    """Hands out stretches. ``peek`` is pure; ``advance`` makes its result the past."""
 
     def __init__(self, *, full: int, multiple_of: int, interleave: int):
         """``full``: length of a sample in tokens; ``interleave``: how many windows may be open at a time."""
@@ -49,7 +49,7 @@ class CarryOrder:
         self.cuts = 0  # stretches so far that began within their samples
         self.open: deque[tuple[int, int]] = deque()  # (window, tokens trained of each sample), the next in turn first
 
-    def next(self, length: int) -> Stretch:
+    def peek(self, length: int) -> TokenSpan:
         """The stretch of the step that comes next when the schedule asks for ``length``; it is never longer.
 
         What is left of a window is divided evenly: a last stretch of a few tokens would be a noisy step. Once the full
@@ -60,10 +60,10 @@ class CarryOrder:
         left = self.full - offset
         steps = -(-left // length)
         even = -(-left // steps)
-        return Stretch(window, offset, min(-(-even // self.multiple_of) * self.multiple_of, left))
+        return TokenSpan(window, offset, min(-(-even // self.multiple_of) * self.multiple_of, left))
 
-    def take(self, stretch: Stretch) -> None:
-        """Book the stretch that `next` returned, after it has been trained."""
+    def advance(self, stretch: TokenSpan) -> None:
+        """Book the stretch that `peek` returned, after it has been trained."""
         if stretch.offset == 0:
             self.windows_read += 1
         else:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ds_plugin.config_model import SectionConfig
+from ds_plugin.core.settings_model import SectionConfig
 from ds_plugin.sequence_length_warmup.pacing import Custom
 
 INTERLEAVE = 8  # consecutive steps then train different samples, and a host holds eight batches

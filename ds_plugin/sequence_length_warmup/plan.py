@@ -46,8 +46,8 @@ def walk(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: i
             return
         length = scheduler.length_at(position)
         if config.mode == "carry":
-            stretch = order.next(length)
-            order.take(stretch)
+            stretch = order.peek(length)
+            order.advance(stretch)
             trained, read = trained + batch * stretch.length, read + (batch * full if stretch.offset == 0 else 0)
         else:
             trained, read = trained + batch * (full if config.mode == "mask" else length), read + batch * full

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.nested import Leaf, describe
 
 _PACKED = re.compile(r"cu_seq|cu_doc|max_length_|max_seqlen|seq_idx$|packed_seq_params$")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
 
 #: DeepSpeed's schedulers: step(position) computes the learning rates of that position, whole or not
 _BY_POSITION = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")

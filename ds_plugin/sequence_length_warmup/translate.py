@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ds_plugin.config_model import SectionConfig, parse_section
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import SectionConfig, parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
 OURS = "sequence_length_warmup"

@@ -1,1 +1,1 @@
-"""Finds the start length and duration of a warmup with short runs of a script: ``python -m ds_plugin tune-warmup``."""
+"""Finds the start length and duration of a warmup with short runs of a script: ``ds-plugin tune-warmup``."""

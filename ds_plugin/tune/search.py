@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.atomic import atomic_write
 from ds_plugin.config import load_json, split_config
-from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError, PluginError
+from ds_plugin.core.files import atomic_write
 from ds_plugin.sequence_length_warmup.translate import translate
 from ds_plugin.tune.trial import MULTIPLES, Trial, watched
 
@@ -91,7 +91,7 @@ def _rising(text: str) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m ds_plugin tune-warmup``."""
+    """The flags of ``ds-plugin tune-warmup``."""
     add = parser.add_argument
     add("--script", type=Path, required=True, help="takes --deepspeed_config FILE --runs FOLDER --name NAME and writes "
         "FOLDER/NAME/metrics.csv with the columns step, train_loss and eval_loss")  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from ds_plugin.errors import ConfigError, DataError, PluginError
+from ds_plugin.core.errors import ConfigError, DataError, PluginError
 
 ROOT = Path(__file__).resolve().parents[2]
 MULTIPLES = 4  # learning-rate warmups in a trial; its first quarter is "the very beginning"

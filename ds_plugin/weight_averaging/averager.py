@@ -12,12 +12,14 @@ from typing import Protocol
 
 import torch
 
-from ds_plugin.errors import ConfigError, StateError, together
-from ds_plugin.weight_averaging import copies, modes, window
+from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks
+from ds_plugin.weight_averaging import modes, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.finite import is_sound
-from ds_plugin.weight_averaging.fragments import Fragment
-from ds_plugin.weight_averaging.storage import Storage
+from ds_plugin.weight_averaging.snapshots import stager
+from ds_plugin.weight_averaging.snapshots.stager import SnapshotStager
+from ds_plugin.weight_averaging.snapshots.storage import Storage
+from ds_plugin.weight_averaging.state.fragments import Fragment
 from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 
 
@@ -65,9 +67,9 @@ class WeightAverager:
         self._shapes = [master.shape for master in masters]
         storage = Storage(config, masters)
         self.memory, self.files = storage.reserve(modes.buffers(config), _SMALLER[config.mode])
-        self._copies = copies.copies_from(masters)
+        self._copies = stager.copies_from(masters)
         try:
-            with together():
+            with raise_on_all_ranks():
                 self._mode = modes.make(config, storage.allocate)
                 self._spare = storage.spare()
         except BaseException:
@@ -163,7 +165,7 @@ class WeightAverager:
             self._arrived(step, finite)
 
     def _begin(
-        self, under_way: copies.Copies, step: int, masters: list[torch.Tensor], finite: bool | torch.Tensor | None
+        self, under_way: SnapshotStager, step: int, masters: list[torch.Tensor], finite: bool | torch.Tensor | None
     ) -> None:
         under_way.drain()  # before the spare buffer is named: the snapshot before may have changed it for another
         src, dst = masters, self._spare
@@ -279,14 +281,14 @@ class WeightAverager:
 
     def _swap_in(self) -> tuple[torch.Tensor, KeptBuffers]:
         """Exchange the masters with the spare buffer on all ranks, or on none."""
-        with together():  # all that is allocated is so here, while nothing has changed
+        with raise_on_all_ranks():  # all that is allocated is so here, while nothing has changed
             exchange = Exchange(self.masters(), self._spare)
             buffers = KeptBuffers(getattr(self.shards, "models", ()))
         self.swapped = True
         try:
-            with together():
+            with raise_on_all_ranks():
                 exchange.forth()
-            with together():  # the framework's own collectives, if any, have ended by then
+            with raise_on_all_ranks():  # the framework's own collectives, if any, have ended by then
                 self.shards.refresh()
         except BaseException:
             self._put_back(exchange.back, buffers)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_plugin.config_model import SectionConfig
+from ds_plugin.core.settings_model import SectionConfig
 
 #: the weights that have a name, here and in ``merge --weights``; `window.read_weights` works them out
 KINDS = ("mean", "minus-sqrt", "cosine", "wma")

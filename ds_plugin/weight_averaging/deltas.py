@@ -30,7 +30,7 @@ Tensors = Sequence[torch.Tensor]
 _PIECE = 32 * 1024
 
 
-def shrink_(out: Tensors, older: Tensors, newer: Tensors) -> None:
+def quantize_delta_(out: Tensors, older: Tensors, newer: Tensors) -> None:
     """Write ``older - newer``, rounded to ``out``'s bf16, into ``out``."""
 
     def shrink(scratch: window.Array, target: window.Array, left: window.Array, right: window.Array) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ds_plugin.errors import CheckpointError
+from ds_plugin.core.errors import CheckpointError
 from ds_plugin.weight_averaging import deltas, window
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 
@@ -172,7 +172,7 @@ class SlidingDeltas(Mode):
         """Replace the newest snapshot by its difference to ``snapshot``, in the oldest's slot when all are in use."""
         if self._steps and self._slots:
             slot = self._order.pop(0) if len(self._order) == len(self._slots) else _free(self._order)
-            deltas.shrink_(self._slots[slot], self._newest, snapshot)
+            deltas.quantize_delta_(self._slots[slot], self._newest, snapshot)
             self._order.append(slot)
         self._steps = [*self._steps, step][-self._window :]
 

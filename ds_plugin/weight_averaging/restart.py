@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ds_plugin.errors import StateError, together
+from ds_plugin.core.errors import StateError, raise_on_all_ranks
 from ds_plugin.weight_averaging.finite import finite_everywhere
 
 #: what begins at zero in torch's and DeepSpeed's Adam, AdamW and Lamb, and in SGD with momentum
@@ -30,7 +30,7 @@ def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> 
         kept = [value for entry in _entries(optimizers) for value in entry.values() if torch.is_tensor(value)]
         if finite_everywhere([value for value in kept if value.is_floating_point()], device):
             return []
-    with together():
+    with raise_on_all_ranks():
         return moments(optimizers)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ds_plugin.errors import StateError
-from ds_plugin.stability import Readings, StabilityMonitor
+from ds_plugin.core.errors import StateError
+from ds_plugin.core.loss_statistics import Readings, StabilityMonitor
 from ds_plugin.weight_averaging.config import RestartConfig
 
 

@@ -14,18 +14,18 @@ import copy
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ds_plugin.errors import ConfigError
-from megatron_patches.completep import rules
-from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.param_groups import await_groups
+from ds_plugin.completep import rules
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.model import MARK, Prepared, check_gains, checked_roles, is_tied, ratios_of
+from ds_plugin.completep.param_groups import await_groups
+from ds_plugin.completep.rules import Ratios, Role
+from ds_plugin.completep.supported import bare_model, check_config, check_mask, gpt_of
+from ds_plugin.core.errors import ConfigError
 from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
-from megatron_patches.completep.roles import roles_of
-from megatron_patches.completep.rules import Ratios, Role
-from megatron_patches.completep.supported import bare_model, check_config, check_mask, check_model, unwrapped
 
 _DRAWN = {
     "init_method": Role.HIDDEN,
@@ -33,7 +33,6 @@ _DRAWN = {
     "embedding_init_method": Role.EMBEDDING,
 }  # a TransformerConfig's init methods, and what is drawn by them
 _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
-_MARK = "completep_applied"  # on the TransformerConfig a `_Prepared`, on the model by finish() the section
 #: on an init method that is ours: the base model's std. Another config may hold it that has no mark, such as what
 #: ``dataclasses.replace`` makes of a prepared one, and must not scale it twice
 _BASE_STD = "completep_base_std"
@@ -41,18 +40,6 @@ _BASE_STD = "completep_base_std"
 _INFERENCE_SCALE = "softmax_scale"
 _FIELDS = (*_DRAWN, "softmax_scale", "pipeline_dtype")
 _READ_LATER = ("pipeline_dtype",)  # of those, while the model trains; the others while it is built
-
-
-def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
-    """The ratios of a TransformerConfig against the section's base model."""
-    return section.ratios(config.hidden_size, config.num_layers)
-
-
-class _Prepared(NamedTuple):
-    """What lies on a prepared TransformerConfig: the section, and for each field its value before and after."""
-
-    section: CompletePConfig
-    fields: dict[str, tuple[Any, Any]]
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
@@ -92,10 +79,10 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
         scaled_spec = _scaled_spec(config, layer_spec, section)
         values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
-        vars(config).update({**values, _MARK: _Prepared(section, fields)})
+        vars(config).update({**values, MARK: Prepared(section, fields)})
         yield scaled_spec
     except BaseException:
-        for name in (_MARK, *_FIELDS):
+        for name in (MARK, *_FIELDS):
             vars(config).pop(name, None)
             if name in before:
                 vars(config)[name] = before[name]
@@ -107,7 +94,7 @@ def give_back(config: Any, *, models_live: bool = False) -> None:
 
     ``models_live``: but for what models that were built from it still read.
     """
-    done: _Prepared | None = vars(config).pop(_MARK, None)
+    done: Prepared | None = vars(config).pop(MARK, None)
     for name, (given, ours) in (done.fields if done is not None else {}).items():
         if getattr(config, name) == ours and not (models_live and name in _READ_LATER):
             setattr(config, name, given)
@@ -171,12 +158,6 @@ def _std(name: str, method: Any) -> float:
     return float(settings["std"])
 
 
-def applied_section(config: Any) -> CompletePConfig | None:
-    """The section that a TransformerConfig was prepared with; None: it is not `prepare`'s."""
-    done: _Prepared | None = getattr(config, _MARK, None)
-    return done.section if done is not None else None
-
-
 def _layers(layer_spec: Any) -> list[Any]:
     """The layer specs inside a block's spec, or the one given."""
     block = getattr(layer_spec, "submodules", layer_spec)
@@ -217,23 +198,6 @@ def _identity() -> type:
     return IdentityOp  # type: ignore[no-any-return]
 
 
-def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    """The role of every parameter of a model that `finish` has been called on, by its name there; it may be wrapped.
-
-    Raises:
-        ConfigError: it has not, or as `finish` does.
-    """
-    model = unwrapped(model)
-    check_model(model)
-    roles = _checked_roles(model, section)
-    if not hasattr(model, _MARK):
-        raise ConfigError(
-            "completep: the model is not finished; call megatron_patches.completep.finish(model, section) right after "
-            "it is built, before any weights are loaded"
-        )
-    return roles
-
-
 def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, Role]:
     """Complete a model right after it is built, once: unembedding init and logits. Returns the role of every parameter.
 
@@ -251,9 +215,9 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     """
     if section is None:
         return {}
-    model = bare_model(model)
-    roles = _checked_roles(model, section)
-    if hasattr(model, _MARK):
+    model = bare_model(gpt_of(model))
+    roles = checked_roles(model, section)
+    if hasattr(model, MARK):
         return roles
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ConfigError(
@@ -287,7 +251,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         for layer in layers:
             setattr(layer.self_attention, _INFERENCE_SCALE, host.config.softmax_scale)
     await_groups(model)
-    setattr(model, _MARK, section)
+    setattr(model, MARK, section)
     return roles
 
 
@@ -299,32 +263,6 @@ def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
     if role is Role.UNEMBEDDING:
         return section.multipliers(role, ratios).init_std / section.multipliers(Role.HIDDEN, ratios).init_std
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
-
-
-def check_gains(config: Any, *, tied: bool) -> None:
-    """Refuse to fold the logits' multiplier into gains that do not hold it. Raises ConfigError."""
-    if tied and getattr(config, "layernorm_zero_centered_gamma", False):
-        raise ConfigError(
-            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: the final "
-            "norm would scale the logits, but its gains are 1 + weight, into which nothing can be folded; leave it "
-            'False, untie the embeddings, or write "residual": "forward"'
-        )
-
-
-def is_tied(model: torch.nn.Module) -> bool:
-    """Whether the output layer is the word embedding."""
-    return bool(getattr(model, "share_embeddings_and_output_weights", False))
-
-
-def _checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    built_with = getattr(model, _MARK, None) or applied_section(getattr(model, "config", None))
-    if built_with != section:
-        found = "without it" if built_with is None else f"with {_short(built_with)}"
-        raise ConfigError(
-            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
-            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
-        )
-    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=is_tied(model))
 
 
 def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, float]:
@@ -342,16 +280,6 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
         if section.base_head_dim in (None, head)
         else rules.attention_scale(head, section.base_head_dim, section.recipe),
     }
-
-
-def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
-    """The ratios and the multipliers of the forward pass in one line."""
-    ratios = ratios_of(model.config, section)
-    return (
-        f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
-        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
-        f"{', folded into the weights' if section.residual == 'folded' else ''}"
-    )
 
 
 def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
@@ -376,13 +304,3 @@ def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
             raise ConfigError(
                 f"completep: TransformerConfig.{name} is {value!r}, which cannot be combined; leave it at {plain!r}"
             )
-
-
-def _short(section: CompletePConfig) -> str:
-    return (
-        f"recipe {section.recipe}, residual {section.residual}, base_width {section.base_width}, base_depth "
-        f"{section.base_depth}, alpha {section.alpha}"
-    )
-
-
-__all__ = ["describe", "finish", "finished_roles", "prepare", "ratios_of"]

@@ -9,7 +9,8 @@ import zlib
 
 import torch
 
-from megatron_patches import cpu_host, gpt
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
 from tests.distributed import plain
 
 VOCAB, LENGTH, MICRO = 64, 16, plain.MICRO
@@ -99,7 +100,7 @@ def build(layout, dtype=torch.float32, size=None, **settings):
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
     from megatron.core import parallel_state
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(layout.tensor, layout.pipe)
     cfg = gpt.GPTConfig.model_validate({**SIZE, **(size or {}), "tensor_parallel": layout.tensor})

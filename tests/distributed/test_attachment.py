@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError, PluginError
 from tests.distributed import pipelined, plain
 from tests.distributed import test_completep_deepspeed as roles
 from tests.distributed.pipelined import Layout
@@ -364,7 +364,7 @@ def _on_what_is_no_engine():
         "wrapper": SimpleNamespace(engine=engine),
         "tuple": (engine, optimizer, *rest),
     }.items():
-        for call in (lambda thing: ds_plugin.attach(thing, BOTH), ds_plugin.attached, ds_plugin.detach):
+        for call in (lambda thing: ds_plugin.attach(thing, BOTH), ds_plugin.get_plugin, ds_plugin.detach):
             with pytest.raises(ConfigError) as error:
                 call(thing)
             messages.setdefault(name, []).append(str(error.value))

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.errors import StateError
-from ds_plugin.readings import step_was_finite
+from ds_plugin.core.errors import StateError
+from ds_plugin.deepspeed_engine.readings import step_was_finite
 from ds_plugin.weight_averaging import swap
-from ds_plugin.weight_averaging.fragments import check
+from ds_plugin.weight_averaging.state.fragments import check
 from tests.distributed import plain
 from tests.reference import averaging as reference
 
@@ -18,7 +18,7 @@ def _compare_with_gathered(zero, precision, extra):
     config["zero_optimization"].update(extra)
     config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own for CPUs would have to be compiled
     engine = plain.make(config)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     snapshots = []
 
     def after_step(engine):
@@ -115,7 +115,7 @@ def test_equals_the_mean_of_gathered_snapshots(workers, ranks, zero, precision, 
 def _boundary_by_hand():
     """DeepSpeed's other way to accumulate: the caller names the boundary and calls step() once per window."""
     engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
-    plugin, entered = ds_plugin.attached(engine), []
+    plugin, entered = ds_plugin.get_plugin(engine), []
     for step in range(4):
         for micro in range(2):
             engine.set_gradient_accumulation_boundary(micro == 1)
@@ -139,7 +139,7 @@ def _skipped_step(zero):
     config = plain.host_config(zero, sequence_length_warmup=plain.WARMUP, weight_averaging=plain.AVERAGING)
     config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     engine = plain.make(config)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 1)
     loss = engine(*plain.micro_batch(1))
     engine.backward(loss * float("nan"))
@@ -165,9 +165,9 @@ def _bf16_optimizer():
     plain.train(engine, 5, lambda e: snapshots.append(reference.full_masters(e)))
     before = reference.full_parameters(engine)
     expected = {name: value.bfloat16() for name, value in reference.mean([snapshots[1], snapshots[3]]).items()}
-    with ds_plugin.attached(engine).averaged_weights():
+    with ds_plugin.get_plugin(engine).averaged_weights():
         wrong = _different(reference.full_parameters(engine), expected)
-        shards = ds_plugin.attached(engine).averager.shards
+        shards = ds_plugin.get_plugin(engine).averager.shards
         wrong += _different({n: m.bfloat16() for n, m in _by_fragments(shards).items()}, expected)
     return type(engine.optimizer).__name__, wrong, _different(reference.full_parameters(engine), before)
 
@@ -182,7 +182,7 @@ def _losses_with_and_without_reading(zero):
 
     def read(engine):
         if engine.global_steps >= 2:
-            with ds_plugin.attached(engine).averaged_weights():
+            with ds_plugin.get_plugin(engine).averaged_weights():
                 plain.evaluate(engine)
 
     with_reading = plain.train(plain.make(plain.host_config(zero, **sections)), 8, read)
@@ -201,7 +201,7 @@ def _collectives(zero, section, extra):
     config["zero_optimization"].update(extra)
     engine = plain.make(config)
     plain.train(engine, 3)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     averager, shards = plugin.averager, plugin.averager.shards
 
     def swap(inside=lambda: None):
@@ -260,7 +260,7 @@ def _failing_swaps(zero, precision):
     torch.manual_seed(7)
     config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
     engine = ds_plugin.initialize(model=Counting(), config=config)[0]
-    plugin, messages = ds_plugin.attached(engine), []
+    plugin, messages = ds_plugin.get_plugin(engine), []
     plain.train(engine, 4)
 
     def state():
@@ -320,7 +320,7 @@ def test_a_swap_that_fails_on_one_rank_is_undone_on_all(workers, zero, precision
 def _grown(zero):
     """A param group is added to the optimizer after attach."""
     engine = plain.make(plain.host_config(zero, weight_averaging=plain.AVERAGING))
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 2)
     engine.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     messages = []
@@ -339,7 +339,7 @@ def test_a_param_group_added_after_attach_is_one_error(workers):
 
 def _refusals(tmp_path):
     engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 2)
     messages = {}
 

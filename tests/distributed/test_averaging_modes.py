@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin import readings
-from ds_plugin.errors import CheckpointError, ConfigError, PluginError, StateError
-from ds_plugin.weight_averaging import memory, restart, window
+from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, StateError
+from ds_plugin.deepspeed_engine import readings
+from ds_plugin.weight_averaging import restart, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.snapshots import memory
 from tests.distributed import plain
 from tests.reference import averaging as reference
 
@@ -36,7 +37,7 @@ LAYOUTS = [(3, 0, "fp32"), (3, 1, "fp32"), (3, 3, "fp32"), (2, 0, "bf16"), (2, 1
 def _modes(zero, precision):
     """Every mode from the same snapshots of one run of 8 steps."""
     engine = plain.make(plain.host_config(zero, precision, weight_averaging=BLOCK))
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     sections = {
         "wma": {"window": 3, "weights": "wma"},
         "minus-sqrt": {"window": 3, "weights": "minus-sqrt"},
@@ -84,7 +85,7 @@ def _poisoned(zero, precision, section):
     if precision == "bf16":
         config["bf16"]["check_grad_overflow"] = False
     engine = plain.make(config)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 2)
     with plugin.averaged_weights():
         expected = reference.full_parameters(engine)
@@ -150,7 +151,7 @@ def _resumed(folder, section, other):
     """Losses of averages with and without a save and resume after step 4, and what another mode says."""
 
     def averaged(engine, out):
-        with ds_plugin.attached(engine).averaged_weights():
+        with ds_plugin.get_plugin(engine).averaged_weights():
             out.append(plain.evaluate(engine))
 
     config = plain.host_config(1, "bf16", weight_averaging=section)
@@ -198,7 +199,7 @@ def _restarted(zero, precision, moments, wrapper=None):
     """Six steps, a restart, four steps; and a new engine on those weights."""
     engine = plain.make(_constant(zero, precision, wrapper))
     assert wrapper != "BF16_Optimizer" or type(engine.optimizer).__name__ == wrapper
-    plugin, held = ds_plugin.attached(engine), []
+    plugin, held = ds_plugin.get_plugin(engine), []
     plain.train(engine, 6, lambda e: held.append(reference.full_masters(e)))
     states = [v.clone() for s in engine.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     expected = reference.mean([held[1], held[3], held[5]])
@@ -225,7 +226,7 @@ def _started_from(weights, masters, zero, precision, wrapper):
 
     engine = plain.make(_constant(zero, precision, wrapper), initialize=initialize)
     if precision != "fp32":  # DeepSpeed makes the masters of the rounded weights
-        shards = ds_plugin.attached(engine).averager.shards
+        shards = ds_plugin.get_plugin(engine).averager.shards
         window.copy_(shards.tensors(), masters)
         shards.refresh()
     if precision != "fp32" and zero == 0:  # this wrapper makes a step of zero gradients when it is built, and counts it
@@ -256,7 +257,7 @@ def test_a_restart_can_keep_the_moments(workers, zero, precision):
 
 def _refused_restarts():
     engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
-    plugin, messages = ds_plugin.attached(engine), {}
+    plugin, messages = ds_plugin.get_plugin(engine), {}
 
     def attempt(name, **arguments):
         before = reference.full_masters(engine)
@@ -275,7 +276,7 @@ def _refused_restarts():
     engine.backward(engine(*plain.micro_batch(0)))
     attempt("window")
     engine.step()
-    ds_plugin.attached(engine).averager = None
+    ds_plugin.get_plugin(engine).averager = None
     with pytest.raises(StateError, match="not enabled"):
         plugin.restart_from_average()
     return messages

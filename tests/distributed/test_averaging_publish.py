@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_plugin
-from ds_plugin.errors import CheckpointError, ConfigError, PluginError, StateError
-from ds_plugin.run.export import export_average
-from ds_plugin.weight_averaging import publish as publishing
+from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, StateError
+from ds_plugin.deepspeed_engine import publish as publishing
+from ds_plugin.deepspeed_engine.masters import find_shards
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.merge import merge
-from ds_plugin.weight_averaging.zero_shards import find_shards
+from ds_plugin.weight_averaging.merge.merge import merge
+from launch_scripts.gpt.export import export_average
 from tests.distributed import pipelined, plain
 from tests.reference import averaging as reference
 
@@ -92,7 +92,7 @@ class Collectives(TorchDispatchMode):
 def _publish(zero, precision, sections, folder):
     engine = _make(zero, precision, **sections)
     expected = _trained(engine)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     before, masters = reference.full_parameters(engine), _masters(engine)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     own = {"frozen": before["frozen"], **{n: b for n, b in engine.module.named_buffers() if n != "scratch"}}
@@ -153,7 +153,7 @@ def _content(folder):
 
 def _failures(folder):
     engine, first, folder = _make(1, "fp32"), dist.get_rank() == 0, Path(folder)
-    plugin, said = ds_plugin.attached(engine), {}
+    plugin, said = ds_plugin.get_plugin(engine), {}
 
     def attempt(name, path=folder / "a", **changes):
         try:
@@ -294,7 +294,7 @@ def test_stages_of_a_pipeline_are_put_together(workers, tmp_path):
 
 def _checkpoint(zero, precision, folder):
     engine = _make(zero, precision)
-    expected, plugin = _trained(engine), ds_plugin.attached(engine)
+    expected, plugin = _trained(engine), ds_plugin.get_plugin(engine)
     before, masters = reference.full_parameters(engine), _masters(engine)
     engine.save_checkpoint(folder, tag="resumable")
     plugin.save_averaged_checkpoint(folder)
@@ -346,7 +346,7 @@ def _beside(folder, mode):
     for function, failing in (("fsync", lambda fd: _full()), ("rename", lambda old, new: rename(old, new) or _full())):
         setattr(os, function, failing if dist.get_rank() == 0 else getattr(os, function))
         with pytest.raises(PluginError, match="is full"):
-            publishing.publish_with_checkpoint(engine, ds_plugin.attached(engine).averager, Path(folder, "a"))
+            publishing.publish_with_checkpoint(engine, ds_plugin.get_plugin(engine).averager, Path(folder, "a"))
         os.fsync, os.rename = fsync, rename
         left = Path(folder, "a", name if function == "fsync" else f"{name}.previous")
         assert _content(left) == earlier
@@ -356,7 +356,7 @@ def _beside(folder, mode):
         Path(folder, "a", "averaged_by_someone").mkdir()
     engine.save_checkpoint(folder, tag="a")
     engine.save_checkpoint(folder, tag="c")
-    ds_plugin.attached(engine).restart_from_average()
+    ds_plugin.get_plugin(engine).restart_from_average()
     engine.save_checkpoint(folder, tag="c")  # of which there is no average any more
     _trained(engine)
     engine.backward(engine(*plain.micro_batch(0)))
@@ -406,7 +406,7 @@ def _transformers(folder):
         section = {**AVERAGING, "save_average": True}
         config = plain.host_config(int(zero), precision, weight_averaging=section)
         engine = ds_plugin.initialize(model=_causal_model(kind), config=config)[0]
-        plugin, root = ds_plugin.attached(engine), Path(folder, case)
+        plugin, root = ds_plugin.get_plugin(engine), Path(folder, case)
         for step in range(1, 4):
             tokens = plain.micro_batch(step)[0]
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
@@ -473,14 +473,14 @@ def _compiled(zero, folder):
     torch.compiler.set_stance("force_eager")
     engine = ds_plugin.initialize(model=model, config=config)[0]
     expected = {name.replace("_orig_mod.", ""): value for name, value in _trained(engine).items()}
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     wrong = _different({n: v for n, v in _read(plugin.publish(f"{folder}/a")).items() if n in expected}, expected)
     names = {fragment.name for fragment in plugin.averager.shards.fragments()}
     assert "_orig_mod.inner._orig_mod.weight" in dict(engine.module.named_parameters())
     engine.save_checkpoint(folder, tag="wrapped")
     other = _make(zero, "fp32")
     plain.train(other, 1)
-    unwrapped = ds_plugin.attached(other).publish(f"{folder}/b")
+    unwrapped = ds_plugin.get_plugin(other).publish(f"{folder}/b")
     missing = sorted(_read([f"{folder}/a/model.safetensors"]).keys() ^ _read(unwrapped).keys())
     with pytest.raises(CheckpointError) as caught:
         other.load_checkpoint(folder, tag="wrapped")
@@ -524,7 +524,7 @@ def _experts(folder):
         make(save_average=True)
     messages.append(str(caught.value))
     engine = make()
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 1)
     for refused in (plugin.publish, plugin.save_averaged_checkpoint):
         with pytest.raises(ConfigError) as caught:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ds_plugin
-from ds_plugin import checkpoint
-from ds_plugin.__main__ import main
-from ds_plugin.errors import CheckpointError, PluginError
-from ds_plugin.weight_averaging.checkpoint import shard_name
+from ds_plugin.cli.main import main
+from ds_plugin.core.errors import CheckpointError, PluginError
+from ds_plugin.deepspeed_engine import checkpoint
+from ds_plugin.weight_averaging.state.files import shard_name
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout
 from tests.reference import averaging as reference
@@ -43,7 +43,7 @@ def _different(found, expected):
 
 
 def _average(engine):
-    with ds_plugin.attached(engine).averaged_weights():
+    with ds_plugin.get_plugin(engine).averaged_weights():
         return reference.full_parameters(engine)
 
 
@@ -54,7 +54,7 @@ def _hop(folder, zero, precision, section, tag, steps, before=None):
     after ``steps`` more steps.
     """
     engine = plain.make(_config(zero, precision, section, universal=before is not None))
-    plugin, held, wrong = ds_plugin.attached(engine), [], []
+    plugin, held, wrong = ds_plugin.get_plugin(engine), [], []
     if before is not None:
         held = list(before["held"])
         assert engine.load_checkpoint(folder)[0] is not None
@@ -145,7 +145,7 @@ def _loaded(folder, zero, expected, section=SLIDING, **options):
     engine.load_checkpoint(folder, tag="saved", **options)
     wrong = _different(_average(engine), expected)
     plain.train(engine, 2)
-    return wrong, list(ds_plugin.attached(engine).averager.steps)
+    return wrong, list(ds_plugin.get_plugin(engine).averager.steps)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def _refused(folder, cases):
             engine.load_checkpoint(folder, tag=name, load_optimizer_states=False)
         except PluginError as error:
             messages[name] = f"{type(error).__name__} {error}"
-        assert not ds_plugin.attached(engine).has_average
+        assert not ds_plugin.get_plugin(engine).has_average
     return messages
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ds_plugin
-from ds_plugin.errors import CheckpointError
+from ds_plugin.core.errors import CheckpointError
 from tests.distributed import plain
 from tests.reference import averaging as reference
 
@@ -39,7 +39,7 @@ def furthest(found, expected):
 def spiked(zero, changes, averaged):
     """The loss is too high from step 7 on; looked at after steps 2, 4, 6, 8, 10."""
     engine = make(zero, **changes)
-    plugin, snapshots = ds_plugin.attached(engine), {}
+    plugin, snapshots = ds_plugin.get_plugin(engine), {}
     for _ in range(7):
         step(engine, 1.0 if engine.global_steps < 6 else 9.0)
         snapshots[engine.global_steps] = reference.full_masters(engine)
@@ -81,7 +81,7 @@ def poisoned(zero, sections):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("ds_plugin").addHandler(handler)
-    plugin, rows = ds_plugin.attached(engine), []
+    plugin, rows = ds_plugin.get_plugin(engine), []
     for _ in range(14):
         loss = engine(*plain.micro_batch(engine.global_steps))
         bad = engine.global_steps == 6 and torch.distributed.get_rank() == 1
@@ -108,7 +108,7 @@ def test_moments_that_are_not_finite_are_left_behind(workers, zero, sections, at
 
 def short(scales, changes):
     engine = make(1, **changes)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     for scale in scales:
         step(engine, scale)
     return list(plugin.spikes.restarts), list(plugin.averager.steps), plugin.spikes.since
@@ -144,7 +144,7 @@ def resumed(folder):
     found = []
     for engine in (whole, cut):
         train(engine, 11)
-        plugin = ds_plugin.attached(engine)
+        plugin = ds_plugin.get_plugin(engine)
         found.append((plugin.spikes.restarts, plugin.averager.steps, reference.full_parameters(engine)))
     (restarts, steps, weights), (*again, other) = found
     return restarts, [restarts, steps] == again and equal(weights, other)
@@ -172,7 +172,7 @@ def disk_full(folder):
     losses = plain.train(engine, 2)
     again = plain.make(plain.host_config(1, weight_averaging=AVERAGING))
     again.load_checkpoint(folder)
-    restored = again.global_steps, list(ds_plugin.attached(again).averager.steps)
+    restored = again.global_steps, list(ds_plugin.get_plugin(again).averager.steps)
     engine.save_checkpoint(folder, tag="after")
     return str(caught.value), restored, len(losses)
 

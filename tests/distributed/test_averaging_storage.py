@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.errors import CheckpointError, ConfigError
-from ds_plugin.weight_averaging import memory
+from ds_plugin.core.errors import CheckpointError, ConfigError
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from ds_plugin.weight_averaging.snapshots import memory
 from tests.distributed import plain
 from tests.reference import averaging as reference
 from tests.reference import deltas as reference_deltas
@@ -38,7 +38,7 @@ def _every_storage(zero, precision, folder):
     """Every mode in every storage, from one run of 7 steps; what differs from gathered weights."""
     kinds = {"default": {}, "memory": {"storage": "memory"}, "files": {"storage": "files", "storage_path": folder}}
     engine = plain.make(plain.host_config(zero, precision, weight_averaging={**plain.AVERAGING, "interval": 1}))
-    shards = ds_plugin.attached(engine).averager.shards
+    shards = ds_plugin.get_plugin(engine).averager.shards
     averagers = {
         (name, kind): WeightAverager(WeightAveragingConfig.model_validate({"interval": 1, **section, **where}), shards)
         for name, section in SECTIONS.items()
@@ -91,7 +91,7 @@ def _resumed(folder, files):
     section = {**plain.AVERAGING, "interval": 1, "deltas": "bf16", "storage": "files", "storage_path": files}
 
     def averaged(engine, out):
-        with ds_plugin.attached(engine).averaged_weights():
+        with ds_plugin.get_plugin(engine).averaged_weights():
             out.append(plain.evaluate(engine))
 
     config = plain.host_config(1, "bf16", weight_averaging=section)
@@ -99,7 +99,7 @@ def _resumed(folder, files):
     plain.train(engine, 4)
     engine.save_checkpoint(folder)
     plain.train(engine, 4, lambda e: averaged(e, whole))
-    mapped, described = [_mapped(files)], ds_plugin.attached(engine).describe()[0]
+    mapped, described = [_mapped(files)], ds_plugin.get_plugin(engine).describe()[0]
     ds_plugin.detach(engine)
     mapped.append(_mapped(files))
     resumed = plain.make(config)
@@ -153,7 +153,7 @@ def _refused(folder):
     mapped = _mapped(folder)
     attempt("works")
     plain.train(engine, 2)
-    return messages, (mapped, _mapped(folder)), ds_plugin.attached(engine).averager.steps, os.listdir(folder)
+    return messages, (mapped, _mapped(folder)), ds_plugin.get_plugin(engine).averager.steps, os.listdir(folder)
 
 
 def test_too_little_disk_ends_all_ranks_alike(workers, tmp_path):
@@ -168,7 +168,7 @@ def test_too_little_disk_ends_all_ranks_alike(workers, tmp_path):
 def _order(by_user):
     """What comes before what in two steps of three micro-batches each."""
     engine = plain.make(plain.host_config(1, accumulation=3, weight_averaging=plain.AVERAGING))
-    averager, order, host_step = ds_plugin.attached(engine).averager, [], engine.optimizer.step
+    averager, order, host_step = ds_plugin.get_plugin(engine).averager, [], engine.optimizer.step
     averager.before_step = lambda: order.append("wait")
     engine.optimizer.step = lambda *a, **k: (order.append("step"), host_step(*a, **k))[1]
     for index in range(6):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ds_plugin
-from ds_plugin.errors import StateError
+from ds_plugin.core.errors import StateError
 from tests.distributed import plain
 
 WARMUP = {**plain.WARMUP, "pacing": "adaptive", "report_interval": 1, "preflight": False}
@@ -67,7 +67,7 @@ def scaled(engine, loss):
 
 def train(engine, backward, steps=3):
     """Losses and everything the instruments know after every step."""
-    plugin, found = ds_plugin.attached(engine), []
+    plugin, found = ds_plugin.get_plugin(engine), []
     engine.train()
     for _ in range(steps):
         for micro in range(2):
@@ -108,7 +108,7 @@ def _guards(zero):
     said, runs = [], []
     for tried in (False, True):
         engine = make(zero)
-        plugin = ds_plugin.attached(engine)
+        plugin = ds_plugin.get_plugin(engine)
         train(engine, native, 2)
         for micro in range(2):
             loss = engine(*plain.micro_batch(micro))

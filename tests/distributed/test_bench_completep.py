@@ -29,7 +29,8 @@ def _peaks(scaled_before):
     """Bytes at the peak of a step of a model whose last MLP's matrices dominate it: unpatched, and forward."""
     import argparse
 
-    from megatron_patches.completep import layers, trial
+    from ds_plugin.sweeps import trial
+    from megatron_patches.completep import layers
 
     if not scaled_before:
         layers.scale_before = lambda layer, multiplier: None

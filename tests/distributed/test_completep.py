@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import ds_plugin
+from ds_plugin.completep import rules
+from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig
-from ds_plugin.errors import ConfigError
-from megatron_patches import cpu_host, gpt
-from megatron_patches.completep import build_param_groups, finish, finished_roles, prepare, rules
-from megatron_patches.completep.config import CompletePConfig
+from ds_plugin.core.errors import ConfigError
+from megatron_patches import megatron_on_cpu
+from megatron_patches.completep import build_param_groups, finish, finished_roles, prepare
+from megatron_patches.models import gpt
 from tests.reference.completep import ReferenceGPT, megatron_name
 
 VOCAB, LENGTH, STEPS = 64, 12, 5
@@ -29,7 +31,7 @@ def section(**changes):
 
 
 def build(completep, finished=True, **changes):
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
     gpt.initialize_parallel(cfg, 1234)
     config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
@@ -125,7 +127,7 @@ def test_init(workers):
 
 def _own_inits(changes):
     """The std's that a model is drawn with whose config has init methods of its own."""
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate(SIZE)
     gpt.initialize_parallel(cfg, 1234)
     config = dataclasses.replace(gpt.transformer_config(cfg, torch.float32), **UNSET | changes)
@@ -167,7 +169,7 @@ def test_own_init_methods_are_the_bases(workers, case):
 def _inits_of_copies():
     """The std's of the three init methods of what becomes of a prepared config, each prepared again."""
     cfg, completep = gpt.GPTConfig.model_validate(SIZE), section()
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), completep)
     deeper = copy.copy(config)
     deeper.num_layers = 2 * config.num_layers
@@ -193,7 +195,7 @@ def test_copies_of_a_prepared_config_are_scaled_once(workers):
 
 def _switched_off():
     cfg = gpt.GPTConfig.model_validate(SIZE)
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     config, spec = gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg)
     same = all(a is b for a, b in zip(prepare(config, spec, None), (config, spec), strict=True))
     model = build(None)
@@ -397,7 +399,7 @@ def test_a_compiled_model_is_the_model(workers):
 
 
 def _refusals():
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     from deepspeed.pipe import PipelineModule
     from megatron.core.ssm.mamba_block import MambaStackSubmodules
     from megatron.core.transformer.attention import CrossAttention
@@ -510,7 +512,7 @@ EXPECTED = {
     "peak": ["warmup_max_lr: 0.001, DeepSpeed's default", "0.01"],
     "meta": ["output_layer.weight", "device meta"],
     "HF config": ["Hugging Face's LlamaConfig", "TransformerConfig"],
-    "our settings": ["megatron_patches.gpt.GPTConfig", "gpt.transformer_config(cfg, dtype)"],
+    "our settings": ["megatron_patches.models.gpt.GPTConfig", "gpt.transformer_config(cfg, dtype)"],
     "MLA config": ["megatron-core's MLATransformerConfig", "multi-head"],
     "BERT spec": ["attn_mask_type is 'padding'", "BERT", "decoder-only"],
     "T5 spec": ["CrossAttention", "decoder-only"],

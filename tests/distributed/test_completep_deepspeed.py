@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin.__main__ import main
-from ds_plugin.errors import PluginError
-from megatron_patches import gpt
+from ds_plugin.cli.main import main
+from ds_plugin.core.errors import PluginError
+from megatron_patches.models import gpt
 from tests.distributed.test_completep import BASE, DECAY, EPS, LR, VOCAB, build, section
 
 LENGTH, STEPS, BATCH = 12, 10, 4
@@ -394,10 +394,10 @@ def _warmed_up(folder, universal):
     engine = engine_of(completep, resume_config(completep, 1, sequence_length_warmup=warmup, **changes))
     if universal:
         engine.load_checkpoint(folder)
-        return ds_plugin.attached(engine).ledger
+        return ds_plugin.get_plugin(engine).ledger
     train(engine, HALF)
     engine.save_checkpoint(folder, tag="half")
-    return ds_plugin.attached(engine).ledger
+    return ds_plugin.get_plugin(engine).ledger
 
 
 def _universal_refusals(folder, ranks_files):
@@ -424,7 +424,7 @@ def test_universal_checkpoints_of_the_other_methods(workers, tmp_path):
         "stage 0": ["ConfigError", "load_universal", "stage 0", "stage 1"],
         "other stage": ["CheckpointError", "stage 1", "stage 3"],
         "other recipe": ["CheckpointError", '"alpha": 0.5'],
-        "no manifest": ["CheckpointError", "ds_plugin.json is missing", "to_universal"],
+        "no manifest": ["CheckpointError", "ds_plugin.json is missing", "to-universal"],
     }.items():
         assert all(part in messages[name] for part in parts), messages[name]
 

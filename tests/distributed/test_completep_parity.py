@@ -10,10 +10,11 @@ import re
 import pytest
 import torch
 
-from megatron_patches import cpu_host, gpt
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.rules import Role
+from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
-from megatron_patches.completep.config import CompletePConfig
-from megatron_patches.completep.rules import Role
+from megatron_patches.models import gpt
 from tests.reference.completep import ReferenceGPT, megatron_name
 
 VOCAB, LENGTH, STEPS = 64, 12, 5
@@ -39,7 +40,7 @@ def section(**changes):
 
 def build(completep, **shape):
     """A model and the role of every parameter."""
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, **shape})
     gpt.initialize_parallel(cfg, 1234)
     config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), completep)

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from megatron_patches.__main__ import main
-from megatron_patches.completep import coord_check
-from megatron_patches.completep.coord_check import LAST_BLOCK, Row
-from megatron_patches.completep.records import read_records
-from megatron_patches.completep.table import minimum_ratio, rules_table
+from ds_plugin.cli.main import main
+from ds_plugin.plan.roles_table import minimum_ratio, rules_table
+from ds_plugin.sweeps import coord_check
+from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
+from ds_plugin.sweeps.records import read_records
 
 RECIPES = ("completep", "mup", "standard")
 
@@ -107,7 +107,7 @@ def test_minimum_ratio(scheduler, expected):
         ({"optimizer": {}}, "optimizer.params.lr"),
         ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
         ({"model": None}, "model: missing; write"),
-        ({"model": None, "megatron": {"num-layers": 4}}, "python -m ds_plugin plan --config FILE"),
+        ({"model": None, "megatron": {"num-layers": 4}}, "ds-plugin plan --config FILE"),
     ],
 )
 def test_rules_command_refuses_in_one_line(tmp_path, capsys, changes, part):

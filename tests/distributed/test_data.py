@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ds_plugin.errors import DataError
-from ds_plugin.run.corpus import Corpus, prepare
-from ds_plugin.run.data import batches, build_datasets
+from ds_plugin.core.errors import DataError
+from launch_scripts.gpt.corpus import Corpus, prepare
+from launch_scripts.gpt.data import batches, build_datasets
 
 LENGTH, SAMPLES = 16, 60
 

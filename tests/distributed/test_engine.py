@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ds_plugin
-from ds_plugin.errors import ConfigError, StateError
+from ds_plugin.core.errors import ConfigError, StateError
 from tests.distributed import plain
 
 BOTH = {"sequence_length_warmup": plain.WARMUP, "weight_averaging": plain.AVERAGING}
@@ -34,7 +34,7 @@ def test_switched_off_it_is_plain_deepspeed(workers, zero, precision):
 
 def _shortened_run(accumulation):
     engine = plain.make(plain.host_config(1, accumulation=accumulation, **BOTH))
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     lengths, seen, evaluated = [], [], []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     engine.train()
@@ -109,7 +109,7 @@ def _resume(zero, folder, rest):
 
 def _record(engine, steps):
     """Losses, averaged losses, lengths and tokens of the next steps."""
-    plugin, rows = ds_plugin.attached(engine), []
+    plugin, rows = ds_plugin.get_plugin(engine), []
 
     def after(engine):
         with plugin.averaged_weights():
@@ -182,7 +182,7 @@ def _resume_without_our_state(folder):
     plain_engine.save_checkpoint(folder)
     engine = plain.make(plain.host_config(1, **BOTH))
     engine.load_checkpoint(folder)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     return engine.global_steps, plugin.length, plugin.has_average, plugin.ledger.read
 
 
@@ -195,7 +195,7 @@ def test_a_plain_checkpoint_can_be_taken_over(workers, tmp_path):
 def _without_optimizer_states(folder):
     other = plain.make(plain.host_config(1, **BOTH))
     other.load_checkpoint(folder, load_optimizer_states=False)
-    plugin = ds_plugin.attached(other)
+    plugin = ds_plugin.get_plugin(other)
     return other.global_steps, plugin.length, plugin.averager.steps, plugin.ledger.read
 
 
@@ -245,7 +245,7 @@ def _weights_only(folder):
     engine.save_checkpoint(folder)
     other = plain.make(plain.host_config(1, **BOTH))
     other.load_checkpoint(folder, load_module_only=True)
-    plugin = ds_plugin.attached(other)
+    plugin = ds_plugin.get_plugin(other)
     return plugin.length, plugin.has_average, plugin.ledger.read
 
 
@@ -257,7 +257,7 @@ def test_loading_weights_only_starts_another_run(workers, tmp_path):
 def _attach_and_detach():
     engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
     with pytest.raises(StateError, match="no plugin"):
-        ds_plugin.attached(engine)
+        ds_plugin.get_plugin(engine)
     plugin = ds_plugin.attach(engine, {**plain.host_config(1), **BOTH})
     with pytest.raises(StateError, match="already has a plugin"):
         ds_plugin.attach(engine, BOTH)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin import full_length_pass
+from ds_plugin.core import full_length_pass
 from tests import harness
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout

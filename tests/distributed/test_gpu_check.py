@@ -72,7 +72,7 @@ def test_a_part_that_finds_no_time_says_so(workers, tmp_path):
 
 
 def test_the_share_of_copies_under_kernels_by_hand():
-    """Copies 0-4 and 6-8; kernels 1-3, 2-3.5 within and beside it, 7-9: (2.5 + 1) of 6."""
+    """SnapshotStager 0-4 and 6-8; kernels 1-3, 2-3.5 within and beside it, 7-9: (2.5 + 1) of 6."""
     parts = harness.benchmark("gpu_parts")
     assert parts.under([(0, 4), (6, 8)], [(7, 9), (1, 3), (2, 3.5)]) == 3.5 / 6
     assert parts.under([(0, 4)], []) == 0

@@ -93,7 +93,7 @@ def _trained(family):
             one.step()
             losses.append(loss.item())
         found.append(losses)
-    return (*found, ds_plugin.attached(engine).ledger)
+    return (*found, ds_plugin.get_plugin(engine).ledger)
 
 
 def _families(families):

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from megatron_patches.__main__ import main
-from megatron_patches.completep import trial
-from megatron_patches.completep.lr_transfer import Run, schedule, summary, train, transfer
-from megatron_patches.completep.records import read_records, write_records
-from megatron_patches.completep.trial import Base, Shape
+from ds_plugin.cli.main import main
+from ds_plugin.sweeps import trial
+from ds_plugin.sweeps.lr_transfer import Run, schedule, summary, train, transfer
+from ds_plugin.sweeps.records import read_records, write_records
+from ds_plugin.sweeps.trial import Base, Shape
 
 
 def runs(recipe, width, depth, losses, seeds=(1,)):
@@ -64,7 +64,7 @@ def _sweep(out, exponents):
     arguments = ["lr-transfer", "--shapes", "32x1,32x2", f"--exponents={exponents}", "--recipes", "completep"]
     arguments += ["--seeds", "1"]
     small = ["--steps", "20", "--batch", "4", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
-    return main(arguments + small + ["--data", __file__, "--cache", f"{out}/data"])
+    return main(arguments + small + ["--data", __file__])
 
 
 def test_a_second_start_goes_on(workers, tmp_path):
@@ -111,7 +111,7 @@ def test_runs_that_two_recipes_share_are_the_same_bit_for_bit(workers):
 def _shared(out, workers):
     arguments = ["lr-transfer", "--shapes", "32x1,32x2", "--exponents=-7", "--recipes", "completep,mup", "--seeds", "1"]
     small = ["--steps", "3", "--batch", "2", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
-    return main([*arguments, *small, "--data", __file__, "--cache", f"{out}/data", "--workers", str(workers)])
+    return main([*arguments, *small, "--data", __file__, "--workers", str(workers)])
 
 
 def test_two_workers_train_what_one_does(workers, tmp_path):
@@ -128,7 +128,7 @@ def test_two_workers_train_what_one_does(workers, tmp_path):
 def _refused(out):
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        return main(["lr-transfer", "--out", out, "--data", __file__, "--cache", f"{out}/data"]), printed.getvalue()
+        return main(["lr-transfer", "--out", out, "--data", __file__]), printed.getvalue()
 
 
 def test_another_sweeps_folder_is_refused(workers, tmp_path):

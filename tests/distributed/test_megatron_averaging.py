@@ -15,14 +15,15 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_plugin.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.core.errors import CheckpointError, ConfigError, StateError
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import check
-from ds_plugin.weight_averaging.megatron_publish import publish_torch_dist
-from ds_plugin.weight_averaging.megatron_shards import find_megatron_shards
-from megatron_patches import cpu_host, gpt
-from tests.distributed import test_megatron_host as schedules
+from ds_plugin.weight_averaging.state.fragments import check
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
+from megatron_patches.weight_averaging.masters import find_megatron_shards
+from megatron_patches.weight_averaging.publish import publish_torch_dist
+from tests.distributed import test_completep_megatron as schedules
 from tests.reference import averaging as reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +121,7 @@ def make(kind, dtype, *, expert=False, **changes):
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2 if expert else 1)
     if kind == "precision-aware":
@@ -333,7 +334,7 @@ def build_gpt(tensor_parallel, pipeline_parallel, seed=1234):
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, "tensor_parallel": tensor_parallel})
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
@@ -566,7 +567,7 @@ def test_publishing_is_whole_or_absent(workers, tmp_path):
 def test_this_path_needs_no_deepspeed():
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
-        "import ds_plugin.weight_averaging.megatron_publish, ds_plugin.weight_averaging.megatron_shards\n"
+        "import megatron_patches.weight_averaging.publish, megatron_patches.weight_averaging.masters\n"
         "import ds_plugin.weight_averaging.averager as averager; print(averager.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import ds_plugin
-from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging.merge import merge
-from megatron_patches import gpt
+from ds_plugin.core.errors import CheckpointError
+from ds_plugin.weight_averaging.merge.merge import merge
+from megatron_patches.models import gpt
 from tests.distributed import pipelined, plain, test_completep
 from tests.reference import averaging as reference
 
@@ -27,7 +27,7 @@ def _train_and_save(folder, zero, precision, extra, sections):
             engine.save_checkpoint(folder, tag=f"step{engine.global_steps}")
 
     plain.train(engine, 9, after_step)
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     assert plugin.averager.steps == [4, 6, 8]
     with plugin.averaged_weights():
         # in fp32 the parameters are the masters; DeepSpeed's safe_get_full_fp32_param errs with round_robin_gradients
@@ -86,7 +86,7 @@ def _train_tensor_parallel(folder, zero, precision):
         engine.backward(engine(tokens, test_completep.positions(), None, labels=labels).mean())
         engine.step()
         engine.save_checkpoint(folder, tag=f"step{step + 1}")
-    with ds_plugin.attached(engine).averaged_weights():
+    with ds_plugin.get_plugin(engine).averaged_weights():
         return reference.full_parameters(engine) if precision == "fp32" else reference.full_masters(engine)
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from ds_plugin.__main__ import main
-from megatron_patches import cpu_host, gpt
-from tests.distributed import test_megatron_host as schedules
+from ds_plugin.cli.main import main
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
+from tests.distributed import test_completep_megatron as schedules
 
 SIZE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": schedules.LENGTH}
 MASTER = "optimizer.state.fp32_param."
@@ -18,7 +19,7 @@ def build(tensor_parallel, dtype, seed=1234):
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, "tensor_parallel": tensor_parallel})
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_parallel)
@@ -63,7 +64,7 @@ def read_plain(folders):
     """The host's own reading of whole tensors, by name, of each folder."""
     from megatron.core import dist_checkpointing
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     read = [dist_checkpointing.load_plain_tensors(str(folder)) for folder in folders]
     return [{name: value for name, value in state.items() if isinstance(value, torch.Tensor)} for state in read]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import ds_plugin
-from ds_plugin.errors import StateError
-from ds_plugin.readings import step_was_finite
+from ds_plugin.core.errors import StateError
+from ds_plugin.deepspeed_engine.readings import step_was_finite
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import LENGTH, Layout
 from tests.reference import averaging as reference
@@ -43,7 +43,7 @@ def averaged(layout, zero, precision, sections, late=False):
     if late:
         plain.copy_late()
     engine = pipelined.make(layout, ds_plugin.initialize, zero, precision, {**AVERAGING, **sections})
-    plugin, snapshots = ds_plugin.attached(engine), []
+    plugin, snapshots = ds_plugin.get_plugin(engine), []
 
     def after_step(engine):
         if engine.global_steps % 2 == 0:
@@ -114,7 +114,7 @@ def resumed(layout, zero, folder):
     found = []
     for engine in (whole, cut):
         losses = pipelined.train(engine, 4)
-        plugin = ds_plugin.attached(engine)
+        plugin = ds_plugin.get_plugin(engine)
         with plugin.averaged_weights():
             found.append(
                 (losses, list(plugin.averager.steps), reference.full_parameters(engine), pipelined.evaluate(engine))

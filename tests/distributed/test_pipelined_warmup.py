@@ -84,13 +84,13 @@ def lengths_seen(engine):
 def source(engine, mode):
     """What a user gives train_batch: in the carry mode the plugin's batches, else an iterator of whole ones."""
     if mode == "carry":
-        return ds_plugin.attached(engine).batches(lambda first: pipelined.batches(engine, first))
+        return ds_plugin.get_plugin(engine).batches(lambda first: pipelined.batches(engine, first))
     return pipelined.batches(engine, engine.global_steps * engine.gradient_accumulation_steps())
 
 
 def train(engine, data, steps, evaluations=True):
     """Train on; everything that can be told of it, by step."""
-    plugin, found = ds_plugin.attached(engine), []
+    plugin, found = ds_plugin.get_plugin(engine), []
     for _ in range(steps):
         step = {"length": plugin.length, "rate": engine.optimizer.param_groups[0]["lr"] / LR}
         step["loss"] = engine.train_batch(data).item()
@@ -168,7 +168,7 @@ def _a_micro_batch_without_labels():
     """The second of every step's micro-batches: its loss is NaN, its gradient 0."""
     changes = {"pacing": "adaptive", "report_interval": 1, "preflight": False}
     engine = pipelined.make(Layout(pipe=2), ds_plugin.initialize, zero=1, sections=section(**changes))
-    plugin, losses, of_all = ds_plugin.attached(engine), [], engine.module.loss_fn
+    plugin, losses, of_all = ds_plugin.get_plugin(engine), [], engine.module.loss_fn
 
     def loss_fn(logits, labels):
         loss = of_all(logits, labels)
@@ -224,7 +224,7 @@ def with_batch_function(mode, when):
         engine.set_batch_fn(function)
     data = texts(engine, 0)
     if mode == "carry":
-        data = ds_plugin.attached(engine).batches(lambda first: texts(engine, first))
+        data = ds_plugin.get_plugin(engine).batches(lambda first: texts(engine, first))
     losses, evaluations = [], []
     for _ in range(STEPS):
         losses.append(engine.train_batch(data).item())
@@ -306,7 +306,7 @@ def dropped_out(layout, zero, precision, sections, settings, preflight, reader):
     tracker = deepspeed.checkpointing.get_cuda_rng_tracker()
     tracker.add("model-parallel-rng", 5)
     engine.module.register_forward_pre_hook(draw_more)
-    first_length = ds_plugin.attached(engine).length
+    first_length = ds_plugin.get_plugin(engine).length
 
     def note(module, given):
         if seen[-1] == first_length and not at_first:  # the first pass that counts
@@ -324,7 +324,7 @@ def dropped_out(layout, zero, precision, sections, settings, preflight, reader):
 
     data = None
     if reader == "carry":
-        data = ds_plugin.attached(engine).batches(lambda n: counted(pipelined.batches(engine, n), n))
+        data = ds_plugin.get_plugin(engine).batches(lambda n: counted(pipelined.batches(engine, n), n))
     elif reader == "an iterator" and pipelined.batches(engine) is not None:
         data = counted(pipelined.batches(engine))
     own = engine.data_iterator, engine.training_dataloader
@@ -437,7 +437,7 @@ def refused():
 
 def test_what_cannot_work_is_refused(workers):
     for carry, size, mask, length in workers(3).run(refused):
-        assert carry.startswith("StateError") and "train_batch(...) ds_plugin.attached(engine).batches(" in carry
+        assert carry.startswith("StateError") and "train_batch(...) ds_plugin.get_plugin(engine).batches(" in carry
         assert size.startswith("StateError") and "batch size cannot be changed" in size
         assert mask.startswith("ConfigError") and 'write "truncate" or "carry"' in mask
         assert length.startswith("ConfigError") and "end_length: 16" in length

@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ds_plugin.run.folder import read_metrics
-from megatron_patches import cpu_host
+from launch_scripts.gpt.folder import read_metrics
+from megatron_patches import megatron_on_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -52,9 +52,9 @@ def load_script():
 
 def run_script(folder, name, json_config, *flags):
     """The script on these ranks, without the launcher; returns what every rank ends with."""
-    from ds_plugin.run import settings
-    from ds_plugin.run.folder import RunFolder
-    from ds_plugin.run.progress import Progress
+    from launch_scripts.gpt import settings
+    from launch_scripts.gpt.folder import RunFolder
+    from launch_scripts.gpt.progress import Progress
 
     folder = Path(folder)
     path = folder / f"{name}.json"
@@ -75,9 +75,9 @@ def run_script(folder, name, json_config, *flags):
     args = settings.parser().parse_args([*arguments, "--data", str(text), *flags])
     script = load_script()
     run = settings.load_settings(args)
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     engine = script.train(args, run, RunFolder.open(args.runs, args.name, args.resume), Progress(STEPS, False))
-    return cpu_host.check_replicas(engine.module)
+    return megatron_on_cpu.check_replicas(engine.module)
 
 
 @pytest.fixture

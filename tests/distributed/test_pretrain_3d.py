@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import ds_plugin
-from ds_plugin.__main__ import main
-from ds_plugin.completep import CompleteP
-from ds_plugin.errors import ConfigError, StateError
+from ds_plugin.cli.main import main
+from ds_plugin.completep.supported import gpt_of
+from ds_plugin.core.errors import ConfigError, StateError
+from ds_plugin.deepspeed_engine.completep import CompleteP
 from tests.distributed.test_pretrain import (  # noqa: F401 - folder is a fixture
     ROOT,
     config,
@@ -98,7 +99,7 @@ BATCH, MICRO = 8, 2
 
 
 def load_settings(json_config):
-    from ds_plugin.run import settings
+    from launch_scripts.gpt import settings
 
     flags = vars(settings.parser().parse_args(["--config", "-"]))
     return settings.load_settings(argparse.Namespace(**flags | {"config": json_config}))
@@ -106,9 +107,10 @@ def load_settings(json_config):
 
 def prepared(options, completep, pipe, tensor, **changes):
     """The script's engine on these ranks, for a vocabulary of 250 tokens."""
-    from megatron_patches import cpu_host, gpt
+    from megatron_patches import megatron_on_cpu
+    from megatron_patches.models import gpt
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     # an eps of the gradients' order: without it Adam would forget a wrong clip
     optimizer = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}}
     json_config = config(completep__enabled=completep is not None)
@@ -148,12 +150,12 @@ class Losses(list):
 
 def trained(options, completep, pipe, tensor, steps=4):
     """This rank's weights before and after some steps, by their names in a GPTModel; the steps' losses and norms."""
-    from megatron_patches import gpt, pipeline_gpt
+    from megatron_patches.models import gpt, pipeline_gpt
 
     engine, script, mpu = prepared(options, completep, pipe, tensor), load_script(), gpt.DeepSpeedMPU()
-    model = pipeline_gpt.gpt_of(engine.module)
+    model = gpt_of(engine.module)
     data = micro_batches(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
-    batches = ds_plugin.attached(engine).batches(lambda n: map(pipeline_gpt.micro_batch, data) if pipe > 1 else data)
+    batches = ds_plugin.get_plugin(engine).batches(lambda n: map(pipeline_gpt.micro_batch, data) if pipe > 1 else data)
 
     def weights():
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -201,13 +203,13 @@ HALF = 3
 
 def half(saves, options, completep, pipe, tensor, resumed=False):
     """A run's first and second half, or from its universal checkpoint the second; its losses, and what it ends with."""
-    from megatron_patches import gpt, pipeline_gpt
+    from megatron_patches.models import gpt, pipeline_gpt
 
     changes = {"weight_averaging": {"enabled": True, "interval": 1, "window": 2}}
     if resumed:
         changes["checkpoint"] = {"load_universal": True}
     engine, script = prepared(options, completep, pipe, tensor, **changes), load_script()
-    model, mpu, plugin = pipeline_gpt.gpt_of(engine.module), gpt.DeepSpeedMPU(), ds_plugin.attached(engine)
+    model, mpu, plugin = gpt_of(engine.module), gpt.DeepSpeedMPU(), ds_plugin.get_plugin(engine)
     if resumed:
         engine.load_checkpoint(saves)
     ranks = mpu.get_data_parallel_world_size()
@@ -292,9 +294,10 @@ def test_what_the_pipeline_would_train_wrongly_is_refused(name):
 def refusals():
     from megatron.core import parallel_state
 
-    from megatron_patches import cpu_host, gpt, pipeline_gpt
+    from megatron_patches import megatron_on_cpu
+    from megatron_patches.models import gpt, pipeline_gpt
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     messages = []
 
     def attempt(function):
@@ -319,14 +322,14 @@ def refusals():
     attempt(lambda: pipeline_gpt.build_pipeline(sized(num_layers=4, pipeline_parallel=4), 64, *described))
     engine = prepared({}, {"residual": "folded"}, 2, 1, zero_optimization={"stage": 0}, gradient_clipping=0.0)
     engine.gradient_clipping = lambda: 1.0
-    attempt(lambda: CompleteP(engine, ds_plugin.attached(engine).config.completep))
+    attempt(lambda: CompleteP(engine, ds_plugin.get_plugin(engine).config.completep))
     return messages
 
 
 def test_what_cannot_be_built_is_refused_on_every_rank(workers):
     first, second = workers(2).run(refusals)
     assert first == second
-    expected = ["= 2 x 2 does not divide the 2 ranks", "qk_norm", "use megatron_patches.pipeline_gpt.build_pipeline"]
+    expected = ["= 2 x 2 does not divide the 2 ranks", "qk_norm", "megatron_patches.models.pipeline_gpt.build_pipeline"]
     expected += ["vocab_size = 0", "made for pipeline_parallel = 2", 'residual: "folded" with gradient_clipping 1.0']
     assert all(part in found for part, found in zip(expected, first, strict=True)), first
 

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from ds_plugin.config import PluginConfig
-from ds_plugin.errors import ConfigError, PluginError
-from megatron_patches.pretrain import preflight
+from ds_plugin.core.errors import ConfigError, PluginError
+from megatron_patches.training_loop import preflight
 from tests.distributed import plain
 from tests.reference import averaging
 
@@ -49,7 +49,7 @@ LAYOUTS = {
 
 def run(folder, sections, options, twin=None):
     """The script under ``python -m megatron_patches``: its exit code, what it said, and the stand-in's record."""
-    from megatron_patches.pretrain import script
+    from megatron_patches.training_loop import script
 
     file = Path(folder) / f"methods_{torch.distributed.get_rank()}.json"
     file.write_text(json.dumps(sections))
@@ -178,7 +178,7 @@ REHEARSED = {**WARMUP, "preflight": True, "learning_rate": {"by": "tokens"}}
 
 def of_adam(training):
     """Record how much room the preflight takes for Adam's state, and how much that has once there is one."""
-    from megatron_patches.pretrain.preflight import adams_state
+    from megatron_patches.training_loop.preflight import adams_state
 
     setup, evaluate = training.setup_model_and_optimizer, training.evaluate_and_print_results
     kept = []
@@ -348,9 +348,9 @@ def explicit_completep(training):
     """The recipe by the package's own functions, in a loop without hooks."""
     import megatron.core.models.gpt as host
 
+    from ds_plugin.completep.config import CompletePConfig
     from megatron_patches.completep import finish, prepare
-    from megatron_patches.completep.config import CompletePConfig
-    from megatron_patches.completep.megatron import build_optimizer
+    from megatron_patches.completep.optimizer import build_optimizer
 
     section = CompletePConfig.model_validate({**RECIPE, "residual": "folded"})  # as it is if the JSON does not say
     model = host.GPTModel
@@ -531,7 +531,7 @@ LOADED = {  # what is asked for, beside --load run, and the trackers' texts: wha
 
 @pytest.mark.parametrize("case", LOADED)
 def test_what_the_host_will_load(tmp_path, case):
-    from megatron_patches.pretrain import state
+    from megatron_patches.training_loop import state
 
     changes, trackers, expected = LOADED[case]
     for name, text in trackers.items():
@@ -568,7 +568,7 @@ SECTIONS = {"sequence_length_warmup": WARMUP, "weight_averaging": AVERAGING, "co
 
 def refusals():
     """What each rank is told when only the last of them has the option, and whether a model was built."""
-    from megatron_patches.pretrain.loop import Loop
+    from megatron_patches.training_loop.loop import Loop
 
     built, told = [], {}
     for words, (name, changes, options) in REFUSED.items():
@@ -590,7 +590,7 @@ def test_what_does_not_go_together_is_refused_by_name_before_the_model_is_built(
 
 def lacking(name):
     import megatron_patches
-    from megatron_patches.pretrain import script
+    from megatron_patches.training_loop import script
 
     sys.path.insert(0, str(FOLDER))
     script.prepare_host(SCRIPT)
@@ -619,7 +619,7 @@ def lacking(name):
 def kept():
     """A wrapper that somebody imported, called while it is on and after the undoing."""
     import megatron_patches
-    from megatron_patches.pretrain import script
+    from megatron_patches.training_loop import script
 
     sys.path.insert(0, str(FOLDER))
     script.prepare_host(SCRIPT)

@@ -6,8 +6,10 @@ import io
 import pytest
 import torch
 
-from ds_plugin.errors import ConfigError
-from megatron_patches import cpu_host, gpt
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.rules import Role
+from ds_plugin.core.errors import ConfigError
+from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import (
     build_param_groups,
     finish,
@@ -18,9 +20,8 @@ from megatron_patches.completep import (
     ratios_of,
     unfold,
 )
-from megatron_patches.completep.config import CompletePConfig
 from megatron_patches.completep.residual import scaled_bias_dropout_add
-from megatron_patches.completep.rules import Role
+from megatron_patches.models import gpt
 
 VOCAB, LENGTH = 64, 12
 SIZE = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 8, "seq_length": LENGTH}
@@ -33,7 +34,7 @@ def section(residual, **changes):
 
 
 def build(completep, edit=None, dtype=torch.float32, **changes):
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
     gpt.initialize_parallel(cfg, 1234)
     config, spec = gpt.transformer_config(cfg, dtype), gpt.layer_spec(cfg)
@@ -370,7 +371,7 @@ class MixedNorm(torch.nn.Module):
 
 
 def _prepared(residual, fp32_stream):
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate(SIZE)
     config, spec = gpt.transformer_config(cfg, torch.bfloat16), gpt.layer_spec(cfg)
     config.fp32_residual_connection, config.pipeline_dtype = fp32_stream, torch.bfloat16
@@ -386,7 +387,7 @@ def test_pipeline_stages_send_the_stream_as_it_is(workers):
 
 def _block_specs():
     """A block's submodules in place of a layer's spec, as `get_gpt_decoder_block_spec` returns."""
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     cfg = gpt.GPTConfig.model_validate(SIZE)
@@ -403,7 +404,7 @@ def test_every_layer_of_a_blocks_spec_is_scaled(workers):
 
 def _own_adds():
     """A layer spec's own residual adds: one that adds nothing, one of the user's."""
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     from megatron.core.transformer.identity_op import IdentityFuncOp
 
     def mine(training, fused):
@@ -442,7 +443,7 @@ def _stream_dtypes(base_depth):
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = MixedNorm
 
     completep = section("forward", base_depth=base_depth)
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate(SIZE)
     gpt.initialize_parallel(cfg, 1234)
     config, spec = gpt.transformer_config(cfg, torch.bfloat16), gpt.layer_spec(cfg)

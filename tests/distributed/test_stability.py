@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_plugin import stability
-from ds_plugin.errors import StateError
-from ds_plugin.readings import EngineReadings
-from ds_plugin.stability import StabilityMonitor, adam_variance
+from ds_plugin.core import loss_statistics
+from ds_plugin.core.errors import StateError
+from ds_plugin.core.loss_statistics import StabilityMonitor, adam_variance
+from ds_plugin.deepspeed_engine.readings import EngineReadings
 from tests.distributed import plain
 from tests.reference import stability as reference
 
@@ -368,7 +368,7 @@ def _chunks():
     engine = make(3)
     plain.train(engine, 2)
     whole = [value.item() for value in adam_variance(EngineReadings(engine))]
-    stability._CHUNK_HOST = 7
+    loss_statistics._CHUNK_HOST = 7
     return whole, [value.item() for value in adam_variance(EngineReadings(engine))]
 
 

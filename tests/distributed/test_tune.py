@@ -1,4 +1,4 @@
-"""`python -m ds_plugin tune-warmup` with the real script under the real launcher."""
+"""`ds-plugin tune-warmup` with the real script under the real launcher."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from ds_plugin.run import settings
+from launch_scripts.gpt import settings
 from tests.distributed.test_pretrain import ROOT, config, folder, metrics  # noqa: F401 - folder is a fixture
 from tests.harness import RANK_ENV
 

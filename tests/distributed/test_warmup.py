@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 import ds_plugin
-from ds_plugin import stability
-from ds_plugin.errors import ConfigError
-from ds_plugin.stability import LossRatio
-from megatron_patches import cpu_host, gpt
+from ds_plugin.core import loss_statistics
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.loss_statistics import LossRatio
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
 from tests.distributed import plain
 
 MICROS = 3  # accumulation steps
@@ -38,7 +39,7 @@ def source(first):
 
 def run(engine, batches, steps, crash_after=None):
     """Train; every step's length, the loss of each micro-batch, and the number of every token that was trained."""
-    plugin, rows = ds_plugin.attached(engine), []
+    plugin, rows = ds_plugin.get_plugin(engine), []
     engine.train()
     for _ in range(steps):
         length, seen, losses = plugin.length, [], []
@@ -58,7 +59,7 @@ def run(engine, batches, steps, crash_after=None):
 def carry(zero=0, **changes):
     changes = {"mode": "carry", "interleave": 2, "learning_rate": {"by": "tokens"}, **changes}
     engine = plain.make(plain.host_config(zero, accumulation=MICROS, **section(**changes)))
-    return engine, ds_plugin.attached(engine).batches(source)
+    return engine, ds_plugin.get_plugin(engine).batches(source)
 
 
 def _carried_run(steps):
@@ -129,7 +130,7 @@ def _targets(shifts, folder):
         config = plain.host_config(1, accumulation=MICROS, **section(**changes))
         engine = ds_plugin.initialize(model=TinyForCausalLM(), config=config)[0]
         engine.train()
-        return engine, ds_plugin.attached(engine).batches(source)
+        return engine, ds_plugin.get_plugin(engine).batches(source)
 
     def go(engine, batches, steps):
         for _ in range(steps * MICROS):
@@ -144,7 +145,7 @@ def _targets(shifts, folder):
     resumed, batches = make()
     resumed.load_checkpoint(folder)
     go(resumed, batches, 19)
-    plugin = ds_plugin.attached(resumed)
+    plugin = ds_plugin.get_plugin(resumed)
     ledger = plugin.ledger
     assert ledger.carried == 0
     return before + resumed.module.targets, ledger.untrained_targets, ledger.read, plugin.describe()[0]
@@ -165,7 +166,7 @@ def test_targets_that_are_lost_at_cuts_are_counted(workers, tmp_path, shifts):
 def _engine_without_batches():
     engine, _ = carry()
     engine.train()
-    ds_plugin.attached(engine).warmup._reads = False  # as if batches() had not been called
+    ds_plugin.get_plugin(engine).warmup._reads = False  # as if batches() had not been called
     engine(*plain.micro_batch(0))
 
 
@@ -183,7 +184,7 @@ def _reads_ahead():
 
 def _short_samples():
     engine, _ = carry()
-    batches = ds_plugin.attached(engine).batches(lambda n: iter([{"input_ids": torch.zeros(2, 12).long()}] * 9))
+    batches = ds_plugin.get_plugin(engine).batches(lambda n: iter([{"input_ids": torch.zeros(2, 12).long()}] * 9))
     next(batches)
 
 
@@ -223,7 +224,7 @@ def _held_in_other_units(folder):
     changes = {"pacing": "adaptive", "report_interval": 1}
     engine = plain.make(plain.host_config(**section(**changes)))
     plain.train(engine, 2)
-    ds_plugin.attached(engine).warmup.held = 3
+    ds_plugin.get_plugin(engine).warmup.held = 3
     engine.save_checkpoint(folder)
     plain.make(plain.host_config(**section(**changes, duration={"tokens": 99}))).load_checkpoint(folder)
 
@@ -249,7 +250,7 @@ def _sequence_first_on_one_rank():
 
 def _reads_packed_rows():
     packed = {"input_ids": torch.zeros(1, 16).long(), "position_ids": torch.arange(16)[None] % 9}
-    next(ds_plugin.attached(carry()[0]).batches(lambda first: iter([packed] * 9)))
+    next(ds_plugin.get_plugin(carry()[0]).batches(lambda first: iter([packed] * 9)))
 
 
 class Pairs(plain.TinyLM):
@@ -267,7 +268,7 @@ def _rank_dependent():
 
 def _nested_ulysses():
     engine = plain.make(plain.host_config(**section()))
-    ds_plugin.attached(engine).warmup.parts = 2
+    ds_plugin.get_plugin(engine).warmup.parts = 2
     engine.train()
     engine(*plain.micro_batch(0))
 
@@ -315,10 +316,10 @@ RAGGED_LENGTHS = [4, 5, 7, 10, 13, 16, 16, 16]
 
 def ragged(engine, steps, read=None):
     """Train on; every step's length, losses, ledger, rate and shapes. An evaluation without eval() is in between."""
-    rank, plugin, rows = dist.get_rank(), ds_plugin.attached(engine), []
+    rank, plugin, rows = dist.get_rank(), ds_plugin.get_plugin(engine), []
     seen = []
     hook = engine.module.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    batches = ds_plugin.attached(engine).batches(read) if read is not None else None
+    batches = ds_plugin.get_plugin(engine).batches(read) if read is not None else None
     engine.train()
     for _ in range(steps):
         step, length = engine.global_steps, plugin.length
@@ -351,11 +352,11 @@ def _ragged(folder):
     engine = make()
     rows = ragged(engine, 4)
     engine.save_checkpoint(folder)
-    saved = ds_plugin.attached(engine).ledger
+    saved = ds_plugin.get_plugin(engine).ledger
     rows += ragged(engine, 4)
     resumed = make()
     resumed.load_checkpoint(folder)
-    again = ds_plugin.attached(resumed).ledger, ragged(resumed, 4)
+    again = ds_plugin.get_plugin(resumed).ledger, ragged(resumed, 4)
     read = ragged(make(), 8, lambda first: (padded(step, rank) for step in range(first, 8)))
     plain_engine = plain.make({**plain.host_config(1), "scheduler": {}}, initialize=deepspeed.initialize)
     plain_engine.train()
@@ -404,7 +405,7 @@ def _rates(by, scheduler, steps):
         config["scheduler"] = scheduler
     engine = plain.make(config)
     rates, tokens = [], []
-    plain.train(engine, steps, lambda e: (rates.append(e.get_lr()[0]), tokens.append(ds_plugin.attached(e).ledger)))
+    plain.train(engine, steps, lambda e: (rates.append(e.get_lr()[0]), tokens.append(ds_plugin.get_plugin(e).ledger)))
     return rates, engine.lr_scheduler.state_dict(), [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -486,7 +487,7 @@ def _trained(zero, precision, preflight, mode, accumulation=1, offload=False):
     engine = ds_plugin.initialize(model=Dropping(), config=config)[0]
     torch.manual_seed(8)
     if mode == "carry":
-        batches = ds_plugin.attached(engine).batches(source)
+        batches = ds_plugin.get_plugin(engine).batches(source)
         engine.train()
         losses = []
         for _ in range(5):
@@ -616,7 +617,7 @@ def _longer_samples():
     seen = []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     plain.train(engine, 9)
-    return seen, ds_plugin.attached(engine).ledger.discarded, _shorter_samples()
+    return seen, ds_plugin.get_plugin(engine).ledger.discarded, _shorter_samples()
 
 
 def _shorter_samples():
@@ -653,8 +654,8 @@ def _joined_late(folder):
     engine.save_checkpoint(folder)
     engine, batches = carry()
     engine.load_checkpoint(folder)
-    ledger = ds_plugin.attached(engine).ledger
-    rate = ds_plugin.attached(engine).warmup.batches_trained(with_open_step=False)
+    ledger = ds_plugin.get_plugin(engine).ledger
+    rate = ds_plugin.get_plugin(engine).warmup.batches_trained(with_open_step=False)
     before = (ledger.read, ledger.trained)
     rows = run(engine, batches, 1)
     late = plain.make(plain.host_config(accumulation=MICROS), initialize=deepspeed.initialize)
@@ -677,13 +678,13 @@ def _unheld(folder):
 
     engine = make("adaptive")
     plain.train(engine, 2)
-    warmup = ds_plugin.attached(engine).warmup
+    warmup = ds_plugin.get_plugin(engine).warmup
     warmup.held, warmup.holding = 1, True
     engine.save_checkpoint(folder)
     engine = make("schedule")
     engine.load_checkpoint(folder)
     lengths = []
-    plain.train(engine, 7, lambda e: lengths.append(ds_plugin.attached(e).length))
+    plain.train(engine, 7, lambda e: lengths.append(ds_plugin.get_plugin(e).length))
     return lengths
 
 
@@ -693,7 +694,7 @@ def test_a_hold_ends_with_adaptive_pacing(workers, tmp_path):
 
 def _whole_batches(folder):
     engine = plain.make(plain.host_config(weight_averaging=plain.AVERAGING))
-    batches, seen = ds_plugin.attached(engine).batches(source), []
+    batches, seen = ds_plugin.get_plugin(engine).batches(source), []
 
     def train(steps):
         for _ in range(steps):
@@ -721,7 +722,7 @@ def test_whole_batches_go_back_with_a_checkpoint(workers, tmp_path):
 def _reported(folder):
     """Losses of every micro-batch, the reports, and what a resume in the middle of an interval goes on to."""
     engine = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
-    warmup, reports = ds_plugin.attached(engine).warmup, []
+    warmup, reports = ds_plugin.get_plugin(engine).warmup, []
     after = lambda e: reports.append(warmup.report if warmup.report and warmup.report.step == e.global_steps else None)  # noqa: E731
     losses = plain.train(engine, 6, after)
     engine.save_checkpoint(folder)
@@ -730,8 +731,8 @@ def _reported(folder):
     again = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
     again.load_checkpoint(folder)
     plain.train(again, 6)
-    assert ds_plugin.attached(again).warmup.report == warmup.report
-    assert ds_plugin.attached(again).warmup.monitor.summary() == summary
+    assert ds_plugin.get_plugin(again).warmup.report == warmup.report
+    assert ds_plugin.get_plugin(again).warmup.monitor.summary() == summary
     return losses, reports, summary
 
 
@@ -752,13 +753,13 @@ READERS = [({}, 0, False), ({"variance": True}, 2, False), ({"pacing": "adaptive
 
 
 def _read_by():
-    found, original = [], stability.adam_variance
+    found, original = [], loss_statistics.adam_variance
     for changes, *_ in READERS:
         reads = []
-        stability.adam_variance = lambda engine, reads=reads: reads.append(1) or original(engine)
+        loss_statistics.adam_variance = lambda engine, reads=reads: reads.append(1) or original(engine)
         engine = plain.make(plain.host_config(1, **section(report_interval=2, **changes)))
         plain.train(engine, 4)
-        warmup = ds_plugin.attached(engine).warmup
+        warmup = ds_plugin.get_plugin(engine).warmup
         found.append((len(reads), warmup.report.variance_max is not None, warmup.held > 0))
         assert warmup.report.loss_ratio > 0
     return found
@@ -781,7 +782,7 @@ def _held(unit, folder):
         return plain.make(plain.host_config(**section(**changes)))
 
     def go(engine, steps):
-        lengths, plugin = [], ds_plugin.attached(engine)
+        lengths, plugin = [], ds_plugin.get_plugin(engine)
         record = plugin.warmup.monitor.record
         plugin.warmup.monitor.record = lambda loss: record(torch.tensor(spiking(20)[engine.global_steps]))
         for _ in range(steps):
@@ -815,7 +816,7 @@ def _said_while_held():
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("ds_plugin").addHandler(handler)
-    warmup, alone = ds_plugin.attached(engine).warmup, dist.get_rank() == 1
+    warmup, alone = ds_plugin.get_plugin(engine).warmup, dist.get_rank() == 1
     rows = []
     for step in range(1, 9):
         without = step in (3, 4)  # of labels: there a loss is NaN, its gradient 0
@@ -845,7 +846,7 @@ def _noisy():
     """Micro-batches scaled apart, as means over a handful of labels are: (ratio, beyond noise, held)."""
     config = plain.host_config(1, accumulation=2, **section(pacing="adaptive", report_interval=1))
     engine, rows = plain.make(config), []
-    warmup = ds_plugin.attached(engine).warmup
+    warmup = ds_plugin.get_plugin(engine).warmup
     for scales in [(0.6, 1.4), (1.0, 1.8), (5.0, 5.2)]:
         for micro, scale in enumerate(scales):
             engine.backward(engine(*plain.micro_batch(micro)) * scale)
@@ -903,7 +904,7 @@ SIZE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_lengt
 
 
 def _gpt(**changes):
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     cfg = gpt.GPTConfig.model_validate({**SIZE, **changes})
     gpt.initialize_parallel(cfg, 5)
     config = gpt.transformer_config(cfg, torch.float32)
@@ -918,7 +919,7 @@ def _masked():
     }  # fmt: skip
     host = {**plain.host_config(), "sequence_length_warmup": warmup}
     engine = ds_plugin.initialize(model=model, config=host)[0]
-    plugin, checks = ds_plugin.attached(engine), []
+    plugin, checks = ds_plugin.get_plugin(engine), []
     engine.train()
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
@@ -950,7 +951,7 @@ def _mask_refused(what):
         plain.make(host)
     engine = ds_plugin.initialize(model=_gpt(), config={**host, **section(mode="mask", end_length=32)})[0]
     if what == "batches":
-        ds_plugin.attached(engine).warmup.batches(lambda n: iter(()))
+        ds_plugin.get_plugin(engine).warmup.batches(lambda n: iter(()))
     tokens = torch.zeros(2, 32).long()
     engine.train()
     engine(tokens, tokens, torch.zeros(1, 1, 32, 32).bool(), labels=tokens)
@@ -991,7 +992,7 @@ def _with_skipped_steps():
     """Steps 2 and 3 are skipped, as fp16 skips them when gradients overflow: the counter goes on, nothing else does."""
     changes = {"duration": {"tokens": 8 * 2 * plain.MICRO}, "learning_rate": {"by": "tokens"}}
     engine = plain.make({**plain.host_config(**section(**changes)), "scheduler": LINEAR})
-    plugin, rows, host = ds_plugin.attached(engine), [], engine._take_model_step
+    plugin, rows, host = ds_plugin.get_plugin(engine), [], engine._take_model_step
 
     def skipping(lr_kwargs, *args, **kwargs):
         if engine.global_steps in (1, 2):

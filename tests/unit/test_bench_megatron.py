@@ -8,7 +8,7 @@ import torch
 
 from ds_plugin.config import PluginConfig
 from megatron_patches.completep.residual import scale_input
-from megatron_patches.pretrain.lengths import Lengths
+from megatron_patches.training_loop.lengths import Lengths
 from tests import harness
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from ds_plugin.config import PluginConfig, load_json, split_config
-from ds_plugin.config_model import parse_section
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
 WARMUP = {"enabled": True, "end_length": 256, "duration": {"steps": 150}}

@@ -22,7 +22,8 @@ BEFORE = """
 import deepspeed, torch
 import ds_plugin
 from megatron.core.models.gpt import GPTModel
-from megatron_patches import completep, gpt
+from megatron_patches import completep
+from megatron_patches.models import gpt
 
 deepspeed.initialize = ds_plugin.initialize
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -45,7 +46,7 @@ for _ in range(2):
 
 def evaluate(engine):
     engine.eval()
-    print("evaluated", torch.isfinite(loss_of(engine)).item(), ds_plugin.attached(engine).averager.steps)
+    print("evaluated", torch.isfinite(loss_of(engine)).item(), ds_plugin.get_plugin(engine).averager.steps)
 
 """
 
@@ -65,17 +66,22 @@ def blocks():
     return found
 
 
+def run_blocks(folder, package):
+    """The lines that the blocks print, run in ``folder`` with the package found in ``package``."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    host, script, averaged = blocks()
+    (folder / "pasted.py").write_text(host + BEFORE + script + TRAINING + averaged + AFTER)
+    env = {**os.environ, **RANK_ENV, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(package)}
+    env["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
+    command = [sys.executable, "-W", "ignore", "pasted.py"]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_the_blocks_run_one_after_another_on_a_cpu(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"  # of a compile that was killed: torch waits for it
     lock.parent.mkdir(parents=True)
     lock.touch()
-    host, script, averaged = blocks()
-    (tmp_path / "pasted.py").write_text(host + BEFORE + script + TRAINING + averaged + AFTER)
-    env = {**os.environ, **RANK_ENV, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
-    env["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
-    command = [sys.executable, "-W", "ignore", "pasted.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["evaluated True [1, 2]", "active True"]
+    assert run_blocks(tmp_path, ROOT)[-2:] == ["evaluated True [1, 2]", "active True"]
     assert [path.name for path in lock.parent.iterdir()] == ["lock"]  # nothing was compiled

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from ds_plugin.errors import ConfigError, StateError
-from megatron_patches import cpu_host, gpt
+from ds_plugin.core.errors import ConfigError, StateError
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
 
 SMALL = dict(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16)
 
@@ -96,4 +97,4 @@ def test_steps_out_of_order_are_refused_with_the_missing_step():
     with pytest.raises(StateError, match="initialize_parallel"):
         gpt.DeepSpeedMPU()
     with pytest.raises(StateError, match="initialize_parallel"):
-        cpu_host.check_replicas(torch.nn.Linear(1, 1))
+        megatron_on_cpu.check_replicas(torch.nn.Linear(1, 1))

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_plugin.completep import divided
-from ds_plugin.errors import CheckpointError
-from ds_plugin.run.recorder import Recorder
-from megatron_patches.pipeline_gpt import gpt_name
+from ds_plugin.core.errors import CheckpointError
+from ds_plugin.deepspeed_engine.completep import divided
+from launch_scripts.gpt.recorder import Recorder
+from megatron_patches.models.pipeline_gpt import gpt_name
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ds_plugin.__main__ import main
+from ds_plugin.cli.main import main
+from ds_plugin.deepspeed_engine.masters import NVME_REFUSED
 from ds_plugin.plan import costs, inputs, plan
 from ds_plugin.plan.costs import RATES, Layout
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.zero_shards import NVME_REFUSED
-from megatron_patches.gpt import GPTConfig
+from megatron_patches.models.gpt import GPTConfig
 from tests import harness
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,9 +68,10 @@ def _counted(shapes, tensor):
     """For each shape: how many parameters this rank has."""
     import torch
 
-    from megatron_patches import cpu_host, gpt
+    from megatron_patches import megatron_on_cpu
+    from megatron_patches.models import gpt
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     counts = []
     for shape in shapes:
         cfg = GPTConfig.model_validate({**MODEL, **shape, "tensor_parallel": tensor})
@@ -93,9 +94,10 @@ def _built(config):
     import torch
 
     import ds_plugin
-    from megatron_patches import completep, cpu_host, gpt
+    from megatron_patches import completep, megatron_on_cpu
+    from megatron_patches.models import gpt
 
-    cpu_host.enable()
+    megatron_on_cpu.enable()
     job = inputs.read_job(config, 2, vocab_size=256)
     section, spec = job.methods.completep, gpt.layer_spec(job.model)
     gpt.initialize_parallel(job.model, 1)
@@ -104,7 +106,7 @@ def _built(config):
     completep.finish(model, section)
     given = {name: value for name, value in config.items() if name not in ("model", "training")}
     engine = ds_plugin.initialize(model=model, config=given, mpu=gpt.DeepSpeedMPU())[0]
-    plugin = ds_plugin.attached(engine)
+    plugin = ds_plugin.get_plugin(engine)
     groups = {g["role"]: (g["lr"], g["weight_decay"], g["eps"]) for g in engine.basic_optimizer.param_groups}
     due = [step for step in range(1, 21) if plugin.averager.due(step)]
     masters = sum(t.numel() for t in plugin.averager.shards.tensors())

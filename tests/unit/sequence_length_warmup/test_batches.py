@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_plugin.errors import ConfigError
-from ds_plugin.sequence_length_warmup.batch import cut_batch
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.deepspeed_engine.preflight import lengthened
 from ds_plugin.sequence_length_warmup.batches import Batches
-from ds_plugin.sequence_length_warmup.carry import Stretch
-from ds_plugin.sequence_length_warmup.confine import fragment_mask
+from ds_plugin.sequence_length_warmup.carry import TokenSpan
+from ds_plugin.sequence_length_warmup.mask import fragment_mask
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
-from ds_plugin.sequence_length_warmup.preflight import lengthened
+from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
 TOKENS = torch.arange(100, 112).view(2, 6)
 LABELS = TOKENS + 1
@@ -78,11 +78,11 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
         bool((leaves(empty)[0].value == 0).all())
     stub = SimpleNamespace(
         step=0, carries=True, micro_batches=1, open_windows=[],
-        full=6, samples={"micro_batch": 2}, stretch=Stretch(0, 0, 2), count=lambda *counted: None,
+        full=6, samples={"micro_batch": 2}, stretch=TokenSpan(0, 0, 2), count=lambda *counted: None,
     )  # fmt: skip
     read = Batches(stub, lambda n: itertools.repeat(empty))
     for step, offset in enumerate((0, 2, 4)):
-        stub.step, stub.stretch = step, Stretch(step, offset, 2)
+        stub.step, stub.stretch = step, TokenSpan(step, offset, 2)
         found = leaves(next(read))
         assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 

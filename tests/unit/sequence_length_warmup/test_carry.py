@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ds_plugin.sequence_length_warmup.carry import CarryOrder, Stretch, shifts_labels
+from ds_plugin.sequence_length_warmup.carry import CarryOrder, TokenSpan, shifts_labels
 
 
 def order(interleave=1, full=64, multiple_of=8):
@@ -15,9 +15,9 @@ def order(interleave=1, full=64, multiple_of=8):
 def run(order, lengths):
     found = []
     for length in lengths:
-        stretch = order.next(length)
-        assert order.next(length) == stretch  # asking does not change the answer
-        order.take(stretch)
+        stretch = order.peek(length)
+        assert order.peek(length) == stretch  # asking does not change the answer
+        order.advance(stretch)
         found.append((stretch.window, stretch.offset, stretch.length))
     return found
 
@@ -49,13 +49,13 @@ def test_every_token_once(interleave, full, multiple):
     lengths = [min(full, multiple * (1 + step // 7)) for step in range(300)]
     seen = {}
     for length in lengths:
-        stretch = carry.next(length)
+        stretch = carry.peek(length)
         assert 0 < stretch.length <= max(length, full if length == full else 0)
         assert stretch.length % multiple == 0
         for token in range(stretch.offset, stretch.end):
             assert (stretch.window, token) not in seen
             seen[stretch.window, token] = True
-        carry.take(stretch)
+        carry.advance(stretch)
         assert len(carry.open) <= interleave
         assert len(seen) + carry.carried == carry.windows_read * full
     assert not carry.open  # the warmup is over
@@ -96,4 +96,4 @@ def test_state_resumes_the_order():
     second.load_state(state)
     assert run(second, [48] * 9 + [64] * 5) == run(first, [48] * 9 + [64] * 5)
     second.load_state(None)
-    assert second.next(8) == Stretch(0, 0, 8) and second.carried == 0
+    assert second.peek(8) == TokenSpan(0, 0, 8) and second.carried == 0

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ds_plugin.errors import ConfigError
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup import pacing
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
-from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 
 TABLE = [
     # start, end, duration, multiple, {step: length}
@@ -60,19 +60,21 @@ def config(**changes):
 def test_scheduler_is_deepspeeds_and_a_function_of_the_step():
     from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler
 
+    from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
+
     scheduler = SequenceLengthScheduler(config())
     assert isinstance(scheduler, CurriculumScheduler)
     assert [scheduler.update_difficulty(step) for step in (1, 7, 9)] == [16, 64, 64]
     assert scheduler.state["current_difficulty"] == 64
-    assert scheduler.update_difficulty(2) == 24  # the host's own class would stay at the end for ever
+    assert scheduler.update_difficulty(2) == 24  # DeepSpeed's own class would stay at the end for ever
     assert scheduler.get_difficulty(3) == 32
 
 
 def test_layout_joins_multiple_of():
-    assert SequenceLengthScheduler(config(), layout_multiple=16).length_at(1) == 16
-    assert SequenceLengthScheduler(config(), layout_multiple=16).length_at(3) == 32
+    assert LengthSchedule(config(), layout_multiple=16).length_at(1) == 16
+    assert LengthSchedule(config(), layout_multiple=16).length_at(3) == 32
     with pytest.raises(ConfigError, match="64 is not divisible by 24.*3 parts"):
-        SequenceLengthScheduler(config(), layout_multiple=3)
+        LengthSchedule(config(), layout_multiple=3)
 
 
 def test_root_is_exact():
@@ -103,7 +105,7 @@ def test_a_users_schedule():
     import sys
 
     sys.modules.setdefault(__name__, sys.modules[squared.__module__])
-    scheduler = SequenceLengthScheduler(config(schedule=name, duration={"steps": 4}))
+    scheduler = LengthSchedule(config(schedule=name, duration={"steps": 4}))
     # 8 + 56 * (t/4)^2 = 11.5, 22, 39.5, 64
     assert [scheduler.length_at(t) for t in (1, 2, 3, 4, 5)] == [8, 16, 32, 64, 64]
 
@@ -127,21 +129,21 @@ def test_a_users_schedule_that_cannot_be_used(schedule, parts):
 
     sys.modules.setdefault(__name__, sys.modules[squared.__module__])
     with pytest.raises(ConfigError) as caught:
-        SequenceLengthScheduler(config(schedule=schedule))
+        LengthSchedule(config(schedule=schedule))
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_few_distinct_lengths():
     # 8 to 64 in three: 8, 36 -> 32, 64; each length is floored to one of them
-    scheduler = SequenceLengthScheduler(config(max_distinct_lengths=3))
+    scheduler = LengthSchedule(config(max_distinct_lengths=3))
     assert scheduler.lengths() == [8, 32, 64]
     assert [scheduler.length_at(t) for t in range(1, 8)] == [8, 8, 32, 32, 32, 32, 64]
-    assert SequenceLengthScheduler(config(max_distinct_lengths=2)).lengths() == [8, 64]
-    assert SequenceLengthScheduler(config(max_distinct_lengths=99)).lengths() == list(range(16, 65, 8))
+    assert LengthSchedule(config(max_distinct_lengths=2)).lengths() == [8, 64]
+    assert LengthSchedule(config(max_distinct_lengths=99)).lengths() == list(range(16, 65, 8))
 
 
 def test_tokens_count_from_one():
-    scheduler = SequenceLengthScheduler(config(duration={"tokens": 7000}))
+    scheduler = LengthSchedule(config(duration={"tokens": 7000}))
     # 8 + 56 * token / 7000: 16 from token 1000 on
     assert [scheduler.length_at(token) for token in (1, 999, 1000, 6999, 7000)] == [8, 8, 16, 56, 64]
 
@@ -164,5 +166,5 @@ PLANS = [
 def test_a_run_planned(changes, end, expected):
     from ds_plugin.sequence_length_warmup.plan import plan
 
-    found = plan(SequenceLengthScheduler(config(**changes)), 10, **end)
+    found = plan(LengthSchedule(config(**changes)), 10, **end)
     assert (found.steps, found.trained, found.read) == expected

@@ -11,10 +11,10 @@ from deepspeed.runtime.data_pipeline.config import get_data_efficiency_config
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler
 
 from ds_plugin import config as config_module
-from ds_plugin.__main__ import main
+from ds_plugin.cli.main import main
 from ds_plugin.config import PluginConfig, split_config
-from ds_plugin.errors import ConfigError
-from ds_plugin.sequence_length_warmup.scheduler import SequenceLengthScheduler
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sequence_length_warmup.translate import translate
 
 OURS = {"enabled": True, "end_length": 256, "duration": {"steps": 150}}
@@ -176,7 +176,7 @@ def test_nothing_to_translate(config):
 
 def scheduler(old):
     section = PluginConfig.from_dict(translate(legacy(old))[0]).sequence_length_warmup
-    return SequenceLengthScheduler(section)
+    return LengthSchedule(section)
 
 
 PARITY = [
@@ -336,7 +336,7 @@ def old_file(tmp_path):
 
 
 def test_command_prints_the_new_file(old_file):
-    command = [sys.executable, "-m", "ds_plugin", "translate-config", str(old_file)]
+    command = [sys.executable, "-m", "ds_plugin", "translate-config", "--config", str(old_file)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == {**HOST, "sequence_length_warmup": LINEAR}
@@ -345,11 +345,11 @@ def test_command_prints_the_new_file(old_file):
 
 def test_command_writes_the_new_file(old_file, tmp_path, capsys):
     out = tmp_path / "new.json"
-    assert main(["translate-config", str(old_file), "--out", str(out)]) == 0
+    assert main(["translate-config", "--config", str(old_file), "--out", str(out)]) == 0
     assert json.loads(out.read_text()) == {**HOST, "sequence_length_warmup": LINEAR}
     assert sorted(tmp_path.iterdir()) == [out, old_file]
     assert capsys.readouterr().out == ""
-    assert main(["translate-config", str(out)]) == 0  # what is new already stays as it is
+    assert main(["translate-config", "--config", str(out)]) == 0  # what is new already stays as it is
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads(out.read_text()) and said.err == "note: nothing to translate\n"
 
@@ -368,7 +368,7 @@ def test_command_refuses_in_one_line(tmp_path, capsys, config, parts):
     path, out = tmp_path / "old.json", tmp_path / "new.json"
     if config is not None:
         path.write_bytes(config if isinstance(config, bytes) else config.encode())
-    assert main(["translate-config", str(path), "--out", str(out)]) == 2
+    assert main(["translate-config", "--config", str(path), "--out", str(out)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and not out.exists()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
@@ -376,6 +376,6 @@ def test_command_refuses_in_one_line(tmp_path, capsys, config, parts):
 
 
 def test_command_names_a_place_it_cannot_write(old_file, tmp_path, capsys):
-    assert main(["translate-config", str(old_file), "--out", str(tmp_path / "no" / "new.json")]) == 2
+    assert main(["translate-config", "--config", str(old_file), "--out", str(tmp_path / "no" / "new.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --out") and "no/new.json" in error and error.count("\n") == 1

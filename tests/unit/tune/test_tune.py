@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from ds_plugin.__main__ import main
+from ds_plugin.cli.main import main
 from ds_plugin.tune import trial as trial_module
 from ds_plugin.tune.search import search
 from ds_plugin.tune.trial import ROOT, Trial, judge

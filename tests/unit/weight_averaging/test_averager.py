@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_plugin import readings
-from ds_plugin.errors import CheckpointError, ConfigError, StateError
-from ds_plugin.weight_averaging import checkpoint, memory, restart, storage, swap, window
+from ds_plugin.core.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.deepspeed_engine import readings
+from ds_plugin.weight_averaging import restart, swap, window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import whole
+from ds_plugin.weight_averaging.snapshots import memory, storage
+from ds_plugin.weight_averaging.state import files
+from ds_plugin.weight_averaging.state.fragments import whole
 from tests.reference import averaging as reference
 
 
@@ -409,7 +411,7 @@ def test_an_optimizer_that_grew_is_refused_everywhere(tmp_path):
             lambda averager=averager: averager.snapshot(6, finite=True),
             lambda averager=averager: averager.averaged_weights().__enter__(),
             lambda averager=averager: averager.restart(),
-            lambda averager=averager: checkpoint.save(tmp_path, averager, **IDENTITY),
+            lambda averager=averager: files.save(tmp_path, averager, **IDENTITY),
         ):
             with pytest.raises(StateError, match=r"master weights of \d+ elements, and had 3 of 22 .*add_param_group"):
                 use()
@@ -490,7 +492,7 @@ def saved(tmp_path, **changes):
     host = Host()
     averager = make(host, **changes)
     run(averager, host, 7)
-    checkpoint.save(tmp_path, averager, **IDENTITY)
+    files.save(tmp_path, averager, **IDENTITY)
     return host, averager
 
 
@@ -498,7 +500,7 @@ def test_resume_continues_bitwise(tmp_path):
     host, averager = saved(tmp_path)
     other_host = Host()
     other = make(other_host)
-    checkpoint.load(tmp_path, other, **IDENTITY)
+    files.load(tmp_path, other, **IDENTITY)
     assert other.steps == averager.steps == [2, 4, 6]
     for a, b in zip(host.masters, other_host.masters, strict=True):
         b.copy_(a)
@@ -513,11 +515,11 @@ def test_resume_continues_bitwise(tmp_path):
 def test_another_window_keeps_the_newest(tmp_path):
     _, averager = saved(tmp_path)
     smaller = make(Host(), window=2)
-    checkpoint.load(tmp_path, smaller, **IDENTITY)
+    files.load(tmp_path, smaller, **IDENTITY)
     assert smaller.steps == [4, 6]
     assert equal(smaller.snapshots()[1], averager.snapshots()[2])
     larger = make(Host(), window=9)
-    checkpoint.load(tmp_path, larger, **IDENTITY)
+    files.load(tmp_path, larger, **IDENTITY)
     assert larger.steps == [2, 4, 6]
 
 
@@ -527,11 +529,11 @@ def test_other_modes_resume_bitwise(tmp_path, changes, before):
     host = Host()
     averager = make(host, **changes)
     run(averager, host, before)
-    checkpoint.save(tmp_path, averager, **IDENTITY)
+    files.save(tmp_path, averager, **IDENTITY)
     other_host = Host()
     other = make(other_host, **changes)
     run(other, other_host, 5)  # what it holds gives way
-    checkpoint.load(tmp_path, other, **IDENTITY)
+    files.load(tmp_path, other, **IDENTITY)
     assert other.steps == averager.steps
     window.copy_(other_host.masters, host.masters)
     state = torch.get_rng_state()
@@ -559,28 +561,28 @@ def test_another_mode_is_refused(tmp_path, saved_as, resumed_as, parts):
     saved(tmp_path, **saved_as)
     averager = make(Host(), **resumed_as)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(tmp_path, averager, **IDENTITY)
+        files.load(tmp_path, averager, **IDENTITY)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert averager.steps == []
 
 
 def test_altered_weights_are_noticed(tmp_path):
     saved(tmp_path)
-    path = tmp_path / checkpoint.shard_name(0)
+    path = tmp_path / files.shard_name(0)
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="rank_00000.*not those that were saved"):
-        checkpoint.load(tmp_path, make(Host()), **IDENTITY)
+        files.load(tmp_path, make(Host()), **IDENTITY)
 
 
 @pytest.mark.parametrize("number", [None, "2", "4"])
 def test_files_of_another_format_are_refused_by_name(tmp_path, number):
     metadata = {"steps": "[2, 4, 6]"} | ({} if number is None else {"format": number})
-    save_file({"snapshot.0.0": torch.zeros(7)}, tmp_path / checkpoint.shard_name(0), metadata=metadata)
+    save_file({"snapshot.0.0": torch.zeros(7)}, tmp_path / files.shard_name(0), metadata=metadata)
     averager = make(Host())
     with pytest.raises(CheckpointError, match=f"rank_00000.*format {number!r}, this version reads '3'"):
-        checkpoint.load(tmp_path, averager, **IDENTITY)
+        files.load(tmp_path, averager, **IDENTITY)
     assert averager.steps == []
 
 
@@ -594,10 +596,10 @@ def test_files_of_another_format_are_refused_by_name(tmp_path, number):
 )
 def test_damaged_files_are_named(tmp_path, damage, parts):
     saved(tmp_path)
-    damage(tmp_path / checkpoint.shard_name(0))
+    damage(tmp_path / files.shard_name(0))
     averager = make(Host())
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load(tmp_path, averager, **IDENTITY)
+        files.load(tmp_path, averager, **IDENTITY)
     assert all(part in str(caught.value) for part in [*parts, "--tag"]), str(caught.value)
     assert averager.steps == []
 
@@ -606,14 +608,14 @@ def test_damaged_files_are_named(tmp_path, damage, parts):
 def test_a_foreign_shard_is_named(tmp_path, key, value):
     saved(tmp_path)
     with pytest.raises(CheckpointError, match=f"{key}.*{IDENTITY[key]}.*{value}"):
-        checkpoint.load(tmp_path, make(Host()), **{**IDENTITY, key: value})
+        files.load(tmp_path, make(Host()), **{**IDENTITY, key: value})
 
 
 def test_another_ranks_shard_is_named(tmp_path):
     saved(tmp_path)
-    (tmp_path / checkpoint.shard_name(0)).rename(tmp_path / checkpoint.shard_name(1))
+    (tmp_path / files.shard_name(0)).rename(tmp_path / files.shard_name(1))
     with pytest.raises(CheckpointError, match="rank '0' where this run expects '1'"):
-        checkpoint.load(tmp_path, make(Host()), **{**IDENTITY, "rank": 1})
+        files.load(tmp_path, make(Host()), **{**IDENTITY, "rank": 1})
 
 
 def test_weights_of_another_size_are_named(tmp_path):
@@ -621,11 +623,11 @@ def test_weights_of_another_size_are_named(tmp_path):
     averager = make(host)
     run(averager, host, 7)
     alone = {**IDENTITY, "world_size": 1}
-    checkpoint.save(tmp_path, averager, **alone)
+    files.save(tmp_path, averager, **alone)
     host.masters[0] = torch.zeros(9)
     with pytest.raises(CheckpointError, match=r"parameter weight0 as a part of \[7\].*\[9\]"):
-        checkpoint.load(tmp_path, make(host), **alone)
+        files.load(tmp_path, make(host), **alone)
     host = Host()
     host.masters.append(torch.zeros(1))
     with pytest.raises(CheckpointError, match="element 0 of parameter weight3 .*none of.*rank_00000"):
-        checkpoint.load(tmp_path, make(host), **alone)
+        files.load(tmp_path, make(host), **alone)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ds_plugin.errors import ConfigError
-from ds_plugin.weight_averaging.fragments import plain_name, plain_names
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.weight_averaging.state.fragments import plain_name, plain_names
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ds_plugin.__main__ import main
-from ds_plugin.errors import CheckpointError, ConfigError, PluginError
-from ds_plugin.weight_averaging import merge_output
-from ds_plugin.weight_averaging.merge import merge, parse_weights
+from ds_plugin.cli.main import main
+from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError
+from ds_plugin.weight_averaging.merge import output
+from ds_plugin.weight_averaging.merge.merge import merge, parse_weights
 from tests.reference import averaging as reference
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 def weights_of(seed, dtype=torch.float32):
     """Two shards' tensors: several chunks, odd sizes, an empty one, a scalar, integers, of which a counter differs."""
     torch.manual_seed(seed)
-    chunk = merge_output.CHUNK
+    chunk = output.CHUNK
     first = {"embed.weight": torch.randn(3, chunk // 2 + 1), "norm.weight": torch.randn(7), "none": torch.empty(0, 3)}
     second = {"head.weight": torch.randn(11, 13), "scale": torch.randn(())}
     shards = [{name: t.to(dtype) for name, t in shard.items()} for shard in (first, second)]
@@ -90,8 +90,8 @@ def test_equals_the_naive_mean_bit_for_bit(tmp_path, dtype, workers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, threads, dtype):
     """What one thread writes stays as it is while others work, however slow the disk is, and in whichever order."""
-    monkeypatch.setattr(merge_output.os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(merge_output, "CHUNK", 7)
+    monkeypatch.setattr(output.os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setattr(output, "CHUNK", 7)
     tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
     folders = [
         write(
@@ -99,7 +99,7 @@ def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, thread
         )
         for n in (1, 2)
     ]
-    put, hands, slowness = merge_output._Hand.put, set(), random.Random(workers)
+    put, hands, slowness = output._Hand.put, set(), random.Random(workers)
 
     def slow(self, file, view, offset):
         hands.add(threading.get_ident())
@@ -108,7 +108,7 @@ def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, thread
         assert bytes(view) == before
         put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Hand, "put", slow)
+    monkeypatch.setattr(output._Hand, "put", slow)
     merge(folders, tmp_path / "out", workers=workers)
     assert len(hands) == threads
     same(read(tmp_path / "out"), naive(folders, [1, 1]))
@@ -120,9 +120,9 @@ def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, thread
 @pytest.mark.parametrize("thread", ["merge-hand", "merge"])
 def test_a_thread_that_fails_ends_the_others(tmp_path, checkpoints, monkeypatch, thread):
     """Its error is the one that is raised, whichever of a worker's threads it was, and no piece is taken after it."""
-    monkeypatch.setattr(merge_output.os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(merge_output, "CHUNK", 20_000)
-    put, after = merge_output._Hand.put, []
+    monkeypatch.setattr(output.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(output, "CHUNK", 20_000)
+    put, after = output._Hand.put, []
 
     def failing(self, file, view, offset):
         after.append(offset)
@@ -132,7 +132,7 @@ def test_a_thread_that_fails_ends_the_others(tmp_path, checkpoints, monkeypatch,
         time.sleep(0.01)
         put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Hand, "put", failing)
+    monkeypatch.setattr(output._Hand, "put", failing)
     with pytest.raises((OSError, PluginError), match="Input/output error"):
         merge(checkpoints, tmp_path / "out")
     assert len(after) <= 1
@@ -461,14 +461,14 @@ def test_finished_shards_are_verified_and_kept(tmp_path, checkpoints):
 
 SLOW = """
 import sys, time
-from ds_plugin.weight_averaging import merge, merge_output
-put = merge_output._Hand.put
+from ds_plugin.weight_averaging.merge import merge, output
+put = output._Hand.put
 def slow(self, file, view, offset):
     put(self, file, view, offset)
     if {second!r} in str(file.name):
         print("writing", file.name, flush=True)
         time.sleep(600)
-merge_output._Hand.put = slow
+output._Hand.put = slow
 merge.merge({folders!r}, {out!r})
 """
 
@@ -492,14 +492,14 @@ def test_resumes_after_a_kill(tmp_path, checkpoints):
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path, checkpoints, monkeypatch):
-    out, put = tmp_path / "out", merge_output._Hand.put
+    out, put = tmp_path / "out", output._Hand.put
 
     def full(self, file, view, offset):
         if "model-00002" in str(file.name):
             raise OSError(errno.ENOSPC, "No space left on device")
         put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Hand, "put", full)
+    monkeypatch.setattr(output._Hand, "put", full)
     with pytest.raises(PluginError, match=r"out is full; what is finished is kept"):
         merge(checkpoints, out)
     assert sorted(path.name for path in out.iterdir()) == ["merge.json", SHARDS[0]]
@@ -510,20 +510,20 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, checkpoints, monkeypatch):
 
 def test_too_little_space_is_said_before_writing(tmp_path, checkpoints, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(merge_output.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(PluginError, match=r"needs [\d.]+ MB, its disk has 0.0 MB"):
         merge(checkpoints, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
 
 
 def test_a_checkpoint_that_shrinks_meanwhile(tmp_path, checkpoints, monkeypatch):
-    put = merge_output._Hand.put
+    put = output._Hand.put
 
     def shrink(self, file, view, offset):
         put(self, file, view, offset)
         os.truncate(checkpoints[1] / SHARDS[0], 5000)
 
-    monkeypatch.setattr(merge_output._Hand, "put", shrink)
+    monkeypatch.setattr(output._Hand, "put", shrink)
     with pytest.raises(CheckpointError, match="became shorter"):
         merge(checkpoints, tmp_path / "out")
 
@@ -822,8 +822,8 @@ def test_other_layouts_are_refused(tmp_path, checkpoints):
 # not getrusage: after vfork a process's ru_maxrss counts pytest's own peak, which it has never had
 PEAK = """
 import re, sys
-from ds_plugin.__main__ import main
-from ds_plugin.weight_averaging import merge
+from ds_plugin.cli.main import main
+from ds_plugin.weight_averaging.merge import merge
 def kilobytes(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 imported = kilobytes("VmRSS")

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_with_torch
 
-from ds_plugin.errors import CheckpointError
-from ds_plugin.weight_averaging import merge_output
-from ds_plugin.weight_averaging.merge import merge
-from ds_plugin.weight_averaging.merge_rectangles import covers_once
+from ds_plugin.core.errors import CheckpointError
+from ds_plugin.weight_averaging.merge import output
+from ds_plugin.weight_averaging.merge.merge import merge
+from ds_plugin.weight_averaging.merge.rectangles import covers_once
 from tests.unit.weight_averaging.test_merge import Evil
 
 FILES = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp")
@@ -97,7 +97,7 @@ def random_cuts(tensors, generator):
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_naive_mean_however_each_is_cut(tmp_path, monkeypatch, seed):
     """Three checkpoints, each cut at other random places (the last two alike where the seed is even)."""
-    monkeypatch.setattr(merge_output, "CHUNK", 7)
+    monkeypatch.setattr(output, "CHUNK", 7)
     generator = random.Random(seed)
     torch.manual_seed(seed)
     shapes = [(), (13,), (5, 7), (1, 9), (3, 4, 5), (2, 3, 2, 3), (0, 3)]
@@ -219,14 +219,14 @@ def test_common_state_among_the_objects(tmp_path):
 
 def test_an_interrupted_merge_is_completed(tmp_path, monkeypatch):
     folders = [write(tmp_path / f"step{step}", WEIGHTS, {"a": [[1, 2], []]}) for step in (0, 1)]
-    out, put = tmp_path / "out", merge_output._Hand.put
+    out, put = tmp_path / "out", output._Hand.put
 
     def interrupted(self, file, view, offset):
         if FILES[2] in str(file.name).replace(f".{os.getpid()}.tmp", ""):
             raise KeyboardInterrupt
         put(self, file, view, offset)
 
-    monkeypatch.setattr(merge_output._Hand, "put", interrupted)
+    monkeypatch.setattr(output._Hand, "put", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(folders, out)
     monkeypatch.undo()

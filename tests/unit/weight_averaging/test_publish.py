@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 
-from ds_plugin.errors import ConfigError, PluginError, StateError
-from ds_plugin.weight_averaging import publish as publishing
+from ds_plugin.core.errors import ConfigError, PluginError, StateError
+from ds_plugin.deepspeed_engine import publish as publishing
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import whole
-from ds_plugin.weight_averaging.publish_plan import Cut, Entry, Report, Row, agree, cut_along, index_of, plan_files
+from ds_plugin.weight_averaging.publish.layout import Cut, Entry, Report, Row, agree, cut_along, index_of, plan_files
+from ds_plugin.weight_averaging.state.fragments import whole
 
 HALF = torch.bfloat16
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from ds_plugin.errors import ConfigError
-from ds_plugin.weight_averaging.publish_config import write_config
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.weight_averaging.publish.config import write_config
 
 OWN_CODE = """
 import torch

@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_plugin.errors import CheckpointError, StateError
-from ds_plugin.weight_averaging import checkpoint, reshard
+from ds_plugin.core.errors import CheckpointError, StateError
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import Fragment
-from ds_plugin.weight_averaging.reshard import Piece, Resharded, Source, plan
+from ds_plugin.weight_averaging.state import files as checkpoint
+from ds_plugin.weight_averaging.state import reshard
+from ds_plugin.weight_averaging.state.fragments import Fragment
+from ds_plugin.weight_averaging.state.reshard import Piece, Resharded, Source, plan
 
 W, B = (2, 5), (3,)  # a matrix of 10 elements, then a vector of 3
 F0, F1 = Path("rank0"), Path("rank1")

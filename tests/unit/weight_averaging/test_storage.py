@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_plugin.errors import CheckpointError, ConfigError
-from ds_plugin.weight_averaging import checkpoint, deltas, memory, modes, storage
+from ds_plugin.core.errors import CheckpointError, ConfigError
+from ds_plugin.weight_averaging import deltas, modes
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.fragments import whole
+from ds_plugin.weight_averaging.snapshots import memory, storage
+from ds_plugin.weight_averaging.state import files as checkpoint
+from ds_plugin.weight_averaging.state.fragments import whole
 from tests.reference import averaging as reference
 from tests.reference import deltas as reference_deltas
 
@@ -329,7 +331,7 @@ def test_the_error_is_within_its_bound_and_does_not_build_up():
 def test_a_raw_difference_is_rounded_once():
     """By hand: 1 - 2^-9 is a tie between 1 and 1 - 2^-8, and goes to the even one; 2^-30 more decides it."""
     out = [torch.empty(2, dtype=torch.bfloat16)]
-    deltas.shrink_(out, [torch.tensor([1 - 2**-9, 1 - 2**-9 - 2**-24])], [torch.zeros(2)])
+    deltas.quantize_delta_(out, [torch.tensor([1 - 2**-9, 1 - 2**-9 - 2**-24])], [torch.zeros(2)])
     assert out[0].tolist() == [1.0, 1 - 2**-8]
 
 

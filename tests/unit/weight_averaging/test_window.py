@@ -104,7 +104,7 @@ def differences(snapshots):
     out = [torch.empty_like(t) for t in snapshots[0]]
     kept = [[t.bfloat16() for t in snapshot] for snapshot in snapshots[:-1]]
     for target, older, newer in zip(kept, snapshots[:-1], snapshots[1:], strict=True):
-        deltas.shrink_(target, older, newer)
+        deltas.quantize_delta_(target, older, newer)
     deltas.mean_(out, snapshots[-1], kept, WEIGHTS)
     newest = [t.clone() for t in snapshots[-1]]
     deltas.grow_(newest, kept[-1])

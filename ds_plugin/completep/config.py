@@ -1,0 +1,98 @@
+"""The ``completep`` section of the JSON."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ds_plugin.completep import rules
+from ds_plugin.completep.rules import Multipliers, Ratios, Recipe, Role
+from ds_plugin.core.settings_model import SectionConfig
+
+#: by recipe, the settings that it does not react to; the base's size is asked for all the same
+WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
+    "completep": ("batch_ratio", "token_ratio"),
+    "mup": ("alpha", "batch_ratio", "token_ratio"),
+    "standard": ("alpha", "base_head_dim", "eps_scope", "batch_ratio", "token_ratio"),
+    "completed_p": (),
+}
+
+
+class CompletePConfig(SectionConfig):
+    """The base model, whose hyperparameters the JSON holds, and the depth exponent."""
+
+    enabled: bool = False
+    base_width: int = Field(
+        ge=1, description="the hidden size of the model the hyperparameters were tuned on, e.g. 256"
+    )
+    base_depth: int = Field(
+        ge=1, description="the number of layers of the model the hyperparameters were tuned on, e.g. 2"
+    )
+    base_head_dim: int | None = Field(
+        None,
+        ge=1,
+        description="its head size, e.g. 64; null when this model's heads have the same size; 1 for 1/head size",
+    )
+    recipe: Recipe = Field(
+        "completep",
+        description="completep; mup (width only), standard (no scaling), completed_p (batch and tokens too)",
+    )
+    residual: Literal["forward", "folded"] = Field(
+        "forward",
+        description="where the multipliers of residual branches and logits go: into the forward pass, or folded into "
+        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is the host's own); by itself "
+        "forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
+    )
+    alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
+    batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
+    token_ratio: float = Field(1.0, gt=0, description="completed_p: this run's training tokens over the base run's")
+    eps_scope: Literal["table", "all"] = Field(
+        "table",
+        description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
+    )
+
+    def on_megatron(self) -> "CompletePConfig":
+        """The section as Megatron-LM's scripts take it: folded, unless it says ``residual`` itself.
+
+        There every optimizer that the rules hold for can be folded into. An iteration then multiplies nothing, and a
+        checkpoint runs where this plugin is not: in the forward mode it would run there too, without the multipliers.
+        """
+        return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
+
+    def differences(self, stored: object) -> list[tuple[str, object, object]]:
+        """(setting, value there, value here) wherever the section of a checkpoint is another one."""
+        here, there = self.model_dump(), dict(stored) if isinstance(stored, Mapping) else {}
+        names = sorted({*there, *here})
+        return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
+
+    def ratios(self, width: int, depth: int) -> Ratios:
+        """The ratios of a model of this hidden size and number of layers against the base model."""
+        m_N, m_L = width / self.base_width, depth / self.base_depth
+        return Ratios(m_N, m_L, self.alpha, self.batch_ratio, self.token_ratio)
+
+    def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
+        """The row of this section's recipe."""
+        return rules.multipliers(
+            role, ratios, recipe=self.recipe, eps_scope=self.eps_scope, folded=self.residual == "folded"
+        )
+
+    def fold_factor(self, role: Role, ratios: Ratios) -> float:
+        """What the role's weights are multiplied by, and its gradients divided by, against the forward mode."""
+        return rules.fold_factor(role, ratios, self.recipe) if self.residual == "folded" else 1.0
+
+    @model_validator(mode="after")
+    def _ratios_fit(self) -> "CompletePConfig":
+        for name in WITHOUT_EFFECT[self.recipe]:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                takes = " or ".join(f'"{recipe}"' for recipe, without in WITHOUT_EFFECT.items() if name not in without)
+                raise ValueError(
+                    f"completep.{name}: {value!r} has no effect with recipe {self.recipe!r}; remove it, or write "
+                    f'"recipe": {takes}'
+                )
+        if self.base_head_dim is not None and self.base_width % self.base_head_dim:
+            raise ValueError(
+                f"completep.base_head_dim: {self.base_head_dim} does not divide base_width {self.base_width}; "
+                "write the head size of the base model"
+            )
+        return self

@@ -1,0 +1,187 @@
+"""Weights of the two residual modes into each other.
+
+A model trained in the forward mode needs its multipliers wherever it is used; `fold` writes them into the weights, and
+the result is an ordinary GPT that any code for its architecture runs. A model trained in the folded mode is one
+already; `unfold` gives the plain weights of Table 1, as the forward mode would have trained them.
+
+Both keep the attention scale out: where the head size differs from the base's, the model must be run with the
+softmax_scale that `prepare` set (`rules.attention_scale`), or its weights be given to `fold_attention`, which writes
+that into the queries too. Such weights are for use elsewhere: queries share a matrix with keys and values, whose
+learning rate is theirs.
+
+What these functions return says so itself, in the ``_metadata`` that torch gives a ``state_dict()`` and keeps through
+``torch.save`` and ``torch.load``: the same is not done to it twice. Other formats lose that, as a plain dict does.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ds_plugin.completep import rules
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.model import applied_section, check_gains, finished_roles, is_tied, ratios_of
+from ds_plugin.completep.roles import role_of
+from ds_plugin.completep.supported import unwrapped
+from ds_plugin.core.errors import ConfigError
+
+_METADATA, _OURS = "_metadata", "completep"  # torch's attribute of a state_dict(), by module; our entry beside those
+_QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
+
+
+def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
+    """Weights of the forward mode with the multipliers folded in: those of a model without CompleteP.
+
+    ``weights``: a GPTModel's ``state_dict()`` or a part of it (any tensor-parallel shard, any pipeline stage); values
+    that are no tensors are passed on. ``config``: its TransformerConfig, from `prepare` or not. ``tied``: whether the
+    output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
+
+    Raises:
+        ConfigError: the weights are of the folded mode, also by an earlier call, or it cannot be told (``config`` is
+            not `prepare`'s, and the section does not say ``residual``); a name has no role; or the final norm's gains
+            are 1 + weight where the multiplier of a tied output layer would go.
+    """
+    _refuse_other_mode(weights, config, section, mode="forward", function="fold")
+    return _scaled(weights, config, section, tied, inverse=False)
+
+
+def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
+    """The inverse of `fold`, for weights of the folded mode: those of Table 1, for a model in the forward mode.
+
+    Raises:
+        ConfigError: the weights are of the forward mode, or it cannot be told; or a name has no role.
+    """
+    _refuse_other_mode(weights, config, section, mode="folded", function="unfold")
+    return _scaled(weights, config, section, tied, inverse=True)
+
+
+def load_plain(
+    model: torch.nn.Module, weights: Mapping[str, Any], section: CompletePConfig, *, strict: bool = True
+) -> None:
+    """Load the plain weights of Table 1 (the forward mode's, or `unfold`'s) into a finished model of either mode.
+
+    In the folded mode they are folded on the way; ``load_state_dict`` would take them as folded ones. ``weights``: of
+    this tensor-parallel shard and pipeline stage; ``strict``: as ``load_state_dict``'s.
+
+    Raises:
+        ConfigError: the model is not finished, the weights are folded already, or a name has no role.
+    """
+    model = unwrapped(model)
+    finished_roles(model, section)
+    marks = _marks(weights)
+    if marks.get("residual", "forward") != "forward" or "attention" in marks:
+        raise ConfigError(
+            f"completep: load_plain() takes the plain weights of Table 1, and these say that they are {marks}; load "
+            "folded ones with load_state_dict, into a model of the folded mode"
+        )
+    if section.residual == "folded":
+        weights = _scaled(weights, model.config, section, is_tied(model), inverse=False)
+    model.load_state_dict(weights, strict=strict)
+
+
+def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> dict[str, Any]:
+    """Weights, of either mode, whose attention is the usual one: q.k over the square root of the head size.
+
+    ``weights``, ``config``: as `fold`'s; give it that one's result for a model without any multiplier. Query rows are
+    multiplied (with ``qk_layernorm``, the gains and biases of the queries' norm); where the head size is the base's,
+    nothing changes.
+
+    Raises:
+        ConfigError: it was done already; query rows cannot be told apart: there are gates, or a tensor-parallel shard
+            holds a part of a query group; or what follows them undoes it: a norm without gains, or with gains of
+            1 + weight.
+    """
+    head = config.kv_channels
+    if "attention" in _marks(weights):
+        raise ConfigError("completep: fold_attention() has been called on these weights already; give it those before")
+    if section.base_head_dim in (None, head):
+        return _marked(weights)
+    scale = rules.attention_scale(head, section.base_head_dim, section.recipe) * math.sqrt(head)
+    if getattr(config, "attention_output_gate", False):
+        raise ConfigError(
+            "completep: TransformerConfig.attention_output_gate is True: its gates share the queries' matrix, which is "
+            "not known here; run the model with softmax_scale"
+        )
+    if getattr(config, "qk_l2_norm", False):
+        raise ConfigError(
+            "completep: TransformerConfig.qk_l2_norm is True: queries are brought to one length, whatever they are "
+            "multiplied by; run the model with softmax_scale"
+        )
+    if config.qk_layernorm and getattr(config, "layernorm_zero_centered_gamma", False):
+        raise ConfigError(
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: the gains of the queries' norm are "
+            "1 + weight, into which nothing can be folded; run the model with softmax_scale"
+        )
+    queries = config.num_attention_heads // config.num_query_groups * head
+    scaled = _marked(weights, attention="queries")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
+            continue
+        if ".self_attention.q_layernorm." in name:
+            scaled[name] = value * scale
+        elif not config.qk_layernorm and name.endswith(_QKV):
+            rows = queries + 2 * head  # of each group: its queries, a key and a value
+            if value.shape[0] % rows:
+                raise ConfigError(
+                    f"completep: {name} has {value.shape[0]} rows, which are not whole query groups of {rows}; give "
+                    "the weights of fewer tensor-parallel ranks"
+                )
+            groups = value.clone().view(-1, rows, *value.shape[1:])
+            groups[:, :queries] *= scale
+            scaled[name] = groups.view_as(value)
+    return scaled
+
+
+def _refuse_other_mode(
+    weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, mode: str, function: str
+) -> None:
+    """Refuse weights of another mode than ``function`` takes, by what they, their config and the section say."""
+    marked = _marks(weights).get("residual")
+    if marked == mode:
+        return
+    if marked is not None:
+        raise ConfigError(
+            f'completep.residual: these weights are "{marked}" already, as fold() or unfold() left them; {function}() '
+            f'takes those of "{mode}"'
+        )
+    applied = applied_section(config)
+    said = [applied.residual] if applied is not None else []
+    if "residual" in section.model_fields_set:
+        said.append(section.residual)
+    if not said:
+        raise ConfigError(
+            "completep.residual: not said, and what it was by itself depends on the host: folded in Megatron-LM's "
+            'scripts, forward with DeepSpeed; write "residual" into the section that is given with these weights'
+        )
+    if other := next((trained for trained in said if trained != mode), None):
+        raise ConfigError(
+            f'completep.residual: these weights were trained with "{other}"; {function}() takes those of "{mode}"'
+        )
+
+
+def _scaled(
+    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, inverse: bool
+) -> dict[str, Any]:
+    check_gains(config, tied=tied)
+    ratios = ratios_of(config, section)
+    scaled = _marked(weights, residual="forward" if inverse else "folded")
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+            scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
+            if scale != 1.0:
+                scaled[name] = value / scale if inverse else value * scale
+    return scaled
+
+
+def _marks(weights: Mapping[str, Any]) -> dict[str, str]:
+    return dict((getattr(weights, _METADATA, None) or {}).get(_OURS, {}))
+
+
+def _marked(weights: Mapping[str, Any], **marks: str) -> dict[str, Any]:
+    """The same weights in a new dict that says what they are, beside what torch has noted of them."""
+    found = OrderedDict(weights)
+    noted = getattr(weights, _METADATA, None) or {}
+    setattr(found, _METADATA, OrderedDict({**noted, _OURS: {**_marks(weights), **marks}}))
+    return found

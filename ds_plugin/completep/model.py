@@ -1,0 +1,97 @@
+"""What a model that CompleteP has scaled says of itself: its section, its ratios, the role of each parameter.
+
+`megatron_patches.completep` leaves the marks on a model and its config when it scales them; all that comes later, the
+optimizer's param groups first, reads them here. Nothing is imported from a framework.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ds_plugin.completep import rules
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.roles import roles_of
+from ds_plugin.completep.rules import Ratios, Role
+from ds_plugin.completep.supported import check_model, unwrapped
+from ds_plugin.core.errors import ConfigError
+
+MARK = "completep_applied"  # on the TransformerConfig a `Prepared`, on the model by finish() the section
+
+
+def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
+    """The ratios of a TransformerConfig against the section's base model."""
+    return section.ratios(config.hidden_size, config.num_layers)
+
+
+class Prepared(NamedTuple):
+    """What lies on a prepared TransformerConfig: the section, and for each field its value before and after."""
+
+    section: CompletePConfig
+    fields: dict[str, tuple[Any, Any]]
+
+
+def applied_section(config: Any) -> CompletePConfig | None:
+    """The section that a TransformerConfig was prepared with; None: it is not `prepare`'s."""
+    done: Prepared | None = getattr(config, MARK, None)
+    return done.section if done is not None else None
+
+
+def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    """The role of every parameter of a model that `finish` has been called on, by its name there; it may be wrapped.
+
+    Raises:
+        ConfigError: it has not, or as `finish` does.
+    """
+    model = unwrapped(model)
+    check_model(model)
+    roles = checked_roles(model, section)
+    if not hasattr(model, MARK):
+        raise ConfigError(
+            "completep: the model is not finished; call megatron_patches.completep.finish(model, section) right after "
+            "it is built, before any weights are loaded"
+        )
+    return roles
+
+
+def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    """The role of every parameter of a model, finished or not. Raises ConfigError: it was built without the section."""
+    built_with = getattr(model, MARK, None) or applied_section(getattr(model, "config", None))
+    if built_with != section:
+        found = "without it" if built_with is None else f"with {_short(built_with)}"
+        raise ConfigError(
+            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
+            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
+        )
+    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=is_tied(model))
+
+
+def is_tied(model: torch.nn.Module) -> bool:
+    """Whether the output layer is the word embedding."""
+    return bool(getattr(model, "share_embeddings_and_output_weights", False))
+
+
+def check_gains(config: Any, *, tied: bool) -> None:
+    """Refuse to fold the logits' multiplier into gains that do not hold it. Raises ConfigError."""
+    if tied and getattr(config, "layernorm_zero_centered_gamma", False):
+        raise ConfigError(
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: the final "
+            "norm would scale the logits, but its gains are 1 + weight, into which nothing can be folded; leave it "
+            'False, untie the embeddings, or write "residual": "forward"'
+        )
+
+
+def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
+    """The ratios and the multipliers of the forward pass in one line."""
+    ratios = ratios_of(model.config, section)
+    return (
+        f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
+        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
+        f"{', folded into the weights' if section.residual == 'folded' else ''}"
+    )
+
+
+def _short(section: CompletePConfig) -> str:
+    return (
+        f"recipe {section.recipe}, residual {section.residual}, base_width {section.base_width}, base_depth "
+        f"{section.base_depth}, alpha {section.alpha}"
+    )

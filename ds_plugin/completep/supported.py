@@ -1,0 +1,97 @@
+"""Which models the rules cover, what may be around one, and how anything else is called in an error.
+
+Classes are told by their names, so that nothing is imported for it.
+"""
+
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import ConfigError
+
+MODELS = "dense megatron-core GPTModels, and the same in DeepSpeed's pipeline (megatron_patches.models.pipeline_gpt)"
+_GPT = ("GPTModel", "StageOfGPT")
+_PIPELINE = "PipelineGPT"  # our model in DeepSpeed's pipeline; its stage is a StageOfGPT
+_COMPILED = "_orig_mod"  # where torch.compile keeps the module
+_INSIDE = (_COMPILED, "module")  # DistributedDataParallel, Float16Module and DeepSpeed's engines say module
+_ENCODERS = ("padding", "no_mask")  # attention masks that hide no later token
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside torch.compile, DistributedDataParallel, Float16Module or a DeepSpeed engine; or itself."""
+    while not _is_a(model, *_GPT) and (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def bare_model(model: Any) -> Any:
+    """The model as it was built, which torch.compile may be around, but nothing that has copied its weights.
+
+    Raises:
+        ConfigError: something else is around it, or it is not of a supported kind; naming what was given.
+    """
+    bare = unwrapped(model)
+    check_model(bare)
+    while model is not bare and isinstance(getattr(model, _COMPILED, None), torch.nn.Module):
+        model = getattr(model, _COMPILED)
+    if model is not bare:
+        raise ConfigError(
+            f"completep: given {label(model)} around {label(bare)}; give the model itself, before it is wrapped"
+        )
+    return bare
+
+
+def gpt_of(model: Any) -> Any:
+    """A model under the names of a GPTModel: a `PipelineGPT`'s stage as a `StageOfGPT`, any other as it is."""
+    return model.gpt if _is_a(model, _PIPELINE) else model
+
+
+def is_foreign_pipeline(model: Any) -> bool:
+    """Whether this is a model for DeepSpeed's pipeline that was not cut from a GPTModel by name."""
+    return _is_a(model, "PipelineModule") and not _is_a(model, _PIPELINE)
+
+
+def check_model(model: Any) -> None:
+    """Raises ConfigError for a model of another kind, by the name of its class."""
+    if not _is_a(model, *_GPT):
+        raise ConfigError(
+            f"completep: this is {label(model)}; supported are {MODELS}; build one of them, or leave the section out"
+        )
+
+
+def check_config(config: Any) -> None:
+    """Raises ConfigError for what is no TransformerConfig, or one of another kind of attention."""
+    if not _is_a(config, "TransformerConfig") or _is_a(config, "MLATransformerConfig"):
+        raise ConfigError(
+            f"completep: the config is {label(config)}; supported is megatron-core's TransformerConfig itself (for a "
+            "megatron_patches.models.gpt.GPTConfig, gpt.transformer_config(cfg, dtype)), of dense GPT models with "
+            "multi-head or grouped-query attention"
+        )
+
+
+def check_mask(layer: Any) -> None:
+    """Raises ConfigError for a layer spec whose tokens see later ones, as an encoder's do."""
+    attention = getattr(layer.submodules, "self_attention", None)
+    mask = (getattr(attention, "params", None) or {}).get("attn_mask_type")
+    if (name := getattr(mask, "name", None)) in _ENCODERS:
+        raise ConfigError(
+            f"completep: the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5; supported "
+            f"are {MODELS}: use a decoder-only GPT layer spec"
+        )
+
+
+def label(thing: Any) -> str:
+    """What kind of object this is, for an error: whose, and its class."""
+    cls = type(thing)
+    owner = cls.__module__.partition(".")[0]
+    known = {"transformers": "Hugging Face's ", "megatron": "megatron-core's ", "deepspeed": "DeepSpeed's "}
+    return known[owner] + cls.__name__ if owner in known else f"{cls.__module__}.{cls.__name__}"
+
+
+def _inside(model: Any) -> Any:
+    found = (getattr(model, name, None) for name in _INSIDE)
+    return next((inner for inner in found if isinstance(inner, torch.nn.Module)), None)
+
+
+def _is_a(thing: Any, *names: str) -> bool:
+    return any(cls.__name__ in names for cls in type(thing).__mro__)

@@ -1,0 +1,1 @@
+"""What the methods share. Nothing here knows a method or a framework."""

@@ -1,0 +1,75 @@
+"""The errors a user can cause, and the one way they reach every rank.
+
+Each carries one message that names the field or file, the value it got and what to write instead. Programming errors
+stay ordinary Python exceptions.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+
+class PluginError(Exception):
+    """Base of everything below: safe to show to a user without a traceback."""
+
+    on_every_rank = False  # set by `raise_on_all_ranks`: one rank can speak for all
+
+
+class ConfigError(PluginError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or in conflict with another."""
+
+
+class DataError(PluginError, ValueError):
+    """Training data that is missing, empty or unreadable."""
+
+
+class CheckpointError(PluginError, RuntimeError):
+    """A checkpoint (or one of its shards) that is missing, damaged, or belongs to another run or model."""
+
+
+class StateError(PluginError, RuntimeError):
+    """A call that makes no sense now, such as a training step while the averaged weights are swapped in."""
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Run a block that holds no collective; if it fails on any rank, fail on every rank with the same error.
+
+    Without this, a file missing on one node ends one rank and leaves the others waiting in the next collective.
+    The first failing rank's error wins; an unexpected exception on a rank is re-raised there with its own traceback.
+    Costs one small all-gather of Python objects: for set-up, save and load, never for the training step.
+    """
+    caught: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        caught = error
+    mine = None if caught is None else (type(caught).__name__, str(caught), isinstance(caught, PluginError))
+    reports = _gather(mine)
+    first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
+    if first is None:
+        return
+    if isinstance(caught, PluginError) and len(reports) == 1:
+        caught.on_every_rank = True
+        raise caught
+    if caught is not None and not isinstance(caught, PluginError):
+        raise caught
+    rank, (kind, message, expected) = first
+    if not expected:
+        raise RuntimeError(f"rank {rank} failed with {kind}: {message}") from caught
+    where = "" if all(reports) else f" (seen on rank {rank})"
+    error_type = next(
+        (c for c in (ConfigError, DataError, CheckpointError, StateError) if c.__name__ == kind), PluginError
+    )
+    everywhere = error_type(message + where)
+    everywhere.on_every_rank = True
+    raise everywhere from caught
+
+
+def _gather(mine: tuple[str, str, bool] | None) -> list[tuple[str, str, bool] | None]:
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [mine]
+    reports: list[tuple[str, str, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, mine)
+    return reports

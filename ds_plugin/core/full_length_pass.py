@@ -1,0 +1,147 @@
+"""The passes of one step at full length before the first short one, so that an out-of-memory shows at once.
+
+A warmup's first steps are small: without this, the first step that does not fit comes hours later. The passes are the
+framework's own, with room held for what the optimizer's first step will keep; what they leave behind is put back. This
+is the part that no framework makes different; `sequence_length_warmup.preflight` has DeepSpeed's, `megatron_patches`
+Megatron-LM's.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin.core import rng
+from ds_plugin.core.errors import PluginError, StateError, raise_on_all_ranks
+
+SAYS = "sequence length warmup: preflight"
+_LOOK_EVERY = 0.2  # seconds
+_UNWIND = 2.0  # seconds in which a rank that has not been waiting may fail, or end, by itself
+_FAILED = "failed"
+_COUNT = itertools.count()  # every rank counts the same blocks
+
+
+@contextlib.contextmanager
+def full_length_pass(
+    modules: Iterable[torch.nn.Module], room: Callable[[], list[torch.Tensor]], *, length: int, means: str
+) -> Iterator[None]:
+    """Around the passes at ``length`` tokens, on every rank: ``room()`` is held, and the modules' buffers and this
+    rank's random streams are afterwards what they were. All ranks go on, or none.
+
+    Raises:
+        torch.OutOfMemoryError: with a note that says where it came from and by which ``means`` a step fits. Nothing
+            that was made in the block is kept.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ending_together())
+        stack.enter_context(_remedy(length, means))
+        for module in modules:
+            stack.enter_context(_untouched(module))
+        held = room()
+        try:
+            yield
+        finally:
+            held.clear()  # an error's traceback would keep it
+
+
+def state_to_come(
+    parameters: Iterable[torch.Tensor], kinds: Callable[[torch.Tensor], Sequence[torch.dtype]]
+) -> list[torch.Tensor]:
+    """Tensors as large as the state that an optimizer makes in its first step on these master weights, each where its
+    master is: one of each of ``kinds(master)``. Their contents are not set."""
+    return [torch.empty_like(each, dtype=kind) for each in parameters for kind in kinds(each)]
+
+
+def peak(device: torch.device) -> str:
+    """The fullest accelerator's, from the process's start on; every rank calls it. Nothing on a CPU."""
+    if device.type == "cpu":
+        return ""
+    torch.accelerator.empty_cache()  # the run's own tensors do not go into the pieces of what is no longer needed
+    most = torch.tensor(torch.accelerator.max_memory_allocated(device), device=device, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    _, total = torch.accelerator.get_memory_info(device)
+    return f", with at most {most.item() / 2**30:.1f} of {total / 2**30:.1f} GiB allocated on an accelerator"
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """All ranks leave the block, or all of them end with the error of the one that failed in it.
+
+    In the block ranks wait for each other in the framework's collectives, which one that has failed never joins; they
+    would wait for half an hour. No exception reaches a thread that waits there. So each rank looks into the process
+    group's store from another thread, and where it finds an error, prints it and ends the process.
+
+    Raises:
+        StateError: another rank has failed, which a collective has told by an error of its own.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    group_store = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(f"ds_plugin/ending_together/{next(_COUNT)}", group_store)
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_LOOK_EVERY):
+            if (said := _word(store)) is not None and not over.wait(_UNWIND):
+                print(f"{said}; rank {dist.get_rank()} ends with it", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name="ds_plugin: other ranks' errors", daemon=True)
+    thread.start()
+    try:
+        yield
+        with raise_on_all_ranks():  # the ranks that are through wait here, and still look
+            pass
+    except BaseException as error:
+        own = isinstance(error, (torch.OutOfMemoryError, PluginError))  # it failed as well, whoever was first
+        if not own and (said := _word(store)) is not None:
+            raise StateError(f"{said}; rank {dist.get_rank()} ends with it") from error
+        with contextlib.suppress(RuntimeError):
+            store.set(_FAILED, f"rank {dist.get_rank()} failed with {type(error).__name__}: {error}")
+        raise
+    finally:
+        over.set()
+        thread.join()
+
+
+def _word(store: dist.Store) -> str | None:
+    """The error of the first rank that failed; None: none has."""
+    try:
+        return store.get(_FAILED).decode() if store.check([_FAILED]) else None
+    except RuntimeError:
+        return "the rank that kept the process group's store has ended"
+
+
+@contextlib.contextmanager
+def _remedy(length: int, means: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # they would keep the activations for as long as the error is known
+        error.add_note(
+            f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, and "
+            f'neither will training at the end of the warmup; use {means}, or write "preflight": false to find out then'
+        )
+        raise
+
+
+@contextlib.contextmanager
+def _untouched(module: torch.nn.Module) -> Iterator[None]:
+    streams = rng.capture()
+    # by named_buffers: in Megatron's DDP, "buffers" is a list
+    buffers = [(buffer, buffer.clone()) for _, buffer in module.named_buffers()]
+    try:
+        yield
+    finally:
+        rng.restore(streams)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

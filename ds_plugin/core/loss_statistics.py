@@ -1,0 +1,393 @@
+"""The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance.
+
+Between two reports they cost a few operations on a scalar on the device per micro-batch: no host sync, no collective.
+For a report all ranks exchange one small vector; where the variance is asked for, each reads the shard of Adam's state
+that it holds anyway.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ds_plugin.core.errors import StateError
+
+THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
+# Elements of Adam's state that are read at a time. On a host 1 MB of temporary memory, which stays in the cache; 16 MB
+# come anew from the system each time, which takes up to three times as long. On a device 16 MB, for few kernels.
+_CHUNK_HOST, _CHUNK_DEVICE = 2**18, 2**22
+_ERRORS = 2.0  # standard errors that a ratio must stand out by before anything is done about it
+_ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a rank without such state
+
+
+class LossRatio:
+    """``loss_t / min(loss_1 .. loss_(t-1))`` step by step, the largest, and how many were above each threshold.
+
+    The lowest is looked for among the steps that were not longer. A longer context makes a lower loss: a short step
+    after a long one, as the carry mode has them, is no spike. Where lengths only grow, it is the paper's ratio.
+
+    ``beyond_noise`` is the last ratio less what noise may have done: two standard errors off the loss, and as many on
+    top of the lowest. What acts on a ratio looks at it. A mean over a handful of labels is as often 20 % off.
+    """
+
+    def __init__(self) -> None:
+        # by length: loss and standard error; only those that no shorter one undercuts
+        self._lowest: dict[int, tuple[float, float]] = {}
+        self.beyond_noise: float | None = None
+        self.last: float | None = None
+        self.highest: float | None = None
+        self.above = [0] * len(THRESHOLDS)
+
+    @property
+    def lowest(self) -> float | None:
+        """Of all losses so far; None if there is none."""
+        return min((loss for loss, _ in self._lowest.values()), default=None)
+
+    def feed(self, loss: float | None, length: int = 0, error: float = 0.0) -> float | None:
+        """The ratio of the next step's loss, all ranks' mean with its standard error, at ``length`` tokens a sample.
+        None: there is none.
+
+        So it is for the first loss, for a step whose loss is not known (None), and for a loss of zero or below, of
+        which a ratio says nothing; that one is never the lowest either. A loss that is not finite has an infinite
+        ratio, also as the first, and never is the lowest.
+        """
+        ratio = self.beyond_noise = None
+        if loss is not None and not math.isfinite(loss):
+            ratio = self.beyond_noise = math.inf
+        elif loss is not None and loss > 0:
+            lowest = min((low for at, low in self._lowest.items() if at <= length), default=None)
+            if lowest is not None:
+                ratio = loss / lowest[0]
+                self.beyond_noise = (loss - _ERRORS * error) / (lowest[0] + _ERRORS * lowest[1])
+            if lowest is None or loss < lowest[0]:
+                kept = {at: low for at, low in self._lowest.items() if at < length or low[0] < loss}
+                self._lowest = {**kept, length: (loss, error)}
+        self.last = ratio
+        if ratio is not None:
+            self.highest = max(ratio, self.highest) if self.highest is not None else ratio
+            self.above = [n + (ratio > threshold) for n, threshold in zip(self.above, THRESHOLDS, strict=True)]
+        return ratio
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for Python's json, which keeps floats exactly (and infinity as ``Infinity``)."""
+        lowest = [[length, *low] for length, low in sorted(self._lowest.items())]
+        return {"lowest": lowest, "last": self.last, "highest": self.highest, "above": list(self.above)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        self._lowest = {int(length): (loss, error) for length, loss, error in state["lowest"]}
+        self.last, self.highest = state["last"], state["highest"]
+        self.above = list(state["above"])
+
+
+class Correlation:
+    """Pearson's correlation of pairs that come one at a time (Welford's update: no sums of squares that cancel)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean_x = self._mean_y = self._xx = self._yy = self._xy = 0.0
+
+    def add(self, x: float | None, y: float | None) -> None:
+        """One pair. It is left out if a number in it is missing or not finite."""
+        if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
+            return
+        self.count += 1
+        dx, dy = x - self._mean_x, y - self._mean_y
+        self._mean_x += dx / self.count
+        self._mean_y += dy / self.count
+        self._xx += dx * (x - self._mean_x)
+        self._yy += dy * (y - self._mean_y)
+        self._xy += dx * (y - self._mean_y)
+
+    @property
+    def value(self) -> float | None:
+        """In [-1, 1]; None with fewer than two pairs, or when all x or all y are equal."""
+        scale = math.sqrt(self._xx) * math.sqrt(self._yy)
+        return max(-1.0, min(1.0, self._xy / scale)) if scale > 0 else None
+
+    def state(self) -> list[float]:
+        """Everything, for Python's json."""
+        return [self.count, self._mean_x, self._mean_y, self._xx, self._yy, self._xy]
+
+    def load_state(self, state: list[float]) -> None:
+        """Take over a saved state."""
+        self.count = int(state[0])
+        self._mean_x, self._mean_y, self._xx, self._yy, self._xy = state[1:]
+
+
+class Readings(Protocol):
+    """What the instruments read of a framework's training, on this rank."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where losses and gradient norms are."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, equal on all ranks."""
+
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """The last step's, of the whole model, below 0 or not finite if it was not finite. None: not known."""
+
+    def adam_variances(self) -> list[torch.Tensor]:
+        """Adam's second moments, the live tensors; none where there are none or they are not in this process."""
+
+    def state_copies(self) -> int:
+        """On how many ranks each of their elements lies."""
+
+
+def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on its device.
+
+    The l1 norms of all ranks add up to the model's, the largest of the maxima is the model's. No gather, no host sync,
+    no temporary of the state's size. None: this rank holds no such state. Ranks of one
+    tensor-parallel group each count what they replicate (the norms' weights), pipeline stages a tied weight.
+    """
+    norms, maxima = [], []
+    for variance in readings.adam_variances():
+        for chunk in variance.reshape(-1).split(_CHUNK_HOST if variance.is_cpu else _CHUNK_DEVICE):
+            if chunk.numel() == 0:
+                continue
+            # torch.sum adds up pairwise: 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
+            # ord=0.5) needs no temporary at all, but adds up in sequence and is 8 % off for 30 million on a CPU.
+            norms.append(chunk.float().sqrt().sum().double().to(readings.device))
+            maxima.append(chunk.max().double().sqrt().to(readings.device))
+    if not norms:
+        return None
+    return torch.stack(norms).sum() / readings.state_copies(), torch.stack(maxima).max()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the instruments say after a step; equal on all ranks. None: not known.
+
+    ``loss_ratio`` is the last step's, ``max_loss_ratio`` the largest since the report before. ``variance_l1`` and
+    ``variance_max`` are of sqrt(v) after the last step. ``beyond_noise``: see `LossRatio`, of every step since the
+    report before, oldest first.
+    """
+
+    step: int
+    loss_ratio: float | None
+    max_loss_ratio: float | None
+    variance_l1: float | None
+    variance_max: float | None
+    beyond_noise: tuple[float | None, ...] = ()
+
+
+class Summed(Protocol):
+    """Integers of this rank since the last exchange that are added up over all ranks by the next one."""
+
+    def mine(self) -> Sequence[int]:
+        """As many on every rank."""
+
+    def exchanged(self, totals: Sequence[float]) -> None:
+        """Their sums, on every rank; `mine` begins anew."""
+
+
+class StabilityMonitor:
+    """The instruments on one training, read every ``interval`` optimizer steps by one collective over all ranks.
+
+    A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
+    its gradient 0, and nothing is unstable. So a step is infinite only if no micro-batch of any rank had a finite loss,
+    or if its gradient norm was not finite.
+    """
+
+    def __init__(
+        self,
+        readings: Readings,
+        interval: int,
+        extra: Callable[[], Mapping[str, float]] = dict,
+        *,
+        variance: bool = False,
+        summed: Summed | None = None,
+    ):
+        """``extra``: numbers that must be equal on all ranks, such as the length, by name; the same names on all ranks.
+        ``summed``: numbers that are added up over all of them.
+        ``variance``: reports hold Adam's, too, which costs a pass over its state each.
+
+        Raises:
+            StateError: the framework keeps the optimizer's state in a way not known.
+        """
+        assert interval >= 1
+        if variance:
+            readings.adam_variances()  # so that it raises now and not at the first report
+        self.variance = variance
+        self.readings = readings
+        self.interval = interval
+        self.extra = extra
+        self.summed = summed
+        self.loss_ratio = LossRatio()
+        self.with_l1, self.with_max = Correlation(), Correlation()
+        # Of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise.
+        self._ratios: list[tuple[float | None, float | None]] = []
+        # Slots of the steps whose losses have not: the first `_closed` are complete, the one after them is open.
+        # Of the finite means: their sum, the sum of their squares, how many they are.
+        self._booked = torch.zeros(3, interval, dtype=torch.float64, device=readings.device)
+        self._counts = [0] * interval  # of all means
+        self._lengths = [0] * interval
+        self._closed = 0
+
+    def record(self, loss: torch.Tensor) -> None:
+        """Book one micro-batch's unscaled loss on the open step: any shape, its mean counts. No sync, no collective.
+
+        A rank that computes no loss (an earlier pipeline stage) never calls it.
+        """
+        mean = loss.detach().mean(dtype=torch.float64)
+        finite = mean.abs() < math.inf  # not so a NaN; isfinite takes twice the kernels
+        mean = torch.where(finite, mean, 0.0)
+        self._booked[:, self._closed] += torch.stack([mean, mean * mean, finite])
+        self._counts[self._closed] += 1
+
+    def close_step(self, length: int = 0) -> Report | None:
+        """The optimizer step is over; every rank calls it. A `Report` if it was the interval's last one.
+
+        ``length``: of its samples in tokens, equal on all ranks; see `LossRatio`.
+
+        Raises:
+            StateError: on all ranks, if a number of ``extra`` or the step differs between them.
+        """
+        self._book_gradient_norm()
+        self._lengths[self._closed] = length
+        self._closed += 1
+        return self.report() if len(self._ratios) + self._closed >= self.interval else None
+
+    def report(self) -> Report | None:
+        """Report now and start a new interval, as at the end of a run; None if no step has been closed since the last.
+
+        Every rank calls it. Raises as `close_step` does.
+        """
+        if not self._ratios and not self._closed:
+            return None
+        l1, maximum = self._exchange(variance=self.variance)
+        ratios, beyond_noise = zip(*self._ratios, strict=True)
+        largest = max((ratio for ratio in ratios if ratio is not None), default=None)
+        report = Report(self.readings.step, ratios[-1], largest, l1, maximum, beyond_noise)
+        self._ratios = []
+        self.with_l1.add(report.loss_ratio, l1)
+        self.with_max.add(report.loss_ratio, maximum)
+        return report
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: the paper's numbers over all steps reported so far. No collective."""
+        counts = zip(THRESHOLDS, self.loss_ratio.above, strict=True)
+        return {
+            **{f"steps_above_{threshold}": count for threshold, count in counts},
+            "max_loss_ratio": self.loss_ratio.highest,
+            "pearson_variance_l1": self.with_l1.value,
+            "pearson_variance_max": self.with_max.value,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, for Python's json; equal on all ranks. **Every rank calls it**: it holds a collective.
+
+        The losses of an interval that is not over are exchanged now and the ratios kept until its report, which so is
+        bitwise the one of a run that was not saved. An open step is left out, as DeepSpeed leaves out its gradients.
+        """
+        if self._closed:
+            self._exchange()
+        return {
+            "loss_ratio": self.loss_ratio.state(),
+            "with_l1": self.with_l1.state(),
+            "with_max": self.with_max.state(),
+            "ratios": list(self._ratios),
+        }
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a saved state; None starts afresh. What was recorded since is dropped.
+
+        If it is already as long as this run's interval, which may be another, the report comes with the next step.
+        """
+        self.loss_ratio, self.with_l1, self.with_max = LossRatio(), Correlation(), Correlation()
+        self._ratios = []
+        if state:
+            self.loss_ratio.load_state(state["loss_ratio"])
+            self.with_l1.load_state(state["with_l1"])
+            self.with_max.load_state(state["with_max"])
+            self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
+        self._booked.zero_()
+        self._counts, self._lengths, self._closed = [0] * self.interval, [0] * self.interval, 0
+
+    def _book_gradient_norm(self) -> None:
+        """A norm that is not finite makes the step's sum infinite. No sync: a norm on the device stays there.
+
+        A norm below 0 is DeepSpeed's mark of one that is not finite.
+        """
+        norm = self.readings.gradient_norm()
+        if isinstance(norm, torch.Tensor):
+            sound = (torch.isfinite(norm) & (norm >= 0)).reshape(())
+            self._booked[0, self._closed].add_(torch.where(sound, 0.0, math.inf))
+        elif norm is not None and not 0 <= norm < math.inf:
+            self._booked[0, self._closed].fill_(math.inf)
+
+    def _exchange(self, *, variance: bool = False) -> tuple[float | None, float | None]:
+        """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
+
+        One vector per rank, in float64 (token counts do not fit float32): by slot the finite losses' sums, those of
+        their squares and how many they are; with ``variance`` l1 norm and maximum; by slot how many losses there were;
+        the numbers to compare; those to add up. Every rank works out the same from the same table: on the CPU, and
+        rank after rank, since in which order a GPU adds up depends on its kind.
+        """
+        n, device = self.interval, self.readings.device
+        equal = {"step": self.readings.step, **self.extra()}
+        parts = [self._booked.flatten()]
+        if variance:
+            found = adam_variance(self.readings)
+            absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
+            parts.append(absent if found is None else torch.stack(found))
+        counts_at = sum(map(len, parts))
+        equal_at, summed_at = counts_at + n, counts_at + n + len(equal)
+        mine = self.summed.mine() if self.summed is not None else ()
+        parts.append(torch.tensor([*self._counts, *equal.values(), *mine], dtype=torch.float64, device=device))
+        vector = torch.cat(parts)
+        table = vector.new_empty(dist.get_world_size() * len(vector))
+        dist.all_gather_into_tensor(table, vector)
+        rows = table.view(-1, len(vector)).cpu().numpy()  # the one host sync of the interval
+
+        _refuse_different(rows[:, equal_at:summed_at], list(equal))
+        totals = rows.sum(axis=0).tolist()  # row by row: only along the fast axis does numpy add in pairs
+        counts = totals[counts_at:equal_at]
+        if self.summed is not None:
+            self.summed.exchanged(totals[summed_at:])
+        for slot in range(self._closed):
+            loss, error = _mean(totals[slot], totals[n + slot], totals[2 * n + slot], counts[slot])
+            ratio = self.loss_ratio.feed(loss, self._lengths[slot], error)
+            self._ratios.append((ratio, self.loss_ratio.beyond_noise))
+        self._open_first_slot()
+        maximum = float(rows[:, 3 * n + 1].max()) if variance else _ABSENT  # NaN if one is
+        return (None, None) if maximum == _ABSENT else (totals[3 * n], maximum)
+
+    def _open_first_slot(self) -> None:
+        """The closed steps' slots are free; what is in the open one moves to the first."""
+        self._booked[:, : self._closed] = 0
+        self._booked = self._booked.roll(-self._closed, dims=1)
+        self._counts = self._counts[self._closed :] + [0] * self._closed
+        self._closed = 0
+
+
+def _mean(total: float, squares: float, finite: float, count: float) -> tuple[float | None, float]:
+    """A step's loss, the mean of ``finite`` out of ``count`` micro-batches', and its standard error.
+
+    None: nobody has computed one. A single micro-batch tells nothing of the error: 0.
+    """
+    if not count and math.isfinite(total):
+        return None, 0.0
+    if not finite or not math.isfinite(total):
+        return math.inf, 0.0
+    mean = total / finite
+    spread = max(0.0, squares / finite - mean * mean)
+    return mean, math.sqrt(spread / (finite - 1)) if finite > 1 else 0.0
+
+
+def _refuse_different(numbers: np.ndarray, names: list[str]) -> None:
+    """``numbers``: [ranks, names]. Raises StateError for the first name whose number differs from rank 0's."""
+    differing = np.argwhere((numbers != numbers[0]).T)
+    if len(differing):
+        column, rank = differing[0]
+        raise StateError(
+            f"{names[column]} is {numbers[rank, column]:.17g} on rank {rank} and {numbers[0, column]:.17g} on rank 0, "
+            "so they train different runs; give all ranks the same JSON and the same checkpoint"
+        )

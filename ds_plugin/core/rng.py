@@ -1,0 +1,121 @@
+"""This rank's random streams, in a checkpoint: Python, NumPy, PyTorch on CPU and GPU, megatron-core's tracker.
+
+Written as safetensors, so that loading a checkpoint runs no code from it: the states of Python and NumPy are JSON in a
+uint8 tensor, PyTorch's are uint8 tensors already.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ds_plugin.core.errors import CheckpointError
+from ds_plugin.core.files import atomic_write
+
+_TRACKER = "megatron."
+
+
+def save(path: Path) -> None:
+    """Write the state of every stream this rank draws from; the file is whole or absent. Draws nothing itself."""
+    streams = capture()
+    atomic_write(Path(path), lambda temporary: save_file(streams, str(temporary)))
+
+
+def load(path: Path) -> None:
+    """Put every stream back to where `save` found it.
+
+    Raises CheckpointError, with no stream changed, when the file is missing or damaged, or was written on a rank with
+    other streams (a GPU or not, other names in megatron-core's tracker).
+    """
+    try:
+        streams = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"random streams: '{path}' cannot be read ({error}); resume from another checkpoint"
+        ) from error
+    restore(streams, str(path))
+
+
+def capture() -> dict[str, torch.Tensor]:
+    """The states of all streams, as CPU tensors of dtype uint8 with one dimension."""
+    numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))  # type: ignore[arg-type]
+    numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
+    streams = {
+        "python": _to_tensor(random.getstate()),
+        "numpy": _to_tensor(numpy_state),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        streams["cuda"] = torch.cuda.get_rng_state()
+    for name, state in _tracker_states().items():
+        streams[_TRACKER + name] = state.get_state() if isinstance(state, torch.Generator) else state
+    # Clones: the tracker may hold one tensor under two names, which safetensors refuses to write.
+    return {name: state.detach().cpu().contiguous().clone() for name, state in streams.items()}
+
+
+def restore(streams: dict[str, torch.Tensor], source: str = "the given states") -> None:
+    """Put back what `capture` returned. Raises CheckpointError as `load` does; `source` names them in its message."""
+    here, there = set(capture()), set(streams)
+    if here != there:
+        raise CheckpointError(
+            f"random streams: '{source}' holds {sorted(there)}, this rank has {sorted(here)}; resume on the same kind "
+            f"of machine with the same model-parallel set-up, after the model is built"
+        )
+    try:
+        version, internal, gauss = _from_tensor(streams["python"])
+        python_state = (version, tuple(internal), gauss)
+        random.Random().setstate(python_state)  # a damaged state fails here, before anything has changed
+        numpy_state = _from_tensor(streams["numpy"])
+        numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+        np.random.RandomState().set_state(numpy_state)
+        torch.Generator().set_state(streams["torch"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"random streams: '{source}' is damaged ({error}); resume from another checkpoint"
+        ) from error
+    tracked = _tracker_states()
+    if tracked:
+        restored: dict[str, Any] = {}
+        for name, state in tracked.items():
+            saved = streams[_TRACKER + name]
+            if isinstance(state, torch.Generator):  # CUDA graphs hold on to this very object
+                state.set_state(saved)
+                restored[name] = state
+            else:
+                restored[name] = saved.to(state.device).clone()
+        _tracker().set_states(restored)
+    if "cuda" in streams:
+        torch.cuda.set_rng_state(streams["cuda"])
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(streams["torch"])
+
+
+def _tracker() -> Any:
+    """Megatron-core's CudaRNGStatesTracker if this process has set one up, else None.
+
+    Asking megatron-core for it would set one up, and fix its kind before the model had a chance to choose.
+    """
+    module = sys.modules.get("megatron.core.tensor_parallel.random")
+    if module is None or not getattr(module, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False):
+        return None
+    return module.get_cuda_rng_tracker()
+
+
+def _tracker_states() -> dict[str, Any]:
+    tracker = _tracker()
+    return {} if tracker is None or not tracker.is_initialized() else tracker.get_states()
+
+
+def _to_tensor(value: Any) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _from_tensor(tensor: torch.Tensor) -> Any:
+    return json.loads(bytes(tensor.tolist()))

@@ -1,0 +1,73 @@
+"""The pydantic base of every section this project reads, and how its errors are worded.
+
+In the style of DeepSpeed's own ``DeepSpeedConfigModel`` (unknown keys forbidden, defaults validated), with two
+differences: values are not coerced (``"8"`` is not 8, ``true`` is not 1) and nothing is dropped in silence (DeepSpeed
+drops the value ``"auto"``). It does not derive from that class so that Megatron users need not import DeepSpeed.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic_core import ErrorDetails
+
+from ds_plugin.core.errors import ConfigError
+
+Section = TypeVar("Section", bound=pydantic.BaseModel)
+
+
+class SectionConfig(pydantic.BaseModel):
+    """One section of the JSON: strict types, unknown keys rejected, immutable once read."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name a user most likely meant, or None when nothing is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def parse_section(model: type[Section], name: str, raw: Any) -> Section:
+    """Validate the JSON value ``raw`` of section ``name``.
+
+    Raises:
+        ConfigError: one message listing every wrong field as ``section.field``, the value it got, and the remedy.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f'"{name}" must be a JSON object like {{"enabled": true}}, got {raw!r}')
+    try:
+        return model.model_validate(dict(raw))
+    except pydantic.ValidationError as error:
+        raise ConfigError("; ".join(_sentence(model, name, item) for item in error.errors())) from None
+
+
+def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) -> str:
+    location = [str(part) for part in item["loc"]]
+    field = ".".join(filter(None, [name, *location]))
+    kind, value, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = _model_at(model, location[:-1])
+        known = sorted(owner.model_fields)
+        guess = nearest(location[-1], known)
+        hint = f'did you mean "{guess}"?' if guess else f"known keys are {', '.join(known)}"
+        return f"{field}: unknown key (value {value!r}); {hint}"
+    if kind == "missing":
+        owner = _model_at(model, location[:-1])
+        field_name = location[-1].replace("-", "_")  # where it has an alias
+        what = owner.model_fields[field_name].description or "a value"
+        return f"{field}: missing; write {what}"
+    if kind in ("model_type", "dict_type"):
+        return f"{field}: {value!r}; write a JSON object {{...}}, or leave it out"
+    if kind == "value_error":  # our own validators word the whole remedy
+        return f"{field}: {context['error']}" if location else str(context["error"])
+    return f"{field}: {item['msg'][0].lower()}{item['msg'][1:]}, got {value!r}"
+
+
+def _model_at(model: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, pydantic.BaseModel))
+    return model

@@ -1,0 +1,289 @@
+"""How the methods come onto a DeepSpeed engine and off it again, and what is refused on the way."""
+
+import contextlib
+import contextvars
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ds_plugin.completep.supported import is_foreign_pipeline
+from ds_plugin.config import PluginConfig, split_config
+from ds_plugin.core.errors import ConfigError, StateError
+from ds_plugin.deepspeed_engine import compat, completep
+from ds_plugin.deepspeed_engine.engine import Plugin
+from ds_plugin.deepspeed_engine.masters import refuse_nvme
+from ds_plugin.sequence_length_warmup.slicing import Shorten
+
+_ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
+#: DeepSpeed's, bound before ours can take its place by ``deepspeed.initialize = ds_plugin.initialize``
+_deepspeed_initialize = deepspeed.initialize
+_running = contextvars.ContextVar("ds_plugin.initialize", default=False)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | Mapping[str, Any] | None = None,
+    *,
+    shorten: Shorten | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """A drop-in for ``deepspeed.initialize``: the same arguments, the same ``(engine, optimizer, dataloader,
+    lr_scheduler)``.
+
+    Reads ``sequence_length_warmup``, ``completep`` and ``weight_averaging`` from the same JSON, strips them before
+    DeepSpeed sees it, and wires the enabled methods to the engine. With none enabled the engine is exactly DeepSpeed's.
+
+    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam built
+    over the model's parameters: the base model's hyperparameters are taken from it, and its groups replaced by those of
+    the roles. ``lr_scheduler`` is absent or a function of the optimizer.
+
+    ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
+
+    Raises:
+        ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
+            built, or else the engine is destroyed, and an optimizer that was given has its own param groups again.
+    """
+    given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
+    if len(given) != 1:
+        what = "none was given" if not given else f"{len(given)} were given"
+        raise ConfigError(
+            f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
+        )
+    host_config, sections = split_config(given[0])
+    if sections.weight_averaging is not None:
+        refuse_nvme(host_config)
+    _refuse_conflicts(sections, model, mpu)
+    host_args = copy.copy(args)
+    if getattr(args, "deepspeed_config", None) is not None:
+        host_args.deepspeed_config = None
+    port = {} if distributed_port is None else {"distributed_port": distributed_port}
+    with contextlib.ExitStack() as refused:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            refused.callback(_kept(optimizer))
+        if sections.completep is not None:
+            model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
+                model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
+            )
+        engine, *rest = _build(
+            args=host_args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=host_config,
+            mesh_param=mesh_param,
+            **port,
+        )
+        refused.callback(_destroy, engine)
+        _register(engine, sections, shorten)
+        refused.pop_all()
+    if hasattr(args, "local_rank"):
+        args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
+    return (engine, *rest[:-1], engine.lr_scheduler)  # type: ignore[return-value]
+
+
+def attach(
+    engine: Any,
+    config: str | Path | Mapping[str, Any] | PluginConfig,
+    *,
+    shorten: Shorten | None = None,
+    resume_from: str | Path | None = None,
+    tag: str | None = None,
+) -> Plugin:
+    """Wire sequence length warmup and weight averaging to an engine that already exists. Every rank calls it.
+
+    ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
+    ``resume_from``: for an engine that has loaded a checkpoint already, as a trainer's has before its callbacks run:
+    the folder that ``engine.load_checkpoint`` was given, and ``tag`` if it was given one. The methods' state is
+    restored from there, and the run goes on as if they had been attached before the load.
+
+    Raises:
+        ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
+            ``engine`` is no engine.
+        StateError: the engine already has a plugin.
+        CheckpointError: ``resume_from`` is not the checkpoint that was loaded, or does not fit this run.
+    """
+    if tag is not None and resume_from is None:
+        raise ConfigError(f"attach: tag={tag!r} without resume_from=, the folder that it is in; give both")
+    _refuse_no_engine(engine, "attach")
+    sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
+    if sections.completep is not None:
+        raise ConfigError(
+            "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
+            'deepspeed.initialize(), or write "enabled": false'
+        )
+    if sections.sequence_length_warmup is not None and compat.has_curriculum(engine):
+        raise ConfigError(
+            "sequence_length_warmup: the engine was built with data_efficiency.data_sampling.curriculum_learning "
+            "enabled, and both set the length; remove one of the two"
+        )
+    _refuse_conflicts(sections, engine.module, engine.mpu)
+    plugin = _register(engine, sections, shorten, resume_from, tag)
+    if resume_from is None:
+        _say_what_counts(plugin)
+    return plugin
+
+
+def get_plugin(engine: Any) -> Plugin:
+    """The `Plugin` of an engine.
+
+    Raises:
+        StateError: there is none.
+        ConfigError: ``engine`` is no engine.
+    """
+    plugin = getattr(engine, "__dict__", {}).get(_ATTRIBUTE)
+    if plugin is None:
+        _refuse_no_engine(engine, "attached")
+        raise StateError("this engine has no plugin; make it with ds_plugin.initialize() or call ds_plugin.attach()")
+    return plugin
+
+
+def detach(engine: Any) -> None:
+    """Undo `attach`: the engine is again as DeepSpeed made it. The averaging window is dropped."""
+    get_plugin(engine).detach()
+    del engine.__dict__[_ATTRIBUTE]
+
+
+def _build(**given: Any) -> Any:
+    """DeepSpeed's own ``initialize``; on a CPU it is spared what it would compile for inference."""
+    if _running.get():
+        found = f"{_deepspeed_initialize.__module__}.{_deepspeed_initialize.__qualname__}"
+        raise StateError(
+            f"initialize: {found} had taken the place of deepspeed.initialize before ds_plugin was first used, and "
+            "calls ds_plugin.initialize, which calls it; write deepspeed.initialize = ds_plugin.initialize, or take "
+            "ds_plugin.initialize before replacing it by your own"
+        )
+    if compat.starts_on_cpu():
+        compat.skip_inference_kernel()
+    token = _running.set(True)
+    try:
+        return _deepspeed_initialize(**given)
+    finally:
+        _running.reset(token)
+
+
+def _refuse_no_engine(thing: Any, call: str) -> None:
+    if compat.is_engine(thing):
+        return
+    hint = ""
+    if isinstance(thing, tuple) and any(map(compat.is_engine, thing)):
+        hint = " (the first of the tuple is one)"
+    elif compat.is_engine(getattr(thing, "engine", None)):
+        hint = " (its .engine is one)"
+    kind = type(thing)
+    raise ConfigError(
+        f"{call}: needs the engine that deepspeed.initialize() returns, and was given a "
+        f"{kind.__module__}.{kind.__qualname__}{hint}; give the engine, or build it with ds_plugin.initialize()"
+    )
+
+
+def _register(
+    engine: Any,
+    sections: PluginConfig,
+    shorten: Shorten | None,
+    resume_from: str | Path | None = None,
+    tag: str | None = None,
+) -> Plugin:
+    if _ATTRIBUTE in engine.__dict__:
+        raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
+    _refuse_universal(sections, engine)
+    plugin = Plugin(engine, sections, shorten)
+    if resume_from is not None:
+        plugin.resume(resume_from, tag)
+    plugin.install()
+    engine.__dict__[_ATTRIBUTE] = plugin
+    return plugin
+
+
+def _say_what_counts(plugin: Plugin) -> None:
+    """Once, on rank 0, if steps lie behind the engine of which the methods know nothing."""
+    steps, counts = plugin.engine.global_steps, []
+    if plugin.warmup is not None:
+        counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
+    if plugin.averager is not None:
+        counts.append("are in no average")
+    if steps > 0 and counts and dist.get_rank() == 0:
+        logging.getLogger("ds_plugin").warning(
+            "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
+            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given, "
+            "and the methods go on where they were saved",
+            steps,
+            " and ".join(counts),
+        )
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """What gives an optimizer its param groups and state back, as they are now: DeepSpeed and CompleteP change both."""
+    groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
+    state = set(optimizer.state)
+
+    def restore() -> None:
+        for group, settings, params in groups:
+            group.clear()
+            group.update(settings, params=params)
+        optimizer.param_groups[:] = [group for group, _, _ in groups]
+        for parameter in optimizer.state.keys() - state:
+            del optimizer.state[parameter]
+
+    return restore
+
+
+def _destroy(engine: Any) -> None:
+    """Take DeepSpeed's hooks off the model of an engine that nobody gets, so that another can be built of it."""
+    for name in compat.MODULE_HOOKS:  # destroy() leaves them
+        if (handle := getattr(engine, name, None)) is not None:
+            handle.remove()
+    with contextlib.suppress(Exception):  # the error that is under way says more
+        engine.destroy()
+
+
+def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
+    _refuse_pipeline(sections, model)
+    ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
+    if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
+        raise ConfigError(
+            f"qk_layernorm with tensor parallelism {ranks}: each rank sees the gradients of its own heads only, and "
+            "DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use tensor parallelism 1 "
+            "or megatron-core's own training loop"
+        )
+
+
+def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
+    """What DeepSpeed's universal checkpoints cannot restore, with any method on."""
+    if sections == PluginConfig() or not engine.load_universal_checkpoint():
+        return
+    if engine.zero_optimization_stage() == 0:
+        raise ConfigError(
+            "checkpoint.load_universal: DeepSpeed loads no weights from universal checkpoints with "
+            "zero_optimization.stage 0; write stage 1, 2 or 3"
+        )
+
+
+def _refuse_pipeline(sections: PluginConfig, model: Any) -> None:
+    """The parameters of a pipeline's stage have roles where it was cut from a GPTModel by name."""
+    if sections.completep is not None and is_foreign_pipeline(model):
+        raise ConfigError(
+            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
+            'known; build it with megatron_patches.models.pipeline_gpt.build_pipeline, write "enabled": false, or '
+            "train without a PipelineModule"
+        )

@@ -1,0 +1,375 @@
+"""Everything private this package touches in DeepSpeed, named once and probed before training.
+
+Read in deepspeed 0.19.8. `probe_*` functions raise one clear error when a name is missing, so that a new DeepSpeed
+fails at start and not in the middle of a run.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import StateError
+from ds_plugin.core.patch import Patch
+from ds_plugin.core.replaced import replaced
+
+# -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
+BF16_MASTERS = "fp32_groups_flat_partition"  # BF16_Optimizer: one flat partition per param group
+UNFUSED_MASTERS = "fp32_groups"  # FP16_UnfusedOptimizer: [group][parameter], whole tensors
+UNFUSED_LOW_PRECISION = "fp16_groups"
+FUSED_MASTERS = "fp32_groups_flat"  # FP16_Optimizer: one flat tensor per param group, whole
+FUSED_LOW_PRECISION = "fp16_groups_flat"
+ZERO12_MASTERS = "single_partition_of_fp32_groups"  # one flat partition per param group
+ZERO3_MASTERS = "fp32_partitioned_groups_flat"  # one flat partition per sub-group
+# -- and which parameters' elements they are ------------------------------------------------------------------------
+STAGE0_PARAMETERS = "fp16_groups"  # FP16_Optimizer and FP16_UnfusedOptimizer: [group][parameter], also in bf16
+BF16_PARAMETERS = "bf16_groups"  # [group][parameter]
+ZERO12_PARAMETERS = "bit16_groups"  # [group][parameter], also in fp32
+FRAGMENT = "_hp_mapping"  # of a parameter, ZeRO 1/2 and BF16_Optimizer: its part in this rank's partition, or None
+ZERO3_SUB_GROUPS = "fp16_groups"  # [sub-group][parameter]
+ZERO3_PARTITION_RANK = "ds_zero_partition_rank"  # of a parameter: which of its parts this rank holds
+# -- how the low-precision copies are refreshed from them ------------------------------------------------------------
+REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
+ZERO3_RELEASE = "_partition_all_parameters"  # drop gathered parameters, or they would keep their old values
+ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group: masters -> low-precision partition
+ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
+
+# -- the gradient norm that clipping uses ----------------------------------------------------------------------------
+ZERO12_NORM = "get_grad_norm_direct"  # (gradients, params): once for each param group
+ZERO12_OFFLOAD_NORM = "complete_grad_norm_calculation_for_cpu_offload"  # (params): the same with optimizer offload
+ZERO12_NORM_PARAMS = "params_in_partition"  # the very lists that are given to them as params
+ZERO12_PADDING = "_zero_padding"  # on a gradient: it stands for no parameter
+ZERO3_NORMS = "_get_norm_groups"  # (): one norm for each sub-group, with and without offload
+ZERO3_GROUP_OF_SUB_GROUP = "sub_group_to_group_id"
+BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose norm is taken, or that are clipped
+BF16_GRADIENTS = "fp32_groups_gradients"  # [group][parameter], the same tensors
+FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the norm of the parameters' own gradients
+
+# -- the handles of the engine's own hooks on its module, before and after its forward pass -------------------------
+MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
+
+# -- where a backward pass through the engine's outputs begins, by engine.backward(loss) and loss.backward() alike ----
+BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on the outputs: before any gradient of the module
+SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
+
+# -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for an accumulation window -----
+TAKE_STEP = "_take_model_step"
+
+# -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
+UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
+
+
+def is_on(engine: Any, name: str) -> bool:
+    """Whether a setting that this DeepSpeed may or may not know is on; ``name`` is an attribute or method of the "
+    "engine."""
+    value = getattr(engine, name, False)
+    return bool(value() if callable(value) else value)
+
+
+def deepspeed_version() -> str:
+    """The installed DeepSpeed's version."""
+    return importlib.metadata.version("deepspeed")
+
+
+def need(owner: Any, *names: str) -> None:
+    """Raise `StateError` naming the first attribute that ``owner`` lacks: this DeepSpeed is not laid out as known."""
+    for name in names:
+        if not hasattr(owner, name):
+            raise StateError(
+                f"deepspeed {deepspeed_version()}: {type(owner).__name__} has no attribute {name!r}, which this "
+                "package needs (read in 0.19.8); install a DeepSpeed version from this package's tested range"
+            )
+
+
+def is_engine(thing: Any) -> bool:
+    """Whether ``thing`` is a DeepSpeed engine, of a pipeline or not."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return isinstance(thing, DeepSpeedEngine)
+
+
+def is_pipeline(engine: Any) -> bool:
+    """Whether ``engine`` is DeepSpeed's pipeline engine, whose step is `train_batch`."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    return isinstance(engine, PipelineEngine)
+
+
+def is_model_parallel(engine: Any) -> bool:
+    """Whether a model is cut over several ranks by other means than ZeRO: a pipeline, tensor parallelism."""
+    return int(engine.mp_world_size) > 1 or (is_pipeline(engine) and int(engine.num_stages) > 1)
+
+
+def has_experts(engine: Any) -> bool:
+    """Whether the model has layers of deepspeed.moe, of which ranks that share all else may hold different ones."""
+    need(engine, "has_moe_layers")
+    return bool(engine.has_moe_layers)
+
+
+def first_expert(engine: Any) -> str | None:
+    """The name of a parameter that is an expert's, by DeepSpeed's and megatron-core's mark; None if there is none."""
+    from deepspeed.moe.utils import is_moe_param
+
+    return next((name for name, p in engine.module.named_parameters() if is_moe_param(p)), None)
+
+
+def is_nvme_offloaded(engine: Any) -> bool:
+    """Whether the optimizer's masters live in files, so that the tensors in memory are empty."""
+    return bool(engine.zero_nvme_offload_optimizer())
+
+
+def global_shape(parameter: torch.nn.Parameter) -> list[int]:
+    """The shape of a parameter before ZeRO-3 partitioned it."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def decoupled_checkpoint(engine: Any) -> bool:
+    """Whether DeepSpeed writes checkpoints in the background and publishes ``latest`` itself, later."""
+    return bool(engine.checkpoint_engine.is_decoupled())
+
+
+def sequence_parallel_size(engine: Any) -> int:
+    """Over how many ranks DeepSpeed cuts each sample (Ulysses); 1 without sequence parallelism."""
+    need(engine, "seq_dp_world_size", "dp_world_size")
+    return int(engine.seq_dp_world_size) // int(engine.dp_world_size)
+
+
+def has_curriculum(engine: Any) -> bool:
+    """Whether the engine reads its batches through DeepSpeed's own curriculum learning."""
+    return is_on(engine, "curriculum_learning_enabled")
+
+
+# -- what DeepSpeed compiles when communication starts on a CPU: half a minute, a C++ compiler, and a lock -------------
+_INFERENCE_KERNEL = Patch(
+    "deepspeed.comm.torch.build_shm_op",
+    lambda: None,
+    reason="the kernel serves inference only; compiling it needs a C++ compiler",
+    prefixes=("deepspeed",),
+)
+
+
+def skip_inference_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which only its inference uses.
+
+    Nor is the lock waited for that a killed compile leaves, for ever and without a word. Shown by
+    ``megatron_patches.active()``; ``megatron_patches.revert()`` undoes it.
+    """
+    _INFERENCE_KERNEL.apply()
+
+
+def starts_on_cpu() -> bool:
+    """Whether DeepSpeed's communication is still to start in this process, and on a CPU."""
+    import deepspeed.comm
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu" and not deepspeed.comm.is_initialized()
+
+
+# -- passes that are no step of the run -----------------------------------------------------------------------------
+BOUNDARY = "_is_gradient_accumulation_boundary"  # of the engine: whether this micro-batch is a step's last; None: count
+_MICRO_BATCHES = "_unmanaged_backward_count"  # of the engine, where the caller says when to step
+ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
+ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
+ZERO3_GRADIENTS = "grad_partitions_flat_buffer"  # made at the start; without a new gradient a part keeps the old one
+_ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # other Adams keep less (8 bits), or more (1-bit's errors)
+_MARKS = ("overflow", "_global_grad_norm")  # what a step leaves on a wrapper
+
+
+@contextlib.contextmanager
+def plain_backward(engine: Any) -> Iterator[None]:
+    """``engine.backward`` is the class's own in the block, with nothing around it that takes it for a step's."""
+    with contextlib.ExitStack() as stack:
+        for name in ("backward", BACKWARD_PROLOGUE):
+            stack.enter_context(replaced(engine, name, functools.partial(getattr(type(engine), name), engine)))
+        yield
+
+
+@contextlib.contextmanager
+def dropped_gradients(engine: Any) -> Iterator[None]:
+    """The gradients that backward passes in the block leave are let go of, as in a step that the engine skips."""
+    kept = [(owner, name, vars(owner)[name]) for owner, name in _marks(engine)]
+    try:
+        yield
+        drop_gradients(engine)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that is under way says more
+            engine.module.zero_grad()
+        raise
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+
+
+def _marks(engine: Any) -> Iterator[tuple[Any, str]]:
+    names = [(engine, _MICRO_BATCHES), *((engine.optimizer, name) for name in _MARKS)]
+    return ((owner, name) for owner, name in names if name in vars(owner))
+
+
+def drop_gradients(engine: Any) -> None:
+    """Let go of all that has been accumulated, through DeepSpeed's own ways for a step that overflows."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        need(optimizer, ZERO3_SKIP, ZERO3_GRADIENTS, ZERO3_MASTERS)
+        getattr(optimizer, ZERO3_SKIP)(optimizer.loss_scale)
+        getattr(optimizer, ZERO3_GRADIENTS).zero_()
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        need(optimizer, *ZERO12_SKIP)
+        asks, looks, rescales = ZERO12_SKIP
+
+        def overflows(**_: Any) -> None:
+            optimizer.overflow = True
+
+        with (
+            replaced(optimizer, asks, True),
+            replaced(optimizer, looks, overflows),
+            replaced(optimizer, rescales, lambda *_: None),
+        ):
+            optimizer.step()
+    elif optimizer is engine.basic_optimizer:
+        engine.module.zero_grad()
+    else:
+        optimizer.zero_grad()
+    masters = getattr(optimizer, ZERO3_MASTERS, None)  # which no param group has between two steps
+    if masters is None:
+        masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    for master in masters:
+        if master.grad is not None:  # where gradients are offloaded to, they stay between two steps
+            master.grad.zero_()
+
+
+def kept_by(optimizer: Any) -> int | None:
+    """How many tensors an optimizer keeps for each master, of its size and dtype; None: it is not known."""
+    settings = {**getattr(optimizer, "defaults", {}), **(optimizer.param_groups[0] if optimizer.param_groups else {})}
+    if type(optimizer).__name__ in _ADAMS:
+        return 3 if settings.get("amsgrad") else 2
+    if isinstance(optimizer, torch.optim.SGD):
+        return 1 if settings.get("momentum") else 0
+    return None
+
+
+# -- Adam's second moments -------------------------------------------------------------------------------------------
+OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
+ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
+ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: steps the sub-groups left on the device
+
+
+def adam_variances(engine: Any) -> list[torch.Tensor]:
+    """This rank's second moments of Adam, the live tensors; some may be empty, and ZeRO's padding in them is zero.
+
+    None at all before the first step (FP16_UnfusedOptimizer has zeros then), from an optimizer without them, or where
+    they are not in this process's memory between two steps (NVMe offload, SuperOffload, ZenFlow).
+    """
+    optimizer = engine.optimizer
+    elsewhere = is_nvme_offloaded(engine) or any(is_on(engine, name) for name in UPDATES_OUTSIDE_STEP)
+    if optimizer is None or elsewhere:
+        return []
+    need(optimizer, OPTIMIZER_STATE)
+    # by the state, not the param groups: ZeRO 3 leaves those empty between two steps
+    states = [getattr(optimizer, OPTIMIZER_STATE)]
+    second = getattr(optimizer, ZERO3_SECOND_OPTIMIZER, None)
+    if second is not None:
+        states.append(second.state)
+    return [entry[ADAM_VARIANCE].detach() for state in states for entry in state.values() if ADAM_VARIANCE in entry]
+
+
+def optimizer_state_copies(engine: Any) -> int:
+    """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it, else the data-parallel
+    size."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        return 1
+    need(engine, "seq_dp_world_size")
+    return int(engine.seq_dp_world_size)
+
+
+# -- the pipeline engine ---------------------------------------------------------------------------------------------
+PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
+PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
+PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
+PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
+PIPELINE_COMPUTE_LOSS = "_compute_loss"
+PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
+#: what running a schedule leaves on the engine; some are there only after the first
+PIPELINE_SCRATCH = (
+    PIPELINE_COMPUTE_LOSS,
+    "loss",
+    "total_loss",
+    "total_additional_losses",
+    PIPELINE_LOSSES,
+    "_exec_instr",
+    "_unmanaged_backward_count",
+)
+
+
+def pipeline_losses(engine: Any) -> list[Any]:
+    """The losses of the step's micro-batches that this rank has computed: none but on the last stage."""
+    need(engine, PIPELINE_LOSSES)
+    return list(getattr(engine, PIPELINE_LOSSES))
+
+
+def without_step(micro_batches: int, stages: int, stage: int) -> Any:
+    """One stage's instructions for a step, reductions of gradients included, but for the optimizer's part."""
+    from deepspeed.runtime.pipe import schedule
+
+    left_out = "OptimizerStep"
+    need(schedule, "TrainSchedule", left_out)
+
+    class WithoutStep(schedule.TrainSchedule):  # type: ignore[misc]
+        def steps(self) -> Any:
+            for commands in super().steps():
+                yield [command for command in commands if type(command).__name__ != left_out]
+
+    return WithoutStep(micro_batches=micro_batches, stages=stages, stage_id=stage)
+
+
+# -- where a rank stands in the model ----------------------------------------------------------------------------------
+PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
+EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
+
+
+def model_coordinate(engine: Any) -> tuple[int, ...]:
+    """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third.
+
+    Ranks of one coordinate hold the same weights, whole or in parts; those of different ones may hold different
+    weights under the same names.
+    """
+    from deepspeed.utils import groups
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+
+    stage = next((getattr(engine.mpu, name)() for name in PIPELINE_RANK if hasattr(engine.mpu, name)), 0)
+    coordinate = (int(bwc_tensor_model_parallel_rank(engine.mpu)), int(stage))
+    if not has_experts(engine):
+        return coordinate
+    need(groups, *EXPERT_RANK)
+    rank_of, largest = (getattr(groups, name) for name in EXPERT_RANK)
+    return (*coordinate, int(rank_of(largest())))
+
+
+# -- publishing: which part of the model a rank has ------------------------------------------------------------------
+ZERO3_PART = "ds_tensor"  # of a parameter: this rank's part of it, flat, the last ones padded
+ZERO3_QUANTIZED = "ds_quant_scale"  # of that part, where weights that are not trained are kept quantized
+PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
+
+
+def place(engine: Any) -> tuple[int, int, int]:
+    """This rank's pipeline stage, its tensor-parallel rank, and how many of those there are."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+
+    stage = engine.stage_id if is_pipeline(engine) else 0
+    return stage, bwc_tensor_model_parallel_rank(engine.mpu), bwc_tensor_model_parallel_world_size(engine.mpu)
+
+
+def has_foreign_pipeline(engine: Any) -> bool:
+    """Whether the model is one stage of a pipeline that is not DeepSpeed's own."""
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
+    return not is_pipeline(engine) and bwc_pipeline_parallel_world_size(engine.mpu) > 1

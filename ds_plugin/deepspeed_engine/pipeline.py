@@ -1,0 +1,159 @@
+"""Sequence length warmup in DeepSpeed's pipeline engine, whose stages send each other tensors of a remembered shape."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ds_plugin.core.errors import StateError, raise_on_all_ranks
+from ds_plugin.deepspeed_engine import compat, preflight
+from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
+from ds_plugin.sequence_length_warmup.batches import Batches
+from ds_plugin.sequence_length_warmup.carry import TokenSpan
+from ds_plugin.sequence_length_warmup.slicing import cut_batch
+
+
+class PipelineLengths:
+    """Cuts micro-batches in the engine's batch function, and has the engine forget shapes when they change.
+
+    Every rank knows the length of every step, so no stage has to be told: also those that load no data reset in time.
+    """
+
+    def __init__(self, engine: Any, warmup: SequenceLengthWarmup):
+        compat.need(engine, *compat.PIPELINE_BATCHES, "reset_activation_shape", "set_batch_fn", "set_dataiterator")
+        if warmup.config.preflight:
+            compat.need(engine, compat.PIPELINE_RUN, compat.PIPELINE_BUFFERS, "num_stages", "stage_id", "micro_batches")
+            compat.need(engine.module, compat.PIPELINE_MICRO_OFFSET)
+            compat.without_step(1, 1, 0)
+        self.engine, self.warmup = engine, warmup
+        self._users: Callable[[Any], Any] | None = None  # the batch function that ours stands in for
+        self._length: int | None = None  # of the activations the engine remembers
+        self._rehearsed = not warmup.config.preflight
+        self._kept: list[Any] = []  # a micro-batch that was read ahead, as the user's batch function returned it
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Take the place of the engine's batch function; ``undo`` gives it back, or what `set_batch_fn` made of it."""
+        self._users = self.engine.batch_fn
+        self.engine.batch_fn = self._batch
+        undo.callback(lambda: setattr(self.engine, "batch_fn", self._users))
+
+    def set_batch_fn(self, function: Callable[[Any], Any] | None) -> None:
+        """As the engine's: a user's function sees every micro-batch first, at full length.
+
+        Once for each step that trains a part of it: in the carry mode it must not change its argument.
+        """
+        self._users = function
+
+    @contextlib.contextmanager
+    def training(self, data_iter: Any) -> Iterator[None]:
+        """Around one step on micro-batches of ``data_iter`` (None: the engine's own); before the first short one, the
+        preflight.
+
+        Raises:
+            StateError: the carry mode, and micro-batches that are not read through `Batches`.
+            ConfigError: a micro-batch has not the full length.
+        """
+        self._refuse_uncarried(data_iter if data_iter is not None else self.engine.data_iterator)
+        if data_iter is not None:
+            self.engine.set_dataiterator(data_iter)
+        source = self.engine.data_iterator  # None on stages that load no data
+        try:
+            if isinstance(source, Batches):  # cut here, after the user's batch function
+                self.engine.data_iterator = source.whole()
+            if not self._rehearsed and self.warmup.length < self.warmup.full:
+                self._rehearsed = True
+                self._preflight()
+            self._expect(self.warmup.length)
+            yield
+        finally:
+            self.engine.data_iterator = source
+            self._kept.clear()
+
+    def before_evaluation(self) -> None:
+        """An evaluation is about to run, at full length."""
+        self._expect(self.warmup.full)
+
+    def _refuse_uncarried(self, source: Any) -> None:
+        # Without a source a stage loads nothing, or is given its batches by the user's function, from another rank.
+        loads = self.engine.is_first_stage() or self.engine.is_last_stage()
+        needed = source is not None or (loads and self._users is None)
+        if self.warmup.config.mode == "carry" and needed and not isinstance(source, Batches):
+            raise StateError(
+                'sequence_length_warmup: mode "carry" trains what is cut off later, so it has to read the batches; '
+                "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
+            )
+
+    def _expect(self, length: int) -> None:
+        if length != self._length:
+            self.engine.reset_activation_shape()
+            self._length = length
+
+    def _batch(self, batch: Any) -> Any:
+        training = self.engine.module.training
+        if training and self._kept:
+            batch = self._kept.pop()
+        elif self._users is not None:
+            batch = self._users(batch)
+        if batch is None or not training:
+            return batch
+        return self._cut(batch, self.warmup.stretch)
+
+    def _cut(self, batch: Any, stretch: TokenSpan) -> Any:
+        # Exactly the step's length: stages that load nothing expect it of every micro-batch.
+        cut = cut_batch(
+            batch, stretch.length, stretch.offset, full=self.warmup.full, exact=True, **self.warmup.samples
+        )
+        return cut.batch
+
+    def _preflight(self) -> None:
+        """Once, before the first short step: will the longest fit? The micro-batch it reads is put back."""
+        engine, reader, whole = self.engine, self.engine.data_iterator, None
+        with raise_on_all_ranks():  # what cannot be cut in a run shows in its first batch; every rank says so
+            if engine.is_first_stage() or engine.is_last_stage():
+                whole = next(reader) if reader is not None else None
+                if self._users is not None:
+                    whole = self._users(whole)
+                self._cut(whole, self.warmup.stretch)
+                self._kept.append(whole)
+        engine.batch_fn = None  # the user's function has seen the micro-batch, and nothing is to be cut
+        try:
+            with preflight.passes_of_a_step(engine, self.warmup.full):
+                run_passes(engine, whole)
+        finally:
+            engine.batch_fn = self._batch
+            if reader is not None:
+                engine.data_iterator = itertools.chain([None], reader)  # the None gives way to what was kept
+        self._length = None
+
+
+def run_passes(engine: Any, micro_batch: Any) -> None:
+    """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
+    data). Every rank calls it, between two steps.
+
+    With one micro-batch more than there are stages, as many are in flight as in any step while gradients have
+    accumulated already. The engine's counters are put back.
+    """
+    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+
+    scratch = {name: vars(engine)[name] for name in compat.PIPELINE_SCRATCH if name in vars(engine)}
+    offset = getattr(engine.module, compat.PIPELINE_MICRO_OFFSET)
+    streams = get_cuda_rng_tracker().get_states()  # DeepSpeed's own; the others are kept with the buffers
+    engine.reset_activation_shape()
+    engine.module.train()
+    engine.data_iterator = itertools.repeat(micro_batch) if micro_batch is not None else None
+    engine.total_loss = engine.total_additional_losses = None
+    setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
+    try:
+        count = min(engine.micro_batches, engine.num_stages + 1)
+        getattr(engine, compat.PIPELINE_RUN)(compat.without_step(count, engine.num_stages, engine.stage_id))
+    finally:
+        for name in compat.PIPELINE_SCRATCH:
+            if name in scratch:
+                setattr(engine, name, scratch[name])
+            elif name in vars(engine):
+                delattr(engine, name)
+        setattr(engine.module, compat.PIPELINE_MICRO_OFFSET, offset)
+        get_cuda_rng_tracker().set_states(streams)
+        for slots in getattr(engine, compat.PIPELINE_BUFFERS).values():
+            slots[:] = [None] * len(slots)  # they hold on to activations of the full length
+        engine.reset_activation_shape()

@@ -1,0 +1,137 @@
+"""DeepSpeed's passes at full length before the first short step; see `full_length_pass`."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
+from ds_plugin.core.replaced import replaced
+from ds_plugin.deepspeed_engine import compat
+from ds_plugin.deepspeed_engine.backward import loss_of
+from ds_plugin.deepspeed_engine.masters import find_shards
+from ds_plugin.deepspeed_engine.readings import optimizers
+from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
+from ds_plugin.sequence_length_warmup.slicing import find_sides, positions, refuse_unknown
+
+_MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or a higher ZeRO stage"
+
+
+@contextlib.contextmanager
+def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
+    """Around forward and backward passes through the engine, reductions included, which are no step of the run: room is
+    held for the optimizer's state, and gradients, buffers and random streams are put back. Rank 0's log says how it
+    went. Every rank calls it, between two steps.
+
+    Raises:
+        torch.OutOfMemoryError: as `full_length_pass`.
+    """
+    known = True
+
+    def room() -> list[torch.Tensor]:
+        nonlocal known
+        known, tensors = _state_to_come(engine)
+        return tensors
+
+    with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
+        yield
+    said = f"{SAYS}: a step at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(engine.device)}"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info(said)
+
+
+def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
+    """Call the engine's forward and backward pass, twice where gradients are accumulated, and under ZeRO 3, which
+    gathers parameters ahead once it has seen their order; the result is dropped.
+
+    The run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for
+    the step. Without an optimizer nothing is trained, and nothing done. Raises as `passes_of_a_step`.
+    """
+    if engine.optimizer is None:
+        return
+    count = 2 if int(engine.zero_optimization_stage()) == 3 else min(int(engine.gradient_accumulation_steps()), 2)
+    with passes_of_a_step(engine, length), compat.plain_backward(engine):
+        for index in range(count):
+            own = (_without_graph(leaf.value) for leaf in leaves((args, kwargs)))
+            own_args, own_kwargs = rebuilt((args, kwargs), own)
+            with replaced(engine, compat.BOUNDARY, index == count - 1), _same_forward(engine.module):
+                output = engine.forward(*own_args, **own_kwargs)
+                if (loss := _scalar(output)) is not None:
+                    engine.backward(loss)
+            del output, loss, own_args, own_kwargs
+
+
+def _state_to_come(engine: Any) -> tuple[bool, list[torch.Tensor]]:
+    """Whether it is known what the optimizer keeps, and room for what it does not keep yet."""
+    try:
+        masters = find_shards(engine).tensors()
+    except ConfigError:  # they are not in memory, or change elsewhere
+        return False, []
+    kept = compat.kept_by(engine.basic_optimizer)
+    if kept is None or any(each.state for each in optimizers(engine)):
+        return kept is not None, []
+    return True, state_to_come(masters, lambda master: [master.dtype] * kept)
+
+
+@contextlib.contextmanager
+def _same_forward(module: torch.nn.Module) -> Iterator[None]:
+    """Who redirects the module's forward for one call, as Lightning does to its training_step, still has it."""
+    redirected = vars(module).get("forward")
+    try:
+        yield
+    finally:
+        if redirected is not None:
+            vars(module)["forward"] = redirected
+
+
+def _scalar(output: Any) -> torch.Tensor | None:
+    """What to differentiate: the loss, or where the model returns none, the mean of all it returns."""
+    if (loss := loss_of(output)) is not None:
+        return loss
+    means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
+    return torch.stack(means).sum() if means else None
+
+
+def lengthened(
+    arguments: Mapping[str, Any], full: int, *, micro_batch: int | None = None, encoder_decoder: bool = False
+) -> dict[str, Any]:
+    """A short micro-batch's arguments, repeated along the sequence until its samples are ``full`` long; a decoder's
+    side, if there is an encoder's, stays as it is. ``micro_batch``, ``encoder_decoder``: as for `batch.cut_batch`.
+
+    Raises:
+        ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions.
+    """
+    found = leaves(arguments)
+    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder)
+    times = -(-full // sides.main.positions)
+    values = []
+    for leaf in found:
+        value, where = leaf.value, positions(leaf, sides)
+        if where is None and sides.main.positions != full:
+            refuse_unknown(leaf, sides)
+        for dimension, side in (where or {}).items():
+            if side is sides.main and side.positions < full:
+                value = torch.cat([value] * times, dim=dimension).narrow(dimension, 0, full)
+        values.append(value)
+    return dict(rebuilt(arguments, iter(values)))
+
+
+def _without_graph(value: Any) -> Any:
+    graph = torch.is_tensor(value) and value.grad_fn is not None
+    return value.detach().requires_grad_() if graph else value
+
+
+def _floating(output: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(output):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _floating(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floating(value)

@@ -1,0 +1,90 @@
+"""What the methods read of a DeepSpeed engine: its step, its gradient norm, its optimizer's state. No collective but
+where it is said.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.deepspeed_engine import compat
+from ds_plugin.weight_averaging.finite import finite_everywhere, is_sound
+
+
+class EngineReadings:
+    """A DeepSpeed engine as the stability instruments see it (`stability.Readings`)."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    @property
+    def device(self) -> torch.device:
+        """Where losses and gradient norms are."""
+        return self._engine.device
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return int(self._engine.global_steps)
+
+    def gradient_norm(self) -> torch.Tensor | float | None:
+        """Of the last step; fp32 without ZeRO has none. What fp16 skips says nothing: it looks for its loss scale."""
+        if self._engine.fp16_enabled() and not self._engine.was_step_applied():
+            return None
+        return self._engine.get_global_grad_norm()
+
+    def adam_variances(self) -> list[torch.Tensor]:
+        """See `compat.adam_variances`."""
+        return compat.adam_variances(self._engine)
+
+    def state_copies(self) -> int:
+        """On how many ranks each element of the optimizer's state lies."""
+        return compat.optimizer_state_copies(self._engine)
+
+
+def optimizers(engine: Any) -> list[Any]:
+    """What holds ``state`` and ``param_groups`` of this rank's masters: under an offload ratio below 1 there are two.
+
+    Raises:
+        StateError: this DeepSpeed's optimizer has no state where it is looked for.
+    """
+    optimizer = engine.optimizer
+    compat.need(optimizer, compat.OPTIMIZER_STATE)
+    second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
+    return [optimizer] if second is None else [optimizer, second]
+
+
+def refuse_unknown_norm(engine: Any) -> None:
+    """Refuse the one setting under which ranks could disagree about a step, and nothing would show it.
+
+    Raises:
+        ConfigError: ZeRO 1/2 with ``compute_grad_norm`` off.
+    """
+    if not getattr(engine.optimizer, "compute_grad_norm", True):
+        raise ConfigError(
+            "weight_averaging: zero_optimization.compute_grad_norm is false; the norm tells every rank, at no cost, "
+            "that a step was not finite and must not be averaged; write true, or leave it out"
+        )
+
+
+def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool | torch.Tensor | None:
+    """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
+
+    DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then it
+    is the answer as it is, one element that nobody has waited for, which `is_sound` reads. In fp32 without ZeRO it has
+    none, and applies any step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of
+    each other: 4 bytes. So must ranks with different experts without ZeRO, where the norm, if there is one, leaves
+    those out.
+    """
+    if compat.has_experts(engine) and int(engine.zero_optimization_stage()) == 0:
+        return finite_everywhere(masters, engine.device)
+    norm = engine.get_global_grad_norm()
+    if isinstance(norm, torch.Tensor) and norm.device.type != "cpu":
+        return norm
+    if norm is not None:
+        return is_sound(torch.as_tensor(norm, dtype=torch.float64))
+    if not compat.is_model_parallel(engine):
+        return None
+    return finite_everywhere(masters, engine.device)

@@ -1,0 +1,460 @@
+"""Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
+
+import contextlib
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, raise_on_all_ranks
+from ds_plugin.core.loss_statistics import Report, StabilityMonitor
+from ds_plugin.deepspeed_engine import compat, preflight
+from ds_plugin.deepspeed_engine.readings import EngineReadings
+from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
+from ds_plugin.sequence_length_warmup.batches import Batches, Source
+from ds_plugin.sequence_length_warmup.carry import CarryOrder, TokenSpan, shifts_labels
+from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
+from ds_plugin.sequence_length_warmup.mask import BlockDiagonalCausalMask, check_model
+from ds_plugin.sequence_length_warmup.schedule import layout_multiple
+from ds_plugin.sequence_length_warmup.slicing import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
+
+
+class SequenceLengthWarmup:
+    """The method's state on one engine.
+
+    Batches are shortened by a hook on the engine, outside the module, so that ``torch.compile`` never traces the
+    schedule; in pipelines by the engine's batch function; or by `Batches` where they are read. All of them look at
+    shapes only: no host sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
+    """
+
+    def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
+        """Nothing changes on the engine before `install`.
+
+        Raises:
+            ConfigError: the layout does not divide the lengths, the model cannot do what the mode asks for, or ranks
+                were given different sections.
+        """
+        self.engine, self.config, self.full = engine, config, config.end_length
+        self.parts = _parts(engine)
+        with raise_on_all_ranks():  # a user's schedule may be importable on some ranks only
+            self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
+        self._same_on_all_ranks()
+        replicas = int(engine.dp_world_size)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.tokens = TokenCounts(replicas=replicas, copies=world // replicas)
+        self.monitor = StabilityMonitor(
+            EngineReadings(engine),
+            config.report_interval,
+            lambda: {"length": self.length},
+            variance=config.reads_variance,
+            summed=self.tokens,
+        )
+        self.report: Report | None = None  # the newest
+        self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
+        self.order: CarryOrder | None = None
+        if config.mode == "carry":
+            self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
+        shifts = config.shifts_labels
+        self.shifts_labels = shifts_labels(engine.module) if shifts is None else shifts
+        self._stretch: TokenSpan | None = None
+        self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
+        self._reads = False  # whether batches are cut where they are read
+        self._recorded = False  # a loss, in the accumulation step that is open
+        self._forwards = 0  # that train, in the accumulation step that is open
+        self._first = True  # no forward pass has been cut yet
+        self._short = False  # whether it was said that samples are shorter than a step
+        self._rehearsed = not config.preflight
+        self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
+        self._shorten: Shorten | None = None  # in pipelines their batch function does it
+        #: what `batch.cut_batch` wants to know of the micro-batches
+        self.samples: dict[str, Any] = {"micro_batch": int(engine.train_micro_batch_size_per_gpu())}
+        self._start_at_the_engines_step()
+        if compat.is_pipeline(engine):
+            self._refuse_in_pipelines(shorten)
+        else:
+            self.samples["encoder_decoder"] = is_encoder_decoder(engine.module)
+            self._refuse_carried_pairs()
+            self._shorten = shorten or self._default_shorten()
+
+    def install(self, undo: contextlib.ExitStack) -> None:
+        """Put the hook on the engine; ``undo`` takes it off, and ends the `Batches` that were read through it."""
+        undo.callback(self._close_batches)
+        if self._shorten is not None:
+            handle = self.engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+            undo.callback(handle.remove)
+
+    # -- which length ------------------------------------------------------------------------------------------------
+
+    @property
+    def stretch(self) -> TokenSpan:
+        """What each sample of the optimizer step that comes next, or runs, is trained on; constant within it."""
+        if self._stretch is None:
+            length = self.scheduler.update_difficulty(self.position)
+            if self.order is not None:
+                self._stretch = self.order.peek(length)
+            else:
+                self._stretch = TokenSpan(self.engine.global_steps, 0, length)
+        return self._stretch
+
+    @property
+    def length(self) -> int:
+        """Length in tokens of the optimizer step that comes next, or runs; in the mask mode, of a fragment."""
+        return self.stretch.length
+
+    @property
+    def position(self) -> int:
+        """Where the schedule stands: the step or nominal token that comes next, less what adaptive pacing has held."""
+        done = self.engine.global_steps if self.config.duration.unit == "steps" else self.tokens.nominal
+        return done + 1 - self.held
+
+    @property
+    def carries(self) -> bool:
+        """Whether what is cut off is trained later."""
+        return self.order is not None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return int(self.engine.global_steps)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of an optimizer step on this rank."""
+        return int(self.engine.gradient_accumulation_steps())
+
+    @property
+    def open_windows(self) -> list[int]:
+        """Windows the carry mode will come back to."""
+        return [window for window, _ in self.order.open] if self.order is not None else []
+
+    def batches_trained(self, *, with_open_step: bool) -> float:
+        """Nominal tokens trained, in full-length batches; what learning rates by tokens follow."""
+        tokens = self.tokens.nominal + (self._nominal(self.stretch) if with_open_step else 0)
+        return tokens / (self.engine.train_batch_size() * self.full)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of the tokens; exact at reports and saves, see `TokenCounts.ledger`. No collective."""
+        carried = self.order.carried * self.engine.train_batch_size() if self.order is not None else 0
+        return replace(self.tokens.ledger(carried), untrained_targets=self.untrained_targets)
+
+    @property
+    def untrained_targets(self) -> int:
+        """Tokens that no step has predicted, over all data-parallel ranks.
+
+        A model that shifts its labels itself has no logits for the first token of a stretch that begins within a
+        sample: those were computed for the stretch before.
+        """
+        return self.order.cuts * int(self.engine.train_batch_size()) if self.order and self.shifts_labels else 0
+
+    def describe(self) -> str:
+        """The schedule in one line."""
+        c, lengths = self.config, self.scheduler.lengths()
+        text = (
+            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} "
+            f"{c.duration.unit}, in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}, {c.schedule}, "
+            f"mode {c.mode}"
+        )
+        text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
+        text += ", held while unstable" if c.pacing == "adaptive" else ""
+        if self.order is not None and self.shifts_labels:
+            text += ", one target of a sample lost at each cut (the model shifts its labels)"
+        return text
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    def batches(self, source: Source) -> Batches:
+        """This rank's micro-batches, each cut to its step's length: see `Batches`."""
+        if self.config.mode == "mask":
+            raise ConfigError(
+                'sequence_length_warmup.mode: "mask" trains full-length samples; give them to engine(...) as they are'
+            )
+        self._reads = True
+        batches = Batches(self, source)
+        self._batches.add(batches)
+        return batches
+
+    def _close_batches(self) -> None:
+        for batches in self._batches:
+            batches.close()
+
+    def _before_forward(
+        self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self.engine.module.training:
+            return None  # evaluation is always at full length
+        stretch, whole = self.stretch, (args, kwargs)
+        # Without gradients nothing is trained, as for the log-probabilities of a batch that is trained as well: it is
+        # cut to the same length, so that they belong to the same tokens, and not counted.
+        trains = torch.is_grad_enabled()
+        if self._reads:
+            self._check_cut(args, kwargs, stretch.length)  # counted where they were read
+        elif self.config.mode == "carry" or self.parts > 1:
+            what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
+            raise StateError(
+                f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
+                "ds_plugin.get_plugin(engine).batches(from_micro_batch), where from_micro_batch(n) returns an iterator "
+                "over full-length micro-batches from the n-th on"
+            )
+        else:
+            args, kwargs, read, trained = self._cut(args, kwargs, stretch.length, trains)
+            if trains:
+                self.count(read, trained)
+        if trains:
+            self._forwards += 1
+            if not self._rehearsed:
+                self._rehearsed = True
+                self._preflight(whole, stretch.length)
+        return args, kwargs
+
+    def count(self, read: int, trained: int) -> None:
+        """Book a micro-batch on this rank."""
+        self.tokens.add(read, trained)
+        whole = self.samples["micro_batch"] * self.length
+        if trained == read < whole and read % self.length and not self._short:  # not fewer samples, the last ones
+            self._short = True
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                logger.warning(
+                    f"sequence length warmup: a micro-batch holds {read} tokens where a step of length {self.length} "
+                    f"has room for {whole}: samples that are shorter, as when padded to the longest of a batch, are "
+                    "trained whole"
+                )
+
+    def _cut(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
+        assert self._shorten is not None
+        if not (self._first and trains):
+            return self._shorten(args, kwargs, length)
+        self._first = False
+        with raise_on_all_ranks():  # what cannot be cut in a run shows in its first batch; every rank says so
+            cut = self._shorten(args, kwargs, length)
+        return cut
+
+    def _check_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        for name in TOKEN_NAMES:
+            value = given.get(name)
+            if not torch.is_tensor(value) or value.dim() < 2:
+                continue
+            tokens = value.shape[1] * self.parts
+            if tokens > length or (tokens < length and self.order is not None):  # samples may be shorter otherwise
+                raise StateError(
+                    f"sequence_length_warmup: {name} has {value.shape[1]} tokens a sample on this rank and the step "
+                    f"trains {length} over {self.parts} rank(s); give engine(...) the batches of plugin.batches(...)"
+                )
+
+    def _preflight(self, whole: tuple[tuple[Any, ...], dict[str, Any]], length: int) -> None:
+        """Once, before the first short step: will the longest fit?"""
+        if length == self.full or self.config.mode == "mask":
+            return  # the step itself is as large as any
+        args, kwargs = whole
+        if not self._reads:  # samples may be longer than the longest that is trained
+            assert self._shorten is not None
+            args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
+        if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            with raise_on_all_ranks():  # ranks may have read samples of other lengths
+                try:
+                    grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+                except ConfigError as error:
+                    raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
+            args = tuple(grown[name] for name in self._names[: len(args)])
+            kwargs = {name: grown[name] for name in kwargs}
+        preflight.run(self.engine, args, kwargs, self.full)
+
+    def _default_shorten(self) -> Shorten:
+        if self.config.mode == "mask":
+            check_model(self.engine.module)
+            return BlockDiagonalCausalMask(self._names)
+        return ByName(self.engine.module.forward, **self.samples)
+
+    def _refuse_carried_pairs(self) -> None:
+        if self.config.mode == "carry" and self.samples["encoder_decoder"]:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "carry" and {type(self.engine.module).__name__} is an encoder-decoder: '
+                'the rest of a target does not belong to the rest of its source; write "truncate"'
+            )
+
+    def _refuse_in_pipelines(self, shorten: Shorten | None) -> None:
+        if self.config.mode == "mask":
+            raise ConfigError(
+                'sequence_length_warmup.mode: "mask" is not supported in DeepSpeed\'s pipeline engine, whose stages '
+                'pass on what the model defines; write "truncate" or "carry"'
+            )
+        if shorten is not None:
+            raise ConfigError(
+                "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...), "
+                "or read them from ds_plugin.get_plugin(engine).batches(...)"
+            )
+
+    # -- the end of a step -------------------------------------------------------------------------------------------
+
+    def record(self, loss: Any) -> None:
+        """Note a micro-batch's loss, which stays on the device."""
+        if torch.is_tensor(loss):
+            self.monitor.record(loss)
+            self._recorded = True
+
+    def after_step(self, applied: bool) -> None:
+        """Close an accumulation window: the host has finished an optimizer step, applied or skipped."""
+        if self.config.pacing == "adaptive" and not self._recorded and not compat.is_pipeline(self.engine):
+            raise StateError(
+                "sequence_length_warmup.pacing: \"adaptive\" and this step's loss is not known, so that nothing could "
+                "be held; call engine.backward(loss), or loss.backward() on the loss that the model returns, or write "
+                '"schedule"'
+            )
+        self._recorded = False
+        trained_before, length = self.tokens.nominal, self.length
+        self._book(self.stretch, applied)
+        self._stretch = None
+        report = self.monitor.close_step(length)
+        if report is not None:
+            self.report = report
+            if self.config.pacing == "adaptive":
+                self._hold_or_go_on(report, length)
+        if self.holding:  # the next step stands where this one stood
+            steps = self.config.duration.unit == "steps"
+            self.held += 1 if steps else self.tokens.nominal - trained_before
+            self._stretch = None  # the report has asked for the length already
+
+    def _hold_or_go_on(self, report: Report, length: int) -> None:
+        """The full length is not held: there is nothing to go on to."""
+        unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
+        if bool(unstable) != self.holding and dist.get_rank() == 0:
+            said = f"the length is held at {length}: {unstable}" if unstable else f"the schedule goes on from {length}"
+            logging.getLogger("ds_plugin").warning("sequence length warmup: step %d, %s", report.step, said)
+        self.holding = bool(unstable)
+
+    def _nominal(self, stretch: TokenSpan) -> int:
+        """Tokens that the step with this stretch stands for, over all data-parallel ranks."""
+        return int(self.engine.train_batch_size()) * (self.full if self.config.mode == "mask" else stretch.length)
+
+    def _book(self, stretch: TokenSpan, applied: bool) -> None:
+        if compat.is_pipeline(self.engine):  # most stages read nothing; all know what is read, and that it is whole
+            samples = int(self.engine.train_batch_size()) // self.tokens.replicas
+            self.tokens.add(samples * self.full if stretch.offset == 0 else 0, samples * stretch.length)
+        elif self._forwards == 0:
+            raise StateError(
+                "sequence_length_warmup: an optimizer step ended without a forward pass through the engine, so "
+                "nothing was shortened; call engine(...) in training mode, not engine.module(...)"
+            )
+        self._forwards = 0
+        self.tokens.close(self._nominal(stretch), applied)
+        if self.order is not None:
+            self.order.advance(stretch)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
+        stability = self.monitor.state()  # its exchange completes the ledger
+        return {
+            "ledger": asdict(self.ledger),
+            "nominal": self.tokens.nominal,
+            "mode": self.config.mode,
+            **self._counted_in(),
+            "unit": self.config.duration.unit,
+            "held": self.held,
+            "holding": self.holding,
+            "order": self.order.state() if self.order is not None else None,
+            "stability": stability,
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that this run cannot go on from.
+
+        Raises:
+            CheckpointError: carried tokens of another mode or batch size.
+        """
+        order = state.get("order")
+        for name, value in {"mode": self.config.mode, **self._counted_in()}.items():
+            if (order and order["open"] or self.order is not None) and state.get(name) != value:
+                raise CheckpointError(
+                    f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
+                    f"{value!r}, and carried tokens are counted in such batches; resume with {state.get(name)!r}"
+                )
+        unit = self.config.duration.unit
+        if self.config.pacing == "adaptive" and state.get("held") and state.get("unit", unit) != unit:
+            raise CheckpointError(
+                f"sequence_length_warmup.duration: the checkpoint's length has been held for {state['held']} "
+                f"{state['unit']}, and this run's duration is in {unit}; resume with a duration in {state['unit']}"
+            )
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
+        self._forwards, self._recorded = 0, False
+        adaptive = state if self.config.pacing == "adaptive" else None
+        self.held, self.holding = (adaptive["held"], adaptive["holding"]) if adaptive else (0, False)
+        if self.order is not None:
+            self.order.load_state(state["order"] if state else None)
+        if state:
+            self.tokens.load_state(state)
+        else:
+            self._start_at_the_engines_step()
+        self.monitor.load_state(state.get("stability") if state else None)
+        self.report = None
+        self._stretch = None
+        for batches in self._batches:
+            batches.forget()
+
+    def _start_at_the_engines_step(self) -> None:
+        """Take the steps an engine has made without us for ones at full length, read and trained."""
+        steps, batch = int(self.engine.global_steps), int(self.engine.train_batch_size()) * self.full
+        self.tokens.start_at(read=steps * batch, trained=(steps - int(self.engine.skipped_steps)) * batch)
+        if self.order is not None:
+            self.order.windows_read = steps
+
+    def _counted_in(self) -> dict[str, int]:
+        """What carried tokens are counted in."""
+        return {
+            "train_batch_size": int(self.engine.train_batch_size()),
+            "end_length": self.full,
+            "multiple_of": self.scheduler.multiple_of,
+        }
+
+    def _same_on_all_ranks(self) -> None:
+        """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""
+        if not dist.is_initialized():
+            return
+        mine = {"section": self.config.model_dump(mode="json"), "lengths": self.scheduler.lengths()}
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, mine)
+        for rank, theirs in enumerate(every):
+            for name, value in theirs.items():
+                if value != every[0][name]:
+                    raise ConfigError(
+                        f"sequence_length_warmup: ranks disagree: the {name} of rank {rank} is {value}, of rank 0 "
+                        f"{every[0][name]}; give every rank the same JSON, and a schedule without chance in it"
+                    )
+
+
+def _instability(report: Report, bounds: Adaptive) -> str:
+    """Which bound was exceeded since the report before, in words; empty: none."""
+    ratio = max((ratio for ratio in report.beyond_noise if ratio is not None), default=None)
+    variance = report.variance_max
+    if ratio == math.inf:
+        return "a step had no finite loss, or no finite gradient norm"
+    if ratio is not None and ratio > bounds.loss_ratio:
+        times = f"a loss was {ratio:.3g} times the lowest before it, without noise"
+        return f"{times}, above adaptive.loss_ratio {bounds.loss_ratio:g}"
+    if bounds.variance_max is not None and variance is not None and not variance <= bounds.variance_max:
+        return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {bounds.variance_max:g}"
+    return ""
+
+
+def _parts(engine: Any) -> int:
+    """Over how many ranks each sample is divided before the engine sees it."""
+    context = getattr(getattr(engine.module, "config", None), "context_parallel_size", 1)
+    return int(context) * compat.sequence_parallel_size(engine)
+
+
+def _layout(engine: Any) -> int:
+    return math.lcm(layout_multiple(engine.module), compat.sequence_parallel_size(engine))

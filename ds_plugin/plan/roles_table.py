@@ -1,0 +1,154 @@
+"""The table a user wants to see before spending money: what every role gets in this model against its base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.completep import rules
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.param_groups import scaled_betas
+from ds_plugin.completep.rules import Role
+from ds_plugin.config import PluginConfig, load_json
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import parse_section
+from ds_plugin.deepspeed_engine.group_lr import check_peak
+from megatron_patches.models.gpt import GPTConfig
+
+_WHAT = {
+    Role.EMBEDDING: "token and position embeddings",
+    Role.HIDDEN: "matrices inside a block",
+    Role.BRANCH_OUT: "matrices that end a branch",
+    Role.BLOCK_NORM: "norms inside a block",
+    Role.QK_NORM: "norms on queries and keys",
+    Role.BLOCK_BIAS: "biases inside a block",
+    Role.BRANCH_OUT_BIAS: "biases that end a branch",
+    Role.FINAL_NORM: "final norm",
+    Role.LOGIT_NORM: "final norm",
+    Role.UNEMBEDDING: "output matrix",
+}
+_DRAWN = (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+
+
+def rules_table(source: str | Path | Mapping[str, Any]) -> str:
+    """The table for the ``model``, ``completep`` and ``optimizer`` sections of a config, as aligned text.
+
+    The minimum learning rate is what the ``scheduler`` section decays to; "-" where it cannot be told.
+
+    Raises:
+        ConfigError: a section is missing or wrong.
+    """
+    config = load_json(source)
+    section = PluginConfig.from_dict(config).completep
+    if section is None:
+        raise ConfigError('completep: not enabled in this file; write "completep": {"enabled": true, ...}')
+    if "model" not in config and "megatron" in config:
+        raise ConfigError(
+            'model: missing; for a recipe of Megatron-LM\'s options ("megatron") the table is part of '
+            "ds-plugin plan --config FILE --world-size N"
+        )
+    if "model" not in config:
+        raise ConfigError('model: missing; write {"num_layers": ..., "hidden_size": ..., ...} of the model to train')
+    model = parse_section(GPTConfig, "model", config["model"])
+    params = (config.get("optimizer") or {}).get("params") or {}
+    if "lr" not in params:
+        raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
+    check_peak(config.get("scheduler") or {}, params["lr"])
+    return "\n".join(_lines(model, section, params, config.get("scheduler") or {}))
+
+
+def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What each role of this model gets, in numbers: init std, learning rate, weight decay and eps.
+
+    ``params``: of the base model's AdamW, as DeepSpeed's ``optimizer.params``.
+    """
+    ratios = section.ratios(model.hidden_size, model.num_layers)
+    found = {}
+    for role in _roles(model, section):
+        m = section.multipliers(role, ratios)
+        found[role.value] = {
+            "init_std": model.init_std * m.init_std,
+            "lr": params["lr"] * m.lr,
+            "weight_decay": params.get("weight_decay", 0.0) * m.weight_decay,
+            "eps": params.get("eps", 1e-8) * m.eps,
+        }
+    return found
+
+
+def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
+    """The smallest learning rate after warmup over the largest, or None when the scheduler is not one known here."""
+    params = scheduler.get("params") or {}
+    match scheduler.get("type"):
+        case None | "WarmupLR":
+            return 1.0
+        case "WarmupDecayLR":
+            least, most = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", 0.001)
+            numbers = isinstance(least, (int, float)) and isinstance(most, (int, float))
+            return least / most if numbers else None  # lists, one value for each group
+        case "WarmupCosineLR":
+            return params.get("cos_min_ratio", 0.0001)
+    return None
+
+
+def _lines(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
+    ratios = section.ratios(model.hidden_size, model.num_layers)
+    head = model.hidden_size // model.num_attention_heads
+    base_head = section.base_head_dim or head
+    yield (
+        f"recipe {section.recipe}, alpha {section.alpha:g}: width {model.hidden_size} / {section.base_width} = m_N "
+        f"{ratios.m_N:g}, depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
+    )
+    branch = rules.residual_multiplier(ratios, section.recipe)
+    logits = rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings)
+    where = ", both folded into the weights" if section.residual == "folded" else ""
+    yield (
+        f"residual branches x {branch:g}, logits x {logits:g}{where}; "
+        f"q.k x {rules.attention_scale(head, base_head, section.recipe):g}"
+    )
+    smallest = minimum_ratio(scheduler)
+    rows = [("role", "parameters", "init std", "lr", "min lr", "weight decay", "eps")]
+    for role in _roles(model, section):
+        m = section.multipliers(role, ratios)
+        lr = params["lr"] * m.lr
+        started = _cell(model.init_std, m.init_std)
+        if role not in _DRAWN:
+            fold = section.fold_factor(role, ratios)
+            started = "0" if role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS) else f"{fold:g} / 0"
+        rows.append(
+            (
+                role.value,
+                _WHAT[role],
+                started,
+                _cell(params["lr"], m.lr),
+                "-" if smallest is None else f"{lr * smallest:.4g}",
+                _cell(params.get("weight_decay", 0.0), m.weight_decay),
+                _cell(params.get("eps", 1e-8), m.eps),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield "(x n): the base model's value times n; init of norms: gains / biases"
+    change = section.multipliers(Role.HIDDEN, ratios).one_minus_beta
+    if change != 1.0:
+        betas = params.get("betas", (0.9, 0.999))
+        scaled = ", ".join(f"{beta:.6g}" for beta in scaled_betas(betas, change))
+        yield f"betas {scaled} for every role: 1 - beta (x {change:g})"
+
+
+def _roles(model: GPTConfig, section: CompletePConfig) -> list[Role]:
+    """The roles that this model has parameters of, in the order of `Role`."""
+    folded, tied = section.residual == "folded", model.tie_embeddings
+    absent = {
+        Role.UNEMBEDDING: tied,
+        Role.QK_NORM: not model.qk_norm,
+        Role.BLOCK_BIAS: not model.bias,
+        Role.BRANCH_OUT: not folded,
+        Role.BRANCH_OUT_BIAS: not (folded and model.bias),
+        Role.LOGIT_NORM: not (folded and tied),
+        Role.FINAL_NORM: folded and tied,
+    }
+    return [role for role in Role if not absent.get(role, False)]
+
+
+def _cell(base: float, multiplier: float) -> str:
+    return f"{base * multiplier:.4g}" + ("" if multiplier in (0.0, 1.0) else f" (x {multiplier:.4g})")

@@ -1,0 +1,84 @@
+"""The mask mode: samples at full length, attention confined to fragments of the current length (arXiv 2503.15450)."""
+
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import ConfigError
+
+#: forward arguments that may hold the mask of a megatron-core GPT
+MASK_ARGUMENT = "attention_mask"
+
+
+def fragment_mask(full: int, length: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """[1, 1, full, full] bool, True where attention is masked out (megatron-core's convention): a query sees the keys
+    at or before it within its own fragment of ``length`` tokens, the last of which may be shorter."""
+    position = torch.arange(full, device=device)
+    fragment = position // length
+    allowed = (fragment[:, None] == fragment[None, :]) & (position[:, None] >= position[None, :])
+    return ~allowed[None, None]
+
+
+def check_model(module: torch.nn.Module) -> None:
+    """Refuse a model that would pass over the mask.
+
+    Raises:
+        ConfigError: an attention of TransformerEngine, which takes none with a causal mask type, or a model that is
+            not megatron-core's.
+    """
+    from megatron.core.transformer.attention import Attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    found = [m for m in module.modules() if isinstance(m, Attention)]
+    for attention in found:
+        core = attention.core_attention
+        if not isinstance(core, DotProductAttention):
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "mask" and the model\'s core attention is {type(core).__name__}, which '
+                'takes no mask beside its causal one; use the local layer spec, or write "truncate" or "carry"'
+            )
+    config = getattr(module, "config", None)
+    fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)  # type: ignore
+    for name, bad in (("window_size", getattr(config, "window_size", None)), ("masked_softmax_fusion", fused)):
+        if bad:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "mask" and the model\'s {name} is {bad}, with which its attention makes '
+                f'a mask of its own and drops ours; leave {name} out, or write "truncate" or "carry"'
+            )
+    if not found:
+        raise ConfigError(
+            f'sequence_length_warmup.mode: "mask" and {type(module).__name__} is no megatron-core GPT, so it is not '
+            'known how it takes a mask; write "truncate" or "carry", or give initialize(..., shorten=function), which '
+            "takes (args, kwargs, length), puts the mask into them and returns (args, kwargs, tokens, tokens)"
+        )
+
+
+class BlockDiagonalCausalMask:
+    """A `Shorten` that shortens nothing: it adds the mask of the current length, built once for each length."""
+
+    def __init__(self, names: list[str]):
+        """``names``: the positional arguments of the model's forward, in order."""
+        self.names = names
+        self._mask: tuple[int, int, torch.Tensor] | None = None
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        if not torch.is_tensor(tokens) or MASK_ARGUMENT not in self.names:
+            raise ConfigError(
+                "sequence_length_warmup.mode: \"mask\" looks for the forward arguments 'input_ids' and "
+                f"'{MASK_ARGUMENT}'; it was given {', '.join(given)}"
+            )
+        if given.get(MASK_ARGUMENT) is not None:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "mask" and the batch brings an {MASK_ARGUMENT} of its own; give None '
+                '(the model is causal), or write "truncate" or "carry"'
+            )
+        rows, full = tokens.shape
+        if length < full:
+            if self._mask is None or self._mask[:2] != (full, length) or self._mask[2].device != tokens.device:
+                self._mask = (full, length, fragment_mask(full, length, tokens.device))
+            given[MASK_ARGUMENT] = self._mask[2]
+        return tuple(given.pop(name) for name in self.names[: len(args)]), given, rows * full, rows * full

@@ -1,0 +1,83 @@
+"""The length schedule: which length comes at which position of a run, as a pure function. Knows no framework."""
+
+import math
+
+import torch
+
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.sequence_length_warmup import pacing
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+
+
+class LengthSchedule:
+    """Length of a sample by position: the optimizer step or the trained token that comes next, counted from 1."""
+
+    def __init__(self, config: SequenceLengthWarmupConfig, *, layout_multiple: int = 1):
+        """``layout_multiple``: what the parallel layout divides a sample by (`layout_multiple()` below finds it).
+
+        Raises:
+            ConfigError: the full length is not divisible by it, or the user's schedule cannot be imported or called.
+        """
+        self.config = config
+        self.multiple_of = math.lcm(config.multiple_of, layout_multiple)
+        if config.end_length % self.multiple_of:
+            raise ConfigError(
+                f"sequence_length_warmup.end_length: {config.end_length} is not divisible by {self.multiple_of}, the "
+                f"least common multiple of multiple_of {config.multiple_of} and the {layout_multiple} parts the "
+                f"parallel layout cuts a sample into; write a multiple of {self.multiple_of}"
+            )
+        bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
+        count = config.max_distinct_lengths
+        self.levels = pacing.levels(**bounds, count=count) if count is not None else None
+        try:
+            self._function = config.function()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self._probe()
+
+    def _probe(self) -> None:
+        """Call a user's schedule at both ends, so that a broken one is known before training starts."""
+        try:
+            self.length_at(1), self.length_at(self.config.duration.total)
+        except Exception as error:  # it may raise anything
+            raise ConfigError(
+                f"sequence_length_warmup.schedule: {self.config.schedule!r} {error}; it is called with (share of the "
+                "duration in [0, 1], start_length, end_length) and returns the length in tokens"
+            ) from error
+
+    def length_at(self, position: int) -> int:
+        """Length in tokens at a position, counted from 1 in the unit of ``duration``."""
+        c = self.config
+        span = {"start": c.start_length, "end": c.end_length, "duration": c.duration.total}
+        if c.schedule == "linear":
+            exact = pacing.linear(position, **span)
+        elif c.schedule == "root":
+            exact = pacing.root(position, **span, degree=c.root_degree or 2)
+        elif c.schedule == "discrete":
+            exact = pacing.discrete(position, lengths=c.lengths or [], boundaries=c.boundaries or [])
+        else:
+            assert self._function is not None
+            exact = pacing.custom(position, **span, function=self._function)
+        length = pacing.floored(exact, start=c.start_length, end=c.end_length, multiple_of=self.multiple_of)
+        return max(level for level in self.levels if level <= length) if self.levels is not None else length
+
+    def lengths(self) -> list[int]:
+        """Every length the schedule takes, in rising order.
+
+        The positions asked are those of each step, or, of a duration in tokens, a sample of ten thousand of them.
+        """
+        total = self.config.duration.total
+        stride = max(1, total // 10_000)
+        return sorted({self.length_at(position) for position in [*range(1, total + 1, stride), total, total + 1]})
+
+
+def layout_multiple(module: torch.nn.Module) -> int:
+    """The number of equal parts a megatron-core model's layout cuts each sample into; 1 for any other model.
+
+    Sequence parallelism scatters a sample over the tensor-parallel ranks, inside the model; context parallelism gives
+    every rank two parts of it, one from each end, to balance the causal mask.
+    """
+    config = getattr(module, "config", None)
+    tensor = getattr(config, "tensor_model_parallel_size", 1) if getattr(config, "sequence_parallel", False) else 1
+    context = getattr(config, "context_parallel_size", 1)
+    return math.lcm(tensor * context, 2 * context if context > 1 else 1)

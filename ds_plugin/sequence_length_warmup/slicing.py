@@ -1,0 +1,416 @@
+"""Cutting a batch to a length: which dimensions of each tensor are positions, and one cut along them.
+
+The rule is the same for the engine's hook, for `plugin.batches` and for Megatron-LM's loop. Arguments are recognised by
+name, as the model's ``forward`` or a data set's dictionary names them; tensors in nested tuples, which have no names,
+by their shape. What is as long as the samples and not recognised is refused, never passed on uncut.
+
+A batch has one *side*, or two in an encoder-decoder, whose sources and targets have lengths of their own. Each side is
+cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.sequence_length_warmup.nested import Leaf, describe, leaves, rebuilt
+from ds_plugin.sequence_length_warmup.spoiled import refuse_counts, refuse_packed, refuse_restarts
+
+#: arguments that hold the samples' tokens, [batch, sequence], or embeddings, [batch, sequence, hidden]; the first that
+#: is given says how long the samples are
+TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "inputs", "x", "ids", "idx")
+#: [batch, sequence, ...] as well; of an encoder-decoder they are the decoder's
+LABEL_NAMES = ("labels", "targets", "target", "y", "loss_mask", "shift_labels", "lm_labels")
+#: [batch, sequence, ...], cut along with the tokens
+COMPANION_NAMES = (
+    "token_type_ids", "segment_ids", "task_type_ids", "mm_token_type_ids", "special_tokens_mask", "input_shape_ids",
+    "input_pronunciation_ids", "langs", "bbox", "per_layer_inputs",
+)  # fmt: skip
+#: [..., sequence], such as [sequence], [batch, sequence] and, of multimodal rotary embeddings, [3, batch, sequence] or
+#: [batch, sequence, 3]
+POSITION_NAMES = ("position_ids", "positions", "input_pos", "pos", "cache_position")
+#: padding masks [batch, sequence], or [..., sequence, sequence]
+MASK_NAMES = ("attention_mask", "mask", "padding_mask", "input_mask", "global_attention_mask", "perm_mask")
+#: what has no positions of these samples, whatever its shape
+_WHOLE = {
+    "encoder_outputs", "encoder_hidden_states", "pixel_values", "pixel_values_videos", "input_features", "input_values",
+    "pixel_mask", "pixel_attention_mask", "input_features_mask", "image_sizes", "image_grid_thw", "video_grid_thw",
+    "image_embeds", "past_key_values", "mems", "head_mask", "decoder_head_mask", "cross_attn_head_mask",
+}  # fmt: skip
+_ALONG = {*TOKEN_NAMES, *LABEL_NAMES, *COMPANION_NAMES}
+_KNOWN = {*_ALONG, *POSITION_NAMES, *MASK_NAMES}
+_DECODER, _ENCODER = "decoder_", "encoder_"  # before any of these names
+
+_SHORTEN = (
+    "give initialize(..., shorten=function), which takes (args, kwargs, length) and returns (args, kwargs, tokens "
+    "before, tokens after)"
+)
+#: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments. A user
+#: gives one as ``shorten=`` for a model whose arguments are not recognised below.
+Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """Samples of one length in tokens, before they are cut."""
+
+    name: str
+    rows: int
+    positions: int
+
+    def kept(self, offset: int, length: int) -> int:
+        """How many of ``length`` positions from ``offset`` on there are."""
+        return min(length, self.positions - offset)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """An encoder-decoder's two; any other model's samples are the encoder's. One may not be among the arguments."""
+
+    encoder: Side | None
+    decoder: Side | None
+    by_shape: bool = False  # no name was known
+
+    @property
+    def main(self) -> Side:
+        """Whose tokens the ledger counts: the encoder's, if it is there."""
+        side = self.encoder or self.decoder
+        assert side is not None
+        return side
+
+    def of(self, name: str) -> tuple[str, Side | None]:
+        """The name without its prefix, and the side that it belongs to."""
+        if name.startswith(_DECODER):
+            return name.removeprefix(_DECODER), self.decoder
+        if name.startswith(_ENCODER):  # without a decoder's side, the encoder's samples are not the ones that are cut
+            return name.removeprefix(_ENCODER), self.encoder if self.decoder else None
+        return name, (self.decoder or self.encoder) if name in LABEL_NAMES else self.encoder
+
+
+class Cut(NamedTuple):
+    """A batch after `cut_batch`, with the tokens of its samples before and after."""
+
+    batch: Any
+    before: int
+    after: int
+
+
+def cut_batch(
+    batch: Any,
+    length: int,
+    offset: int = 0,
+    *,
+    micro_batch: int | None = None,
+    encoder_decoder: bool = False,
+    full: int | None = None,
+    exact: bool = False,
+    settled: bool = False,
+) -> Cut:
+    """At most ``length`` positions from ``offset`` on of every sample, contiguous; positions begin at 0 again.
+
+    Contiguous, because losses call ``labels.view(-1)`` and broadcasts send a tensor's memory. What is not cut is the
+    same object as before, whole branches of it too.
+
+    Args:
+        batch: arguments by name, or tensors in nested mappings, tuples and lists.
+        micro_batch: samples of a micro-batch. There may be fewer, the last ones of a data set, or more, as with pairs
+            of answers or batches of so many tokens; not a second dimension of that many. None: not known.
+        encoder_decoder: labels are the decoder's, also without ``decoder_input_ids``.
+        full: the positions that samples should have, by which tensors without a name are recognised.
+        exact: samples of other than ``full`` positions, or more than ``micro_batch``, are refused.
+        settled: earlier batches have shown which dimension is the batch.
+
+    Raises:
+        ConfigError: there are no tokens, or a tensor that cannot be cut, or what a cut would spoil: packed rows, counts
+            of labels.
+    """
+    found = leaves(batch)
+    refuse_packed(found)
+    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full, exact=exact)
+    main = sides.main
+    if micro_batch is not None and not settled:
+        _refuse_other_layout(sides, micro_batch, exact=exact)
+    if exact and main.positions != full:
+        raise ConfigError(
+            f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {main.positions} tokens in "
+            f"each of its {main.rows} samples; read samples of exactly end_length tokens, or write that end_length"
+        )
+    if any(leaf.name in LABEL_NAMES and positions(leaf, sides) for leaf in found):  # not one label for each sample
+        refuse_counts(found)
+    values = [_cut(leaf, sides, offset, length) for leaf in found]
+    return Cut(rebuilt(batch, iter(values)), main.rows * main.positions, main.rows * main.kept(offset, length))
+
+
+def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
+    """The dimensions of a tensor that are positions, and of which side.
+
+    None: a dimension is as long as the samples, and whether it is positions is not known.
+    """
+    value = leaf.value
+    if not torch.is_tensor(value) or not _WHOLE.isdisjoint(leaf.keys):
+        return {}
+    name, side = sides.of(leaf.name) if leaf.name is not None else (None, sides.main)
+    if side is None:
+        return {} if name in _KNOWN else _in_no_known_place(value, sides)
+    if name in MASK_NAMES:
+        dimensions = _of_mask(value.shape, side)
+    elif name in POSITION_NAMES:
+        dimensions = _of_positions(value.shape, side)
+    elif name in _ALONG:
+        dimensions = [1] if value.dim() >= 2 and value.shape[1] == side.positions else []
+    elif leaf.name is None or sides.by_shape:
+        dimensions = _of_unnamed(value, side, named=leaf.name is not None)
+    else:
+        dimensions = []
+    return dict.fromkeys(dimensions, side) if dimensions else _in_no_known_place(value, sides)
+
+
+def find_sides(
+    found: list[Leaf],
+    *,
+    micro_batch: int | None = None,
+    encoder_decoder: bool = False,
+    full: int | None = None,
+    exact: bool = False,
+) -> Sides:
+    """The sides of a batch with these leaves; arguments and errors as those of `cut_batch`."""
+    tensors = [leaf for leaf in found if torch.is_tensor(leaf.value)]
+    encoder = _side(tensors, TOKEN_NAMES)
+    if any("encoder_outputs" in leaf.keys and leaf.value is not None for leaf in found):
+        encoder = None  # the encoder has run, on whole samples
+    decoder = _side(tensors, tuple(_DECODER + name for name in TOKEN_NAMES))
+    if decoder is None and encoder_decoder:  # floats are the scores of classes
+        integers = [leaf for leaf in tensors if not leaf.value.is_floating_point()]
+        decoder = _side(integers, LABEL_NAMES)
+    if encoder is not None or decoder is not None:
+        return Sides(encoder, decoder)
+    side = _side_by_shape(tensors, micro_batch, full)
+    if side is not None:
+        return Sides(side, None, by_shape=True)
+    given = ", ".join(f"{leaf.where}: {describe(leaf.value)}" for leaf in found) or "none"
+    if exact and all(leaf.name is None for leaf in tensors):
+        raise ConfigError(
+            f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {given}; read samples of "
+            "exactly end_length tokens, or write that end_length"
+        )
+    raise ConfigError(
+        f"sequence_length_warmup: the model's forward has no recognisable token argument (it was given {given}); the "
+        f"names looked for are {', '.join(TOKEN_NAMES)}, and otherwise integers [micro-batch, length] of one shape. "
+        f"{_SHORTEN}"
+    )
+
+
+def argument_names(forward: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that ``forward`` takes by position, in order."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional]
+
+
+def is_encoder_decoder(module: torch.nn.Module) -> bool:
+    """Whether the labels of a model are its decoder's: it can be given decoder_input_ids, or its config says so."""
+    config = getattr(module, "config", None)
+    return f"{_DECODER}input_ids" in argument_names(module.forward) or bool(getattr(config, "is_encoder_decoder", 0))
+
+
+class ByName:
+    """The `Shorten` of a model whose ``forward`` names its arguments; the signature is read once."""
+
+    #: Forward passes that look at what is the same in all batches: which dimension is the batch, and on a GPU whether
+    #: position ids begin anew, which waits for it (a collator that packs does so from its first batch on).
+    LOOKS = 8
+
+    def __init__(
+        self, forward: Callable[..., Any], *, micro_batch: int | None = None, encoder_decoder: bool = False
+    ) -> None:
+        """``micro_batch``, ``encoder_decoder``: as for `cut_batch`."""
+        self.names = argument_names(forward)
+        self.micro_batch, self.encoder_decoder = micro_batch, encoder_decoder
+        self._looks = 0
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
+        if len(args) > len(self.names):
+            raise ConfigError(
+                f"sequence_length_warmup: forward takes its {len(args)} arguments by position (*args), so they have no "
+                "names to recognise; pass them by keyword or give initialize(..., shorten=function)"
+            )
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        look = self._looks < self.LOOKS
+        cut, before, after = cut_batch(
+            given, length, micro_batch=self.micro_batch, encoder_decoder=self.encoder_decoder, settled=not look
+        )
+        refuse_restarts(leaves(given), POSITION_NAMES, look=look)
+        self._looks += 1
+        return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
+
+
+def rebase_position_ids(positions: torch.Tensor) -> torch.Tensor:
+    """Position ids [..., length] of a stretch from within a sample, counted from the stretch's first token.
+
+    Where a document begins within the stretch, and its positions at 0 with it, they stay.
+    """
+    count = _count(positions)
+    return torch.where(positions - positions[..., :1] == count, count.to(positions.dtype), positions)
+
+
+def restarted_if_positions(stretch: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The same of integers without a name, which are positions if in the ``whole`` samples every row counts from 0.
+
+    Told where they lie: on an accelerator nobody waits for the answer.
+    """
+    return torch.where((whole == _count(whole)).all(), _count(stretch).to(stretch.dtype), stretch)
+
+
+def _count(like: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... along the last dimension."""
+    return torch.arange(like.shape[-1], device=like.device)
+
+
+# -- which dimensions --------------------------------------------------------------------------------------------------
+
+
+def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
+    """The side that the first of ``names`` with samples says; None if there is none."""
+    candidates = [leaf for leaf in tensors if leaf.name in names and leaf.value.dim() >= 2]
+    if not candidates:
+        return None
+    first = min(candidates, key=lambda leaf: names.index(leaf.name or ""))
+    shape, floating = list(first.value.shape), first.value.is_floating_point()
+    rows, length = shape[:2]
+    if len(shape) > (3 if floating else 2):
+        raise ConfigError(
+            f"sequence_length_warmup: {first.where} has the shape {shape}, and which of its dimensions are positions "
+            "is not known, as with several codebooks; give [batch, sequence] (embeddings [batch, sequence, hidden]), "
+            f"or {_SHORTEN}"
+        )
+    for leaf in candidates:
+        if leaf.name == first.name and leaf.value.shape[1] != length:
+            raise ConfigError(
+                f"sequence_length_warmup: {first.where} has {length} positions and {leaf.where} {leaf.value.shape[1]}, "
+                f"so that it is not known how long the samples are; pad them to one length, or {_SHORTEN}"
+            )
+    return Side(first.where, rows, length)
+
+
+def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | None) -> Side | None:
+    """Where no name is known: tensors without one by the length, then integers [micro-batch, length] of one shape."""
+    fits = lambda shape: micro_batch is None or _is_batch(shape[0], shape[1], micro_batch)  # noqa: E731
+    unnamed = [leaf for leaf in tensors if leaf.name is None and leaf.value.dim() >= 2 and leaf.value.shape[1] == full]
+    unnamed = [leaf for leaf in unnamed if leaf.value.shape[0] != full and fits(leaf.value.shape)]
+    if unnamed:  # position ids may have one row for all samples
+        most = max(unnamed, key=lambda leaf: leaf.value.shape[0])
+        return Side(most.where, *most.value.shape[:2])
+    shapes: dict[tuple[int, ...], list[Leaf]] = {}
+    for leaf in tensors:
+        value, shape = leaf.value, tuple(leaf.value.shape)
+        integer = _is_integer(value)
+        elsewhere = leaf.name in POSITION_NAMES or not _WHOLE.isdisjoint(leaf.keys)
+        if elsewhere or not integer or len(shape) != 2 or shape[1] == 1:
+            continue
+        if micro_batch is not None and fits(shape):
+            shapes.setdefault(shape, []).append(leaf)
+    if len(shapes) != 1:
+        return None
+    shape, alike = next(iter(shapes.items()))
+    # labels and masks go along with tokens; without them they are of something else, such as sound or images
+    first = next((leaf for leaf in alike if leaf.name not in _KNOWN), None)
+    return Side(first.where, *shape) if first is not None else None
+
+
+def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None:
+    for side in (sides.encoder, sides.decoder):
+        if side is None or _is_batch(side.rows, side.positions, micro_batch):
+            continue
+        # pairs of answers are whole multiples, as many samples as fit are fewer than their tokens; [sequence, batch] is
+        # neither
+        more = side.rows % micro_batch == 0 or side.rows <= side.positions
+        if exact or side.positions == micro_batch or not more:
+            raise ConfigError(
+                f"sequence_length_warmup: {side.name} has the shape [{side.rows}, {side.positions}, ...], and "
+                f"train_micro_batch_size_per_gpu is {micro_batch}, so that its first dimension is not the batch; give "
+                f"[batch, sequence], write the micro-batch's size, or {_SHORTEN}"
+            )
+
+
+def _is_batch(rows: int, length: int, micro_batch: int) -> bool:
+    """Whether [rows, length] is [batch, sequence]: the last batch of a data set may be smaller, where the second
+    dimension does not look like the batch."""
+    return rows == micro_batch or (rows < micro_batch and length != micro_batch)
+
+
+def _of_positions(shape: torch.Size, side: Side) -> list[int]:
+    if len(shape) and shape[-1] == side.positions:
+        return [len(shape) - 1]
+    return [1] if len(shape) == 3 and shape[:2] == (side.rows, side.positions) else []
+
+
+def _of_mask(shape: torch.Size, side: Side) -> list[int]:
+    full = side.positions
+    if len(shape) == 2 and shape[1] == full and (shape[0] != full or side.rows == full):
+        return [1]  # a padding mask, one row for each sample
+    return [dimension for dimension in range(max(len(shape) - 2, 0), len(shape)) if shape[dimension] == full]
+
+
+def _of_unnamed(value: torch.Tensor, side: Side, *, named: bool) -> list[int]:
+    """[batch or 1, sequence, ...], or a mask [..., sequence, sequence]; under an unknown name integers
+    [batch, sequence]."""
+    shape, full = list(value.shape), side.positions
+    if named:
+        integer = _is_integer(value)
+        return [1] if integer and shape == [side.rows, full] else []
+    if len(shape) == 3 and shape[1:] == [full, full] and value.is_floating_point():
+        return []  # a mask, or embeddings as wide as the samples are long
+    if shape[-2:] == [full, full] and (len(shape) >= 3 or side.rows != full):
+        return [len(shape) - 2, len(shape) - 1]
+    return [1] if len(shape) >= 2 and shape[1] == full and shape[0] in (side.rows, 1) else []
+
+
+def _in_no_known_place(value: torch.Tensor, sides: Sides) -> dict[int, Side] | None:
+    """{}: no dimension is as long as the samples, but for a first one that is as long as there are samples."""
+    both = [side for side in (sides.encoder, sides.decoder) if side is not None]
+    for side in both:
+        rows_first = value.dim() > 0 and value.shape[0] == side.rows
+        if side.positions in (value.shape[1:] if rows_first else value.shape):
+            return None
+    return {}
+
+
+# -- the cut -----------------------------------------------------------------------------------------------------------
+
+
+def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
+    where = positions(leaf, sides)
+    if where is None:
+        both = [side for side in (sides.encoder, sides.decoder) if side is not None]
+        if any(side.kept(offset, length) < side.positions for side in both):
+            refuse_unknown(leaf, sides)
+        return leaf.value
+    value = leaf.value
+    for dimension, side in where.items():
+        if side.kept(offset, length) < side.positions:
+            value = value.narrow(dimension, offset, side.kept(offset, length))
+    if value is leaf.value:
+        return value
+    if offset and leaf.name in POSITION_NAMES:
+        along = max(where)
+        value = rebase_position_ids(value.movedim(along, -1)).movedim(-1, along)
+    elif offset and leaf.name is None and value.dim() == 2 and _is_integer(value):
+        value = restarted_if_positions(value, leaf.value)
+    return value.contiguous()
+
+
+def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
+    """Raise the `ConfigError` for a leaf whose positions are not known."""
+    raise ConfigError(
+        f"sequence_length_warmup: {leaf.where!r} of shape {list(leaf.value.shape)} has a dimension as long as the "
+        f"samples in {sides.main.name!r} ({sides.main.positions}), and whether that is positions is not known, so it "
+        f"cannot be cut in step; rename it (known: {', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
+    )
+
+
+def _is_integer(value: torch.Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)

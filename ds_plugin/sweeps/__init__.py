@@ -1,0 +1,1 @@
+"""Small models trained over widths, depths and learning rates: whether CompleteP holds."""

@@ -1,0 +1,227 @@
+"""Learning-rate transfer: does the best learning rate of the base model stay the best at every width and depth?"""
+
+import concurrent.futures
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ds_plugin.completep.rules import Recipe
+from ds_plugin.core.files import atomic_write
+from ds_plugin.sweeps import trial
+from ds_plugin.sweeps.text import Text
+from ds_plugin.sweeps.trial import Base, Shape
+
+#: the loss of a run is the mean over this share of its last steps, which smooths the noise of single batches
+TAIL = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its mean loss in nats per token over the last steps; infinite when it diverged."""
+
+    recipe: Recipe
+    width: int
+    depth: int
+    seed: int
+    lr: float
+    loss: float
+
+
+def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float, text: Text | None = None) -> Run:
+    """Train one model: linear warmup over a tenth of the steps, then linear decay to zero."""
+    model, adamw = trial.build(shape, base, seed)
+    optimizer, batches = adamw(lr), trial.text_batches(base, seed, text)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    for step in range(1, steps + 1):
+        factor = schedule(step, steps)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        losses.append(trial.step(model, optimizer, next(batches), base.clip))
+        if not math.isfinite(losses[-1]):
+            return Run(shape.recipe, shape.width, shape.depth, seed, lr, math.inf)
+    return Run(shape.recipe, shape.width, shape.depth, seed, lr, mean(losses[-max(1, round(steps * TAIL)) :]))
+
+
+def schedule(step: int, steps: int) -> float:
+    """The learning rate of ``step`` (the first is 1) over its peak."""
+    warmup = max(1, steps // 10)
+    return step / warmup if step <= warmup else (steps - step) / (steps - warmup)
+
+
+def sweep(
+    shapes: Iterable[Shape],
+    base: Base,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    text: Text | None = None,
+    workers: int = 1,
+    known: Iterable[Run] = (),
+    progress: Callable[[str], None] = lambda text: None,
+    keep: Callable[[list[Run]], None] = lambda runs: None,
+) -> list[Run]:
+    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them.
+
+    Known runs that are not asked for stay in the result, so that a grid can be widened where a minimum is at its edge.
+    A run that two recipes share (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed
+    come first, so that an interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
+    """
+    wanted = [(shape, lr, seed) for seed in seeds for shape in shapes for lr in rates]
+    done: dict[tuple[Shape, float, int], Run] = {}
+    kept = {(Shape(r.recipe, r.width, r.depth), r.lr, r.seed): r for r in known}
+    for (shape, lr, seed), run in kept.items():
+        done[shape.same_as(base), lr, seed] = run
+    jobs = list(dict.fromkeys((shape.same_as(base), lr, seed) for shape, lr, seed in wanted))
+
+    def runs() -> list[Run]:
+        for shape, lr, seed in wanted:
+            if (run := done.get((shape.same_as(base), lr, seed))) is not None:
+                kept[shape, lr, seed] = replace(run, recipe=shape.recipe)
+        return sorted(kept.values(), key=lambda r: (r.recipe, r.width, r.depth, r.seed, r.lr))
+
+    missing = [job for job in jobs if job not in done]
+    finished = _trained(missing, base, steps, text, workers)
+    for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
+        done[job] = run
+        keep(runs())
+        progress(
+            f"[{number}/{len(jobs)}] {run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} "
+            f"seed {run.seed}: loss {run.loss:.4f}"
+        )
+    return runs()
+
+
+_Job = tuple[Shape, float, int]
+
+
+def _trained(
+    jobs: Sequence[_Job], base: Base, steps: int, text: Text | None, workers: int
+) -> Iterator[tuple[_Job, Run]]:
+    """The jobs' runs, each as it ends."""
+    if workers == 1:
+        for shape, lr, seed in jobs:
+            yield (shape, lr, seed), train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
+        return
+    # Fresh processes: a world of ranks does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        pending = {
+            pool.submit(train, shape, base, seed=seed, steps=steps, lr=lr, text=text): (shape, lr, seed)
+            for shape, lr, seed in jobs
+        }
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                yield pending[future], future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    def leave_with(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    # A sweep that is killed must not leave workers that train on.
+    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    trial.start_host()
+
+
+def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
+    """Mean loss over seeds by shape and learning rate."""
+    found: dict[Shape, dict[float, list[float]]] = {}
+    for run in runs:
+        found.setdefault(Shape(run.recipe, run.width, run.depth), {}).setdefault(run.lr, []).append(run.loss)
+    return {shape: {lr: mean(losses) for lr, losses in sorted(curve.items())} for shape, curve in found.items()}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """How a shape does at its own best learning rate and at the base model's.
+
+    ``moved``: factors of two between the two rates. ``cost``: relative loss given up by using the base model's.
+    """
+
+    shape: Shape
+    best_lr: float
+    best_loss: float
+    moved: float
+    cost: float
+
+
+def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
+    """Each shape against its recipe's smallest one (the base shape where it was swept)."""
+    found = curves(runs)
+    results = []
+    for recipe in dict.fromkeys(shape.recipe for shape in found):
+        shapes = [shape for shape in found if shape.recipe == recipe]
+        wanted = Shape(recipe, base.width, base.depth)
+        origin = wanted if wanted in found else min(shapes, key=lambda s: (s.depth * s.width**2, s.depth))
+        chosen = _best(found[origin])
+        for shape in shapes:
+            curve, best = found[shape], _best(found[shape])
+            cost = curve[chosen] / curve[best] - 1
+            results.append(Transfer(shape, best, curve[best], math.log2(best / chosen), cost))
+    return results
+
+
+def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
+    """Loss against learning rate, a curve per shape with its minimum marked, a panel per recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = curves(runs)
+    recipes = list(dict.fromkeys(shape.recipe for shape in found))
+    sizes = sorted({(shape.width, shape.depth) for shape in found})
+    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+    figure, axes = pyplot.subplots(1, len(recipes), figsize=(4.4 * len(recipes), 4), sharey=True, squeeze=False)
+    floor = min(loss for curve in found.values() for loss in curve.values())
+    for axis, recipe in zip(axes[0], recipes, strict=True):
+        for index, (width, depth) in enumerate(sizes):
+            curve = found.get(Shape(recipe, width, depth))
+            if curve is None:
+                continue
+            colour = palette[index % len(palette)]
+            finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
+            axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
+            axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(floor * 0.98, floor * 1.35)
+        axis.set_xlabel("base learning rate")
+        axis.set_title(recipe, fontsize=11)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("training loss (nats per byte)")
+    axes[0][0].legend(frameon=False, title="width x depth")
+    figure.suptitle(title)
+    figure.tight_layout()
+    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    pyplot.close(figure)
+
+
+def _best(curve: dict[float, float]) -> float:
+    return min(curve, key=lambda lr: curve[lr])
+
+
+def summary(results: Iterable[Transfer]) -> list[str]:
+    """A line per shape and one per recipe, for people."""
+    results, lines = list(results), []
+    for recipe in dict.fromkeys(r.shape.recipe for r in results):
+        chosen: list[Any] = [r for r in results if r.shape.recipe == recipe]
+        for r in chosen:
+            lines.append(
+                f"{recipe} width {r.shape.width} depth {r.shape.depth}: best loss {r.best_loss:.4f} at 2^"
+                f"{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x; the base model's rate costs {r.cost:.2%}"
+            )
+        farthest, dearest = max(abs(r.moved) for r in chosen), max(r.cost for r in chosen)
+        lines.append(f"{recipe}: the optimum moves by up to {farthest:g} steps of 2x and costs up to {dearest:.2%}")
+    return lines

@@ -1,0 +1,34 @@
+"""Rows of a sweep as CSV: frozen dataclasses of str, int and float, written so that they read back equal."""
+
+import csv
+import dataclasses
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ds_plugin.core.files import atomic_write
+
+Record = TypeVar("Record")
+
+
+def write_records(kind: type[Record], records: Iterable[Record], path: Path) -> None:
+    """Replace ``path`` by a header of the field names of ``kind`` and a line per record."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows([getattr(record, name) for name in names] for record in records)
+
+    atomic_write(path, write)
+
+
+def read_records(kind: type[Record], path: Path) -> list[Record]:
+    """The records of `write_records`."""
+    types: dict[str, Any] = {
+        name: hint if hint in (int, float) else str for name, hint in typing.get_type_hints(kind).items()
+    }
+    with open(path, newline="") as stream:
+        return [kind(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(stream)]

@@ -1,0 +1,1 @@
+"""The weighted mean of checkpoints on disk."""

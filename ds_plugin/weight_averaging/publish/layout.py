@@ -1,0 +1,211 @@
+"""Which files a model is published as, where in them each rank's elements belong, and who writes what. All of it pure.
+
+The header of a safetensors file says where every tensor's bytes are; names, shapes and dtypes make the header. So ranks
+that agree on those can write into one file side by side without another word.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import StateError
+from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
+
+# -- the files -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the model as it is published: whole.
+
+    ``aliases``: other names of the same, tied, tensor. It is written once, as Hugging Face's and safetensors' own
+    writers do; their loaders tie the names again, and refuse none. The header's metadata maps alias to name, as
+    ``safetensors.torch.save_model`` has it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class File:
+    """One output file: its header, the byte at which each tensor begins, and its size in bytes."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_files(entries: Sequence[Entry], max_bytes: int) -> list[File]:
+    """The files, in the order of ``entries``: each of ``max_bytes`` of tensors at most, unless one tensor is larger.
+
+    Named as Hugging Face names them: ``model.safetensors`` if there is one, else ``model-00001-of-0000N.safetensors``.
+    """
+    parts: list[list[Entry]] = [[]]
+    held = 0
+    for entry in entries:
+        if parts[-1] and held + entry.nbytes > max_bytes:
+            parts.append([])
+            held = 0
+        parts[-1].append(entry)
+        held += entry.nbytes
+    if len(parts) == 1:
+        return [_plan_file("model.safetensors", parts[0])]
+    names = (f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
+    return [_plan_file(name, part) for name, part in zip(names, parts, strict=True)]
+
+
+def _plan_file(name: str, entries: list[Entry]) -> File:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | {a: e.name for e in entries for a in e.aliases}}
+    offsets, end = {}, 0
+    for entry in sorted(entries, key=lambda e: -e.dtype.itemsize):  # each then begins at a multiple of its item's size
+        offsets[entry.name], end = end, end + entry.nbytes
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": entry.shape,
+            "data_offsets": [offsets[entry.name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    return File(name, text, {name: len(text) + offset for name, offset in offsets.items()}, len(text) + end)
+
+
+def index_of(files: Sequence[File]) -> str:
+    """``model.safetensors.index.json``: which file holds which tensor."""
+    total = sum(file.size - len(file.header) for file in files)
+    weight_map = {name: file.name for file in files for name in file.offsets}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a tensor-parallel rank's slice lies in the whole tensor, both flat (row-major).
+
+    The slice is a sequence of blocks of ``block`` elements; the whole one takes a block from every rank in turn, so
+    block b of this rank is block ``b * ranks + rank`` there. With one rank the slice is the whole.
+    """
+
+    block: int
+    rank: int = 0
+    ranks: int = 1
+
+    def runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """``(first element in the whole tensor, elements)`` for ``count`` elements of the slice from ``start`` on."""
+        while count > 0:
+            block, within = divmod(start, self.block)
+            length = min(count, self.block - within)
+            yield (block * self.ranks + self.rank) * self.block + within, length
+            start, count = start + length, count - length
+
+
+def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: int) -> tuple[tuple[int, ...], Cut]:
+    """The whole tensor's shape, and the `Cut`, of a slice of ``shape`` that is cut along ``dim``.
+
+    ``stride``: of how many tensors, laid end to end along ``dim`` and each cut by itself, the slice consists (the two
+    halves of a gated unit; 1 otherwise). Each gives one block for every index of the dimensions before ``dim``.
+
+    Raises:
+        StateError: there is no such dimension, or it does not consist of ``stride`` equal parts.
+    """
+    if not 0 <= dim < len(shape) or shape[dim] % stride:
+        raise StateError(f"publish: a slice of {list(shape)} cannot be cut along dimension {dim}, stride {stride}")
+    whole = (*shape[:dim], shape[dim] * ranks, *shape[dim + 1 :])
+    return whole, Cut(shape[dim] // stride * math.prod(shape[dim + 1 :]), rank, ranks)
+
+
+# -- who writes what -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of a rank's model. ``cut``: over tensor-parallel ranks; ``divided``: by ZeRO 3."""
+
+    entry: Entry
+    cut: bool = False
+    divided: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells the others.
+
+    ``rows`` are alike on all ranks of a place - a pipeline stage and tensor-parallel rank - so only the first of them
+    gives them. ``averaged``: how many elements of each row's tensor are in this rank's share of the average.
+    """
+
+    place: tuple[int, int]
+    rows: tuple[Row, ...] | None
+    averaged: tuple[int, ...]
+
+
+def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple[list[Entry], list[tuple[int, bool]]]:
+    """All tensors of the model, and what ``rank`` writes: ``(row, whether of the average)``.
+
+    A name that several stages have is a tied tensor, of the lowest of them, and begins with ``tied``; what tensor
+    parallelism does not cut is written by its first rank, and what data parallelism does not divide by the first of
+    its ranks.
+
+    Raises:
+        StateError: places differ about a tensor, or an averaged one is not held exactly once.
+    """
+    rows: dict[tuple[int, int], tuple[Row, ...]] = {}
+    for report in reports:
+        if report.rows is not None:
+            rows[report.place] = report.rows
+    owners: dict[str, int] = {}
+    entries: dict[str, Entry] = {}
+    for place in sorted(rows):
+        for row, other in zip_longest(rows[place], rows[place[0], 0]):
+            if row is None or other is None or (row.entry.name, row.cut) != (other.entry.name, other.cut):
+                name = (row or other).entry.name
+                raise StateError(
+                    f"publish: {name} is not the same on all tensor-parallel ranks; build one model on all"
+                )
+            known = entries.setdefault(row.entry.name, row.entry)
+            owner = owners.setdefault(known.name, place[0])
+            if owner != place[0] and not known.name.startswith(tied):
+                raise StateError(
+                    f"publish: pipeline stages {owner} and {place[0]} both have a {known.name}, which is not "
+                    "tied; leave parameters to the layers (a loss_fn has none)"
+                )
+            if (known.dtype, known.shape) != (row.entry.dtype, row.entry.shape):
+                raise StateError(
+                    f"publish: {known.name} is {known.dtype} {list(known.shape)} on one rank and {row.entry.dtype} "
+                    f"{list(row.entry.shape)} on another; build one model on all ranks, and give what tensor "
+                    "parallelism cuts the attributes tensor_model_parallel and partition_dim"
+                )
+
+    here = reports[rank].place
+    peers = [report for report in reports if report.place == here]
+    first, ranks, mine = peers[0] is reports[rank], 1 + max(tensor_rank for _, tensor_rank in rows), []
+    for i, row in enumerate(rows[here]):
+        if owners[row.entry.name] != here[0] or (here[1] and not row.cut):
+            continue
+        found = [report.averaged[i] for report in peers]
+        averaged = any(found)
+        held, needed = sum(found) if layout == "sharded" else found[0], row.entry.numel // (ranks if row.cut else 1)
+        if averaged and held != needed:
+            raise StateError(
+                f"publish: the data-parallel ranks hold {held} elements of {row.entry.name} in their averages where "
+                f"{needed} are needed; this way to shard the optimizer (MiCS, experts) is not known"
+            )
+        if first or (layout == "sharded" if averaged else row.divided):
+            mine.append((i, averaged))
+    return list(entries.values()), mine

@@ -1,0 +1,134 @@
+"""The host memory and disk that averaging takes, worked out and compared with what there is before any is allocated."""
+
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
+
+_ALIGNED = 64  # bytes
+_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on this rank, and on its node all ranks together; what the node had available."""
+
+    rank: int
+    node: int
+    available: int
+    ranks: int  # of this node
+    what: str  # "host memory", or "files in" a folder
+
+    def __str__(self) -> str:
+        on_node = f", {size(self.node)} for the {self.ranks} ranks of this node" if self.ranks > 1 else ""
+        return f"{size(self.rank)} of {self.what} on this rank{on_node} ({size(self.available)} available)"
+
+
+def needed(masters: Sequence[torch.Tensor], copies: int, *, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of ``copies`` copies of the masters."""
+    return copies * dtype.itemsize * sum(t.numel() for t in masters)
+
+
+def aligned(nbytes: int) -> int:
+    """Up to where the next buffer can begin in an allocation, of whichever dtype: a line of the cache."""
+    return -(-nbytes // _ALIGNED) * _ALIGNED
+
+
+def rounded(nbytes: int) -> int:
+    """What torch takes to pin so many bytes in one allocation: the next power of two."""
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
+
+
+def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Bytes of the tensors of one buffer for each of ``dtypes``, each up to where the next can begin.
+
+    ``counts``: elements of each tensor of a buffer.
+    """
+    return [aligned(dtype.itemsize * count) for dtype in dtypes for count in counts]
+
+
+def batches(sizes: Sequence[int]) -> list[int]:
+    """How many tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
+
+    Six equal ones that are just above a power of two take 2 times their size one by one, 1.33 times in one allocation;
+    four take 1.5 times as one and three, 2 times in one. (At most `_TOGETHER` are tried: all splits of n take n^2 / 2
+    steps, and without ZeRO each parameter is a tensor.)
+    """
+    ends = [0, *accumulate(sizes)]
+    fewest, starts = [0], [0]  # of the first n tensors: the bytes they take, and where their last allocation begins
+    for end in range(1, len(ends)):
+        tried = range(max(0, end - _TOGETHER), end)
+        taken, start = min((fewest[start] + rounded(ends[end] - ends[start]), start) for start in tried)
+        fewest.append(taken)
+        starts.append(start)
+    counts, end = [], len(sizes)
+    while end:
+        counts.append(end - starts[end])
+        end = starts[end]
+    return counts[::-1]
+
+
+def pinned(sizes: Sequence[int]) -> int:
+    """Bytes that tensors of ``sizes`` bytes take, pinned in `batches`."""
+    left = iter(sizes)
+    return sum(rounded(sum(islice(left, count))) for count in batches(sizes))
+
+
+def reserve(rank_bytes: int, remedy: str) -> Memory:
+    """Compare what all ranks of each node need with the memory the node has. Every rank calls it, before it allocates.
+
+    A container's own limit is not seen, only the machine's memory.
+
+    Raises:
+        ConfigError: on every rank alike, when some node has too little.
+    """
+    return _compared(rank_bytes, psutil.virtual_memory().available, "host memory", remedy)
+
+
+def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
+    """`reserve` for files in ``folder``, which every node has; a folder that nodes share is counted for each alone.
+
+    Raises:
+        ConfigError: on every rank alike, when the folder cannot be written to, or some node has too little disk there.
+    """
+    with raise_on_all_ranks():
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            raise ConfigError(
+                f"weight_averaging.storage_path: {folder!r} is not a folder that can be written to on "
+                f"{socket.gethostname()}; make it, or write another one"
+            )
+        free = shutil.disk_usage(folder).free
+    return _compared(rank_bytes, free, f"files in {folder}", remedy)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _compared(rank_bytes: int, available: int, what: str, remedy: str) -> Memory:
+    mine = (socket.gethostname(), rank_bytes, available)
+    reports = [mine]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        reports = [mine] * dist.get_world_size()
+        dist.all_gather_object(reports, mine)
+    nodes: dict[str, list[tuple[str, int, int]]] = {}
+    for report in reports:
+        nodes.setdefault(report[0], []).append(report)
+    for name, ranks in nodes.items():
+        node, available = sum(r[1] for r in ranks), min(r[2] for r in ranks)
+        if node > available:
+            raise ConfigError(
+                f"weight_averaging: the {len(ranks)} rank(s) on {name} need {size(node)} of {what}, "
+                f"{size(available)} are available; {remedy}"
+            )
+    here = nodes[mine[0]]
+    return Memory(rank_bytes, sum(r[1] for r in here), min(r[2] for r in here), len(here), what)

@@ -1,0 +1,146 @@
+"""Copies from an accelerator to CPU memory behind the training's back: neither waits for the other on the CPU.
+
+What happens on which stream, for a snapshot after optimizer step n::
+
+    training   step n | stepped | forward, backward of step n + 1 ...            | wait for done | step n + 1
+    side                wait for stepped | copy to pinned memory | done
+    worker                                                      (thread) wait for done, then fold the snapshot in
+
+Both fences are between streams, on the device. Without the first, the copy could begin before step n has ended;
+without the second, step n + 1 could overwrite what is not copied yet.
+
+All of it goes by torch's names for any accelerator; on one that has no streams copies are blocking ones.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin.core.errors import StateError
+
+Tensors = Sequence[torch.Tensor]
+
+#: seconds between two looks at whether a copy has arrived
+_LOOK = 0.001
+
+
+class Streams:
+    """What `SnapshotStager` uses of an accelerator, of whatever kind."""
+
+    Stream, Event = torch.Stream, torch.Event
+    current_stream = staticmethod(torch.accelerator.current_stream)
+    set_device_index = staticmethod(torch.accelerator.set_device_index)
+
+
+class SnapshotStager:
+    """One copy under way at a time, and a thread that goes on with what it brought.
+
+    Lifetimes. The sources are the masters, which the framework allocates once - ZeRO 3's sub-groups, too - and changes
+    in its optimizer step. A reference to each is held until its copy has ended, so that one the framework lets go
+    meanwhile (moved to CPU memory between steps, say) is not given to someone else by the allocator while it is read;
+    that takes the place of ``record_stream``. It does not help against a change in place: whoever changes masters other
+    than in a step that `wait_before_step` was called for must `drain` first. The targets are pinned, or the copy would
+    block.
+
+    ``streams``: `Streams`, or what has its names.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = Streams):
+        self._device, self._streams = device, streams
+        self._side = streams.Stream(device=device)
+        self._stepped, self._done = streams.Event(device=device), streams.Event(device=device)
+        # Which device is current is each thread's own: one that has not said so is on the first, and would open a
+        # context there from every rank.
+        self._worker = ThreadPoolExecutor(
+            1, thread_name_prefix="weight_averaging", initializer=streams.set_device_index, initargs=(device,)
+        )
+        self._job: Future[None] | None = None
+        self._fence_due = False
+
+    def begin(self, dst: Tensors, src: Tensors, then: Callable[[], None]) -> None:
+        """Copy ``src``, as the training stream will have left it, to ``dst``; returns at once.
+
+        ``then`` is called in the worker thread when all of it has arrived. A source in CPU memory is copied before
+        this returns. Waits for the previous ``then``, and raises what it raised.
+
+        Raises:
+            StateError: there was no `wait_before_step` since the last copy, which a step may have torn.
+        """
+        self.drain()
+        if self._fence_due:
+            raise StateError(
+                "weight_averaging: a second snapshot, and before_step() was not called since the first; call it before "
+                "every optimizer step, which else overwrites weights that are being copied"
+            )
+        self._stepped.record(self._streams.current_stream(self._device))
+        self._side.wait_event(self._stepped)
+        with self._side:
+            for target, source in zip(dst, src, strict=True):
+                target.copy_(source, non_blocking=True)
+            self._done.record(self._side)
+        self._fence_due = True
+        self._job = self._worker.submit(self._finish, src, then)
+
+    def wait_before_step(self) -> None:
+        """Have the training stream wait for the copy, if there is one: call it before a step that writes the sources.
+
+        The CPU does not wait. Raises what the last ``then`` raised, if it has ended.
+        """
+        if self._fence_due:
+            self._fence_due = False
+            self._streams.current_stream(self._device).wait_event(self._done)
+        if self._job is not None and self._job.done():
+            self.drain()
+
+    def drain(self) -> None:
+        """Wait until the last copy has arrived and its ``then`` has ended; raises what that raised."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """`drain`, and end the thread: no copy can begin afterwards."""
+        try:
+            self.drain()
+        finally:
+            self._worker.shutdown()
+
+    def _finish(self, src: Tensors, then: Callable[[], None]) -> None:
+        """In the worker thread; the executor holds ``src`` until it ends."""
+        while not self._done.query():  # to wait for an event of torch's keeps a core busy
+            time.sleep(_LOOK)
+        then()
+
+
+def copies_from(tensors: Tensors) -> SnapshotStager | None:
+    """`SnapshotStager` for tensors that are in an accelerator's memory, some or all of them.
+
+    None if none is, or the accelerator has no streams.
+    """
+    return next((SnapshotStager(t.device) for t in tensors if has_streams(t.device.type)), None)
+
+
+@functools.cache
+def has_streams(kind: str) -> bool:
+    """Whether tensors on this kind of device can be copied from behind the training's back. Says so once if not."""
+    if kind == "cpu":
+        return False
+    current = torch.accelerator.current_accelerator()
+    try:
+        if current is not None and current.type == kind:
+            torch.Stream(device=kind), torch.Event(device=kind)
+            return True
+        why = f"torch's accelerator here is {current}"
+    except RuntimeError as error:  # NotImplementedError is one
+        why = str(error)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logging.getLogger("ds_plugin").warning(
+            "weight averaging: no streams on %s (%s): training waits while a snapshot is copied", kind, why
+        )
+    return False

@@ -1,0 +1,81 @@
+"""Which parameters' elements lie where in a rank's shards: what resharding and publishing need to know of a host."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ds_plugin.core.errors import ConfigError, StateError
+
+#: what torch puts into the names of what it wraps: torch.compile, activation checkpointing, FSDP
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name in the model as it was before torch wrapped it or parts of it: the one that others load it by."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model within torch's data-parallel wrappers, which begin every name with ``module.``."""
+    while isinstance(model, torch.nn.DataParallel | torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def plain_names(model: torch.nn.Module) -> dict[int, str]:
+    """A parameter's id -> its first name, without what wrappers put into it.
+
+    Raises:
+        ConfigError: two parameters have the same then.
+    """
+    found: dict[int, str] = {}
+    owners: dict[str, str] = {}
+    for name, parameter in unwrapped(model).named_parameters():
+        plain = found[id(parameter)] = plain_name(name)
+        if (other := owners.setdefault(plain, name)) != name:
+            raise ConfigError(
+                f"weight_averaging: parameters {other} and {name} are both {plain} without the names of wrappers "
+                f"({', '.join(WRAPPERS)}); rename one of them"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements within one shard, both seen flat (row-major).
+
+    ``name`` is the model's own and ``shape`` the whole parameter's, on this tensor- and pipeline-parallel rank (before
+    data-parallel sharding). Elements ``start`` to ``start + count`` of it lie from ``offset`` on in
+    ``MasterShards.tensors()[shard]``. What no fragment covers is padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    count: int
+    shard: int
+    offset: int
+
+
+def whole(names: Iterable[tuple[str, torch.Size, int, int]]) -> list[Fragment]:
+    """Fragments of parameters that lie whole in a shard, from (name, shape, shard, offset)."""
+    return [Fragment(n, tuple(shape), 0, shape.numel(), shard, offset) for n, shape, shard, offset in names]
+
+
+def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None:
+    """Every fragment lies within its shard and its parameter, and no two overlap in a shard.
+
+    Raises:
+        StateError: one does not: the host is not laid out as this package knows it.
+    """
+    ends = [0] * len(shards)
+    for f in sorted(fragments, key=lambda f: (f.shard, f.offset)):
+        size = torch.Size(f.shape).numel()
+        fits = 0 <= f.start and f.start + f.count <= size and f.offset + f.count <= shards[f.shard].numel()
+        if not fits or f.offset < ends[f.shard]:
+            raise StateError(
+                f"weight_averaging: {f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps "
+                "another parameter; this version of the host lays out its shards in another way than the tested ones"
+            )
+        ends[f.shard] = f.offset + f.count

@@ -1,0 +1,65 @@
+"""CompleteP around the building of a model, in one line: ``with building("config.json"): model = GPTModel(...)``."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.config import split_config
+from ds_plugin.core.errors import StateError
+from ds_plugin.core.patch import Patch, active
+from megatron_patches.completep.layers import finish, prepared
+
+GPT_MODEL_INIT = "megatron.core.models.gpt.gpt_model.GPTModel.__init__"
+
+
+def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> Patch:
+    """A patch of ``GPTModel.__init__``: what is built while it is on is scaled, and its config handed to ``built``.
+
+    In place: a training loop sets what it wants done (reducing gradients, too) on the config that it gave.
+    """
+
+    def build(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
+        with prepared(config, transformer_layer_spec, section) as scaled_spec:
+            patch.original(self, config, scaled_spec, *args, **kwargs)
+            finish(self, section)
+        built(config)
+
+    patch = Patch(GPT_MODEL_INIT, build, reason="completep: init and forward pass")
+    return patch
+
+
+@contextlib.contextmanager
+def building(source: str | Path | Mapping[str, Any] | CompletePConfig | None) -> Iterator[CompletePConfig | None]:
+    """Every GPTModel that is built in the block is scaled, as `prepare` and `finish` do; yields the section.
+
+    ``source``: the JSON file or what is in it, or its ``completep`` section; without one, or with the method off, the
+    block builds what it would have built. The given TransformerConfig is changed itself: the model holds that object.
+
+    Raises:
+        ConfigError: as `prepare` and `finish` do.
+        StateError: ``megatron_patches.apply`` is in force already; or no GPTModel was built in the block.
+    """
+    section = source if isinstance(source, CompletePConfig | None) else split_config(source)[1].completep
+    if section is None:
+        yield None
+        return
+    if any(patch.name == GPT_MODEL_INIT for patch in active()):
+        raise StateError(
+            "completep.building: a recipe is in force for every GPTModel already, by megatron_patches.apply or an "
+            "outer block; use one of them"
+        )
+    built: list[weakref.ref[Any]] = []
+    patch = scaled_builds(section, lambda config: built.append(weakref.ref(config)))
+    patch.apply()
+    try:
+        yield section
+    finally:
+        patch.revert()
+    if not built:
+        raise StateError(
+            "completep.building: no megatron-core GPTModel was built in the block, and nothing is scaled; build the "
+            "model inside it (of a DeepSpeed pipeline, use prepare and finish)"
+        )

@@ -1,0 +1,317 @@
+"""Build a megatron-core GPT for a training script, in steps that another module may come between.
+
+    cfg = GPTConfig(...)
+    initialize_parallel(cfg, seed)               # process groups and seeds
+    config = transformer_config(cfg, dtype)      # CompleteP edits its init methods and softmax scale
+    spec = layer_spec(cfg)                       # ... and its residual branches
+    model = build_gpt(cfg, vocab_size, config, spec)
+    deepspeed.initialize(model=model, mpu=DeepSpeedMPU(), ...)
+
+    loss = model(tokens, positions, None, labels=labels)
+
+tokens, positions, labels: [batch, length] int64; loss: [batch, length] float32, one value per token. No attention mask
+is needed at any length up to seq_length: causal attention builds its own from the size of the scores.
+"""
+
+import math
+import random
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ds_plugin.core.errors import ConfigError, StateError
+from megatron_patches import megatron_on_cpu
+
+# A multiple that every usual tensor-parallel size divides, so that the size of the model does not depend on it.
+VOCAB_MULTIPLE = 64
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# megatron adds up to 2718 + tensor_parallel to the seed, and numpy takes 32 bits.
+_MAX_SEED = 2**31 - 1
+
+
+class GPTConfig(BaseModel):
+    """The shape of a decoder-only transformer and how it is cut. Unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    num_layers: int = Field(ge=1, description="transformer layers")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    num_attention_heads: int = Field(ge=1, description="query heads; divides hidden_size")
+    num_query_groups: int | None = Field(None, ge=1, description="key/value heads; None: one per query head")
+    ffn_hidden_size: int | None = Field(None, ge=1, description="width of the MLP; None: 4 * hidden_size")
+    seq_length: int = Field(ge=1, description="longest sequence in tokens; also the number of learned positions")
+    position_embedding: Literal["learned", "rope"] = Field("learned", description="absolute table or rotary")
+    normalization: Literal["LayerNorm", "RMSNorm"] = Field("LayerNorm", description="kind of every norm")
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="swiglu adds a gate of the MLP's width")
+    qk_norm: bool = Field(False, description="a norm on the queries and keys of every head")
+    bias: bool = Field(True, description="biases of the linear layers (the output layer never has one)")
+    tie_embeddings: bool = Field(False, description="use the word embedding as the output layer")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residual branches")
+    init_std: float = Field(0.02, gt=0.0, description="standard deviation of the initial weights")
+    tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer")
+    pipeline_parallel: int = Field(1, ge=1, description="stages of DeepSpeed's pipeline; divides num_layers")
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads, with the default filled in."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP, with the default filled in."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model together; as many copies as there are data-parallel ranks."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "GPTConfig":
+        _check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
+        _check_divides("num_query_groups", self.query_groups, "num_attention_heads", self.num_attention_heads)
+        # Whole query groups go to a rank, so heads follow; they come first because the default ties the two.
+        _check_divides("tensor_parallel", self.tensor_parallel, "num_attention_heads", self.num_attention_heads)
+        _check_divides("tensor_parallel", self.tensor_parallel, "num_query_groups", self.query_groups)
+        _check_divides("tensor_parallel", self.tensor_parallel, "ffn_hidden_size", self.ffn_size)
+        _check_divides("pipeline_parallel", self.pipeline_parallel, "num_layers", self.num_layers)
+        head = self.hidden_size // self.num_attention_heads
+        if self.position_embedding == "rope" and head % 2:
+            raise ValueError(
+                f"position_embedding='rope' needs an even head size, got hidden_size / num_attention_heads = {head}; "
+                "change num_attention_heads or use position_embedding='learned'"
+            )
+        return self
+
+
+def _check_divides(name: str, value: int, of: str, total: int) -> None:
+    if total % value:
+        raise ValueError(
+            f"{name} = {value} does not divide {of} = {total}; set {name} to a divisor of {total} or change {of}"
+        )
+
+
+def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
+    """Create megatron's process groups and seed every generator the same on all ranks of a tensor-parallel group.
+
+    torch.distributed must be initialised (deepspeed.init_distributed() or init_process_group), with gloo on a CPU.
+    Seeds `random`, numpy, torch and megatron's random number tracker, whose model-parallel stream differs per rank.
+    Calling it again with the same tensor_parallel and pipeline_parallel only seeds again.
+
+    Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when
+    tensor_parallel x pipeline_parallel does not divide the number of ranks, the seed is out of range, or there is
+    neither a GPU nor `megatron_on_cpu.enable()`.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not dist.is_initialized():
+        raise StateError("torch.distributed is not initialised; call deepspeed.init_distributed() first")
+    if not torch.cuda.is_available() and not megatron_on_cpu.enabled():
+        raise ConfigError("megatron-core found no GPU; call megatron_patches.megatron_on_cpu.enable() to run here")
+    if not 0 <= seed <= _MAX_SEED:
+        raise ConfigError(f"seed = {seed} is out of range; use 0 to {_MAX_SEED}")
+    if dist.get_world_size() % cfg.model_ranks:
+        name, value = "tensor_parallel", f"{cfg.tensor_parallel}"
+        if cfg.pipeline_parallel > 1:
+            name, value = f"{name} x pipeline_parallel", f"{value} x {cfg.pipeline_parallel}"
+        raise ConfigError(
+            f"{name} = {value} does not divide the {dist.get_world_size()} ranks of this job; "
+            f"start a multiple of {name} ranks or lower it"
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(cfg.tensor_parallel, cfg.pipeline_parallel)
+    _check_groups(cfg)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
+    """The megatron-core TransformerConfig of `cfg` with parameters of `dtype` (float32, bfloat16 or float16).
+
+    On the CPU, weights are cut from one full weight drawn alike on every rank, so a model starts the same whatever
+    tensor_parallel is. On a GPU each rank draws its own part on the device, and it does not. It never depends on
+    pipeline_parallel, which the config leaves at 1: the stages are DeepSpeed's (`pipeline_gpt`). Raises ConfigError
+    for another dtype.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype = {dtype} is not supported; use one of {', '.join(map(str, _DTYPES))}")
+    return TransformerConfig(
+        num_layers=cfg.num_layers,
+        hidden_size=cfg.hidden_size,
+        num_attention_heads=cfg.num_attention_heads,
+        num_query_groups=cfg.query_groups,
+        ffn_hidden_size=cfg.ffn_size,
+        normalization=cfg.normalization,
+        activation_func=F.silu if cfg.activation == "swiglu" else F.gelu,
+        gated_linear_unit=cfg.activation == "swiglu",
+        add_bias_linear=cfg.bias,
+        qk_layernorm=cfg.qk_norm,
+        hidden_dropout=cfg.dropout,
+        attention_dropout=cfg.dropout,
+        attention_softmax_in_fp32=True,
+        init_method_std=cfg.init_std,
+        tensor_model_parallel_size=cfg.tensor_parallel,
+        use_cpu_initialization=_on_cpu(),
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        # The fused kernels need extensions that the wheel lacks, and a fused residual add hides the branch's output.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+def layer_spec(cfg: GPTConfig) -> Any:
+    """The ModuleSpec of one layer: Transformer Engine's with a GPU and that package, otherwise megatron's own.
+
+    A fresh object on every call, so that a caller may edit its submodules.
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    # megatron's own answer: a package that is there but fails to import does not count.
+    if gpt_layer_specs.HAVE_TE and not _on_cpu():
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=cfg.qk_norm)
+    # Without the argument, apex's LayerNorm would be chosen for RMSNorm.
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization, qk_layernorm=cfg.qk_norm)
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """The next multiple of lcm(64, tensor_parallel): 50257 becomes 50304 for every tensor_parallel that divides 64.
+
+    Rows of the padding are drawn and trained like the others, as in Megatron-LM; no label ever points at them.
+    """
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
+    """A megatron-core GPTModel with parameters of `config.params_dtype`, vocabulary padded by `padded_vocab_size`.
+
+    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since. Draws from the
+    generators that `initialize_parallel` seeded.
+
+    Raises StateError when the process groups do not fit `cfg`; ConfigError for a vocabulary below 1, pipeline_parallel
+    above 1, and inside deepspeed.zero.Init, which cuts the position embeddings before megatron initialises them, so
+    that their init would silently do nothing.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    check_build(cfg, vocab_size)
+    if cfg.pipeline_parallel > 1:
+        raise ConfigError(
+            f"pipeline_parallel = {cfg.pipeline_parallel}: a GPTModel is not cut into DeepSpeed's stages; use "
+            "megatron_patches.models.pipeline_gpt.build_pipeline"
+        )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(vocab_size, cfg.tensor_parallel),
+        max_sequence_length=cfg.seq_length,
+        share_embeddings_and_output_weights=cfg.tie_embeddings,
+        position_embedding_type="learned_absolute" if cfg.position_embedding == "learned" else "rope",
+    )
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ConfigError(
+                "build_gpt was called inside deepspeed.zero.Init, where megatron cannot initialise its position "
+                "embeddings; build the model outside it, deepspeed.initialize partitions it for ZeRO-3"
+            )
+        # torch's norms and position embeddings are float32 whatever params_dtype says.
+        parameter.data = parameter.data.to(config.params_dtype)
+    return model
+
+
+class DeepSpeedMPU:
+    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`.
+
+    A PipelineModule brings its own to the engine, of the same ranks; this one then serves the script only.
+
+    "Model parallel" is tensor parallel here, and "data parallel" all ranks that hold the same shard. The sequence
+    parallel methods are left out on purpose: DeepSpeed takes their presence for its Ulysses mode.
+    """
+
+    def __init__(self) -> None:
+        from megatron.core import parallel_state
+
+        if not parallel_state.model_parallel_is_initialized():
+            raise StateError("DeepSpeedMPU needs megatron's process groups; call gpt.initialize_parallel first")
+        self._state = parallel_state
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._state.get_tensor_model_parallel_rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self._state.get_tensor_model_parallel_src_rank()
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._state.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._state.get_pipeline_model_parallel_rank()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._state.get_pipeline_model_parallel_world_size()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._state.get_data_parallel_group()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Global ranks of this rank's data-parallel group, in order."""
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
+
+    def get_data_parallel_rank(self) -> int:
+        return self._state.get_data_parallel_rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._state.get_data_parallel_world_size()
+
+    # Old names for the tensor-parallel group. megatron's own get_model_parallel_group spans the pipeline too.
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+
+
+def _on_cpu() -> bool:
+    # The CPU host may pretend that there is a GPU.
+    return megatron_on_cpu.enabled() or not torch.cuda.is_available()
+
+
+def check_build(cfg: GPTConfig, vocab_size: int) -> None:
+    """Raise StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
+    _check_groups(cfg)
+    if vocab_size < 1:
+        raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")
+
+
+def _check_groups(cfg: GPTConfig) -> None:
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        raise StateError("megatron's process groups do not exist; call gpt.initialize_parallel(cfg, seed) first")
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    for name, size, asked in (
+        ("tensor_parallel", parallel_state.get_tensor_model_parallel_world_size(), cfg.tensor_parallel),
+        # With 1 the stages of existing groups are the business of whoever made the groups.
+        ("pipeline_parallel", stages, cfg.pipeline_parallel if cfg.pipeline_parallel > 1 else stages),
+    ):
+        if size != asked:
+            raise StateError(
+                f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value "
+                "per process, or parallel_state.destroy_model_parallel() between two"
+            )

@@ -1,0 +1,126 @@
+"""What lies between Megatron-LM's data loaders and its training loop: batches cut to a length, batches seen again."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ds_plugin.core.errors import ConfigError, DataError
+from ds_plugin.sequence_length_warmup.slicing import cut_batch
+
+#: entries of a micro-batch; other tensors are refused
+_KNOWN = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "dataset_id")
+
+
+def cut(batch: Any, length: int) -> dict[str, Any]:
+    """The first ``length`` positions of every sample of a micro-batch, contiguous, as broadcasts need them.
+
+    Raises:
+        DataError: an entry is not known, so that it is not known what to cut, or a sample is shorter.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(
+            f"sequence_length_warmup: the training data are {type(batch).__name__} objects; give dictionaries with "
+            f"{', '.join(_KNOWN)}, as Megatron-LM's datasets do"
+        )
+    for name, value in batch.items():
+        if torch.is_tensor(value) and name not in _KNOWN:
+            raise DataError(
+                f"sequence_length_warmup: the training data hold {name!r} of shape {list(value.shape)}, and which of "
+                f"its dimensions are positions is not known (known are {', '.join(_KNOWN)}); packed samples "
+                "(--sft, THD) have no length to shorten: train them without sequence_length_warmup"
+            )
+    try:
+        found, _, tokens = cut_batch(batch, length)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    rows, own = batch["tokens"].shape
+    if tokens < rows * length:  # the loop gives its models one shape
+        raise DataError(
+            f"sequence_length_warmup: tokens has {own} positions, {length} are to be trained; give samples of "
+            "--seq-length positions"
+        )
+    return dict(found)
+
+
+class Cut:
+    """The batches of ``source``, cut to the length of the iteration that asks for them."""
+
+    def __init__(self, source: Iterator[Any], length: Callable[[], int]):
+        """``length()``: tokens of a sample now."""
+        self._source, self._length = source, length
+        self._ahead: list[Any] = []
+
+    def check_first(self, full: int) -> None:
+        """Read one batch ahead, so that data that cannot be cut are known before the first step.
+
+        Raises:
+            DataError: as `cut`, for the longest of the lengths.
+        """
+        try:
+            batch = self.ahead()
+        except StopIteration:  # a run that has reached its end reads nothing
+            return
+        cut(batch, full)
+
+    def ahead(self) -> Any:
+        """The batch that comes next, whole; it still comes. Raises StopIteration if there is none."""
+        if not self._ahead:
+            self._ahead.append(next(self._source))
+        return self._ahead[0]
+
+    def __iter__(self) -> "Cut":
+        return self
+
+    def __next__(self) -> Any:
+        return cut(self._ahead.pop() if self._ahead else next(self._source), self._length())
+
+
+class Replay:
+    """The batches of ``source``; those read since `record` come again after each `replay`, and then new ones."""
+
+    def __init__(self, source: Iterator[Any]):
+        self._source = source
+        self._recording = False
+        self._kept: list[Any] = []
+        self._again: Iterator[Any] = iter(())
+
+    def __iter__(self) -> "Replay":
+        return self
+
+    def __next__(self) -> Any:
+        for batch in self._again:
+            return batch
+        batch = next(self._source)
+        if self._recording:
+            batch = _sharing(batch, self._kept[-1] if self._kept else None)
+            self._kept.append(batch)
+        return batch
+
+    def record(self) -> None:
+        """Keep the batches that are read from now on, in CPU memory."""
+        self.forget()
+        self._recording = True
+
+    def replay(self) -> None:
+        """Give the kept batches once more, and keep no others."""
+        self._recording, self._again = False, iter(self._kept)
+
+    def forget(self) -> None:
+        """Go on with the source, and drop what was kept."""
+        self._recording, self._kept, self._again = False, [], iter(())
+
+
+def _sharing(batch: Any, before: Any) -> Any:
+    """The batch; entries equal to those of the batch before are the same tensors, so that they are kept once.
+
+    Attention masks are length x length for each sample and, as position ids, mostly the same in all batches: without
+    this an evaluation would keep gigabytes of them.
+    """
+    if not (isinstance(batch, Mapping) and isinstance(before, Mapping)):
+        return batch
+    return {name: before[name] if _equal(value, before.get(name)) else value for name, value in batch.items()}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype and torch.equal(one, other)

@@ -1,0 +1,328 @@
+"""The methods in the training loop of Megatron-LM's ``megatron.training.training``, for one run.
+
+The loop calls its parts by their names in that module, so that each can be wrapped; the wrappers are the methods below,
+which take the host's function first. What a run is made of comes with the host's own calls:
+
+setup_model_and_optimizer    the options are checked; model and optimizer are taken note of; the state is loaded
+build_..._data_iterators     training batches are cut to the iteration's length, validation batches can be seen again
+train_step                   ``args.seq_length`` is the iteration's length, before the first short one once the full
+                             one; after it tokens are booked, a snapshot taken
+num_floating_point_operations, training_log, compute_throughputs_and_append_to_progress_log
+                             count what was trained
+evaluate_and_print_results   at full length, on the weights and then on their average, on the same batches
+get_tensorboard_writer, get_wandb_writer
+                             the average's figures have names of their own
+save_checkpoint              our files first, with ``save_average`` the average's weights, then the host's
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin.config import PluginConfig
+from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.finite import finite_everywhere
+from megatron_patches.training_loop import preflight, state
+from megatron_patches.training_loop.batches import Cut, Replay
+from megatron_patches.training_loop.lengths import Lengths
+from megatron_patches.training_loop.options import check_options, layout_multiple
+from megatron_patches.weight_averaging.masters import find_megatron_shards
+
+Host = Callable[..., Any]
+_SAMPLES = "consumed samples:"  # in the line that Megatron-LM prints of an iteration
+
+
+class Loop:
+    """Holds the methods' state; made before the script runs."""
+
+    def __init__(self, sections: PluginConfig, get_args: Callable[[], Any]):
+        """``get_args``: Megatron-LM's own; there are no arguments before the script has read them."""
+        self.sections = sections
+        self.lengths: Lengths | None = None
+        self.averager: WeightAverager | None = None
+        self._get_args = get_args
+        self._ready = False  # model, optimizer and state are there
+        self._last = 0  # length of the iteration that ran last
+        self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
+        self._loaded: tuple[Path, int] | None = None
+        self._validation: list[Replay] = []
+        self._mark = ""  # behind the names of what is written, while an average is evaluated
+
+    def options(self) -> Any:
+        """Megatron-LM's arguments."""
+        return self._get_args()
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def setup_model_and_optimizer(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """Raises ConfigError for what a method cannot go with, before the model is built, on every rank."""
+        options = self._get_args()
+        with raise_on_all_ranks():
+            check_options(self.sections, options)
+            if (section := self.sections.sequence_length_warmup) is not None:
+                self.lengths = Lengths(section, full=options.seq_length, layout_multiple=layout_multiple(options))
+                self._last = options.seq_length
+        model, optimizer, scheduler = host(*args, **kwargs)
+        if self.sections.weight_averaging is not None and optimizer is not None:
+            self.averager = WeightAverager(self.sections.weight_averaging, find_megatron_shards(optimizer, model))
+            self._wait_before_steps(optimizer)
+        if self.lengths is not None and scheduler is not None and self.lengths.config.learning_rate.by == "tokens":
+            self._count_by_tokens(scheduler)
+        if self._loaded is not None:
+            state.load(self, *self._loaded)
+        self._ready = True
+        if dist.get_rank() == 0:
+            print("\n".join(self.describe()), flush=True)
+        return model, optimizer, scheduler
+
+    def load_checkpoint(self, host: Host, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what cannot be gone on from, and remember what was loaded: our state follows when it has a place."""
+        options = self._get_args()
+        state.check(self, model)
+        found = host(model, *args, **kwargs)
+        iteration = found[0]
+        if iteration > 0 and not options.finetune:
+            self._loaded = (Path(options.load), iteration)
+        return found
+
+    def build_train_valid_test_data_iterators(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """Put `Cut` under the training iterator, and `Replay` under those of validation and test."""
+        train, valid, test = host(*args, **kwargs)
+        with raise_on_all_ranks():
+            if self.lengths is not None:
+                for iterator in _each(train):
+                    iterator.iterable = Cut(iterator.iterable, lambda: self._get_args().seq_length)
+                    iterator.iterable.check_first(self.lengths.full)
+            if self.averager is not None:
+                for iterator in [*_each(valid), *_each(test)]:
+                    iterator.iterable = Replay(iterator.iterable)
+                    self._validation.append(iterator.iterable)
+        return train, valid, test
+
+    def describe(self) -> list[str]:
+        """One line for each method that is on."""
+        options, lines = self._get_args(), []
+        if self.lengths is not None:
+            lines.append(self.lengths.describe(batch=options.global_batch_size, iterations=options.train_iters))
+        if self.averager is not None:
+            lines.append(self.averager.describe())
+        if (recipe := self.sections.completep) is not None:
+            lines.append(
+                f"completep: recipe {recipe.recipe}, base {recipe.base_width} x {recipe.base_depth}, multipliers "
+                f"{'folded into the weights' if recipe.residual == 'folded' else 'in the forward pass'}"
+            )
+        return lines
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def train_step(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """One iteration at its length. Raises StateError while the average is in place of the weights."""
+        if self.averager is not None:
+            self.averager.refuse_while_swapped("a training step")
+        if self.lengths is not None:
+            self._last = self.lengths.length
+            if not self._rehearsed and self._last < self.lengths.full:
+                self._rehearsed = True
+                host = functools.partial(preflight.before, host, self.lengths.full, self._get_args())
+        with self._at_length(self._last):
+            result = host(*args, **kwargs)
+        _, skipped, _, leaves, _, norm, *_ = result
+        if not leaves:
+            self._after_step(applied=not skipped, norm=norm)
+        return result
+
+    def _after_step(self, *, applied: bool, norm: float | None) -> None:
+        options = self._get_args()
+        if self.lengths is not None:
+            self.lengths.booked(_samples(options), self._last, applied)
+        iteration = options.curr_iteration + 1
+        if self.averager is not None and applied and self.averager.due(iteration):
+            self.averager.snapshot(iteration, finite=self._is_finite(norm))
+
+    def _is_finite(self, norm: float | None) -> bool:
+        """The host gives the same norm to all ranks. Without one the masters are looked at, and all ranks told."""
+        if norm is not None:
+            return math.isfinite(norm)
+        assert self.averager is not None
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        return finite_everywhere(self.averager.shards.tensors(), device)
+
+    def _wait_before_steps(self, optimizer: Any) -> None:
+        step = optimizer.step
+
+        def after_the_copy(*args: Any, **kwargs: Any) -> Any:
+            assert self.averager is not None
+            self.averager.before_step()
+            return step(*args, **kwargs)
+
+        optimizer.step = after_the_copy
+
+    def _count_by_tokens(self, scheduler: Any) -> None:
+        step = scheduler.step
+
+        def by_tokens(increment: int) -> None:
+            assert self.lengths is not None
+            step(increment=self.lengths.increment(increment, self._last))
+
+        scheduler.step = by_tokens
+
+    @contextlib.contextmanager
+    def _at_length(self, length: float) -> Iterator[None]:
+        options = self._get_args()
+        full = options.seq_length
+        if self.lengths is not None:
+            options.seq_length = length
+        try:
+            yield
+        finally:
+            options.seq_length = full
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def num_floating_point_operations(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """Of the iteration that ran last, at its length."""
+        with self._at_length(self._last):
+            return host(*args, **kwargs)
+
+    def training_log(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """Throughputs are at the length of the iteration that ran last."""
+        with self._at_length(self._last):
+            return host(*args, **kwargs)
+
+    def compute_throughputs_and_append_to_progress_log(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """The host multiplies samples by the length: the mean length then gives the tokens that were trained."""
+        samples = self._get_args().consumed_train_samples
+        mean = self.lengths.trained / samples if self.lengths is not None and samples else self._last
+        with self._at_length(mean):
+            return host(*args, **kwargs)
+
+    def print_rank_last(self, host: Host, message: Any) -> Any:
+        """The iteration's line says the length, and the tokens trained so far."""
+        before, mark, after = str(message).partition(_SAMPLES)
+        count, bar, rest = after.partition("|")
+        if self.lengths is not None and mark and bar:
+            said = f" sequence length: {self._last:5d} | trained tokens: {self.lengths.trained:14d} |"
+            message = f"{before}{mark}{count}{bar}{said}{rest}"
+        return host(message)
+
+    # -- using the average ---------------------------------------------------------------------------------------------
+
+    def evaluate_and_print_results(self, host: Host, prefix: str, *args: Any, **kwargs: Any) -> Any:
+        """The host's evaluation, and once more with each average in place, on the same batches."""
+        steps = self.averager.steps if self.averager is not None else []
+        if self.averager is None or not steps:
+            return host(prefix, *args, **kwargs)
+        options = self._get_args()
+        for source in self._validation:
+            source.record()
+        result = host(prefix, *args, **kwargs)
+        consumed = options.consumed_valid_samples
+        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
+        for horizon in horizons:
+            for source in self._validation:
+                source.replay()
+            over = f"average of steps {steps[0]} to {steps[-1]}" + (f", horizon {horizon}" if horizon else "")
+            self._mark = ", averaged" + (f", horizon {horizon}" if horizon else "")
+            with self.averager.averaged_weights(horizon):
+                host(f"{prefix} | {over}", *args, **kwargs)
+        self._mark = ""
+        for source in self._validation:
+            source.forget()
+        options.consumed_valid_samples = consumed
+        return result
+
+    def get_tensorboard_writer(self, host: Host) -> Any:
+        """The host's, which only the last rank has."""
+        return self._marked(host())
+
+    def get_wandb_writer(self, host: Host) -> Any:
+        """The host's, which only the last rank has."""
+        return self._marked(host())
+
+    def _marked(self, writer: Any) -> Any:
+        return _Marked(writer, self._mark) if self._mark and writer is not None else writer
+
+    def save_checkpoint(self, host: Host, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """Our files are on disk before the host's tracker file names the iteration."""
+        if self.averager is not None:
+            self.averager.refuse_while_swapped("save_checkpoint()")
+        if self._ready:  # before, the host only converts what it has read
+            state.save(self, Path(self._get_args().save), iteration)
+            if self.averager is not None and self.averager.config.save_average and self.averager.steps:
+                self._save_averages(host, iteration, *args, **kwargs)
+        return host(iteration, *args, **kwargs)
+
+    def _save_averages(self, host: Host, *args: Any, **kwargs: Any) -> None:
+        """The weights alone, by the host's own function and in its format, so that its tools and layouts read them."""
+        assert self.averager is not None
+        options = self._get_args()
+        call = inspect.signature(host).bind(*args, **kwargs)
+        # nothing of the run's own checkpoints: neither its state nor what is kept from one save to the next
+        for name in ("optimizer", "opt_param_scheduler", "checkpointing_context", "train_data_iterator"):
+            if name in call.arguments:
+                call.arguments[name] = None
+        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
+        for horizon in horizons:
+            root = state.root_of_average(Path(options.save), horizon)
+            # earlier ones are removed with the run's: the host would do it in a thread that reads args.save later
+            without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
+            state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
+            with self.averager.averaged_weights(horizon), _set(options, save=str(root), **without):
+                host(*call.args, **call.kwargs)
+
+
+class _Marked:
+    """A writer of TensorBoard's or W&B's that puts ``mark`` behind each name; the rest is the writer's own."""
+
+    def __init__(self, writer: Any, mark: str):
+        self._writer, self._mark = writer, mark
+
+    def add_scalar(self, tag: str, *args: Any, **kwargs: Any) -> None:
+        self._writer.add_scalar(tag + self._mark, *args, **kwargs)
+
+    def log(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log({name + self._mark: value for name, value in values.items()}, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+@contextlib.contextmanager
+def _set(options: Any, **values: Any) -> Iterator[None]:
+    """Options with other values for a while."""
+    before = {name: getattr(options, name, None) for name in values}
+    vars(options).update(values)
+    try:
+        yield
+    finally:
+        vars(options).update(before)
+
+
+def _samples(options: Any) -> int:
+    """Of one iteration, over all ranks."""
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    copies = options.data_parallel_size * getattr(options, "gtp_weight_remat_size", 1)
+    return options.micro_batch_size * copies * get_num_microbatches()
+
+
+def _each(iterators: Any) -> list[Any]:
+    """The iterators there are: one, lists of them, or None where a rank reads no data."""
+    if isinstance(iterators, list):
+        return [found for part in iterators for found in _each(part)]
+    if iterators is None:
+        return []
+    if not hasattr(iterators, "iterable"):
+        raise ConfigError(
+            f"Megatron-LM's data iterator {type(iterators).__name__} has no 'iterable' to wrap; this version builds it "
+            "in another way than the tested ones: train without sequence_length_warmup and weight_averaging"
+        )
+    return [iterators]

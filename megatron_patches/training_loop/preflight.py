@@ -1,0 +1,165 @@
+"""An iteration's forward and backward passes at full length before the first short one, so that an out-of-memory shows
+at once, and not when the warmup has come so far.
+
+They are the host's own: its schedule, its number of micro-batches, its reduction of gradients. The optimizer does not
+step.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ds_plugin.core.errors import PluginError
+from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
+from megatron_patches import megatron_on_cpu
+from megatron_patches.training_loop.batches import cut
+
+TrainStep = Callable[..., Any]
+_GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
+_MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
+_KEPT = {  # what an option keeps of every pass
+    "qk_clip": "the largest attention logits until the optimizer steps",
+    "log_max_attention_logit": "the largest attention logits until the optimizer steps",
+    "dsa_indexer_loss_coeff": "the indexer's loss for the log",
+    "fine_grained_activation_offloading": "what the first pass has shown of the activations",
+    "moe_routing_trace_path": "a trace of the passes",
+    "save_tokens_per_expert_interval": "a trace of the passes",
+}
+
+
+def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``train_step(*args, **kwargs)``, the host's, with passes at ``length`` tokens before its own.
+
+    They train on the next micro-batch, which is read ahead, and with room taken for the optimizer's state. Gradients,
+    buffers, random streams and what the host sums up for its log are put back: the run that follows is bit for bit the
+    run without them. Rank 0 prints how it went.
+
+    Raises:
+        PluginError: the host calls its step, or the step its passes, in another way than the tested versions.
+        torch.OutOfMemoryError: with a note that names the remedies.
+    """
+    if (why := left_out(options)) is not None:
+        _print(f"none at {length} tokens, since {why}")
+        return train_step(*args, **kwargs)
+    call = inspect.signature(train_step).bind(*args, **kwargs)
+    _need(call.arguments, _GIVEN, "train_step")
+    passes, iterators, model, optimizer, config = (call.arguments[name] for name in _GIVEN)
+    passed = False
+
+    def with_preflight(**settings: Any) -> Any:
+        nonlocal passed
+        if not passed:
+            passed = True
+            _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
+            longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
+            room = functools.partial(adams_state, optimizer)
+            with _silent(options, length, config), full_length_pass(model, room, length=length, means=_MEANS):
+                passes(**{**settings, **longest})
+            for chunk in model:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            known = getattr(options, "optimizer", "adam") == "adam"
+            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(_device())}")
+        return passes(**settings)
+
+    call.arguments["forward_backward_func"] = with_preflight
+    return train_step(*call.args, **call.kwargs)
+
+
+def left_out(options: Any) -> str | None:
+    """Why there is none with these options, which keep more of a pass than is put back here. None: there is one.
+
+    Args:
+        options: Megatron-LM's.
+    """
+    if getattr(options, "fp8", None) and getattr(options, "fp8_recipe", "delayed") == "delayed":
+        return "--fp8-recipe delayed keeps the largest values of earlier passes"
+    for name, kept in _KEPT.items():
+        if getattr(options, name, None):
+            return f"--{name.replace('_', '-')} keeps {kept}"
+    return None
+
+
+def repeated(iterators: Any, length: int) -> Any:
+    """In place of the loop's iterators (one, a list for virtual stages, None where none is read): their next
+    micro-batch, without end, at ``length`` tokens. Each time it is another dictionary, since hosts write into them.
+    """
+    if isinstance(iterators, list):
+        return [repeated(each, length) for each in iterators]
+    if iterators is None:
+        return None
+    batch = iterators.iterable.ahead()
+    return (cut(batch, length) for _ in itertools.count())
+
+
+def adams_state(optimizer: Any) -> list[torch.Tensor]:
+    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet.
+
+    Nothing for other optimizers, and for state that is kept in CPU memory.
+    """
+    if hasattr(optimizer, "chained_optimizers"):
+        return [tensor for single in optimizer.chained_optimizers for tensor in adams_state(single)]
+    config = optimizer.config
+    if config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False) or optimizer.optimizer is None:
+        return []
+    inner = optimizer.optimizer
+
+    def kinds(parameter: torch.Tensor) -> list[torch.dtype]:
+        found = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
+        if getattr(inner, "master_weights", False):  # TransformerEngine's: whole, or the bits that bf16 lacks
+            rest = getattr(inner, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
+            found.append(torch.int16 if rest else config.main_params_dtype)
+        return found
+
+    return state_to_come((p for group in inner.param_groups for p in group["params"] if not inner.state.get(p)), kinds)
+
+
+@contextlib.contextmanager
+def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
+    """The host at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
+    machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
+    before = options.seq_length, config.timers
+    options.seq_length, config.timers = length, None
+    machine.validate_result = lambda *args, **kwargs: None  # of this object: it would keep the largest values
+    try:
+        yield
+    finally:
+        options.seq_length, config.timers = before
+        del machine.validate_result
+    forget_sums(options)
+
+
+def forget_sums(options: Any) -> None:
+    """Take back what layers have summed up for the log, in which there was nothing before."""
+    if getattr(options, "num_experts", None):
+        importlib.import_module("megatron.core.transformer.moe.moe_utils").clear_aux_losses_tracker()
+    if getattr(options, "mtp_num_layers", None):
+        prediction = importlib.import_module("megatron.core.transformer.multi_token_prediction")
+        for value in prediction.MTPLossLoggingHelper.tracker.values():  # by names that differ between versions
+            if torch.is_tensor(value):
+                value.zero_()
+
+
+def _device() -> torch.device:
+    on_cpu = megatron_on_cpu.enabled() or not torch.cuda.is_available()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def _print(said: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"{SAYS}: {said}", flush=True)
+
+
+def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None:
+    if lacking := [name for name in names if name not in given]:
+        raise PluginError(
+            f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}; use a "
+            'version this plugin was tested with (core 0.16 or 0.20), or write "preflight": false'
+        )

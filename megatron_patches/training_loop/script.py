@@ -1,0 +1,261 @@
+"""``python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE``: a Megatron-LM script, with the methods in it.
+
+The script is read and executed as it is, in this process's ``__main__``; nothing of it is changed or copied. A script
+that may be changed needs two lines instead: ``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
+"""
+
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.config import PluginConfig, load_json
+from ds_plugin.core.errors import ConfigError, PluginError, StateError
+from ds_plugin.core.patch import Change, Patch, Switch
+from megatron_patches.apply_completep import apply_completep
+
+FLAG = "--ds-plugin-config"
+OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
+TRAINING = "megatron.training.training"
+#: what the loop calls by name in its own module, and `loop.Loop` wraps
+WRAPPED = (
+    "setup_model_and_optimizer",
+    "load_checkpoint",
+    "build_train_valid_test_data_iterators",
+    "train_step",
+    "num_floating_point_operations",
+    "training_log",
+    "compute_throughputs_and_append_to_progress_log",
+    "evaluate_and_print_results",
+    "get_tensorboard_writer",
+    "get_wandb_writer",
+    "save_checkpoint",
+    "print_rank_last",
+)
+#: training loops of their own over megatron-core, each by a module that is there where it runs
+OTHER_LOOPS = {
+    "megatron.bridge.training.train": "Megatron-Bridge",
+    "nemo.lightning": "NeMo",
+    "nemo.collections.nlp.parts.nlp_overrides": "NeMo",
+    "nemo_rl": "NeMo RL",
+    "verl.workers": "verl",
+    "primus.modules.trainer": "Primus",
+}
+
+_installed: tuple[PluginConfig, list[Change]] | None = None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a script with its own arguments; the exit code. ``arguments``: the script, and what it is given."""
+    try:
+        script, given, sections = read_arguments(arguments)
+        prepare_host(script)
+        install(sections)
+    except PluginError as error:  # before there are process groups: every rank has found the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    sys.argv = [str(script), *given]
+    try:
+        execute(script)
+    except PluginError as error:
+        _say(error)
+        return 2
+    return 0
+
+
+def _say(error: PluginError) -> None:
+    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it.
+
+    The launcher ends the other ranks as soon as one is gone, so that they let rank 0 speak; one that is still there
+    seconds later speaks for itself, unless all are known to have raised the same.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+    if rank == "0" or not error.on_every_rank:
+        print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:
+    """The script, the arguments that are its own, and the sections of the plugin's file.
+
+    Raises:
+        ConfigError: there is no such script, or the file is missing, wrong or given twice.
+    """
+    script = Path(arguments[0])
+    if not script.is_file():
+        raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
+    rest, files = [], []
+    words = iter(arguments[1:])
+    for word in words:
+        if word == FLAG:
+            files.append(next(words, ""))
+        elif word.startswith(f"{FLAG}="):
+            files.append(word.removeprefix(f"{FLAG}="))
+        else:
+            rest.append(word)
+    if len(files) != 1 or not files[0]:
+        raise ConfigError(f"{FLAG}: given {len(files)} time(s); give it once, with a JSON file")
+    sections = PluginConfig.from_dict(load_json(files[0]))
+    return script.resolve(), rest, sections
+
+
+def prepare_host(script: Path) -> None:
+    """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
+    folder = str(script.parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_patches.training_loop import cpu
+
+        if os.environ.get("RANK", "0") == "0":
+            logging.getLogger("ds_plugin").warning("no GPU: Megatron-LM runs on the CPU, over gloo")
+        cpu.enable()
+
+
+def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
+    """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
+
+    A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
+    apply to Megatron-LM's own training loop: the script then uses ``megatron.training``, and the other two methods are
+    in it as well: `install`. Without a section (the method is off) nothing is changed.
+
+    Raises:
+        ConfigError: the file cannot be read, or one of its sections is wrong.
+        StateError, PluginError: see these two functions.
+    """
+    if isinstance(section, (str, Path)):
+        section = PluginConfig.from_dict(load_json(section))
+    if isinstance(section, PluginConfig):
+        install(section)
+    elif section is not None:
+        apply_completep(section)
+
+
+def install(sections: PluginConfig) -> None:
+    """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
+
+    `megatron_patches.revert()` undoes it.
+
+    Where another loop trains, nothing that is wrapped is called: the first step of any optimizer is refused as long as
+    the loop has not been set up.
+
+    Raises:
+        StateError: other sections are in force.
+        ConfigError: another training loop is imported, or Megatron-LM's is not there; nothing is changed then.
+        PluginError: this Megatron-LM lacks one of the names; nothing is changed then.
+    """
+    global _installed
+    if sections == PluginConfig():
+        return
+    if sections.completep is not None:
+        sections = dataclasses.replace(sections, completep=sections.completep.on_megatron())
+    if _installed is not None and any(patch.applied for patch in _installed[1]):
+        if _installed[0] != sections:
+            raise StateError(
+                f"megatron_patches: {_installed[0].to_dict()} is in force, {sections.to_dict()} was asked for; one "
+                "configuration holds in a process, call megatron_patches.revert() between two"
+            )
+        return
+    _refuse_other_loops()
+    training = _training()
+    from megatron_patches.training_loop.loop import Loop
+
+    loop, guard = Loop(sections, training.get_args), _first_step()
+
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        guard.revert()
+        return loop.setup_model_and_optimizer(*args, **kwargs)
+
+    methods = {**{name: getattr(loop, name) for name in WRAPPED}, "setup_model_and_optimizer": set_up}
+    patches: list[Change] = [guard, *(_wrapped(name, method) for name, method in methods.items())]
+    try:
+        for patch in patches:
+            patch.apply()
+        if sections.completep is not None:
+            apply_completep(sections.completep)
+    except PluginError:
+        for patch in reversed(patches):
+            patch.revert()
+        raise
+    _installed = sections, patches
+
+
+def _training() -> ModuleType:
+    """The module of the training loop, which has every name that is used of it."""
+    try:
+        training = importlib.import_module(TRAINING)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{TRAINING} cannot be imported ({error}); give the script of a Megatron-LM checkout, whose folder holds "
+            "megatron/training, and install what it needs"
+        ) from None
+    lacking = [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]
+    if lacking:
+        version = importlib.import_module("megatron.core").__version__
+        raise PluginError(
+            f"{TRAINING} of Megatron-LM with core {version} ({training.__file__}) has no {', '.join(lacking)}; use a "
+            "version this plugin was tested with (core 0.16 or 0.20)"
+        )
+    return training
+
+
+_REMEDY = (
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (pretrain() of megatron.training); in any "
+    "other give the completep section alone, megatron_patches.apply(section)"
+)
+
+
+def _refuse_other_loops() -> None:
+    for module, name in OTHER_LOOPS.items():
+        if module in sys.modules:
+            raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
+
+
+def _first_step() -> Switch:
+    """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    hooks: list[Any] = []
+
+    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+        raise StateError(
+            f"megatron_patches.apply: {type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer, "
+            f"where the methods come in, was not called: another loop would train without them; {_REMEDY}"
+        )
+
+    return Switch(
+        "torch.optim.Optimizer.step",
+        lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
+        lambda: hooks.pop().remove(),
+        reason="no step before the training loop is set up",
+    )
+
+
+def _wrapped(name: str, method: Any) -> Patch:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not patch.applied:  # a module imported in the meantime may have kept this function
+            return getattr(importlib.import_module(TRAINING), name)(*args, **kwargs)
+        return method(patch.original, *args, **kwargs)
+
+    patch = Patch(f"{TRAINING}.{name}", call, reason="the methods in the training loop")
+    return patch
+
+
+def execute(script: Path) -> None:
+    """Run the file as ``__main__``, without replacing the module: a spawned process finds this package's, guarded."""
+    code = compile(script.read_bytes(), str(script), "exec")
+    main: ModuleType = sys.modules["__main__"]
+    names = vars(main)
+    names["__file__"] = str(script)
+    exec(code, names)

@@ -1,0 +1,284 @@
+"""The methods' state beside Megatron-LM's checkpoints: ``<save>/ds_plugin/iter_0000100/``.
+
+``ds_plugin.json`` holds the sections and the small state, equal on all ranks; each rank's averaging window is a file of
+its own (`weight_averaging.state.files`). The folder is our own, because the host's loaders read all of theirs.
+"""
+
+import json
+import logging
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from ds_plugin.config import PluginConfig
+from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.files import atomic_write
+from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.settings_model import parse_section
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.state import files as window_files
+from megatron_patches.training_loop.lengths import Lengths
+
+FORMAT = 2
+AVERAGED = "averaged"
+TRACKER = "latest_checkpointed_iteration.txt"  # the host's
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    """Where the state of an iteration lies."""
+    return root / "ds_plugin" / f"iter_{iteration:07d}"
+
+
+class Methods(Protocol):
+    """The methods in one training loop; None: off."""
+
+    sections: PluginConfig
+    lengths: Lengths | None
+    averager: WeightAverager | None
+
+    def options(self) -> Any:
+        """Megatron-LM's arguments."""
+
+
+def save(loop: Methods, root: Path, iteration: int) -> None:
+    """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
+    save_id: str = _from_rank_0(uuid.uuid4().hex)
+    folder = folder_of(root, iteration)
+    with raise_on_all_ranks():
+        folder.mkdir(parents=True, exist_ok=True)
+        if loop.averager is not None:
+            window_files.save(folder, loop.averager, save_id=save_id, **_place())
+    with raise_on_all_ranks():  # the manifest last: it says that the rest is there
+        if dist.get_rank() == 0:
+            manifest = {
+                "format": FORMAT,
+                "save_id": save_id,
+                "iteration": iteration,
+                "world_size": dist.get_world_size(),
+                "model_parallel": _sizes(),
+                "sections": loop.sections.to_dict(),
+                "lengths": loop.lengths.state() if loop.lengths is not None else None,
+            }
+            text = json.dumps(manifest, indent=1)
+            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+            if getattr(loop.options(), "save_retain_interval", None) is not None:
+                _forget_retired(root, iteration)
+
+
+def root_of_average(root: Path, horizon: int | None) -> Path:
+    """Where the host saves averages: checkpoints of weights, for ``--load`` with ``--finetune``."""
+    return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
+
+
+def mark_average(loop: Methods, root: Path, iteration: int) -> None:
+    """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0:
+            folder = folder_of(root, iteration)
+            folder.mkdir(parents=True, exist_ok=True)
+            manifest = {
+                "format": FORMAT,
+                "iteration": iteration,
+                "average_of": loop.averager.steps if loop.averager is not None else [],
+                "sections": loop.sections.to_dict(),
+            }
+            text = json.dumps(manifest, indent=1)
+            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def check(loop: Methods, model: Any) -> None:
+    """Look at what the host is about to load into ``model``, its chunks. Every rank calls it, before the host does.
+
+    Raises:
+        CheckpointError: on every rank alike: a run would be resumed from an average or with another ``completep``; or,
+            with ``--finetune``, weights would get another forward pass than they were trained in.
+    """
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0 and (found := _to_load(loop.options())) is not None:
+            root, iteration, finetune = found
+            path = folder_of(root, iteration) / MANIFEST
+            manifest = _read(path, path.read_text("utf-8")) if path.is_file() else None
+            if finetune:
+                _check_weights(loop, manifest, path, model[0])
+            else:
+                _check_run(loop, manifest, path)
+
+
+def _to_load(options: Any) -> tuple[Path, int, bool] | None:
+    """Where the host will find which iteration, and whether it will take the weights alone; None: it finds nothing.
+
+    As far as can be told beforehand: a newer checkpoint that is not persistent is found by the host alone. What was
+    loaded in the end is looked at again, by `load`.
+    """
+    finetune = options.finetune or getattr(options, "freeze_all_layers", False)
+    step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
+    root = options.load
+    if pretrained is not None and (root is None or not Path(root, TRACKER).is_file()):
+        root, finetune = pretrained, True
+    if root is None:
+        return None
+    tracker = Path(root, TRACKER)
+    text = tracker.read_text("utf-8").strip() if tracker.is_file() else ""
+    if text == "release":  # weights alone, of no iteration
+        return Path(root), 0, True
+    if not step and not text.isdigit():  # nothing, or what the host refuses
+        return None
+    return Path(root), step or int(text), finetune
+
+
+def _check_run(loop: Methods, manifest: dict[str, Any] | None, path: Path) -> None:
+    section = loop.sections.completep
+    if manifest is None:
+        if section is not None:
+            raise CheckpointError(
+                f"{path} is missing: a checkpoint of a run without this plugin, whose weights belong to another "
+                'parametrization; resume without "completep", or start a new run'
+            )
+        return
+    if steps := manifest.get("average_of"):
+        raise CheckpointError(
+            f"{path} is of the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state; give "
+            "--finetune to start from its weights, or resume from the run's own --save folder"
+        )
+    recipe = manifest["sections"].get("completep")
+    if (recipe is None) != (section is None):
+        ours = loop.sections.to_dict().get("completep")
+        raise CheckpointError(
+            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
+            "same section"
+        )
+    if section is not None and (different := section.differences(recipe)):
+        values = ", ".join(f"{name} {json.dumps(was)} there, {json.dumps(now)} here" for name, was, now in different)
+        raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
+
+
+def _check_weights(loop: Methods, manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
+    from megatron.core.utils import unwrap_model
+
+    from ds_plugin.completep.config import CompletePConfig
+    from megatron_patches.completep.layers import forward_multipliers
+
+    recipe = manifest["sections"].get("completep") if manifest is not None else None
+    section = parse_section(CompletePConfig, f"{path}: completep", recipe) if recipe is not None else None
+    model = unwrap_model(chunk)
+    there, here = (forward_multipliers(model, each) for each in (section, loop.sections.completep))
+    if there != here:
+        values = ", ".join(f"{n} x {was:g} there, x {here[n]:g} here" for n, was in there.items() if was != here[n])
+        raise CheckpointError(
+            f"{path}: --finetune would take weights into another forward pass than they were trained in: {values}; "
+            'give the same completep section, or fold() weights of the forward mode and write "residual": "folded"'
+            f"{' (the file is missing: weights of a run without this plugin)' if manifest is None else ''}"
+        )
+
+
+def load(loop: Methods, root: Path, iteration: int) -> None:
+    """Take over the state of the iteration that the host has loaded from ``root``. Every rank calls it.
+
+    Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
+
+    Raises:
+        CheckpointError: on every rank alike: a file is missing, damaged or of another run, or a section has changed in
+            a way that cannot go on.
+    """
+    options, folder = loop.options(), folder_of(root, iteration)
+    path = folder / MANIFEST
+    text = None
+    with raise_on_all_ranks():
+        if dist.get_rank() == 0 and path.is_file():
+            text = path.read_text("utf-8")
+    text = _from_rank_0(text)  # one rank reads, so that all see the same
+    with raise_on_all_ranks():
+        manifest = _parsed(loop, text, path, iteration)
+        if loop.lengths is not None:
+            saved = manifest["lengths"] if manifest is not None else None
+            loop.lengths.load_state(saved, iteration=options.iteration, samples=options.consumed_train_samples)
+        if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
+            window_files.load(
+                folder,
+                loop.averager,
+                save_id=manifest["save_id"],
+                saved_ranks=manifest["world_size"],
+                **_place(),
+            )
+
+
+def _read(path: Path, text: str) -> dict[str, Any]:
+    """A manifest of this version. Raises CheckpointError."""
+    try:
+        manifest = dict(json.loads(text))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
+                "wrote it"
+            )
+        if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
+            raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
+    return manifest
+
+
+def _parsed(loop: Methods, text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
+    manifest = _read(path, text) if text is not None else None
+    _check_run(loop, manifest, path)
+    if manifest is None:
+        if dist.get_rank() == 0:
+            logging.getLogger("ds_plugin").warning(
+                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
+                "length, and the averaging window starts empty.",
+                path,
+            )
+        return None
+    if manifest["iteration"] != iteration:
+        raise CheckpointError(
+            f"{path} is of iteration {manifest['iteration']}, Megatron-LM loaded {iteration}; restore the file"
+        )
+    averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
+    if averages and manifest["model_parallel"] != _sizes():
+        raise CheckpointError(
+            f"{path}: the averaging window was saved with tensor and pipeline sizes {manifest['model_parallel']}, this "
+            f'run has {_sizes()}; load with the same, or write "enabled": false in weight_averaging'
+        )
+    return manifest
+
+
+def _forget_retired(root: Path, iteration: int) -> None:
+    """Remove what is of earlier iterations that the host has removed, as ``--save-retain-interval`` asks it to."""
+    averages = root / AVERAGED
+    for parent in (root / "ds_plugin", averages, *averages.glob("horizon_*"), *averages.glob("**/ds_plugin")):
+        for folder in parent.glob("iter_*"):
+            number = folder.name.removeprefix("iter_")
+            if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _from_rank_0(value: Any) -> Any:
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _place() -> dict[str, Any]:
+    """This rank's, for the files of the window."""
+    from megatron.core import parallel_state
+
+    return {
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "coordinate": (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        ),
+    }
+
+
+def _sizes() -> list[int]:
+    from megatron.core import parallel_state
+
+    return [
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    ]

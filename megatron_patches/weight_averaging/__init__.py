@@ -1,0 +1,1 @@
+"""Weight averaging on megatron-core's optimizers."""

@@ -1,0 +1,55 @@
+"""How large the project is: ``python tests/lines.py`` prints lines, and how many of them are code, per package.
+
+Code is what is neither blank, nor comment, nor docstring. The budgets are held by `tests/unit/test_tree.py`.
+"""
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+#: at most so many lines in all
+BUDGETS = {("ds_plugin", "megatron_patches"): 14_000, ("benchmarks",): 2_600}
+
+
+def lines(path: Path) -> tuple[int, int]:
+    """(all lines, lines of code) of a Python file."""
+    text = path.read_text(encoding="utf-8")
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in _NOT_CODE:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+            if first is not None:
+                code -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(text.splitlines()), len(code)
+
+
+def count(folder: Path) -> tuple[int, int]:
+    """The sums over a folder's Python files."""
+    found = [lines(path) for path in sorted(folder.rglob("*.py"))]
+    return sum(all_ for all_, _ in found), sum(code for _, code in found)
+
+
+def main() -> int:
+    """Print a table; 1 when a budget is broken."""
+    for folder in ("ds_plugin", "megatron_patches", "launch_scripts", "benchmarks", "tests"):
+        parts = sorted(p for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__")
+        for part in [ROOT / folder, *(parts if folder in ("ds_plugin", "megatron_patches") else [])]:
+            every, code = count(part)
+            print(f"{str(part.relative_to(ROOT)):<42} {every:>7} lines {code:>7} of code")
+    broken = False
+    for folders, most in BUDGETS.items():
+        found = sum(count(ROOT / folder)[0] for folder in folders)
+        broken |= found > most
+        print(f"{' + '.join(folders):<42} {found:>7} lines, at most {most}")
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

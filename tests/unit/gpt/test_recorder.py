@@ -1,0 +1,30 @@
+"""What the record says before the first step."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
+from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.config import WeightAveragingConfig
+from launch_scripts.gpt.recorder import Recorder
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"),
+    [(20, []), (19, ["warmup of 20", "56 of 64"]), (11, ["32 of 64", "first snapshot, at step 12"])],
+)
+def test_a_run_that_is_too_short_is_told(steps, parts):
+    """Lengths 8 + 56 t / 20, floored to 8: 56 at step 19, 32 at step 11. Snapshots every 4 steps from step 10 on."""
+    warmup = SequenceLengthWarmupConfig.model_validate({"end_length": 64, "duration": {"steps": 20}})
+    averaging = WeightAveragingConfig.model_validate({"interval": 4, "start_step": 10})
+    record = Recorder.__new__(Recorder)
+    record.engine = SimpleNamespace(train_batch_size=lambda: 2)
+    record.run = SimpleNamespace(training=SimpleNamespace(steps=steps))
+    record.plugin = SimpleNamespace(
+        warmup=SimpleNamespace(config=warmup, scheduler=LengthSchedule(warmup)),
+        averager=WeightAverager(averaging, SimpleNamespace(tensors=list, refresh=None)),
+    )
+    text = " ".join(record._shortfalls())
+    assert all(part in text for part in parts) and bool(text) == bool(parts), text
