@@ -15,7 +15,8 @@ def choose_optimizer(config: dict[str, Any]) -> tuple[dict[str, Any], Callable[.
     """
     section = config.get("optimizer") or {}
     params = dict(section.get("params") or {})
-    offloaded = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
+    zero = config.get("zero_optimization") or {}
+    offloaded = (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
     if str(section.get("type", "")).lower() not in ("adam", "adamw") or offloaded or "torch_adam" in params:
         return config, None
     if torch.cuda.is_available():

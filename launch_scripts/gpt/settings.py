@@ -58,7 +58,7 @@ class TrainingConfig(SectionConfig):
 
 @dataclass(frozen=True)
 class Settings:
-    """All the script needs, validated. ``deepspeed`` is the config for ``ds_plugin.initialize``, our sections included."""
+    """All the script needs, validated. ``deepspeed``: the config for ``ds_plugin.initialize``, with our sections."""
 
     deepspeed: dict[str, Any]
     model: GPTConfig
