@@ -34,43 +34,34 @@ parts:
 """
 
 import argparse
-import datetime
 import itertools
-import json
 import multiprocessing
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
 import torch.distributed as dist
+from common import interleaved, over
 from torch.optim import swa_utils
 
-from ds_plugin.core.files import atomic_write
 from ds_plugin.weight_averaging import window
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.state.fragments import Fragment
 
 K = 5  # snapshots of a window
 INTERVAL = 100
 FLOOR = (K + 1) / (1 + 1)
 RANKS = (1, 2, 4)
 _TENSOR = 1024 * 1024  # elements of a tensor, as models have them
-_VOCAB = 256
-_PACKAGES = ("torch", "deepspeed", "megatron-core")
 
 #: what of ours, over what of others', at most
 _AGAINST = (
@@ -80,13 +71,12 @@ _AGAINST = (
     ("block", "foreach mean", 2.0),
 )
 
-Row = dict[str, float]
 Found = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print every figure, write the JSON; ``--check``: 1 when a bound is broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, check="fail when a bound is broken; `broken` has them")
     parser.add_argument("--millions", type=float, default=52, help="parameters, in shards of uneven size")
     parser.add_argument("--width", type=int, default=256, help="of the GPT that is trained")
     parser.add_argument("--depth", type=int, default=4)
@@ -95,25 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--processes", type=int, default=3, help="for the part memory; 1: this one")
     parser.add_argument("--parts", default=",".join(PARTS), help="which to measure; default: all")
-    parser.add_argument("--out", type=Path, help="write the figures here")
-    parser.add_argument("--check", action="store_true", help="fail when a bound is broken; `broken` has them")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = {part: PARTS[part](args) for part in args.parts.split(",")}
     for part, figures in found.items():
         for name, figure in figures.items():
             print(f"{part}: {name}: {_said(figure)}")
-    if args.out is not None:
-        described = {
-            "date": datetime.date.today().isoformat(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-            "settings": {k: v for k, v in vars(args).items() if k not in ("out", "check")},
-            "found": found,
-            "broken": broken(found),
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out, lambda path: path.write_text(json.dumps(described, indent=1) + "\n"))
+    common.record(args, args.out, found=found, broken=broken(found))
     for line in broken(found):
         print(f"bound broken: {line}")
     return 1 if args.check and broken(found) else 0
@@ -147,24 +125,6 @@ def broken(found: dict[str, Found]) -> list[str]:
     return [f"{name}: {value:.4g}, at most {limit:.4g}" for name, value, limit in limits if not value <= limit]
 
 
-class Shards:
-    """Masters that belong to no engine."""
-
-    layout = "sharded"
-
-    def __init__(self, sizes: list[int], device: torch.device | str = "cpu"):
-        self._masters = [torch.randn(size, device=device) for size in sizes]
-
-    def tensors(self) -> list[torch.Tensor]:
-        return self._masters
-
-    def refresh(self) -> None:
-        pass
-
-    def fragments(self) -> list[Fragment]:
-        return []
-
-
 def sizes(args: argparse.Namespace, ranks: int = 1) -> list[int]:
     """Elements of one rank's shards: uneven, odd, small and empty ones."""
     total = int(args.millions * 1e6)
@@ -172,7 +132,7 @@ def sizes(args: argparse.Namespace, ranks: int = 1) -> list[int]:
     return [-(-size // ranks) for size in whole]
 
 
-def averager_of(shards: Shards, mode: str = "sliding") -> WeightAverager:
+def averager_of(shards: common.Shards, mode: str = "sliding") -> WeightAverager:
     """An averager whose window of `K` is full, so that all of its memory has been touched."""
     of = {"horizons": [K]} if mode == "ema" else {"window": K}
     config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "mode": mode, **of})
@@ -181,33 +141,6 @@ def averager_of(shards: Shards, mode: str = "sliding") -> WeightAverager:
         averager.before_step()  # an accelerator's snapshot is followed by the fence of the next step
         averager.snapshot(step, finite=True)
     return averager
-
-
-def interleaved(
-    variants: Mapping[str, Callable[[], object]],
-    rounds: int,
-    clock: Callable[[], float] = time.thread_time,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds of each variant in each round. One round more, the first, warms up.
-
-    The order is another one each time: what runs before leaves the caches full, and its writes to be finished.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name in random.Random(number).sample(list(variants), len(variants)):
-            before()
-            started = clock()
-            variants[name]()
-            seconds[name].append(clock() - started)
-    return {name: found[1:] for name, found in seconds.items()}
-
-
-def over(seconds: list[float], reference: list[float], factor: float = 1.0) -> Row:
-    """``factor`` times one variant's times over another's of the same rounds."""
-    ratios = [factor * a / b for a, b in zip(seconds, reference, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return {"ratio": middle, "low": low, "high": high, "best": factor * min(seconds) / min(reference)}
 
 
 # -- the parts -------------------------------------------------------------------------------------------------------
@@ -233,7 +166,7 @@ def middle_of(each: list[Found]) -> Found:
 def one_memory(args: argparse.Namespace) -> Found:
     """`memory` in this process."""
     torch.set_num_threads(1)
-    shards = Shards(sizes(args))
+    shards = common.Shards(sizes(args))
     masters = shards.tensors()
     averager = averager_of(shards)
     flat, out = torch.cat(masters), [torch.zeros_like(m) for m in masters]
@@ -255,7 +188,7 @@ def one_memory(args: argparse.Namespace) -> Found:
         "add in place": add_in_place,
         "snapshot": lambda: averager.snapshot(K, finite=True),
         "snapshot, looked at": lambda: averager.snapshot(K, finite=None),
-        "mean": lambda: window.mean_(out, averager.snapshots()),
+        "mean": lambda: window.weighted_mean_(out, averager.snapshots(), [1.0] * K),
         "stacked mean": partial(stacked_mean, averager.snapshots()),
         "AveragedModel": partial(averaged.update_parameters, model),
     }
@@ -287,7 +220,7 @@ def threads(args: argparse.Namespace) -> Found:
 
 def one_threads(args: argparse.Namespace) -> Found:
     """Wall time in this process, with torch's own number of threads at 1 and at 2."""
-    shards = Shards(sizes(args))
+    shards = common.Shards(sizes(args))
     sliding, ema, block = (averager_of(shards, mode) for mode in ("sliding", "ema", "block"))
     flat, out = torch.cat(shards.tensors()), [torch.zeros_like(m) for m in shards.tensors()]
     spare, model = torch.zeros_like(flat), torch.nn.ParameterList(flat.split(_TENSOR))
@@ -299,7 +232,7 @@ def one_threads(args: argparse.Namespace) -> Found:
     variants: dict[str, Callable[[], object]] = {
         "copy": lambda: np.copyto(spare.numpy(), flat.numpy()),
         "snapshot": lambda: sliding.snapshot(K, finite=True),
-        "mean": lambda: window.mean_(out, kept),
+        "mean": lambda: window.weighted_mean_(out, kept, [1.0] * K),
         "weighted mean": lambda: window.weighted_mean_(out, kept, weights),
         "stacked mean": partial(stacked_mean, kept),
         "ema": lambda: ema.snapshot(K, finite=True),
@@ -317,12 +250,12 @@ def one_threads(args: argparse.Namespace) -> Found:
 
 def ranks(args: argparse.Namespace) -> Found:
     """Ranks x the cost on one of so many ranks, over the cost on one rank."""
-    averagers = {n: averager_of(Shards(sizes(args, n))) for n in RANKS}
+    averagers = {n: averager_of(common.Shards(sizes(args, n))) for n in RANKS}
     outs = {n: [torch.zeros_like(m) for m in averagers[n].shards.tensors()] for n in RANKS}
     variants: dict[str, Callable[[], object]] = {}
     for n, averager in averagers.items():
         variants[f"snapshot, {n} ranks"] = partial(averager.snapshot, K, finite=True)
-        variants[f"mean, {n} ranks"] = partial(window.mean_, outs[n], averager.snapshots())
+        variants[f"mean, {n} ranks"] = partial(window.weighted_mean_, outs[n], averager.snapshots(), [1.0] * K)
     seconds = interleaved(variants, args.rounds)
     return {
         f"{what}, {n} ranks": over(seconds[f"{what}, {n} ranks"], seconds[f"{what}, 1 ranks"], factor=n)
@@ -333,14 +266,13 @@ def ranks(args: argparse.Namespace) -> Found:
 
 def gather(args: argparse.Namespace) -> Found:
     """Two processes of this script; see `gathered`."""
-    with tempfile.TemporaryDirectory(prefix="bench-averager-") as folder:
-        torch.multiprocessing.spawn(_gathering_rank, (args, folder), nprocs=2)
-        return json.loads((Path(folder) / "found.json").read_text())
+    found: Found = common.on_ranks(2, gathered, args)
+    return found
 
 
 def gathered(args: argparse.Namespace) -> Found:
     """Every rank gathers all shards and averages the whole, over a snapshot of its own. All ranks call it."""
-    averager = averager_of(Shards(sizes(args, dist.get_world_size())))
+    averager = averager_of(common.Shards(sizes(args, dist.get_world_size())))
     shard = torch.cat(averager.shards.tensors())
     full, average = (torch.zeros(shard.numel() * dist.get_world_size()) for _ in range(2))
     update = swa_utils.get_swa_multi_avg_fn()
@@ -363,15 +295,15 @@ def step(args: argparse.Namespace) -> Found:
 
     _, train, count = _engine(args)  # which trains, and nothing is wrapped there
     engine, once, _ = _engine(args)
-    once()  # from the first step on, the host says that one was applied
+    once()  # from the first step on, DeepSpeed says that one was applied
 
-    def host_backward(loss: object) -> object:
+    def bare_backward(loss: object) -> object:
         return loss
 
-    def host_step() -> None:
+    def bare_step() -> None:
         engine.global_steps += 1
 
-    engine.backward, engine.step = host_backward, host_step  # what is wrapped next, so that only the wrapping is timed
+    engine.backward, engine.step = bare_backward, bare_step  # what is wrapped next, so that only the wrapping is timed
     ds_plugin.attach(engine, {"weight_averaging": {"enabled": True, "interval": INTERVAL, "window": K}})
     averager = ds_plugin.get_plugin(engine).averager
     assert averager is not None
@@ -386,7 +318,7 @@ def step(args: argparse.Namespace) -> Found:
     for _ in range(K):
         steps(INTERVAL, engine.backward, engine.step)
     assert averager.steps == [INTERVAL] * K
-    large = averager_of(Shards(sizes(args), engine.device))
+    large = averager_of(common.Shards(sizes(args), engine.device))
 
     def large_snapshot() -> None:
         large.before_step()
@@ -398,15 +330,14 @@ def step(args: argparse.Namespace) -> Found:
         square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     variants: dict[str, Callable[[], object]] = {
         "step": train,
-        "bare": lambda: steps(INTERVAL - 1, host_backward, host_step),
+        "bare": lambda: steps(INTERVAL - 1, bare_backward, bare_step),
         "wrapped": lambda: steps(INTERVAL - 1, engine.backward, engine.step),
-        "bare interval": lambda: steps(INTERVAL, host_backward, host_step),
+        "bare interval": lambda: steps(INTERVAL, bare_backward, bare_step),
         "wrapped interval": lambda: steps(INTERVAL, engine.backward, engine.step),
         "large snapshot": large_snapshot,
         "matmul": lambda: square @ square,
     }
-    clock = time.perf_counter if engine.device.type == "cuda" else time.thread_time
-    seconds = interleaved({name: partial(_finished, variant) for name, variant in variants.items()}, args.rounds, clock)
+    seconds = interleaved(variants, args.rounds, common.clock)
     added, added_interval = (
         [found - statistics.median(seconds[f"bare{what}"]) for found in seconds[f"wrapped{what}"]]
         for what in ("", " interval")
@@ -437,36 +368,13 @@ PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
 
 def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
     """DeepSpeed in fp32 without ZeRO, one training step of it, and its number of parameters."""
-    from ds_plugin.deepspeed_engine import startup
-
-    startup.quiet()
-    startup.skip_inference_kernel()
-    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
-    from ds_plugin.sweeps import trial
-    from megatron_patches.models import gpt
-
-    trial.start_host()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-    described = {
-        "num_layers": args.depth,
-        "hidden_size": args.width,
-        "num_attention_heads": args.width // 32,
-        "seq_length": args.length,
-    }
-    cfg = gpt.GPTConfig.model_validate(described)
-    gpt.initialize_parallel(cfg, 1234)
-    model = gpt.build_gpt(cfg, _VOCAB, gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg))
-    host = {
-        "train_micro_batch_size_per_gpu": args.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    }
-    engine = deepspeed.initialize(model=model, config=host)[0]
+    common.start()
+    model, *_ = common.small_gpt(args.width, args.depth, args.length)
+    engine = deepspeed.initialize(model=model, config=common.deepspeed_json(args.batch))[0]
     engine.train()
-    tokens = torch.randint(0, _VOCAB, (args.batch, args.length + 1), device=engine.device)
+    tokens = torch.randint(0, common.VOCAB, (args.batch, args.length + 1), device=engine.device)
     positions = torch.arange(args.length, device=engine.device).expand(args.batch, -1).contiguous()
     read, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -475,26 +383,6 @@ def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
         engine.step()
 
     return engine, train, sum(p.numel() for p in model.parameters())
-
-
-def _gathering_rank(rank: int, args: argparse.Namespace, folder: str) -> None:
-    from ds_plugin.deepspeed_engine import startup
-
-    startup.quiet()
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = gathered(args)
-    if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
-    startup.leave()
-
-
-def _finished(queued: Callable[[], object]) -> None:
-    """Call it, and wait for the device."""
-    queued()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _said(figure: Any) -> str:

@@ -5,8 +5,8 @@
 One job of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, distributed optimizer, CPU, gloo) trains
 with sequence length warmup, CompleteP and averaging. In every other iteration all that they have put there is taken out
 of the way: the wrappers of the loop's functions, of the data, the optimizer and the scheduler, the residual additions
-and hooks of the model, which are the host's again (where CompleteP is in the forward pass), the norm that clips, and
-the param groups, which are merged into the host's two. Two jobs side by side would not do: identical ones differ by
+and hooks of the model, which are Megatron's again (where CompleteP is in the forward pass), the norm that clips, and
+the param groups, which are merged into Megatron's two. Two jobs side by side would not do: identical ones differ by
 more than the bound. Which weights are trained is of no interest here. The first round, in which the warmup reaches the
 full length, is left out.
 
@@ -19,19 +19,18 @@ ranks that wait.)
 """
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import common
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.core.files import atomic_write
@@ -50,18 +49,16 @@ METHODS: dict[str, dict[str, Any]] = {
 _PROGRAM = """
 if __name__ == "__main__":  # a module of its own: Megatron-LM's script is executed in this one, over its names
     import sys
-    from benchmarks import bench_megatron
+    sys.path.append({folder!r})
+    import bench_megatron
     bench_megatron.rank(sys.argv[1:])
 """
-_PACKAGES = ("torch", "deepspeed", "megatron-core")
 _SECONDS = 3600.0
-
-Row = dict[str, float]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line for each figure, write the JSON; exit code 1 when ``--check``'s bound is broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, check="fail when the plugin costs more than 1 %%")
     parser.add_argument("--megatron", type=Path, required=True, metavar="CHECKOUT", help="of Megatron-LM")
     parser.add_argument("--ranks", type=int, default=8, help="processes of a job: 1, 2, or a multiple of 4")
     parser.add_argument("--rounds", type=int, default=40, help="40 take 20 min on 2 cores; fewer do not settle 1 %%")
@@ -70,8 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--micro-batches", type=int, default=4, help="of 2 samples, in each pipeline and iteration")
     parser.add_argument("--methods", default=",".join(METHODS), help="that are put on and off; default: all")
     parser.add_argument("--residual", choices=("forward", "folded"), help="CompleteP's mode; default: the script's")
-    parser.add_argument("--out", type=Path, help="write the figures here")
-    parser.add_argument("--check", action="store_true", help="fail when the plugin costs more than 1 %%")
     args = parser.parse_args(arguments)
     if not (args.megatron / "pretrain_gpt.py").is_file():
         parser.error(f"--megatron: {args.megatron} has no pretrain_gpt.py; give a checkout of Megatron-LM")
@@ -91,25 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{alone:.3f} s an iteration and rank without")
     for name, row in found.items():
         print(f"{name}: {row['ratio']:.4f} (middle half {row['low']:.4f} to {row['high']:.4f})")
-    if args.out is not None:
-        described = {
-            "date": datetime.date.today().isoformat(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in _PACKAGES},
-                "Megatron-LM's core": core,
-            },
-            "device": f"{os.cpu_count()} CPU cores, one thread a process",
-            "load_average": load,
-            "settings": {
-                k: v for k, v in vars(args).items() if k not in ("out", "check", "megatron", "methods", "residual")
-            },
-            "methods": methods(args),
-            "seconds": alone,
-            "found": found,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.out, lambda path: path.write_text(json.dumps(described, indent=1) + "\n"))
+    common.record(
+        args, args.out, load_average=load, checkout=core, methods=methods(args), seconds=alone, found=found
+    )
     return 1 if args.check and not found["on against off"]["ratio"] <= BOUND else 0
 
 
@@ -131,7 +110,7 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[list[float], str]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests are not installed
     from tests.megatron_lm import real
 
-    (folder / "timed.py").write_text(_PROGRAM)
+    (folder / "timed.py").write_text(_PROGRAM.format(folder=str(Path(__file__).parent)))
     given: list[str | Path] = [*flags(args), "--ds-plugin-config", folder / "all.json"]
     with real(args.megatron, folder, "all", methods(args), *given, program="timed", ranks=args.ranks) as job:
         done = job.wait(_SECONDS)
@@ -162,7 +141,7 @@ def flags(args: argparse.Namespace) -> list[str]:
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
-def ratios(spent: Sequence[float]) -> dict[str, Row]:
+def ratios(spent: Sequence[float]) -> dict[str, common.Row]:
     """Medians and quartiles over the rounds but the first. ``spent``: seconds of each iteration of whole rounds."""
     on_off, off_off = [], []
     for start in range(ROUND, len(spent), ROUND):
@@ -170,11 +149,7 @@ def ratios(spent: Sequence[float]) -> dict[str, Row]:
         on, off = ([s for i, s in one if is_on(i) == wanted] for wanted in (True, False))
         on_off.append(sum(on) / sum(off))
         off_off.append(sum(off[1::2]) / sum(off[::2]))
-    rows = {}
-    for name, found in (("off against off", off_off), ("on against off", on_off)):
-        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-        rows[name] = {"ratio": middle, "low": low, "high": high}
-    return rows
+    return {"off against off": common.quartiles(off_off), "on against off": common.quartiles(on_off)}
 
 
 # -- a rank ------------------------------------------------------------------------------------------------------------
@@ -216,7 +191,7 @@ def rank(arguments: list[str]) -> None:
             atomic_write(out, lambda file: file.write_text(json.dumps({"seconds": seconds, "core": core})) and None)
         switches.turn(number <= ROUND or is_on(number))  # the first round has the warmup in it
         began = time.thread_time()
-        return (train_step if switches.on else switches.hosts_step)(*args, **kwargs)
+        return (train_step if switches.on else switches.plain_step)(*args, **kwargs)
 
     vars(training)["train_step"], vars(training)["setup_model_and_optimizer"] = timed, set_up
     sys.argv = [str(path), *given]
@@ -224,19 +199,19 @@ def rank(arguments: list[str]) -> None:
 
 
 class Switches:
-    """What the methods have put into a job, and what the host has in its places."""
+    """What the methods have put into a job, and what Megatron-LM has in its places."""
 
     def __init__(self) -> None:
         self.on = True
-        self.hosts_step: Callable[..., Any] = _not_yet
+        self.plain_step: Callable[..., Any] = _not_yet
         self._places: list[tuple[dict[Any, Any], Any, Any, Any]] = []  # a namespace, a name, with and without methods
 
     def turn(self, on: bool) -> None:
         """Put in everything, or take it out."""
         if on != self.on:
             self.on = on
-            for namespace, name, ours, hosts in self._places:
-                namespace[name] = ours if on else hosts
+            for namespace, name, ours, plain in self._places:
+                namespace[name] = ours if on else plain
 
     def of_loop(self, training: Any) -> None:
         """The wrapped functions that are called in an iteration, and the cutting of batches."""
@@ -246,7 +221,7 @@ class Switches:
         for change in patch._REGISTRY:
             place, _, name = change.name.rpartition(".")
             if place == training.__name__ and name == "train_step":
-                self.hosts_step = change.original  # type: ignore[attr-defined]
+                self.plain_step = change.original  # type: ignore[attr-defined]
             elif place == training.__name__ and name != "setup_model_and_optimizer":
                 self._add(vars(training), name, change.original)  # type: ignore[attr-defined]
         cut = Cut.__next__
@@ -271,10 +246,10 @@ class Switches:
     def of_optimizer(self, optimizer: Any, scheduler: Any) -> None:
         """The wait for a snapshot's copy, the count by tokens, the norm of gradients, and torch's param groups."""
         singles = getattr(optimizer, "chained_optimizers", [optimizer])
-        for host in {id(each): each for each in (optimizer, scheduler, *singles)}.values():
-            for name in list(vars(host)):
-                if callable(method := getattr(type(host), name, None)):  # in an instance, over the class's
-                    self._add(vars(host), name, method.__get__(host))
+        for owner in {id(each): each for each in (optimizer, scheduler, *singles)}.values():
+            for name in list(vars(owner)):
+                if callable(method := getattr(type(owner), name, None)):  # in an instance, over the class's
+                    self._add(vars(owner), name, method.__get__(owner))
         for single in singles:
             groups = single.optimizer.param_groups
             logged = next((group for group in groups if group.get("default_config")), groups[0])
@@ -287,8 +262,8 @@ class Switches:
             ]
             self._add(vars(single.optimizer), "param_groups", [group for group in merged if group["params"]])
 
-    def _add(self, namespace: dict[Any, Any], name: str, hosts: Any) -> None:
-        self._places.append((namespace, name, namespace[name], hosts))
+    def _add(self, namespace: dict[Any, Any], name: str, plain: Any) -> None:
+        self._places.append((namespace, name, namespace[name], plain))
 
 
 def _not_yet(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,6 @@ DIR gets curves.csv (a row per evaluation and average), summary.csv (steps saved
 scan.csv only. Runs that are there are not repeated: use another DIR for other settings.
 """
 
-import argparse
 import math
 import sys
 from collections import defaultdict
@@ -24,9 +23,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import common
 import small_runs
+from small_runs import Curve, reached, spread
 
 import ds_plugin
+from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import read_records, write_records
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
@@ -149,8 +151,6 @@ class Recovery:
     last: float
 
 
-Curve = Sequence[tuple[int, float]]
-
 # -- what is trained -------------------------------------------------------------------------------------------------
 
 
@@ -166,11 +166,10 @@ def averages(start: int, interval: int, window: int, horizon: int) -> dict[str, 
 
 def candidates(start: int) -> dict[str, dict[str, Any]]:
     """What the scan tries, by a name that says what it is: window or horizon, and steps between snapshots."""
-    lawa = {
-        f"lawa {k} x {every}": averages(start, every, k, 1)["lawa"] for k, every in ((5, 2), (5, 5), (10, 5), (5, 10))
-    }
-    ema = {f"ema {h} x {every}": averages(start, every, 1, h)["ema"] for h, every in ((3, 2), (3, 5), (5, 5), (10, 5))}
-    return lawa | ema | {"swa x 5": averages(start, 5, 1, 1)["swa"]}
+    found: dict[str, dict[str, Any]] = {}
+    for name, sizes in {"lawa": ((5, 2), (5, 5), (10, 5), (5, 10)), "ema": ((3, 2), (3, 5), (5, 5), (10, 5))}.items():
+        found |= {f"{name} {size} x {every}": averages(start, every, size, size)[name] for size, every in sizes}
+    return {**found, "swa x 5": averages(start, 5, 1, 1)["swa"]}
 
 
 FULL = Plan(
@@ -211,7 +210,7 @@ def json_of(setting: Setting, plan: Plan) -> dict[str, Any]:
 
 
 def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[float]]:
-    """One run in this process (`small_runs.prepare_process`): evaluations, and training losses."""
+    """One run in this process (`common.start`): evaluations, and training losses."""
     regime, spike = plan.regimes[setting.regime], plan.spike if setting.after else None
     engine, text = small_runs.build(json_of(setting, plan), plan, setting.seed, cache)
     plugin = ds_plugin.get_plugin(engine)
@@ -289,19 +288,6 @@ def smooth(curve: Curve) -> Curve:
     return [(step, mean(losses[i - r : i + r + 1])) for i, ((step, _), r) in enumerate(zip(curve, reach, strict=True))]
 
 
-def reached(curve: Curve, target: float) -> float:
-    """The step at which ``curve`` first is at ``target``, linear between its points; infinite if it never is."""
-    previous: tuple[int, float] | None = None
-    for step, loss in curve:
-        if loss <= target:
-            if previous is None:
-                return step
-            share = (previous[1] - target) / (previous[1] - loss)
-            return previous[0] + share * (step - previous[0])
-        previous = (step, loss)
-    return math.inf
-
-
 def saved(ours: Curve, theirs: Curve, step: int) -> tuple[float, float, float]:
     """(target, share of steps saved, loss gained) of the smoothed ``ours`` at what ``theirs`` is at ``step``.
 
@@ -362,22 +348,19 @@ def table(points: Sequence[Point], rows: Iterable[Saved]) -> list[str]:
     grouped: dict[tuple[str, float, str, str], list[Saved]] = defaultdict(list)
     for row in rows:
         grouped[row.regime, row.lr, row.average, row.against].append(row)
-    lines = [
-        "| regime | lr | average | against | "
-        + " | ".join(f"saved at {s:.0%}" for s in SHARES)
-        + " | 25-75 % | final loss (the other's) |",
-        "|---|---|---|---|" + "---|" * (len(SHARES) + 2),
-    ]
+    lines = []
     for (regime, lr, average, against), found in sorted(
         grouped.items(), key=lambda item: (item[0][:2], item[0][3] != "raw")
     ):
         cells = [regime, f"{lr:g}", average, against]
-        cells += [_range([row.steps_saved for row in found if row.share == share], ".0%") for share in SHARES]
+        cells += [spread([row.steps_saved for row in found if row.share == share], ".0%") for share in SHARES]
         seeds = sorted({row.seed for row in found})
-        cells.append(_range([mean(r.steps_saved for r in found if r.seed == s and r.share < 1) for s in seeds], ".0%"))
+        cells.append(spread([mean(r.steps_saved for r in found if r.seed == s and r.share < 1) for s in seeds], ".0%"))
         ends = [mean(last[Setting(regime, lr, s), name] for s in seeds) for name in (average, against)]
-        lines.append("| " + " | ".join([*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"]) + " |")
-    return lines
+        lines.append([*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"])
+    shares = [f"saved at {share:.0%}" for share in SHARES]
+    heads = ["regime", "lr", "average", "against", *shares, "25-75 %", "final loss (the other's)"]
+    return common.markdown(heads, lines)
 
 
 def largest_rise(curve: Curve) -> float:
@@ -394,11 +377,11 @@ def rate_table(points: Iterable[Point]) -> list[str]:
     for setting, curves in curves_of(points).items():
         if not setting.after:
             grouped[setting.regime, setting.lr].append(curves["raw"])
-    lines = ["| regime | lr | final raw loss | largest rise of the raw loss |", "|---|---|---|---|"]
+    lines = []
     for (regime, lr), found in sorted(grouped.items()):
-        final, rise = _range([c[-1][1] for c in found], ".3f"), _range([largest_rise(c) for c in found], ".3f")
-        lines.append(f"| {regime} | {lr:g} | {final} | {rise} |")
-    return lines
+        columns = [c[-1][1] for c in found], [largest_rise(c) for c in found]
+        lines.append([regime, f"{lr:g}", *(spread(values, ".3f") for values in columns)])
+    return common.markdown(["regime", "lr", "final raw loss", "largest rise of the raw loss"], lines)
 
 
 def spike_table(rows: Iterable[Recovery]) -> list[str]:
@@ -406,67 +389,52 @@ def spike_table(rows: Iterable[Recovery]) -> list[str]:
     grouped: dict[tuple[float, int, str], list[Recovery]] = defaultdict(list)
     for row in rows:
         grouped[row.lr, AFTER.index(row.after), row.average].append(row)
-    lines = [
-        "| lr | after the spike | weights | before | highest after | steps until back | last |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for (lr, after, average), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
         cells = [f"{lr:g}", AFTER[after], average, f"{mean(row.before for row in found):.3f}"]
-        cells.append(_range([row.highest for row in found], ".3f"))
-        cells.append(_range([row.steps for row in found], ".0f"))
-        cells.append(_range([row.last for row in found], ".3f"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _range(values: Sequence[float], how: str) -> str:
-    """Mean and range of those that are finite, and how many are not."""
-    there = [value for value in values if math.isfinite(value)]
-    if not there:
-        return "never"
-    missed = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
-    return f"{mean(there):{how}} ({min(there):{how}} to {max(there):{how}}{missed})"
+        for values, how in (
+            ([row.highest for row in found], ".3f"),
+            ([row.steps for row in found], ".0f"),
+            ([row.last for row in found], ".3f"),
+        ):
+            cells.append(spread(values, how))
+        lines.append(cells)
+    heads = ["lr", "after the spike", "weights", "before", "highest after", "steps until back", "last"]
+    return common.markdown(heads, lines)
 
 
 def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
     """A panel per regime at its highest learning rate, first seed, and one of the spike."""
-    import matplotlib
+    curves, count = curves_of(points), len(plan.regimes) + 1
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def show(axis: Any, curve: Curve, label: str, **style: Any) -> None:
+        axis.plot(*zip(*curve, strict=True), **{"linewidth": 1.2, "label": label, **style})
 
-    curves = curves_of(points)
-    figure, axes = pyplot.subplots(1, len(plan.regimes) + 1, figsize=(5 * len(plan.regimes) + 5, 4.2), squeeze=False)
-    for axis, name in zip(axes[0], plan.regimes, strict=False):
-        setting = max((s for s in curves if s.regime == name and not s.after), key=lambda s: (s.lr, -s.seed))
-        axis.set_title(f"{name}: {plan.regimes[name].batch} samples a step, lr {setting.lr:g}, seed {setting.seed}")
-        for average, curve in curves[setting].items():
-            axis.plot(*zip(*curve, strict=True), color=_COLOURS[average], linewidth=1.2, label=average)
-        shown = [
-            loss for curve in curves[setting].values() for step, loss in curve if step > plan.regimes[name].warmup * 2
-        ]
-        axis.set_ylim(min(shown) * 0.99, max(shown) * 1.01)
-    axis = axes[0][-1]
-    runs = [s for s in curves if s.after]
-    first = [s for s in runs if s.seed == min(t.seed for t in runs)]
-    for setting in sorted(first, key=lambda s: AFTER.index(s.after)):
-        if setting.after == "on":
+    with figure.panels(path, 1, count, figsize=(5 * count, 4.2)) as axes:
+        *panels, last = axes[0]
+        for axis, (name, regime) in zip(panels, plan.regimes.items(), strict=True):
+            setting = max((s for s in curves if s.regime == name and not s.after), key=lambda s: (s.lr, -s.seed))
+            axis.set_title(f"{name}: {regime.batch} samples a step, lr {setting.lr:g}, seed {setting.seed}")
             for average, curve in curves[setting].items():
-                axis.plot(*zip(*curve, strict=True), color=_COLOURS[average], linewidth=1.2, label=average)
-        else:
-            curve = [(step, loss) for step, loss in curves[setting]["raw"] if step > plan.spike.end]
-            style = {"color": _COLOURS["keep"], "linestyle": "-" if setting.after == "keep" else "--"}
-            axis.plot(*zip(*curve, strict=True), **style, label=f"raw, restart, moments: {setting.after}")
-    steps = {step for setting in first for step, _ in curves[setting]["raw"]}
-    curve = [(step, loss) for step, loss in curves[replace(first[0], after="")]["raw"] if step in steps]
-    axis.plot(*zip(*curve, strict=True), color="#888888", linewidth=1, linestyle=":", label="raw, no spike")
-    axis.set_title(f"spike: {plan.spike.steps} steps of {plan.spike.factor:g} x the rate, lr {first[0].lr:g}")
-    for axis in axes[0]:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
-    axes[0][0].set_ylabel("evaluation loss (nats per byte)")
-    small_runs.save_figure(figure, path)
+                show(axis, curve, average, color=_COLOURS[average])
+            shown = [loss for curve in curves[setting].values() for step, loss in curve if step > regime.warmup * 2]
+            axis.set_ylim(min(shown) * 0.99, max(shown) * 1.01)
+        runs = {(s.seed, s.after): s for s in curves if s.after}
+        seed = min(runs)[0]
+        for average, curve in curves[runs[seed, "on"]].items():
+            show(last, curve, average, color=_COLOURS[average])
+        for after, line in (("keep", "-"), ("reset", "--")):
+            curve = [(step, loss) for step, loss in curves[runs[seed, after]]["raw"] if step > plan.spike.end]
+            show(last, curve, f"raw, restart, moments: {after}", color=_COLOURS["keep"], linestyle=line)
+        steps = {step for after in AFTER for step, _ in curves[runs[seed, after]]["raw"]}
+        calm = curves[replace(runs[seed, "on"], after="")]["raw"]
+        curve = [(step, loss) for step, loss in calm if step in steps]
+        show(last, curve, "raw, no spike", color="#888888", linewidth=1, linestyle=":")
+        last.set_title(f"spike: {plan.spike.steps} steps of {plan.spike.factor:g} x the rate, lr {plan.spike.lr:g}")
+        for axis in axes[0]:
+            axis.set_xlabel("step")
+            axis.legend(frameon=False, fontsize=8)
+        panels[0].set_ylabel("evaluation loss (nats per byte)")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -507,14 +475,14 @@ def scan(plan: Plan, seed: int, cache: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Scan, or measure and publish."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
     parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
     parser.add_argument("--scan", action="store_true", help="try many averages on one seed instead")
     parser.add_argument("--seeds", help="default 2,3,4; with --scan 1")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model: does it run?")
     args = parser.parse_args(arguments)
-    small_runs.prepare_process()
+    common.start()
     plan, cache = SMOKE if args.smoke else FULL, args.cache.absolute()
     seeds = [int(seed) for seed in (args.seeds or ("1" if args.scan else "2,3,4")).split(",")]
     if args.scan:

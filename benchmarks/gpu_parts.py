@@ -17,28 +17,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_averager
 import bench_completep
 import bench_warmup
-import deepspeed
+import common
 import torch
 from deepspeed.accelerator import get_accelerator
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import gpt_layer_specs
 from torch.overrides import TorchFunctionMode
 from torch.utils import cpp_extension
 
 import ds_plugin
-from ds_plugin.deepspeed_engine import readings, startup
+from ds_plugin.deepspeed_engine import readings
 from ds_plugin.sweeps import trial
 from ds_plugin.weight_averaging.snapshots import stager
 from launch_scripts.gpt.optimizer import choose_optimizer
-from megatron_patches.completep import finish, prepare
-from megatron_patches.models import gpt
 
 Figures = Iterator[tuple[str, Any]]
 Span = tuple[float, float]  # begin and end
 
-_VOCAB, _ADAMW = 256, {"lr": 1e-3, "weight_decay": 0.1}
+_ADAMW = {"lr": 1e-3, "weight_decay": 0.1}
 _NONE, _FEW = (0, 0), (0, 1.01)
 #: part -> figure, by what follows the last ": " of its name -> the lowest and the highest value that pass
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
@@ -175,14 +172,11 @@ class Stream(TorchFunctionMode):
 
 def start(dry_run: bool) -> Rig:
     """Make this process a world of one rank."""
-    startup.skip_inference_kernel()
     if dry_run:
-        torch.set_num_threads(1)
         get_accelerator().is_fp16_supported = lambda: True  # it asks for fast kernels, and slow ones do here
     else:
         torch.cuda.set_device(0)
-    trial.start_host()
-    deepspeed.init_distributed(dist_backend="gloo" if dry_run else "nccl", verbose=False)
+    common.start(threads=int(dry_run))
     return Rig(dry_run)
 
 
@@ -201,7 +195,7 @@ def verdicts(part: str, dry_run: bool) -> Callable[[str, Any], dict[str, Any]]:
 
 
 def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
-    """SnapshotStager from the device, and kernels, of a profile in Chrome's format; seconds."""
+    """Copies from the device, and kernels, of a profile in Chrome's format; seconds."""
 
     def of(category: str, name: str) -> list[Span]:
         events = [e for e in trace["traceEvents"] if e.get("cat") == category and name in e["name"]]
@@ -211,7 +205,7 @@ def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
 
 
 def under(copied: list[Span], kernels: list[Span]) -> float:
-    """The share of the copies' time in which some kernel runs. SnapshotStager do not overlap; kernels may."""
+    """The share of the copies' time in which some kernel runs. Copies do not overlap; kernels may."""
     shared, last = 0.0, -math.inf
     for begin, end in sorted(kernels):
         begin, last = max(begin, last), max(end, last)
@@ -236,27 +230,22 @@ def methods(shape: Shape, *names: str, **averaging: Any) -> dict[str, Any]:
 
 @contextmanager
 def engine_of(
-    shape: Shape, sections: dict[str, Any], stage: int, precision: str = "bf16", te: bool = False, **host: Any
+    shape: Shape, sections: dict[str, Any], stage: int, precision: str = "bf16", te: bool = False, **changes: Any
 ) -> Iterator[Any]:
     """A DeepSpeed engine on a GPT that starts alike for every layout; gone afterwards, its memory too."""
-    described = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": shape.length}
-    cfg = gpt.GPTConfig.model_validate({**described, "num_attention_heads": shape.width // shape.head})
-    gpt.initialize_parallel(cfg, 1234)
     section = ds_plugin.split_config(sections)[1].completep
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    spec = gpt.layer_spec(cfg) if te else get_gpt_layer_local_spec(normalization=cfg.normalization)
-    config, spec = prepare(gpt.transformer_config(cfg, dtype), spec, section)
-    model = gpt.build_gpt(cfg, _VOCAB, config, spec)
-    finish(model, section)
+    spec = None if te else gpt_layer_specs.get_gpt_layer_local_spec()
+    model, *_ = common.small_gpt(
+        shape.width, shape.depth, shape.length, head=shape.head, section=section, dtype=dtype, spec=spec
+    )
     given: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": shape.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
+        **common.deepspeed_json(shape.batch),
         # a scale that does not overflow by itself, and is halved by the first overflow
         precision: {"enabled": True, **({"initial_scale_power": 8, "hysteresis": 1} if precision == "fp16" else {})},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6},
         "optimizer": {"type": "AdamW", "params": {**_ADAMW, "torch_adam": True}},
-        **host,
+        **changes,
     }
     engine = ds_plugin.initialize(model=model, config={**given, **sections})[0]
     del model
@@ -274,7 +263,7 @@ def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[fl
     batches, losses = [], []
     for step in range(engine.global_steps, engine.global_steps + steps):  # sending them waits for the device
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(0, _VOCAB, (shape.batch, shape.length + 1), generator=generator)
+        tokens = torch.randint(0, common.VOCAB, (shape.batch, shape.length + 1), generator=generator)
         batches.append(tokens.to(engine.device))
     for tokens in batches:
         loss = trial.loss_of(engine, (tokens[:, :-1], tokens[:, 1:]))
@@ -418,7 +407,7 @@ def snapshot(rig: Rig) -> Figures:
         yield "device memory, bytes", bench_completep.peak_memory(whole)
 
         variants = {"plain": two_of(plain), "averaged": two_of(engine)}
-        seconds = bench_averager.interleaved(variants, rig.rounds, time.perf_counter, before=settled)
+        seconds = common.interleaved(variants, rig.rounds, time.perf_counter, before=settled)
         added = statistics.median(a - b for a, b in zip(seconds["averaged"], seconds["plain"], strict=True))
         yield "step, seconds", (step := statistics.median(seconds["plain"]) / 2)
         for interval in (20, 100):
@@ -431,7 +420,7 @@ def snapshot(rig: Rig) -> Figures:
             pinned.copy_(flat, non_blocking=True)
             rig.synchronize()
 
-        fastest = min(bench_averager.interleaved({"link": link}, rig.rounds, time.perf_counter, before=settled)["link"])
+        fastest = min(common.interleaved({"link": link}, rig.rounds, time.perf_counter, before=settled)["link"])
         yield "link, GB/s", flat.nbytes / fastest / 1e9
 
         def watched() -> None:
@@ -451,7 +440,7 @@ def completep(rig: Rig) -> Figures:
     shape = rig.fast
     args = Namespace(**shape._asdict(), dropout=0.0, llama=False, fused=False)
     steps = {name: bench_completep.build(name, args) for name in bench_completep.VARIANTS}
-    found = bench_completep.times(steps, rig.rounds)
+    found = common.times(steps, rig.rounds)
     yield "unpatched again", found["unpatched again"][0]
     for mode in ("forward", "folded"):
         yield f"{mode}: time over unpatched", found[mode][0]

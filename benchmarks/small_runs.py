@@ -1,10 +1,10 @@
 """What the benchmarks share that train small models from scratch: a model, its data, a JSON, an evaluation.
 
-One rank in one process, on the CPU; `prepare_process` makes the process such a one.
+One rank in one process, on the CPU; `common.start` makes the process such a one.
 """
 
-import os
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,12 +12,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import common
 import torch
 
 import ds_plugin
-from ds_plugin.core.files import atomic_write
-from ds_plugin.deepspeed_engine import startup
-from ds_plugin.sweeps.trial import start_host
 from launch_scripts.gpt import corpus, data
 from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
 from megatron_patches.models import gpt
@@ -58,21 +56,13 @@ def cosine(steps: int, warmup: int) -> dict[str, Any]:
 
 def build(config: dict[str, Any], small: Small, seed: int, cache: Path) -> tuple[Any, corpus.Corpus]:
     """The engine that trains by the JSON ``config``, and the text; ``cache`` keeps prepared data."""
-    model_config = gpt.GPTConfig.model_validate(
-        {
-            "num_layers": small.layers,
-            "hidden_size": small.width,
-            "num_attention_heads": small.heads,
-            "seq_length": small.length,
-        }
-    )
-    gpt.initialize_parallel(model_config, seed)
     text = corpus.prepare(small.data, tokenizer=None, cache_dir=cache)
-    transformer = gpt.transformer_config(model_config, torch.float32)
-    model = gpt.build_gpt(model_config, text.vocab_size, transformer, gpt.layer_spec(model_config))
-    host, optimizer = choose_optimizer(config)
+    model, *_ = common.small_gpt(
+        small.width, small.layers, small.length, head=small.width // small.heads, vocab=text.vocab_size, seed=seed
+    )
+    rest, optimizer = choose_optimizer(config)
     engine, *_ = ds_plugin.initialize(
-        model=model, config=host, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
+        model=model, config=rest, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
     )
     return engine, text
 
@@ -107,19 +97,26 @@ def evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return found
 
 
-def prepare_process() -> None:
-    """Make this process one that can train: a world of one rank, one thread."""
-    startup.quiet()
-    torch.set_num_threads(1)
-    startup.skip_inference_kernel()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
-    start_host()
+Curve = Sequence[tuple[float, float]]
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write matplotlib's figure to ``path``, whole or not at all, and let go of it."""
-    from matplotlib import pyplot
+def reached(curve: Curve, target: float) -> float:
+    """Where a curve of (where, loss) first is at ``target``, linear between its points; infinite if it never is."""
+    previous: tuple[float, float] | None = None
+    for at, loss in curve:
+        if loss <= target:
+            if previous is None:
+                return at
+            share = (previous[1] - target) / (previous[1] - loss)
+            return previous[0] + share * (at - previous[0])
+        previous = (at, loss)
+    return math.inf
 
-    figure.tight_layout()
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=110))
-    pyplot.close(figure)
+
+def spread(values: Sequence[float], how: str) -> str:
+    """Mean and range of those that are finite, and how many are not."""
+    there = [value for value in values if math.isfinite(value)]
+    if not there:
+        return "never"
+    missed = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
+    return f"{mean(there):{how}} ({min(there):{how}} to {max(there):{how}}{missed})"

@@ -14,26 +14,23 @@ reached.csv (when each run reached the best loss of the plain run of the best ra
 that are there are not repeated: use another DIR for another number of tokens.
 """
 
-import argparse
-import concurrent.futures
-import csv
+import functools
 import math
-import multiprocessing
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import common
 import small_runs
 
 import ds_plugin
-from ds_plugin.core.files import atomic_write
 from ds_plugin.core.loss_statistics import LossRatio
+from ds_plugin.sweeps import figure, processes
 from ds_plugin.sweeps.records import read_records, write_records
 
 ARMS = ("plain", "truncate", "carry")
@@ -56,27 +53,33 @@ class Scale(small_runs.Small):
         return -(-self.tokens // (batch * self.length))
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Setting:
     """One run: plain, truncate or carry; ``batch`` in samples, ``lr`` the peak."""
 
+    arm: str
     batch: int
     lr: float
     seed: int
-    arm: str
 
     def __str__(self) -> str:
         return f"{self.arm} batch {self.batch} lr {self.lr:g} seed {self.seed}"
 
+    @property
+    def setting(self) -> "Setting":
+        """Which run a row is of."""
+        return Setting(self.arm, self.batch, self.lr, self.seed)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """By what rows are sorted."""
+        return self.batch, self.lr, self.seed, self.arm
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Setting):
     """A row of stability.csv. Seconds are of the training steps, data included and evaluations left out."""
 
-    arm: str
-    batch: int
-    lr: float
-    seed: int
     steps: int
     tokens_trained: int
     tokens_read: int
@@ -88,42 +91,31 @@ class Run:
     cpu_seconds: float
     wall_seconds: float
 
-    @property
-    def setting(self) -> Setting:
-        """Which run it is."""
-        return Setting(self.batch, self.lr, self.seed, self.arm)
-
 
 @dataclass(frozen=True)
-class Point:
+class Point(Setting):
     """A row of curves.csv: an evaluation at full length."""
 
-    arm: str
-    batch: int
-    lr: float
-    seed: int
     step: int
     tokens: int
     cpu_seconds: float
     wall_seconds: float
     eval_loss: float
 
-    @property
-    def setting(self) -> Setting:
-        """Which run it is of."""
-        return Setting(self.batch, self.lr, self.seed, self.arm)
+
+@dataclass(frozen=True)
+class Losses(Setting):
+    """A row of training_losses.csv, with every step's after one another."""
+
+    losses: str
 
 
 @dataclass(frozen=True)
-class Reached:
+class Reached(Setting):
     """A row of reached.csv: when a run reached the target, the best loss of the plain run of its seed and batch and of
     learning rate ``against``. Infinite: never. The gains are over that plain run, when it reached that loss itself.
     """
 
-    arm: str
-    batch: int
-    lr: float
-    seed: int
     against: float
     target: float
     tokens: float
@@ -158,14 +150,13 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
 
 
 def train(setting: Setting, scale: Scale, cache: Path) -> Result:
-    """One training run in this process (`small_runs.prepare_process`)."""
+    """One training run in this process (`common.start`)."""
     engine, text = small_runs.build(json_of(setting, scale), scale, setting.seed, cache)
     plugin = ds_plugin.get_plugin(engine)
     # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
     count = 2 * scale.steps(setting.batch) * setting.batch
     samples = small_runs.Samples(scale, text, cache, count=count, seed=setting.seed)
     batches = plugin.batches(lambda n: samples.batches(setting.batch, n))
-
     ratio = LossRatio()
     losses: list[float] = []
     points: list[Point] = []
@@ -217,10 +208,11 @@ class Sweep:
         self.points: list[Point] = []
         self.losses: dict[Setting, list[float]] = {}
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "stability.csv").is_file():  # the last of the three that `_keep` writes
+        if (out / "stability.csv").is_file():  # the last of the three that `keep` writes
             self.runs = read_records(Run, out / "stability.csv")
             self.points = read_records(Point, out / "curves.csv")
-            self.losses = _read_losses(out / "training_losses.csv")
+            rows = read_records(Losses, out / "training_losses.csv")
+            self.losses = {row.setting: [float(loss) for loss in row.losses.split()] for row in rows}
 
     def train(self, settings: Iterable[Setting]) -> None:
         """Train the settings that are missing, in the order given; one line of progress for each."""
@@ -229,105 +221,54 @@ class Sweep:
         if not missing:
             return
         os.environ |= _MALLOC
-        # Fresh processes: a world of ranks does not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.workers, context, initializer=_start_worker) as pool:
-            futures = [pool.submit(train, setting, self.scale, self.cache) for setting in missing]
-            try:
-                for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
-                    run = self._keep(*future.result())
-                    print(
-                        f"[{number}/{len(missing)}] {run.setting}: evaluation loss {run.final_eval_loss:.4f}, largest "
-                        f"loss ratio {run.max_loss_ratio:.2f}, {run.steps} steps, {run.cpu_seconds:.0f} s of CPU time",
-                        flush=True,
-                    )
-            finally:
-                for future in futures:
-                    future.cancel()
+        one = functools.partial(train, scale=self.scale, cache=self.cache)
+        ended = processes.results(one, missing, self.workers, common.start)
+        for number, (setting, result) in enumerate(ended, start=1):
+            run = self.keep(*result)
+            print(
+                f"[{number}/{len(missing)}] {setting}: evaluation loss {run.final_eval_loss:.4f}, largest loss ratio "
+                f"{run.max_loss_ratio:.2f}, {run.steps} steps, {run.cpu_seconds:.0f} s of CPU time",
+                flush=True,
+            )
 
-    def _keep(self, run: Run, points: list[Point], losses: list[float]) -> Run:
-        setting = run.setting
-        # What an interrupted _keep has left of this run goes.
-        self.points = sorted((p for p in self.points if p.setting != setting), key=lambda p: (p.setting, p.step))
-        self.points = sorted([*self.points, *points], key=lambda p: (p.setting, p.step))
-        self.losses[setting] = losses
-        self.runs = sorted([*self.runs, run], key=lambda r: r.setting)
-        rounded = [Point(**vars(p) | {n: round(getattr(p, n), 3) for n in _SECONDS}) for p in self.points]
+    def keep(self, run: Run, points: list[Point], losses: list[float]) -> Run:
+        """Add a run to the files. What an interrupted call has left of it goes."""
+        others = [point for point in self.points if point.setting != run.setting]
+        self.points = sorted([*others, *points], key=lambda p: (p.place, p.step))
+        self.losses[run.setting] = losses
+        self.runs = sorted([*self.runs, run], key=lambda r: r.place)
+        rounded = [replace(p, **{name: round(getattr(p, name), 3) for name in _SECONDS}) for p in self.points]
         write_records(Point, rounded, self.out / "curves.csv")
-        _write_losses(self.losses, self.out / "training_losses.csv")
+        order = sorted(self.losses, key=lambda setting: setting.place)
+        rows = [Losses(**vars(s), losses=" ".join(f"{loss:.4g}" for loss in self.losses[s])) for s in order]
+        write_records(Losses, rows, self.out / "training_losses.csv")
         write_records(Run, self.runs, self.out / "stability.csv")
         return run
 
 
 _SECONDS = ("cpu_seconds", "wall_seconds")
 
-
 # glibc gives large blocks back to the kernel at once and asks for them anew in the next layer, which was up to a third
 # of a full-length step's time and next to nothing of a short one's: left alone, it would flatter the warmup.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
-def _start_worker() -> None:
-    def leave_with(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    # A sweep that is killed must not leave workers that train on.
-    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    small_runs.prepare_process()
-
-
-def _write_losses(losses: dict[Setting, list[float]], path: Path) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(["arm", "batch", "lr", "seed", "losses"])
-            for s in sorted(losses):
-                writer.writerow([s.arm, s.batch, s.lr, s.seed, " ".join(f"{loss:.4g}" for loss in losses[s])])
-
-    atomic_write(path, write)
-
-
-def _read_losses(path: Path) -> dict[Setting, list[float]]:
-    with open(path, newline="") as stream:
-        return {
-            Setting(int(row["batch"]), float(row["lr"]), int(row["seed"]), row["arm"]): list(
-                map(float, row["losses"].split())
-            )
-            for row in csv.DictReader(stream)
-        }
-
-
 # -- what it says ----------------------------------------------------------------------------------------------------
+
+
+def plain_runs(runs: Iterable[Run], batch: int, seed: int) -> list[Run]:
+    """Those without the method, of a batch size and seed."""
+    return [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
 
 
 def best_rate(runs: Iterable[Run], batch: int, seed: int) -> float:
     """The learning rate of the plain run with the lowest evaluation loss."""
-    chosen = [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
-    return min(chosen, key=lambda run: run.best_eval_loss).lr
+    return min(plain_runs(runs, batch, seed), key=lambda run: run.best_eval_loss).lr
 
 
 def spiking_rate(runs: Iterable[Run], batch: int, seed: int) -> float | None:
     """The lowest learning rate at which the plain run spiked; None when none did."""
-    chosen = [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
-    return min((run.lr for run in chosen if run.max_loss_ratio > SPIKE), default=None)
-
-
-def crossing(points: Sequence[Point], target: float) -> tuple[float, float, float]:
-    """Tokens, CPU and wall seconds at which a run's evaluation loss first was at ``target``, linear between points."""
-    previous: Point | None = None
-    for point in points:
-        if point.eval_loss <= target:
-            if previous is None:
-                return point.tokens, point.cpu_seconds, point.wall_seconds
-            share = (previous.eval_loss - target) / (previous.eval_loss - point.eval_loss)
-            a, b, c = (
-                getattr(previous, name) + share * (getattr(point, name) - getattr(previous, name))
-                for name in ("tokens", *_SECONDS)
-            )
-            return a, b, c
-        previous = point
-    return math.inf, math.inf, math.inf
+    return min((run.lr for run in plain_runs(runs, batch, seed) if run.max_loss_ratio > SPIKE), default=None)
 
 
 def reached(points: Iterable[Point], rate: float) -> list[Reached]:
@@ -336,16 +277,19 @@ def reached(points: Iterable[Point], rate: float) -> list[Reached]:
     for point in points:
         curves.setdefault(point.setting, []).append(point)
     found = []
-    for setting, curve in sorted(curves.items()):
-        plain = curves.get(Setting(setting.batch, rate, setting.seed, "plain"))
+    for setting in sorted(curves, key=lambda setting: setting.place):
+        plain = curves.get(Setting("plain", setting.batch, rate, setting.seed))
         if plain is None:
             continue
         target = min(point.eval_loss for point in plain)
-        base, mine = crossing(plain, target), crossing(curve, target)
+        base, mine = (
+            [small_runs.reached([(getattr(p, n), p.eval_loss) for p in c], target) for n in ("tokens", *_SECONDS)]
+            for c in (plain, curves[setting])
+        )
         gains = [round(theirs / ours, 3) for theirs, ours in zip(base, mine, strict=True)]
         seconds = [round(value, 2) for value in mine[1:]]
-        key = setting.arm, setting.batch, setting.lr, setting.seed
-        found.append(Reached(*key, rate, target, mine[0], *seconds, *gains))
+        place = setting.arm, setting.batch, setting.lr, setting.seed
+        found.append(Reached(*place, rate, target, mine[0], *seconds, *gains))
     return found
 
 
@@ -354,12 +298,9 @@ def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
     rows: dict[tuple[int, float, int], list[Run]] = {}
     for run in runs:
         rows.setdefault((run.batch, run.lr, ARMS.index(run.arm)), []).append(run)
-    gains: dict[Setting, Reached] = {Setting(t.batch, t.lr, t.seed, t.arm): t for t in times}
-    lines = [
-        "| batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss | tokens to "
-        "target | gain in tokens | in CPU time | in wall time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    gains = {time.setting: time for time in times}
+    heads = "batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss"
+    lines = []
     for (batch, lr, arm), chosen in sorted(rows.items()):
         arrived = [gains[run.setting] for run in chosen if run.setting in gains]
         there = [time for time in arrived if math.isfinite(time.tokens)]
@@ -370,49 +311,42 @@ def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
         if there:
             missed = f" ({len(there)} of {len(arrived)} seeds)" if len(there) < len(arrived) else ""
             cells.append(f"{mean(t.tokens for t in there) / 1e6:.2f} M{missed}")
-            for name in ("gain_tokens", "gain_cpu", "gain_wall"):
-                values = [getattr(t, name) for t in there]
-                cells.append(f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+            each = ([t.gain_tokens for t in there], [t.gain_cpu for t in there], [t.gain_wall for t in there])
+            cells += [small_runs.spread(values, ".2f") for values in each]
         else:
             cells += ["never" if arrived else "", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return common.markdown(
+        [*heads.split(" | "), "tokens to target", "gain in tokens", "in CPU time", "in wall time"], lines
+    )
 
 
 def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
     """A column per learning rate: training loss of the first seed; evaluation loss against tokens and CPU time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(3, len(rates), figsize=(4.4 * len(rates), 9), squeeze=False, sharey="row")
     everything = [p for p in sweep.points if p.batch == batch and p.lr in rates and math.isfinite(p.eval_loss)]
     floor = min(point.eval_loss for point in everything)
-    seed = min(point.seed for point in everything)
-    for column, lr in enumerate(rates):
-        top, middle, bottom = axes[:, column]
-        top.set_title(f"{batch} samples a step, lr {lr:g}", fontsize=11)
-        for arm in ARMS:
-            colour, label = _COLOURS[arm], arm
-            if (setting := Setting(batch, lr, seed, arm)) in sweep.losses:
-                top.plot(sweep.losses[setting], color=colour, linewidth=0.8, label=arm)
-            for one in sorted({point.seed for point in everything}):
-                curve = [p for p in everything if (p.arm, p.lr, p.seed) == (arm, lr, one)]
-                losses = [p.eval_loss for p in curve]
-                style = {"color": colour, "linewidth": 1.2, "alpha": 0.8, "label": label}
-                middle.plot([p.tokens / 1e6 for p in curve], losses, **style)
-                bottom.plot([p.cpu_seconds for p in curve], losses, **style)
-                label = "_"
-        for axis, name in ((top, "step"), (middle, "trained tokens (M)"), (bottom, "CPU seconds of training")):
-            axis.set_xlabel(name)
-            axis.grid(alpha=0.25)
-    for axis in axes[1:, 0]:
-        axis.set_ylim(floor * 0.98, floor * 1.5)
-        axis.set_ylabel("evaluation loss (nats per byte)")
-    axes[0][0].set_ylabel(f"training loss, seed {seed}")
-    axes[0][0].legend(frameon=False)
-    small_runs.save_figure(figure, path)
+    seeds = sorted({point.seed for point in everything})
+    with figure.panels(path, 3, len(rates), figsize=(4.4 * len(rates), 9), sharey="row") as axes:
+        for (top, middle, bottom), lr in zip(axes.T, rates, strict=True):
+            top.set_title(f"{batch} samples a step, lr {lr:g}", fontsize=11)
+            for arm in ARMS:
+                setting = Setting(arm, batch, lr, seeds[0])
+                if setting in sweep.losses:
+                    top.plot(sweep.losses[setting], color=_COLOURS[arm], linewidth=0.8, label=arm)
+                for seed in seeds:
+                    curve = [p for p in everything if (p.arm, p.lr, p.seed) == (arm, lr, seed)]
+                    losses = [p.eval_loss for p in curve]
+                    style = {"color": _COLOURS[arm], "linewidth": 1.2, "alpha": 0.8}
+                    middle.plot([p.tokens / 1e6 for p in curve], losses, **style)
+                    bottom.plot([p.cpu_seconds for p in curve], losses, **style)
+            top.set_xlabel("step")
+            middle.set_xlabel("trained tokens (M)")
+            bottom.set_xlabel("CPU seconds of training")
+        for axis in axes[1:, 0]:
+            axis.set_ylim(floor * 0.98, floor * 1.5)
+            axis.set_ylabel("evaluation loss (nats per byte)")
+        axes[0][0].set_ylabel(f"training loss, seed {seeds[0]}")
+        axes[0][0].legend(frameon=False)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -424,7 +358,7 @@ def _numbers(kind: type) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables and figures")
     parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
     parser.add_argument("--workers", type=int, default=2)
@@ -435,13 +369,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     sweep = Sweep(args.out, Scale(tokens=args.tokens), args.cache.absolute(), args.workers)
     batch, first = max(args.batches), args.seeds[0]
-    sweep.train(Setting(batch, lr, first, "plain") for lr in sorted(args.rates))
+    sweep.train(Setting("plain", batch, lr, first) for lr in sorted(args.rates))
     best = best_rate(sweep.runs, batch, first)
     rates = sorted({best, FACTOR * best, spiking_rate(sweep.runs, batch, first) or best})
     print(f"batch {batch}: compared at learning rates {', '.join(f'{lr:g}' for lr in rates)}", flush=True)
-    sweep.train(Setting(batch, lr, seed, arm) for seed in args.seeds for lr in rates for arm in ARMS)
-    beyond = [Setting(batch, lr, first, arm) for lr in sorted(args.rates) if lr > rates[-1] for arm in ARMS]
-    others = [Setting(b, lr, first, "plain") for b in args.batches if b != batch for lr in rates if lr > best]
+    sweep.train(Setting(arm, batch, lr, seed) for seed in args.seeds for lr in rates for arm in ARMS)
+    beyond = [Setting(arm, batch, lr, first) for lr in sorted(args.rates) if lr > rates[-1] for arm in ARMS]
+    others = [Setting("plain", b, lr, first) for b in args.batches if b != batch for lr in rates if lr > best]
     sweep.train([*beyond, *others])
     times = reached([point for point in sweep.points if point.batch == batch], best)
     same = [t for lr in rates if lr != best for t in reached(sweep.points, lr) if (t.batch, t.lr) == (batch, lr)]

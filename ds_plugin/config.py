@@ -1,12 +1,10 @@
-"""The JSON file: one config model per method, taken out before DeepSpeed reads the rest.
-
-Each model lives with its method; this module only composes them.
-"""
+"""The JSON file: one section per method, taken out before DeepSpeed reads the rest."""
 
 import copy
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class PluginConfig:
-    """The three sections, validated. A section that is absent or ``"enabled": false`` is None: the method is off."""
+    """The three sections, validated. One that is absent or ``"enabled": false`` is None: the method is off."""
 
     sequence_length_warmup: SequenceLengthWarmupConfig | None = None
     completep: CompletePConfig | None = None
@@ -38,34 +36,13 @@ class PluginConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "PluginConfig":
-        """Read the three sections of a DeepSpeed config; other keys are DeepSpeed's and are left to it.
-
-        DeepSpeed's own sequence length curricula are read as ``sequence_length_warmup``, which the log says once.
-
-        Raises:
-            ConfigError: a wrong field in one of the sections, a misspelt section name, or a curriculum of DeepSpeed's
-                that cannot be translated.
-        """
-        raw, notes = translate(raw)
-        say_once(notes)
-        for key in raw:
-            guess = nearest(key, SECTIONS) if key not in SECTIONS else None
-            # "completion" is 0.6-close to "completep"; only a near-identical name is a misspelling for certain.
-            if guess and _misspelt(key, guess):
-                raise ConfigError(f'{key}: unknown section (DeepSpeed would ignore it); did you mean "{guess}"?')
-        parsed = {name: parse_section(model, name, raw[name]) for name, model in SECTIONS.items() if name in raw}
-        return cls(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
+        """The three sections of a DeepSpeed config, as `split_config` reads them; raises as it does."""
+        return split_config(raw)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """The enabled sections with every default filled in, for logs and saved state (JSON types only)."""
         sections = {name: getattr(self, name) for name in SECTIONS}
         return {name: section.model_dump(mode="json") for name, section in sections.items() if section is not None}
-
-
-def _misspelt(key: str, known: str) -> bool:
-    import difflib
-
-    return difflib.SequenceMatcher(None, key.lower().replace("-", "_"), known).ratio() >= 0.85
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -77,16 +54,12 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source))
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        config = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_no_repeated_keys)
     except OSError as error:
         raise ConfigError(
             f"config file {str(source)!r} cannot be read ({error.strerror}); give an existing JSON file"
         ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {str(source)!r} is not UTF-8 text: {error}; give a JSON file") from None
-    try:
-        config = json.loads(text, object_pairs_hook=_no_repeated_keys)
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"config file {str(source)!r} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"config file {str(source)!r} must hold a JSON object, got {type(config).__name__}")
@@ -96,13 +69,21 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], PluginConfig]:
     """Separate our sections from DeepSpeed's: ``(config for deepspeed.initialize, validated sections)``.
 
+    DeepSpeed's own sequence length curricula are read as ``sequence_length_warmup``, which the log says once.
+
     Raises:
-        ConfigError: as `load_json` and `PluginConfig.from_dict` do.
+        ConfigError: as `load_json` does; a wrong field in one of the sections, a misspelt section name, or a curriculum
+            of DeepSpeed's that cannot be translated.
     """
     config, notes = translate(load_json(source))
     say_once(notes)
-    plugin = PluginConfig.from_dict(config)
-    return {key: value for key, value in config.items() if key not in SECTIONS}, plugin
+    for key in config:
+        # only a near-identical name is a misspelling for certain: "completion" is not
+        guess = nearest(key.lower().replace("-", "_"), SECTIONS, cutoff=0.85) if key not in SECTIONS else None
+        if guess:
+            raise ConfigError(f'{key}: unknown section (DeepSpeed would ignore it); did you mean "{guess}"?')
+    parsed = {name: parse_section(model, name, config.pop(name)) for name, model in SECTIONS.items() if name in config}
+    return config, PluginConfig(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
 
 
 def say_once(notes: Iterable[str]) -> None:
@@ -114,8 +95,7 @@ def say_once(notes: Iterable[str]) -> None:
 
 
 def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    repeated = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
     if repeated:
         raise ConfigError(f"the config file repeats the key(s) {', '.join(repeated)}; keep one of each")
     return dict(pairs)

@@ -1,9 +1,8 @@
 """The NVIDIA Megatron side of the plugin.
 
-Importing this package is cheap: it imports neither megatron nor deepspeed, nor torch. `apply(section)` gives a script
-that builds its own model and optimizer the CompleteP recipe, `apply("methods.json")` gives Megatron-LM's training loop
-all three methods; `active()` lists every change the plugin has made to the host in this process and `revert()` undoes
-them all.
+Importing it imports neither megatron, deepspeed nor torch. `apply(section)` gives a script that builds its own model
+and optimizer the CompleteP recipe, `apply("methods.json")` gives Megatron-LM's training loop all three methods;
+`active()` lists every change that the plugin has made in this process, `revert()` undoes them all.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,27 +1,26 @@
-"""CompleteP in a script that builds its own objects: the host's builders, rebound.
+"""CompleteP in a script that builds its own objects: megatron-core's builders, rebound.
 
     megatron_patches.apply(section)      # before the model is built
     ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
     megatron_patches.revert()
 
-Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`: they use
-the host's own extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
+Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`, which use
+megatron-core's extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
 """
 
-import importlib
+import contextlib
 import sys
 import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import check_model
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch, Switch
-from megatron_patches.completep.building import scaled_builds
+from megatron_patches.completep.build import scaled_builds
 from megatron_patches.completep.layers import give_back
 from megatron_patches.completep.optimizer import build_optimizer, check_scheduler
-
-_OPTIMIZERS = "megatron.core.optimizer"
 
 _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
@@ -29,12 +28,11 @@ _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 def apply_completep(section: CompletePConfig) -> None:
     """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
 
-    A section that does not say ``residual`` is folded: an iteration multiplies nothing then, and checkpoints run in
-    stock code. The config that a model is built from is changed itself, so that the model holds the very object that
-    the script goes on to use; when the construction fails it is as before.
+    A section that does not say ``residual`` is folded. The config that a model is built from is changed itself, so that
+    the model holds the very object that the script goes on to use; when the construction fails it is as before.
 
-    `megatron_patches.revert()` undoes it, in every module that holds one of the host's names and on the configs; models
-    that were built can still be trained.
+    `megatron_patches.revert()` undoes it, in every module that holds one of megatron-core's names and on the configs;
+    models that were built can still be trained.
 
     Raises:
         StateError: another section is in force.
@@ -42,22 +40,36 @@ def apply_completep(section: CompletePConfig) -> None:
     """
     global _applied
     section = section.on_megatron()
-    if _applied is not None and any(patch.applied for patch in _applied[1]):
-        if _applied[0] != section:
-            raise StateError(
-                f"megatron_patches.apply: {_applied[0]!r} is in force, {section!r} was asked for; one recipe holds in "
-                "a process, call megatron_patches.revert() between two"
-            )
+    if in_force(_applied, section):
         return
     patches = _patches(section)
+    with all_or_none(patches):
+        _applied = section, patches
+
+
+def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:
+    """Whether what is asked for is on already. Raises StateError: something else is."""
+    if before is None or not any(patch.applied for patch in before[1]):
+        return False
+    if before[0] != asked:
+        raise StateError(
+            f"megatron_patches.apply: {before[0]!r} is in force, {asked!r} was asked for; one configuration holds in a "
+            "process, call megatron_patches.revert() between two"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def all_or_none(patches: Sequence[Change]) -> Iterator[None]:
+    """Apply the changes; when that, or the block, raises a PluginError, take them back."""
     try:
         for patch in patches:
             patch.apply()
+        yield
     except PluginError:
         for patch in reversed(patches):
             patch.revert()
         raise
-    _applied = section, patches
 
 
 def _patches(section: CompletePConfig) -> tuple[Change, ...]:
@@ -79,11 +91,13 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
         use_gloo_process_groups: bool = True,
         **kwargs: Any,
     ) -> Any:
+        from megatron.core import optimizer as stock
+
         kwargs["use_gloo_process_groups"] = use_gloo_process_groups
         if not optimizer.applied:  # a module imported in the meantime may have kept this function
-            host = importlib.import_module(_OPTIMIZERS).get_megatron_optimizer
-            return host(config, model_chunks, config_overrides, **kwargs)
-        if config_overrides and config_overrides != _standard_overrides(config):
+            return stock.get_megatron_optimizer(config, model_chunks, config_overrides, **kwargs)
+        # the standard ones, which Megatron-LM's training loop always gives, say nothing that the recipe does not
+        if config_overrides and config_overrides != stock.get_standard_config_overrides(config):
             raise ConfigError(
                 f"completep: the script gives get_megatron_optimizer config_overrides of its own, "
                 f"{list(config_overrides)}; the recipe sets the same quantities for every parameter, remove them"
@@ -94,8 +108,8 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
         scheduler.original(self, *args, **kwargs)
         check_scheduler(self)
 
-    # A class stays the host's own object, whoever holds it. The function may be bound in any module, a script's too,
-    # and a binding that is missed would train with the base model's groups.
+    # The function may be bound in any module, a script's too, and a binding that is missed would train with the base
+    # model's groups. A class stays the same object, whoever holds it.
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
     model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
     language_model = Patch(
@@ -104,7 +118,7 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
         reason="completep: other models are refused",
     )
     optimizer = Patch(
-        f"{_OPTIMIZERS}.get_megatron_optimizer",
+        "megatron.core.optimizer.get_megatron_optimizer",
         get_megatron_optimizer,
         reason="completep: param groups",
         prefixes=everywhere,
@@ -114,12 +128,6 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
         build_scheduler,
         reason="completep: warmup starts at 0",
     )
-    given = Switch(
-        "TransformerConfig objects", lambda: None, give_configs_back, reason="completep: fields of the models' configs"
-    )
+    fields = "completep: fields of the models' configs"
+    given = Switch("TransformerConfig objects", lambda: None, give_configs_back, reason=fields)
     return model, language_model, optimizer, scheduler, given
-
-
-def _standard_overrides(config: Any) -> Any:
-    """What Megatron-LM's training loop always gives: no weight decay on vectors, which the recipe says as well."""
-    return importlib.import_module(_OPTIMIZERS).get_standard_config_overrides(config)

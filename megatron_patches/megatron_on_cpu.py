@@ -2,19 +2,20 @@
 
 megatron-core writes "cuda" where it means "my device". `enable()` turns those places into the CPU: a torch function
 mode rewrites devices in tensor calls, and patches replace the parts of `torch.cuda` that training reaches. Nothing here
-is for speed; it exists so that tests and small experiments run the host's real code.
+is for speed; it exists so that tests and small experiments run megatron-core's real code.
 
 One generator serves both the CPU and the "CUDA" random stream. The random number tracker forks and restores it like the
-real one, but a draw the host would have made on the CPU also advances the other stream: use dropout 0 when two runs
-must draw the same numbers in spite of different host-side draws (a resumed run, another data order).
+real one, but a draw on the CPU also advances the other stream: use dropout 0 when two runs must draw the same numbers
+in spite of different draws on the CPU (a resumed run, another data order).
 """
 
 import contextlib
 import importlib.abc
 import importlib.machinery
+import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ds_plugin.core.errors import ConfigError, PluginError, StateError
+from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.patch import Change, Patch, Switch
 
-# Private names of the hosts, here only. `_lazy_call` queues a callback until CUDA is initialised, that is for ever on
-# such a machine; megatron's tracker sets generator states through it, so unpatched a fork silently does nothing.
+# Private names of torch and megatron, here only. `_lazy_call` queues a callback until CUDA is initialised, that is for
+# ever on such a machine; megatron's tracker sets generator states through it, so a fork would silently do nothing.
 _LAZY_CALL = "torch.cuda._lazy_call"
 _RUN_BACKWARD = "torch.autograd.graph._engine_run_backward"
 _MODE_STACK = ("_pop_mode", "_push_mode", "_get_current_function_mode_stack")
@@ -44,8 +45,7 @@ def enable(*, pretend_cuda: bool = False) -> None:
     """Make megatron-core run on the CPU in this process, whether or not it has been imported; again is a no-op.
 
     pretend_cuda: also answer "yes, one GPU" to `torch.cuda.is_available()` and `device_count()`, as Megatron-LM's own
-        scripts demand. Leave it False under DeepSpeed, whose accelerator detection would be fooled. It can be added
-        by a second call and stays until `disable()`.
+        scripts demand. Under DeepSpeed leave it False: its accelerator detection would be fooled.
 
     Raises ConfigError when the machine has a usable GPU, and PluginError, leaving nothing changed, when torch lacks a
     symbol that has to be replaced.
@@ -64,7 +64,7 @@ def enable(*, pretend_cuda: bool = False) -> None:
 
 
 def disable() -> None:
-    """Put everything back; when the host is not enabled, do nothing."""
+    """Put everything back; when it is not enabled, do nothing."""
     for change in reversed(_CHANGES + _PRETEND):
         change.revert()
 
@@ -78,8 +78,8 @@ def check_replicas(model: nn.Module) -> int:
     """Prove that parameters which tensor parallelism does not cut are bitwise equal across the tensor-parallel group.
 
     Compares every parameter whose attribute `tensor_model_parallel` is false or absent (norms, position embeddings,
-    biases added after a reduction) with one all-reduce of its bytes, twice its size; NaNs with equal bits are equal.
-    Partitions of ZeRO-3 are gathered one at a time. Collective: call it on every rank of the job, also one with GPUs.
+    biases added after a reduction) with one all-reduce of its bytes, twice its size; partitions of ZeRO-3 are gathered
+    one at a time. Collective, over every rank of the job, on GPUs too.
 
     Returns the number of parameters compared, 0 when tensor_parallel is 1. Raises StateError on every rank of the job,
     with the same message, naming the first parameter that differs on any tensor-parallel group.
@@ -96,51 +96,38 @@ def check_replicas(model: nn.Module) -> int:
     layout = [(name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in replicas]
     layouts: list[Any] = [None] * len(ranks)
     dist.all_gather_object(layouts, layout, group=group)
-    problem = next((_differing_layout(layouts[0], other) for other in layouts if other != layouts[0]), None)
     # A group whose layouts differ must not start comparing, and the others must not wait for it below (ZeRO-3 gathers
     # run across groups): agree before and after.
-    _raise_together(problem)
-    drifted = None
-    for name, parameter in replicas:
-        with _whole(parameter):
-            if not _same_bytes(parameter.detach(), group) and drifted is None:
-                drifted = f"parameter {name!r} is not bitwise identical on tensor-parallel ranks {ranks}"
-    _raise_together(drifted)
+    with raise_on_all_ranks():
+        if off := next((each for each in itertools.zip_longest(*layouts) if each.count(each[0]) < len(each)), None):
+            raise StateError(f"tensor-parallel ranks {ranks} hold different replicated parameters, {off}; {_REMEDY}")
+    drifted = [name for name, parameter in replicas if not _same_bytes(parameter, group)]
+    with raise_on_all_ranks():
+        if drifted:
+            raise StateError(
+                f"parameter {drifted[0]!r} is not bitwise identical on tensor-parallel ranks {ranks}; {_REMEDY}"
+            )
     return len(replicas)
 
 
-def _same_bytes(value: torch.Tensor, group: Any) -> bool:
-    data = value.contiguous().reshape(-1).view(torch.uint8)
-    # max(b) and max(255 - b) are complements exactly where every rank holds the same byte.
-    both = torch.stack((data, 255 - data))
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    return bool((both[0] == 255 - both[1]).all())
+_REMEDY = (
+    "ranks of one group must draw the same numbers outside tensor-parallel regions and reduce the same gradients "
+    "(check the seeds, the random number tracker and mpu=DeepSpeedMPU())"
+)
 
 
-def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
-    if not hasattr(parameter, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
+def _same_bytes(parameter: nn.Parameter, group: Any) -> bool:
+    whole: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
-def _differing_layout(mine: list[Any], other: list[Any]) -> str:
-    for a, b in zip(mine, other, strict=False):
-        if a != b:
-            return f"tensor-parallel ranks hold different replicated parameters: {a} and {b}"
-    return f"tensor-parallel ranks hold {len(mine)} and {len(other)} replicated parameters"
-
-
-def _raise_together(problem: str | None) -> None:
-    reports: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, problem)
-    first = next((report for report in reports if report is not None), None)
-    if first is not None:
-        raise StateError(
-            f"{first}; ranks of one group must draw the same numbers outside tensor-parallel regions and reduce the "
-            "same gradients (check the seeds, the random number tracker and mpu=DeepSpeedMPU())"
-        )
+        whole = deepspeed.zero.GatheredParameters([parameter])
+    with whole:
+        data = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+        # max(b) and max(255 - b) are complements exactly where every rank holds the same byte.
+        both = torch.stack((data, 255 - data))
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
+        return bool((both[0] == 255 - both[1]).all())
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -195,50 +182,39 @@ def _leave_mode() -> None:
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
     # torch turns a mode off while it handles a call, and Tensor.backward is one call: without this, layers recomputed
-    # in the backward pass would see the host's "cuda" again.
+    # in the backward pass would see megatron's "cuda" again.
     stack = getattr(torch.overrides, _MODE_STACK[2])
     with contextlib.nullcontext() if _mode in stack() else _mode:
         return _backward_patch.original(*args, **kwargs)
 
 
-class _QuietFork(logging.Filter):
+def _quiet_fork(record: logging.LogRecord) -> bool:
     """Drops the tracker's warning that a fork moved the CPU stream: here that stream is the one being forked."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return _TRACKER_WARNING not in record.getMessage()
+    return _TRACKER_WARNING not in record.getMessage()
 
 
-_quiet_fork = _QuietFork()
-
-
-class _Event:
-    """A CUDA event that has always happened."""
+class _Done:
+    """A CUDA stream whose work is always done, or an event that has always happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
-    def wait(self, stream: Any = None) -> None: ...
-    def synchronize(self) -> None: ...
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
+
+    record = wait = synchronize = wait_stream = wait_event = _nothing
 
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, end: "_Event") -> float:
+    def elapsed_time(self, end: Any) -> float:
         return 0.0
-
-
-class _Stream:
-    """A CUDA stream whose work is always done."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def wait_stream(self, stream: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
 
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
+
+
+class _Stream(_Done): ...
+
+
+class _Event(_Done): ...
 
 
 class _Generators:
@@ -248,77 +224,9 @@ class _Generators:
         return torch.default_generator
 
 
-_stream = _Stream()
-
-
-@contextlib.contextmanager
-def _use_stream(stream: Any) -> Iterator[None]:
-    yield
-
-
-def _lazy_call(callback: Any, **_: Any) -> None:
-    callback()
-
-
-def _current_device() -> torch.device:
-    return _CPU
-
-
-def _synchronize(device: Any = None) -> None: ...
-def _set_device(device: Any) -> None: ...
-def _empty_cache() -> None: ...
-def _set_stream(stream: Any) -> None: ...
-
-
-def _current_stream(device: Any = None) -> _Stream:
-    return _stream
-
-
-def _default_stream(device: Any = None) -> _Stream:
-    return _stream
-
-
-def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
-    return torch.default_generator.get_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
-    torch.default_generator.set_state(new_state)
-
-
-def _manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
-
-
-def _manual_seed_all(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
-
-
-def _is_available() -> bool:
-    return True
-
-
-def _device_count() -> int:
-    return 1
-
-
-def _get_device_properties(device: Any = None) -> SimpleNamespace:
-    return SimpleNamespace(name="cpu", major=0, minor=0, total_memory=1 << 30, multi_processor_count=1)
-
-
-def _get_device_capability(device: Any = None) -> tuple[int, int]:
-    return (0, 0)
-
-
-def _no_accelerator() -> bool:
-    return False
-
-
-def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-    return tensor
-
-
-def _graph_health_check(optimizer: Any) -> None: ...
+def _always(value: Any) -> Callable[..., Any]:
+    """A new function that returns ``value`` whatever it is given; new, as `Patch` wants one of its own."""
+    return lambda *args, **kwargs: value
 
 
 def _has_torch_adam(optimizer: Any) -> bool:
@@ -327,60 +235,57 @@ def _has_torch_adam(optimizer: Any) -> bool:
 
 
 def _optimizer_state_dict(self: Any) -> Any:
-    """The host reads the step count off the state, which torch's Adam only creates in its first step."""
+    """megatron reads the step count off the state, which torch's Adam only creates in its first step."""
     if _has_torch_adam(self):
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if not self.optimizer.state[p]:
                     zeros = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
                     self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
-    return _state_dict_patch.original(self)
+    return _RESUME["state_dict"].original(self)
 
 
 def _load_optimizer_state_dict(self: Any, state_dict: Any) -> None:
-    """The host gives all parameters one tensor for their step count, which every one of them would then advance."""
-    _load_state_dict_patch.original(self, state_dict)
+    """megatron gives all parameters one tensor for their step count, which every one of them would then advance."""
+    _RESUME["load_state_dict"].original(self, state_dict)
     if _has_torch_adam(self):
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
-@torch.no_grad()  # the host copies into views of parameters that require gradients
+@torch.no_grad()  # megatron copies into views of parameters that require gradients
 def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
     """The step count is part of torch's state, but not of most checkpoint formats; it has been set already."""
     if _has_torch_adam(self):
         group, position = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
         tensors = {**tensors, "step": state["step"]}
-    _set_states_patch.original(self, model_param, tensors)
+    _RESUME["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
 
 
-def _resuming(name: str, replacement: Any) -> Patch:
-    return Patch(
-        f"{_OPTIMIZER_MODULE}.DistributedOptimizer.{name}", replacement, reason="resume with torch's Adam", prefixes=()
+_RESUME = {
+    name: Patch(
+        f"{_OPTIMIZER_MODULE}.DistributedOptimizer.{name}", mended, reason="resume with torch's Adam", prefixes=()
     )
-
-
-_state_dict_patch = _resuming("state_dict", _optimizer_state_dict)
-_load_state_dict_patch = _resuming("load_state_dict", _load_optimizer_state_dict)
-_set_states_patch = _resuming("_set_main_param_and_optimizer_states", _set_optimizer_states)
-_RESUME = (_state_dict_patch, _load_state_dict_patch, _set_states_patch)
+    for name, mended in (
+        ("state_dict", _optimizer_state_dict),
+        ("load_state_dict", _load_optimizer_state_dict),
+        ("_set_main_param_and_optimizer_states", _set_optimizer_states),
+    )
+}
 
 
 class _OnImport(importlib.abc.MetaPathFinder):
     """Mends the optimizer's module when it is first imported: `enable()` itself does not import megatron."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != _OPTIMIZER_MODULE:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path) if fullname == _OPTIMIZER_MODULE else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_mend(module: Any) -> None:
                 execute(module)
-                for patch in _RESUME:
-                    patch.apply()
+                _mend()
 
             spec.loader.exec_module = execute_and_mend  # type: ignore[method-assign]
         return spec
@@ -389,15 +294,19 @@ class _OnImport(importlib.abc.MetaPathFinder):
 _on_import = _OnImport()
 
 
+def _mend() -> None:
+    for patch in _RESUME.values():
+        patch.apply()
+
+
 def _mend_resuming() -> None:
     sys.meta_path.insert(0, _on_import)
     if _OPTIMIZER_MODULE in sys.modules:
-        for patch in _RESUME:
-            patch.apply()
+        _mend()
 
 
 def _leave_resuming() -> None:
-    for patch in reversed(_RESUME):
+    for patch in reversed(_RESUME.values()):
         patch.revert()
     sys.meta_path.remove(_on_import)
 
@@ -419,22 +328,18 @@ _CHANGES: list[Change] = [
         lambda: logging.getLogger(_TRACKER_LOGGER).removeFilter(_quiet_fork),
         reason="the CPU stream is the one that the tracker forks",
     ),
-    Patch(_LAZY_CALL, _lazy_call, reason="the random number tracker sets states through it", prefixes=_COPIES),
-    _cuda("current_device", _current_device),
-    _cuda("synchronize", _synchronize),
-    _cuda("set_device", _set_device),
-    _cuda("empty_cache", _empty_cache),
+    Patch(_LAZY_CALL, lambda callback, **_: callback(), reason="the tracker sets states through it", prefixes=_COPIES),
+    *(_cuda(name, _always(None)) for name in ("synchronize", "set_device", "empty_cache", "set_stream")),
+    *(_cuda(name, _always(_Stream())) for name in ("current_stream", "default_stream")),
+    _cuda("manual_seed", lambda seed: torch.default_generator.manual_seed(int(seed))),
+    _cuda("manual_seed_all", lambda seed: torch.default_generator.manual_seed(int(seed))),
+    _cuda("current_device", _always(_CPU)),
     _cuda("Stream", _Stream),
     _cuda("Event", _Event),
-    _cuda("stream", _use_stream),
-    _cuda("set_stream", _set_stream),
-    _cuda("current_stream", _current_stream),
-    _cuda("default_stream", _default_stream),
+    _cuda("stream", lambda stream: contextlib.nullcontext()),
     _cuda("default_generators", _Generators()),
-    _cuda("get_rng_state", _get_rng_state),
-    _cuda("set_rng_state", _set_rng_state),
-    _cuda("manual_seed", _manual_seed),
-    _cuda("manual_seed_all", _manual_seed_all),
+    _cuda("get_rng_state", lambda device=None: torch.default_generator.get_state()),
+    _cuda("set_rng_state", lambda new_state, device=None: torch.default_generator.set_state(new_state)),
     # torch's own classes: copies are left alone, because reverting would rebind every name for torch.FloatTensor.
     _cuda("FloatTensor", torch.FloatTensor, prefixes=()),
     _cuda("IntTensor", torch.IntTensor, prefixes=()),
@@ -443,15 +348,18 @@ _CHANGES: list[Change] = [
 ]
 
 _PRETEND: list[Change] = [
-    _cuda("is_available", _is_available),
-    _cuda("device_count", _device_count),
-    _cuda("get_device_properties", _get_device_properties),
-    _cuda("get_device_capability", _get_device_capability),
-    Patch("torch.Tensor.pin_memory", _pin_memory, reason="there is no pinned memory without CUDA"),
+    _cuda("is_available", _always(True)),
+    _cuda("device_count", _always(1)),
+    _cuda(
+        "get_device_properties",
+        _always(SimpleNamespace(name="cpu", major=0, minor=0, total_memory=1 << 30, multi_processor_count=1)),
+    ),
+    _cuda("get_device_capability", _always((0, 0))),
+    Patch("torch.Tensor.pin_memory", lambda tensor, device=None: tensor, reason="there is no pinned memory"),
     # A torch that was built with CUDA asks torch.cuda here, and then the driver for the device.
-    Patch("torch.accelerator.is_available", _no_accelerator, reason="loaders' processes pin memory where there is one"),
+    Patch("torch.accelerator.is_available", _always(False), reason="loaders' processes pin memory where there is one"),
     *(
-        Patch(f"torch.optim.Optimizer.{name}", _graph_health_check, reason="it asks CUDA once is_available() says yes")
+        Patch(f"torch.optim.Optimizer.{name}", _always(None), reason="it asks CUDA once is_available() says yes")
         for name in _GRAPH_HEALTH_CHECKS
         if hasattr(torch.optim.Optimizer, name)
     ),

@@ -4,6 +4,8 @@ import importlib.metadata
 import importlib.util
 import platform
 
+from ds_plugin import __version__
+
 _REQUIRED = ("torch", "deepspeed", "megatron-core", "pydantic", "numpy", "safetensors", "tokenizers")
 _OPTIONAL = {
     "apex": "apex.optimizers",
@@ -15,34 +17,14 @@ _OPTIONAL = {
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages results depend on; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in _REQUIRED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["ds-plugin"] = _own_version()
-    return found
+    known = {name: _version(name) for name in _REQUIRED}
+    found = {name: version for name, version in known.items() if version is not None}
+    return {"python": platform.python_version(), **found, "ds-plugin": __version__}
 
 
 def optional() -> dict[str, str | None]:
     """Each optional package's version, "found" when it has none, None when it is not installed."""
-    result: dict[str, str | None] = {}
-    for name, module in _OPTIONAL.items():
-        result[name] = None
-        if importlib.util.find_spec(module.split(".")[0]) is None:
-            continue
-        try:
-            usable = importlib.util.find_spec(module) is not None
-        except ImportError:
-            usable = False
-        # the "apex" of the package index is an unrelated web toolkit, without apex.optimizers
-        if usable:
-            try:
-                result[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                result[name] = "found"
-    return result
+    return {name: (_version(name) or "found") if _usable(module) else None for name, module in _OPTIONAL.items()}
 
 
 def accelerator() -> str:
@@ -57,7 +39,16 @@ def accelerator() -> str:
     return f"{found.device_count()} x {torch.cuda.get_device_name(0)}, {backend}"
 
 
-def _own_version() -> str:
-    import ds_plugin
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
-    return ds_plugin.__version__
+
+def _usable(module: str) -> bool:
+    # the "apex" of the package index is an unrelated web toolkit, without apex.optimizers
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False

@@ -164,11 +164,9 @@ def show_environment(args: argparse.Namespace) -> int:
     from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
-    rows = [(name, version) for name, version in env.versions().items()]
-    rows.append(("accelerator", env.accelerator()))
-    rows += [(name, version or "not found (optional)") for name, version in env.optional().items()]
-    patches = [f"{patch.name} ({patch.reason})" for patch in active()]
-    rows.append(("active patches", "; ".join(patches) or "none"))
-    for name, value in rows:
+    optional = {name: version or "not found (optional)" for name, version in env.optional().items()}
+    patches = "; ".join(f"{patch.name} ({patch.reason})" for patch in active()) or "none"
+    rows = {**env.versions(), "accelerator": env.accelerator(), **optional, "active patches": patches}
+    for name, value in rows.items():
         print(f"{name:<20} {value}")
     return 0

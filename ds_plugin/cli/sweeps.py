@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ds_plugin.completep.rules import Recipe
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.files import write_text
 
 _RECIPES = get_args(Recipe)
 
@@ -28,12 +30,8 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--out", type=Path, default=Path("coord_check"), help="folder for the CSV and the figure")
     sweep = commands.add_parser("lr-transfer", help="the learning-rate sweep", formatter_class=_Defaults)
     sweep.add_argument("--shapes", type=_shapes, default=((64, 2), (64, 8), (64, 32)), help="WIDTHxDEPTH,...")
-    sweep.add_argument(
-        "--exponents",
-        type=_integers,
-        default=tuple(range(-11, -4)),
-        help="base learning rates 2^n, as --exponents=-9,-8",
-    )
+    rates = tuple(range(-11, -4))
+    sweep.add_argument("--exponents", type=_integers, default=rates, help="base rates 2^n, as --exponents=-9,-8")
     sweep.add_argument("--recipes", type=_recipes, default=("completep", "mup", "standard"), help=", ".join(_RECIPES))
     sweep.add_argument("--seeds", type=int, default=3, help="runs of each shape and rate")
     sweep.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
@@ -120,8 +118,7 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, widths: Sequence[int], **changes: Any) -> tuple[Any, Callable[[str], None]]:
-    """Check the widths, start the host, make the output folder; the base model and a function that prints progress."""
-    from ds_plugin.core.errors import ConfigError
+    """Check the widths, start Megatron, make the output folder; the base model and a function that prints progress."""
     from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
@@ -140,15 +137,12 @@ def _start(args: argparse.Namespace, widths: Sequence[int], **changes: Any) -> t
 
 def _known_settings(path: Path, settings: str) -> bool:
     """Whether an earlier sweep with these settings is in the folder; refuses one with others."""
-    from ds_plugin.core.errors import ConfigError
-    from ds_plugin.core.files import atomic_write
-
-    if path.exists():
-        if path.read_text() != settings:
-            raise ConfigError(f"--out: {path} is of a sweep with other settings; give another folder")
-        return True
-    atomic_write(path, lambda temporary: temporary.write_text(settings))
-    return False
+    if not path.exists():
+        write_text(path, settings)
+        return False
+    if path.read_text() != settings:
+        raise ConfigError(f"--out: {path} is of a sweep with other settings; give another folder")
+    return True
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter): ...

@@ -22,12 +22,8 @@ class CompletePConfig(SectionConfig):
     """The base model, whose hyperparameters the JSON holds, and the depth exponent."""
 
     enabled: bool = False
-    base_width: int = Field(
-        ge=1, description="the hidden size of the model the hyperparameters were tuned on, e.g. 256"
-    )
-    base_depth: int = Field(
-        ge=1, description="the number of layers of the model the hyperparameters were tuned on, e.g. 2"
-    )
+    base_width: int = Field(ge=1, description="hidden size of the model the hyperparameters were tuned on, e.g. 256")
+    base_depth: int = Field(ge=1, description="number of layers of the model the hyperparameters were tuned on, e.g. 2")
     base_head_dim: int | None = Field(
         None,
         ge=1,
@@ -40,8 +36,8 @@ class CompletePConfig(SectionConfig):
     residual: Literal["forward", "folded"] = Field(
         "forward",
         description="where the multipliers of residual branches and logits go: into the forward pass, or folded into "
-        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is the host's own); by itself "
-        "forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
+        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is megatron-core's own); by "
+        "default forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
     )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
@@ -54,8 +50,8 @@ class CompletePConfig(SectionConfig):
     def on_megatron(self) -> "CompletePConfig":
         """The section as Megatron-LM's scripts take it: folded, unless it says ``residual`` itself.
 
-        There every optimizer that the rules hold for can be folded into. An iteration then multiplies nothing, and a
-        checkpoint runs where this plugin is not: in the forward mode it would run there too, without the multipliers.
+        An iteration then multiplies nothing, and a checkpoint runs where this plugin is not: in the forward mode it
+        would run there too, without the multipliers.
         """
         return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
 
@@ -66,7 +62,7 @@ class CompletePConfig(SectionConfig):
         return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
 
     def ratios(self, width: int, depth: int) -> Ratios:
-        """The ratios of a model of this hidden size and number of layers against the base model."""
+        """Of a model of this hidden size and number of layers against the base model."""
         m_N, m_L = width / self.base_width, depth / self.base_depth
         return Ratios(m_N, m_L, self.alpha, self.batch_ratio, self.token_ratio)
 

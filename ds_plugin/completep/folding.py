@@ -4,10 +4,9 @@ A model trained in the forward mode needs its multipliers wherever it is used; `
 the result is an ordinary GPT that any code for its architecture runs. A model trained in the folded mode is one
 already; `unfold` gives the plain weights of Table 1, as the forward mode would have trained them.
 
-Both keep the attention scale out: where the head size differs from the base's, the model must be run with the
-softmax_scale that `prepare` set (`rules.attention_scale`), or its weights be given to `fold_attention`, which writes
-that into the queries too. Such weights are for use elsewhere: queries share a matrix with keys and values, whose
-learning rate is theirs.
+Both keep the attention scale out: where the head size differs from the base's, run the model with the softmax_scale
+that `prepare` set (`rules.attention_scale`), or give the weights to `fold_attention`, which writes it into the queries
+too. Such weights are for use elsewhere, not for training: queries share a matrix with keys and values.
 
 What these functions return says so itself, in the ``_metadata`` that torch gives a ``state_dict()`` and keeps through
 ``torch.save`` and ``torch.load``: the same is not done to it twice. Other formats lose that, as a plain dict does.
@@ -39,21 +38,17 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
 
     Raises:
-        ConfigError: the weights are of the folded mode, also by an earlier call, or it cannot be told (``config`` is
-            not `prepare`'s, and the section does not say ``residual``); a name has no role; or the final norm's gains
-            are 1 + weight where the multiplier of a tied output layer would go.
+        ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
+            section does not say ``residual``); a name has no role; or the final norm's gains, which the multiplier of
+            a tied output layer goes into, are 1 + weight.
     """
-    _refuse_other_mode(weights, config, section, mode="forward", function="fold")
+    _refuse_unless("forward", "fold", weights, config, section)
     return _scaled(weights, config, section, tied, inverse=False)
 
 
 def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
-    """The inverse of `fold`, for weights of the folded mode: those of Table 1, for a model in the forward mode.
-
-    Raises:
-        ConfigError: the weights are of the forward mode, or it cannot be told; or a name has no role.
-    """
-    _refuse_other_mode(weights, config, section, mode="folded", function="unfold")
+    """The inverse of `fold`, for weights of the folded mode: those of Table 1, for a model in the forward mode."""
+    _refuse_unless("folded", "unfold", weights, config, section)
     return _scaled(weights, config, section, tied, inverse=True)
 
 
@@ -73,8 +68,8 @@ def load_plain(
     marks = _marks(weights)
     if marks.get("residual", "forward") != "forward" or "attention" in marks:
         raise ConfigError(
-            f"completep: load_plain() takes the plain weights of Table 1, and these say that they are {marks}; load "
-            "folded ones with load_state_dict, into a model of the folded mode"
+            f"completep: load_plain() takes the plain weights of Table 1, and these are {marks}; load folded ones with "
+            "load_state_dict, into a model of the folded mode"
         )
     if section.residual == "folded":
         weights = _scaled(weights, model.config, section, is_tied(model), inverse=False)
@@ -89,9 +84,8 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     nothing changes.
 
     Raises:
-        ConfigError: it was done already; query rows cannot be told apart: there are gates, or a tensor-parallel shard
-            holds a part of a query group; or what follows them undoes it: a norm without gains, or with gains of
-            1 + weight.
+        ConfigError: it was done already; query rows cannot be told apart (gates, a part of a query group); or a norm
+            without gains, or with gains of 1 + weight, would undo it.
     """
     head = config.kv_channels
     if "attention" in _marks(weights):
@@ -99,29 +93,22 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     if section.base_head_dim in (None, head):
         return _marked(weights)
     scale = rules.attention_scale(head, section.base_head_dim, section.recipe) * math.sqrt(head)
-    if getattr(config, "attention_output_gate", False):
-        raise ConfigError(
-            "completep: TransformerConfig.attention_output_gate is True: its gates share the queries' matrix, which is "
-            "not known here; run the model with softmax_scale"
-        )
-    if getattr(config, "qk_l2_norm", False):
-        raise ConfigError(
-            "completep: TransformerConfig.qk_l2_norm is True: queries are brought to one length, whatever they are "
-            "multiplied by; run the model with softmax_scale"
-        )
-    if config.qk_layernorm and getattr(config, "layernorm_zero_centered_gamma", False):
-        raise ConfigError(
-            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: the gains of the queries' norm are "
-            "1 + weight, into which nothing can be folded; run the model with softmax_scale"
-        )
+    normed = config.qk_layernorm
+    for name, why in {
+        "attention_output_gate": "its gates share the queries' matrix, which is not known here",
+        "qk_l2_norm": "queries are brought to one length, whatever they are multiplied by",
+        **({"layernorm_zero_centered_gamma": "the gains of the queries' norm are 1 + weight"} if normed else {}),
+    }.items():
+        if getattr(config, name, False):
+            raise ConfigError(f"completep: TransformerConfig.{name} is True: {why}; run the model with softmax_scale")
     queries = config.num_attention_heads // config.num_query_groups * head
     scaled = _marked(weights, attention="queries")
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor) or name.endswith("_extra_state"):
+        if not _is_weight(name, value):
             continue
         if ".self_attention.q_layernorm." in name:
             scaled[name] = value * scale
-        elif not config.qk_layernorm and name.endswith(_QKV):
+        elif not normed and name.endswith(_QKV):
             rows = queries + 2 * head  # of each group: its queries, a key and a value
             if value.shape[0] % rows:
                 raise ConfigError(
@@ -134,31 +121,28 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     return scaled
 
 
-def _refuse_other_mode(
-    weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, mode: str, function: str
-) -> None:
-    """Refuse weights of another mode than ``function`` takes, by what they, their config and the section say."""
-    marked = _marks(weights).get("residual")
-    if marked == mode:
+def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> None:
+    """Refuse weights of another mode, by what they, their config and the section say."""
+    takes = f'{function}() takes those of "{mode}"'
+    if (marked := _marks(weights).get("residual")) is not None:
+        if marked != mode:
+            raise ConfigError(f'completep.residual: these weights are "{marked}" already; {takes}')
         return
-    if marked is not None:
-        raise ConfigError(
-            f'completep.residual: these weights are "{marked}" already, as fold() or unfold() left them; {function}() '
-            f'takes those of "{mode}"'
-        )
     applied = applied_section(config)
     said = [applied.residual] if applied is not None else []
     if "residual" in section.model_fields_set:
         said.append(section.residual)
     if not said:
         raise ConfigError(
-            "completep.residual: not said, and what it was by itself depends on the host: folded in Megatron-LM's "
-            'scripts, forward with DeepSpeed; write "residual" into the section that is given with these weights'
+            "completep.residual: not said, and its default depends on the framework: folded in Megatron-LM's scripts, "
+            'forward with DeepSpeed; write "residual" into the section that is given with these weights'
         )
     if other := next((trained for trained in said if trained != mode), None):
-        raise ConfigError(
-            f'completep.residual: these weights were trained with "{other}"; {function}() takes those of "{mode}"'
-        )
+        raise ConfigError(f'completep.residual: these weights were trained with "{other}"; {takes}')
+
+
+def _is_weight(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
 
 
 def _scaled(
@@ -168,7 +152,7 @@ def _scaled(
     ratios = ratios_of(config, section)
     scaled = _marked(weights, residual="forward" if inverse else "folded")
     for name, value in weights.items():
-        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+        if _is_weight(name, value):
             scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
             if scale != 1.0:
                 scaled[name] = value / scale if inverse else value * scale

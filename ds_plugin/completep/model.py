@@ -1,7 +1,6 @@
 """What a model that CompleteP has scaled says of itself: its section, its ratios, the role of each parameter.
 
-`megatron_patches.completep` leaves the marks on a model and its config when it scales them; all that comes later, the
-optimizer's param groups first, reads them here. Nothing is imported from a framework.
+`megatron_patches.completep` leaves the marks on a model and its config; all that comes later reads them here.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import torch
 
 from ds_plugin.completep import rules
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.roles import roles_of
+from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import check_model, unwrapped
 from ds_plugin.core.errors import ConfigError
@@ -24,10 +23,10 @@ def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
 
 
 class Prepared(NamedTuple):
-    """What lies on a prepared TransformerConfig: the section, and for each field its value before and after."""
+    """What lies on a prepared TransformerConfig."""
 
     section: CompletePConfig
-    fields: dict[str, tuple[Any, Any]]
+    fields: dict[str, tuple[Any, Any]]  # value before and after
 
 
 def applied_section(config: Any) -> CompletePConfig | None:
@@ -38,10 +37,7 @@ def applied_section(config: Any) -> CompletePConfig | None:
 
 def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
     """The role of every parameter of a model that `finish` has been called on, by its name there; it may be wrapped.
-
-    Raises:
-        ConfigError: it has not, or as `finish` does.
-    """
+    Raises ConfigError: it is not finished, or as `finish` does."""
     model = unwrapped(model)
     check_model(model)
     roles = checked_roles(model, section)
@@ -62,7 +58,8 @@ def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str,
             f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
-    return roles_of(model.named_parameters(), folded=section.residual == "folded", tied=is_tied(model))
+    folded, tied = section.residual == "folded", is_tied(model)
+    return {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
 
 
 def is_tied(model: torch.nn.Module) -> bool:
@@ -74,24 +71,21 @@ def check_gains(config: Any, *, tied: bool) -> None:
     """Refuse to fold the logits' multiplier into gains that do not hold it. Raises ConfigError."""
     if tied and getattr(config, "layernorm_zero_centered_gamma", False):
         raise ConfigError(
-            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: the final "
-            "norm would scale the logits, but its gains are 1 + weight, into which nothing can be folded; leave it "
-            'False, untie the embeddings, or write "residual": "forward"'
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: nothing "
+            "can be folded into the final norm's gains, which are 1 + weight; leave it False, untie the embeddings, or "
+            'write "residual": "forward"'
         )
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
     """The ratios and the multipliers of the forward pass in one line."""
     ratios = ratios_of(model.config, section)
+    folded = ", folded into the weights" if section.residual == "folded" else ""
     return (
         f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
-        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}"
-        f"{', folded into the weights' if section.residual == 'folded' else ''}"
+        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}{folded}"
     )
 
 
 def _short(section: CompletePConfig) -> str:
-    return (
-        f"recipe {section.recipe}, residual {section.residual}, base_width {section.base_width}, base_depth "
-        f"{section.base_depth}, alpha {section.alpha}"
-    )
+    return ", ".join(f"{n} {getattr(section, n)}" for n in ("recipe", "residual", "base_width", "base_depth", "alpha"))

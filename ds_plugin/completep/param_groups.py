@@ -2,7 +2,6 @@
 whether a step's groups still stand in those ratios."""
 
 import functools
-import itertools
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from ds_plugin.completep.rules import Multipliers, Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import ConfigError, StateError
 
-#: a learning rate or decay this small moves no weight; what is left of subtracting two equal rates is smaller still
+#: a learning rate or decay this small moves no weight
 _NOTHING = 1e-14
 
 #: finished models that no optimizer knows the roles of, and what ends their watch
@@ -34,82 +33,43 @@ def build_param_groups(
     eps: float,
     betas: Sequence[float] = (0.9, 0.999),
 ) -> list[dict[str, Any]]:
-    """Groups for any torch-style optimizer: ``params, role, lr, lr_scale, weight_decay, eps``, in the order of `Role`;
-    and ``betas`` where the recipe changes them. ``lr_scale`` is for loops that write the rate themselves:
-    ``group["lr"] = lr * group["lr_scale"]``.
+    """Groups for any torch-style optimizer: ``params``, ``role`` and `group_settings`, in the order of `Role`.
 
-    The embeddings come first: their multipliers are 1, so the first group's learning rate, which hosts log, is the base
-    model's. Parameters that do not require gradients are left out; roles without parameters make no group.
+    The embeddings come first: their multipliers are 1, so the first group's learning rate, which frameworks log, is the
+    base model's. Parameters that do not require gradients are left out; roles without parameters make no group.
     """
     groups, model = [], unwrapped(model)
     for role in Role:
         params = [p for name, p in model.named_parameters() if roles[name] is role and p.requires_grad]
         if params:
-            m = section.multipliers(role, ratios)
-            group: dict[str, Any] = {
-                "params": params,
-                "role": role.value,
-                "lr": lr * m.lr,
-                "lr_scale": m.lr,
-                "weight_decay": weight_decay * m.weight_decay,
-                "eps": eps * m.eps,
-            }
-            if m.one_minus_beta != 1.0:
-                group["betas"] = scaled_betas(betas, m.one_minus_beta)
-            groups.append(group)
+            row = section.multipliers(role, ratios)
+            settings = group_settings(row, lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
+            groups.append({"params": params, "role": role.value, **settings})
     groups_built(model)
     return groups
 
 
-def await_groups(model: torch.nn.Module) -> None:
-    """Until `groups_built`, refuse an optimizer's step once gradients have reached the model.
+def group_settings(
+    row: Multipliers, *, lr: float, weight_decay: float, eps: float, betas: Sequence[float]
+) -> dict[str, Any]:
+    """``lr, lr_scale, weight_decay, eps``, and ``betas`` where the recipe changes them, from the base model's values.
 
-    No optimizer has been told its roles, so that whichever steps has the base model's learning rates for it; but for
-    one of other models' own parameters, as of a probe on this one. Gradients alone are not refused. Nothing is left on
-    a step's path when the groups are built.
+    ``lr_scale`` is for loops that write the rate themselves: ``group["lr"] = lr * group["lr_scale"]``. Raises as
+    `scaled_betas` does.
     """
-    watching: list[Any] = []  # the hook on every optimizer's step, once there is a gradient
-
-    def gradient_came(gradient: torch.Tensor) -> None:
-        if not watching:
-            watching.append(register_optimizer_step_pre_hook(_refuse_step))
-
-    handles = [p.register_hook(gradient_came) for p in model.parameters() if p.requires_grad]
-    _awaited[model] = weakref.finalize(model, _remove, handles, watching)
-
-
-def groups_built(model: torch.nn.Module) -> None:
-    """A model's optimizer has been told its roles: `await_groups` is over, and nothing of it is left."""
-    if (end := _awaited.pop(model, None)) is not None:
-        end()
-
-
-def _remove(*handles: list[Any]) -> None:
-    for handle in itertools.chain(*handles):
-        handle.remove()
-
-
-def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    # a framework's optimizer steps plain tensors, copies and parts of some model's parameters: of which is not to tell
-    stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    awaited = {id(p) for model in _awaited for p in model.parameters()}
-    if all(type(p) is torch.nn.Parameter and id(p) not in awaited for p in stepped) and stepped:
-        return
-    raise StateError(
-        f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
-        "optimizer was built with its roles' param groups: a stock get_megatron_optimizer, deepspeed.initialize or an "
-        "optimizer over model.parameters() trains it with the base model's rates, decays and eps; build the optimizer "
-        "by megatron_patches.completep.optimizer.build_optimizer or ds_plugin.initialize, or give any other the groups "
-        "of megatron_patches.completep.build_param_groups"
-    )
+    settings: dict[str, Any] = {
+        "lr": lr * row.lr,
+        "lr_scale": row.lr,
+        "weight_decay": weight_decay * row.weight_decay,
+        "eps": eps * row.eps,
+    }
+    if row.one_minus_beta != 1.0:
+        settings["betas"] = scaled_betas(betas, row.one_minus_beta)
+    return settings
 
 
 def scaled_betas(betas: Sequence[float], one_minus_beta: float) -> tuple[float, ...]:
-    """AdamW's betas with 1 - beta multiplied.
-
-    Raises:
-        ConfigError: the multiplied value is above 1, where a moment would not average at all.
-    """
+    """AdamW's betas with 1 - beta multiplied. Raises ConfigError: one is above 1, where a moment would not average."""
     scaled = tuple(1 - (1 - beta) * one_minus_beta for beta in betas)
     if min(scaled) < 0:
         raise ConfigError(
@@ -119,14 +79,53 @@ def scaled_betas(betas: Sequence[float], one_minus_beta: float) -> tuple[float, 
     return scaled
 
 
+def await_groups(model: torch.nn.Module) -> None:
+    """Until `groups_built`, refuse an optimizer's step once gradients have reached the model: it has not been told the
+    roles. One that holds only other models' own parameters, as of a probe on this one, may step. Nothing is left on a
+    step's path when the groups are built.
+    """
+    watching: list[Any] = []  # the hook on every optimizer's step, once there is a gradient
+
+    def gradient_came(gradient: torch.Tensor) -> None:
+        if not watching:
+            watching.append(register_optimizer_step_pre_hook(_refuse_step))
+
+    handles = [p.register_hook(gradient_came) for p in model.parameters() if p.requires_grad]
+
+    def remove() -> None:
+        for handle in (*handles, *watching):
+            handle.remove()
+
+    _awaited[model] = weakref.finalize(model, remove)
+
+
+def groups_built(model: torch.nn.Module) -> None:
+    """A model's optimizer has been told its roles: `await_groups` is over, and nothing of it is left."""
+    if (end := _awaited.pop(model, None)) is not None:
+        end()
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # a framework's optimizer steps copies and parts of some model's parameters, plain tensors: of which is not to tell
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    awaited = {id(p) for model in _awaited for p in model.parameters()}
+    if all(type(p) is torch.nn.Parameter and id(p) not in awaited for p in stepped) and stepped:
+        return
+    raise StateError(
+        f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
+        "optimizer was built with its roles' param groups: it would train with the base model's rates, decays and eps; "
+        "build the optimizer by megatron_patches.completep.optimizer.build_optimizer or ds_plugin.initialize, or give "
+        "any other the groups of megatron_patches.completep.build_param_groups"
+    )
+
+
 def check_rates(
     groups: Sequence[Mapping[str, Any]], roles: Sequence[str], rows: Mapping[str, Multipliers], *, written_by: str
 ) -> None:
     """Refuse a step whose groups' learning rates or weight decays are not in the ratios of their roles.
 
     ``roles``: each group's; ``rows``: each role's multipliers. Whatever all groups share is the schedule's to set, zero
-    too. Arithmetic on a few numbers: a rate in a tensor on a device cannot be read without waiting for it, and is said
-    once not to be looked at.
+    too. Rates in tensors on a device cannot be read without waiting for it: it is said once that they are not checked.
 
     Raises:
         ConfigError: naming role, rates found and expected, and ``written_by``.
@@ -150,10 +149,8 @@ def check_rates(
 
 
 def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int, list[float]] | None:
-    """Which value is not its multiplier times what all share, and what all should be; None where each is, to 1e-6.
-
-    What they share is told by the first that is not zero: the embeddings', whose multiplier is 1 in most recipes.
-    """
+    """Which value is not its multiplier times what all share (told by the first that is not zero), and what all should
+    be; None where each is, to 1e-6."""
     shared = next((value / m for value, m in zip(found, multipliers, strict=True) if value and m), 0.0)
     expected = [shared * m for m in multipliers]
     for at, (value, wanted) in enumerate(zip(found, expected, strict=True)):
@@ -164,8 +161,7 @@ def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int
 
 @functools.cache
 def _say_unread(name: str) -> None:
-    logging.getLogger("ds_plugin").warning(
-        "completep: the param groups hold %s in tensors on a device, which a step does not wait for: whether they keep "
-        "the roles' ratios is not checked",
-        name,
+    told = (
+        "completep: the param groups hold %s in tensors on a device: whether they keep the roles' ratios is not checked"
     )
+    logging.getLogger("ds_plugin").warning(told, name)

@@ -5,25 +5,23 @@ that matches nothing is an error: a parameter trained by the wrong rule would sh
 """
 
 import re
-from collections.abc import Iterable
-
-import torch
 
 from ds_plugin.completep.rules import Role
 from ds_plugin.core.errors import ConfigError
 
+_LAYER = r"decoder\.layers\.\d+\."
+_LINEAR = r"(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])"
 _PATTERNS: tuple[tuple[str, Role], ...] = (
     (r"embedding\.(word|position)_embeddings\.weight", Role.EMBEDDING),
-    (r"decoder\.layers\.\d+\.(input_layernorm|pre_mlp_layernorm)\.(weight|bias)", Role.BLOCK_NORM),
-    (r"decoder\.layers\.\d+\.(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
-    (r"decoder\.layers\.\d+\.self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
-    (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.weight", Role.HIDDEN),
-    (r"decoder\.layers\.\d+\.(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.bias", Role.BLOCK_BIAS),
+    (rf"{_LAYER}(input_layernorm|pre_mlp_layernorm)\.(weight|bias)", Role.BLOCK_NORM),
+    (rf"{_LAYER}(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
+    (rf"{_LAYER}self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
+    (rf"{_LAYER}{_LINEAR}\.weight", Role.HIDDEN),
+    (rf"{_LAYER}{_LINEAR}\.bias", Role.BLOCK_BIAS),
     (r"decoder\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
     (r"output_layer\.weight", Role.UNEMBEDDING),
 )
-_COMPILED = tuple((re.compile(pattern), role) for pattern, role in _PATTERNS)
-_BRANCH_OUT = re.compile(r"decoder\.layers\.\d+\.(self_attention\.linear_proj|mlp\.linear_fc2)\.(weight|bias)")
+_BRANCH_OUT = re.compile(rf"{_LAYER}(self_attention\.linear_proj|mlp\.linear_fc2)\.(weight|bias)")
 
 
 def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
@@ -41,17 +39,10 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
         return Role.BRANCH_OUT if found[2] == "weight" else Role.BRANCH_OUT_BIAS
     if tied and name == "output_layer.weight":
         return Role.EMBEDDING
-    for pattern, role in _COMPILED:
-        if pattern.fullmatch(name):
+    for pattern, role in _PATTERNS:
+        if re.fullmatch(pattern, name):
             return Role.LOGIT_NORM if role is Role.FINAL_NORM and folded and tied else role
     raise ConfigError(
         f"completep: parameter {name!r} has no role in Table 1 (dense megatron-core GPT models are supported: no MoE, "
         'MLA, MTP or Mamba layers); disable "completep" or build the model from supported layers'
     )
-
-
-def roles_of(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], *, folded: bool = False, tied: bool = False
-) -> dict[str, Role]:
-    """The role of every parameter; raises as `role_of` does, at the first unknown name."""
-    return {name: role_of(name, folded=folded, tied=tied) for name, _ in named_parameters}

@@ -2,7 +2,6 @@
 
 m_N is the width ratio, hidden size / base hidden size; m_L the depth ratio, layers / base layers. Every multiplier
 applies to the base model's value: init standard deviation s, learning rate eta, weight decay lambda, AdamW epsilon.
-Nothing here knows a host.
 
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
@@ -10,8 +9,8 @@ ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the une
 
 Folding: a matrix whose output is multiplied by c can hold c times its weights instead. Under Adam with decoupled weight
 decay the two train alike if init and learning rate are multiplied by c, weight decay and epsilon by 1/c: gradients are
-1/c of what they were, so Adam's quotient is the same, and every step is c times as long, as the weights are. Logits are
-folded into the unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
+1/c of what they were, so Adam's quotient is the same, and every step is c times as long. Logits are folded into the
+unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
 """
 
 import enum
@@ -61,15 +60,10 @@ class Multipliers:
 
 def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
     """The ratios a recipe reacts to: the others are taken as 1."""
-    match recipe:
-        case "standard":
-            return Ratios(1.0, 1.0, ratios.alpha)
-        case "mup":
-            return Ratios(ratios.m_N, 1.0, ratios.alpha)
-        case "completep":
-            return Ratios(ratios.m_N, ratios.m_L, ratios.alpha)
-        case "completed_p":
-            return ratios
+    if recipe == "completed_p":
+        return ratios
+    m_N = 1.0 if recipe == "standard" else ratios.m_N
+    return Ratios(m_N, ratios.m_L if recipe == "completep" else 1.0, ratios.alpha)
 
 
 def multipliers(
@@ -80,11 +74,10 @@ def multipliers(
     eps_scope: Literal["table", "all"] = "table",
     folded: bool = False,
 ) -> Multipliers:
-    """One row of the recipe's table.
+    """One row of the recipe's table; ``folded``: with `fold_factor` in it.
 
     ``eps_scope="all"`` gives every role the block's epsilon, as the paper's reference code does; the table states the
     rule for block parameters only. An ``init_std`` of 1 on a norm or bias is vacuous: they start at ones and zeros.
-    ``folded``: the row with `fold_factor` folded in.
     """
     reacted = effective(recipe, ratios)
     row = _table_1(role, reacted, eps_scope)
@@ -101,44 +94,39 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
 
     The gradients are 1/c of those of the forward mode: a norm over all of them must weigh these by c.
     """
-    match role:
-        case Role.BRANCH_OUT | Role.BRANCH_OUT_BIAS:
-            return residual_multiplier(ratios, recipe)
-        case Role.UNEMBEDDING:
-            return logit_multiplier(ratios, recipe)
-        case Role.LOGIT_NORM:
-            return logit_multiplier(ratios, recipe, tied=True)
+    if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS):
+        return residual_multiplier(ratios, recipe)
+    if role in (Role.UNEMBEDDING, Role.LOGIT_NORM):
+        return logit_multiplier(ratios, recipe, tied=role is Role.LOGIT_NORM)
     return 1.0
 
 
 def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
     m_N, m_L, alpha = ratios.m_N, ratios.m_L, ratios.alpha
-    block_eps = 1 / (m_N * m_L**alpha)
-    block_lr = m_L ** (alpha - 1)
+    block_lr, block_eps = m_L ** (alpha - 1), 1 / (m_N * m_L**alpha)
     other_eps = block_eps if eps_scope == "all" else 1.0
-    match role:
+    match role:  # init_std, lr, weight_decay, eps
         case Role.EMBEDDING | Role.UNEMBEDDING:
-            return Multipliers(init_std=1, lr=1, weight_decay=1, eps=other_eps)
+            return Multipliers(1, 1, 1, other_eps)
         case Role.FINAL_NORM | Role.LOGIT_NORM:
-            return Multipliers(init_std=1, lr=1, weight_decay=0, eps=other_eps)
+            return Multipliers(1, 1, 0, other_eps)
         case Role.HIDDEN | Role.BRANCH_OUT:
-            return Multipliers(init_std=1 / math.sqrt(m_N), lr=block_lr / m_N, weight_decay=m_N, eps=block_eps)
+            return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N, block_eps)
         case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS:
-            return Multipliers(init_std=1, lr=block_lr, weight_decay=0, eps=block_eps)
+            return Multipliers(1, block_lr, 0, block_eps)
 
 
 def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
     """Complete(d)P on top of a row of Table 1."""
-    m_N, m_L, m_B, m_D = ratios.m_N, ratios.m_L, ratios.m_B, ratios.m_D
     init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
     if eps_scope == "table" and role is Role.EMBEDDING:
-        eps = 1 / m_N
+        eps = 1 / ratios.m_N
     if eps_scope == "table" and role is Role.QK_NORM:
-        eps = m_L**-ratios.alpha
+        eps = ratios.m_L**-ratios.alpha
     if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
-        init_std, lr, weight_decay = init_std / m_N, lr / m_N, weight_decay * m_N
-    batch = math.sqrt(m_B / m_D)
-    return Multipliers(init_std, lr * batch, weight_decay * batch, eps / batch, m_B / m_D)
+        init_std, lr, weight_decay = init_std / ratios.m_N, lr / ratios.m_N, weight_decay * ratios.m_N
+    batch = math.sqrt(ratios.m_B / ratios.m_D)
+    return Multipliers(init_std, lr * batch, weight_decay * batch, eps / batch, ratios.m_B / ratios.m_D)
 
 
 def residual_multiplier(ratios: Ratios, recipe: Recipe = "completep") -> float:

@@ -13,23 +13,23 @@ MODELS = "dense megatron-core GPTModels, and the same in DeepSpeed's pipeline (m
 _GPT = ("GPTModel", "StageOfGPT")
 _PIPELINE = "PipelineGPT"  # our model in DeepSpeed's pipeline; its stage is a StageOfGPT
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
-_INSIDE = (_COMPILED, "module")  # DistributedDataParallel, Float16Module and DeepSpeed's engines say module
+_INSIDE = (_COMPILED, "module")  # where others do
 _ENCODERS = ("padding", "no_mask")  # attention masks that hide no later token
 
 
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile, DistributedDataParallel, Float16Module or a DeepSpeed engine; or itself."""
-    while not _is_a(model, *_GPT) and (inner := _inside(model)) is not None:
+    while not _is_a(model, *_GPT):
+        inside = (getattr(model, name, None) for name in _INSIDE)
+        if (inner := next((found for found in inside if isinstance(found, torch.nn.Module)), None)) is None:
+            break
         model = inner
     return model
 
 
 def bare_model(model: Any) -> Any:
-    """The model as it was built, which torch.compile may be around, but nothing that has copied its weights.
-
-    Raises:
-        ConfigError: something else is around it, or it is not of a supported kind; naming what was given.
-    """
+    """The model as it was built. Raises ConfigError: it is not of a supported kind, or something is around it that may
+    have copied its weights (torch.compile has not)."""
     bare = unwrapped(model)
     check_model(bare)
     while model is not bare and isinstance(getattr(model, _COMPILED, None), torch.nn.Module):
@@ -64,19 +64,17 @@ def check_config(config: Any) -> None:
     if not _is_a(config, "TransformerConfig") or _is_a(config, "MLATransformerConfig"):
         raise ConfigError(
             f"completep: the config is {label(config)}; supported is megatron-core's TransformerConfig itself (for a "
-            "megatron_patches.models.gpt.GPTConfig, gpt.transformer_config(cfg, dtype)), of dense GPT models with "
-            "multi-head or grouped-query attention"
+            "GPTConfig, gpt.transformer_config(cfg, dtype)) with multi-head or grouped-query attention"
         )
 
 
 def check_mask(layer: Any) -> None:
     """Raises ConfigError for a layer spec whose tokens see later ones, as an encoder's do."""
-    attention = getattr(layer.submodules, "self_attention", None)
-    mask = (getattr(attention, "params", None) or {}).get("attn_mask_type")
-    if (name := getattr(mask, "name", None)) in _ENCODERS:
+    params = getattr(getattr(layer.submodules, "self_attention", None), "params", None) or {}
+    if (name := getattr(params.get("attn_mask_type"), "name", None)) in _ENCODERS:
         raise ConfigError(
-            f"completep: the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5; supported "
-            f"are {MODELS}: use a decoder-only GPT layer spec"
+            f"completep: the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5; use a "
+            "decoder-only GPT layer spec"
         )
 
 
@@ -86,11 +84,6 @@ def label(thing: Any) -> str:
     owner = cls.__module__.partition(".")[0]
     known = {"transformers": "Hugging Face's ", "megatron": "megatron-core's ", "deepspeed": "DeepSpeed's "}
     return known[owner] + cls.__name__ if owner in known else f"{cls.__module__}.{cls.__name__}"
-
-
-def _inside(model: Any) -> Any:
-    found = (getattr(model, name, None) for name in _INSIDE)
-    return next((inner for inner in found if isinstance(inner, torch.nn.Module)), None)
 
 
 def _is_a(thing: Any, *names: str) -> bool:

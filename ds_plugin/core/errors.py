@@ -1,11 +1,11 @@
 """The errors a user can cause, and the one way they reach every rank.
 
-Each carries one message that names the field or file, the value it got and what to write instead. Programming errors
-stay ordinary Python exceptions.
+Each message names the field or file, the value it got and what to write instead.
 """
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class PluginError(Exception):
@@ -43,33 +43,29 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as error:  # whatever it is, the other ranks must hear of it
         caught = error
-    mine = None if caught is None else (type(caught).__name__, str(caught), isinstance(caught, PluginError))
-    reports = _gather(mine)
-    first = next(((rank, report) for rank, report in enumerate(reports) if report is not None), None)
-    if first is None:
+    expected = isinstance(caught, PluginError)
+    mine = None if caught is None else (type(caught) if expected else None, type(caught).__name__, str(caught))
+    reports = _gathered(mine)
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if not failed:
         return
-    if isinstance(caught, PluginError) and len(reports) == 1:
-        caught.on_every_rank = True
+    if isinstance(caught, PluginError):
+        caught.on_every_rank = len(reports) == 1
+    if caught is not None and (not expected or len(reports) == 1):
         raise caught
-    if caught is not None and not isinstance(caught, PluginError):
-        raise caught
-    rank, (kind, message, expected) = first
-    if not expected:
-        raise RuntimeError(f"rank {rank} failed with {kind}: {message}") from caught
-    where = "" if all(reports) else f" (seen on rank {rank})"
-    error_type = next(
-        (c for c in (ConfigError, DataError, CheckpointError, StateError) if c.__name__ == kind), PluginError
-    )
-    everywhere = error_type(message + where)
+    kind, name, message = reports[failed[0]]
+    if kind is None:
+        raise RuntimeError(f"rank {failed[0]} failed with {name}: {message}") from caught
+    everywhere = kind(message if len(failed) == len(reports) else f"{message} (seen on rank {failed[0]})")
     everywhere.on_every_rank = True
     raise everywhere from caught
 
 
-def _gather(mine: tuple[str, str, bool] | None) -> list[tuple[str, str, bool] | None]:
+def _gathered(mine: Any) -> list[Any]:
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [mine]
-    reports: list[tuple[str, str, bool] | None] = [None] * dist.get_world_size()
+    reports = [None] * dist.get_world_size()
     dist.all_gather_object(reports, mine)
     return reports

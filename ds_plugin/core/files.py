@@ -11,10 +11,9 @@ from pathlib import Path
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` for the block to write; put it in place when the block succeeds.
 
-    The file is flushed to disk before the rename and the folder after it, so that after a crash `path` holds either its
-    old content or all of the new one. If the block raises, the temporary file goes and `path` stays as it was. Several
-    of these in one `with` statement are put in place from the last to the first: name the file that marks the set as
-    complete first.
+    After a crash `path` holds either its old content or all of the new one. If the block raises, the temporary file
+    goes and `path` stays as it was. Several of these in one `with` statement are put in place from the last to the
+    first: name the file that marks the set as complete first.
 
     The temporary name is hidden, ends in the same suffix (some writers choose a format by it) and carries the process
     id, so that two processes that write the same file do not meet.

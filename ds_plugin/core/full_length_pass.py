@@ -1,9 +1,7 @@
 """The passes of one step at full length before the first short one, so that an out-of-memory shows at once.
 
 A warmup's first steps are small: without this, the first step that does not fit comes hours later. The passes are the
-framework's own, with room held for what the optimizer's first step will keep; what they leave behind is put back. This
-is the part that no framework makes different; `sequence_length_warmup.preflight` has DeepSpeed's, `megatron_patches`
-Megatron-LM's.
+framework's own, with room held for what the optimizer's first step will keep; what they leave behind is put back.
 """
 
 import contextlib
@@ -22,7 +20,7 @@ from ds_plugin.core.errors import PluginError, StateError, raise_on_all_ranks
 
 SAYS = "sequence length warmup: preflight"
 _LOOK_EVERY = 0.2  # seconds
-_UNWIND = 2.0  # seconds in which a rank that has not been waiting may fail, or end, by itself
+_UNWIND = 2.0  # seconds in which a rank that is not waiting may fail, or end, by itself
 _FAILED = "failed"
 _COUNT = itertools.count()  # every rank counts the same blocks
 
@@ -38,11 +36,7 @@ def full_length_pass(
         torch.OutOfMemoryError: with a note that says where it came from and by which ``means`` a step fits. Nothing
             that was made in the block is kept.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(ending_together())
-        stack.enter_context(_remedy(length, means))
-        for module in modules:
-            stack.enter_context(_untouched(module))
+    with ending_together(), _remedy(length, means), _untouched(modules):
         held = room()
         try:
             yield
@@ -74,9 +68,9 @@ def peak(device: torch.device) -> str:
 def ending_together() -> Iterator[None]:
     """All ranks leave the block, or all of them end with the error of the one that failed in it.
 
-    In the block ranks wait for each other in the framework's collectives, which one that has failed never joins; they
-    would wait for half an hour. No exception reaches a thread that waits there. So each rank looks into the process
-    group's store from another thread, and where it finds an error, prints it and ends the process.
+    In the block ranks wait in collectives that one that has failed never joins, for half an hour, and no exception
+    reaches a thread that waits there. So each rank looks into the process group's store from another thread, and where
+    it finds an error, prints it and ends the process.
 
     Raises:
         StateError: another rank has failed, which a collective has told by an error of its own.
@@ -113,7 +107,7 @@ def ending_together() -> Iterator[None]:
 
 
 def _word(store: dist.Store) -> str | None:
-    """The error of the first rank that failed; None: none has."""
+    """The error of a rank that failed; None: none has."""
     try:
         return store.get(_FAILED).decode() if store.check([_FAILED]) else None
     except RuntimeError:
@@ -134,10 +128,10 @@ def _remedy(length: int, means: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _untouched(module: torch.nn.Module) -> Iterator[None]:
+def _untouched(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     streams = rng.capture()
     # by named_buffers: in Megatron's DDP, "buffers" is a list
-    buffers = [(buffer, buffer.clone()) for _, buffer in module.named_buffers()]
+    buffers = [(buffer, buffer.clone()) for module in modules for _, buffer in module.named_buffers()]
     try:
         yield
     finally:

@@ -1,13 +1,12 @@
 """The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance.
 
-Between two reports they cost a few operations on a scalar on the device per micro-batch: no host sync, no collective.
-For a report all ranks exchange one small vector; where the variance is asked for, each reads the shard of Adam's state
-that it holds anyway.
+Between two reports they cost a few operations on a scalar on the device per micro-batch: no sync, no collective. For a
+report all ranks exchange one small vector; where the variance is asked for, each reads its own shard of Adam's state.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch.distributed as dist
 from ds_plugin.core.errors import StateError
 
 THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
-# Elements of Adam's state that are read at a time. On a host 1 MB of temporary memory, which stays in the cache; 16 MB
-# come anew from the system each time, which takes up to three times as long. On a device 16 MB, for few kernels.
-_CHUNK_HOST, _CHUNK_DEVICE = 2**18, 2**22
+# Elements of Adam's state that are read at a time. On a CPU 1 MB of temporary memory, which stays in the cache: 16 MB
+# come anew from the system, and take up to three times as long. On an accelerator 16 MB, for few kernels.
+_CHUNK_CPU, _CHUNK_DEVICE = 2**18, 2**22
 _ERRORS = 2.0  # standard errors that a ratio must stand out by before anything is done about it
 _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a rank without such state
 
@@ -27,20 +26,21 @@ _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a
 class LossRatio:
     """``loss_t / min(loss_1 .. loss_(t-1))`` step by step, the largest, and how many were above each threshold.
 
-    The lowest is looked for among the steps that were not longer. A longer context makes a lower loss: a short step
+    The lowest is looked for among the steps that were not longer: a longer context makes a lower loss, and a short step
     after a long one, as the carry mode has them, is no spike. Where lengths only grow, it is the paper's ratio.
 
     ``beyond_noise`` is the last ratio less what noise may have done: two standard errors off the loss, and as many on
     top of the lowest. What acts on a ratio looks at it. A mean over a handful of labels is as often 20 % off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        """``state``: a saved one to go on from."""
+        state = state or {"lowest": [], "highest": None, "above": [0] * len(THRESHOLDS)}
         # by length: loss and standard error; only those that no shorter one undercuts
-        self._lowest: dict[int, tuple[float, float]] = {}
+        self._lowest: dict[int, tuple[float, float]] = {at: (loss, error) for at, loss, error in state["lowest"]}
+        self.highest: float | None = state["highest"]
+        self.above = list(state["above"])
         self.beyond_noise: float | None = None
-        self.last: float | None = None
-        self.highest: float | None = None
-        self.above = [0] * len(THRESHOLDS)
 
     @property
     def lowest(self) -> float | None:
@@ -49,11 +49,9 @@ class LossRatio:
 
     def feed(self, loss: float | None, length: int = 0, error: float = 0.0) -> float | None:
         """The ratio of the next step's loss, all ranks' mean with its standard error, at ``length`` tokens a sample.
-        None: there is none.
 
-        So it is for the first loss, for a step whose loss is not known (None), and for a loss of zero or below, of
-        which a ratio says nothing; that one is never the lowest either. A loss that is not finite has an infinite
-        ratio, also as the first, and never is the lowest.
+        None: it is the first loss, or not known (None), or zero or below, of which a ratio says nothing. A loss that is
+        not finite has an infinite ratio, also as the first. Neither of those is ever the lowest.
         """
         ratio = self.beyond_noise = None
         if loss is not None and not math.isfinite(loss):
@@ -66,7 +64,6 @@ class LossRatio:
             if lowest is None or loss < lowest[0]:
                 kept = {at: low for at, low in self._lowest.items() if at < length or low[0] < loss}
                 self._lowest = {**kept, length: (loss, error)}
-        self.last = ratio
         if ratio is not None:
             self.highest = max(ratio, self.highest) if self.highest is not None else ratio
             self.above = [n + (ratio > threshold) for n, threshold in zip(self.above, THRESHOLDS, strict=True)]
@@ -75,60 +72,54 @@ class LossRatio:
     def state(self) -> dict[str, Any]:
         """Everything, for Python's json, which keeps floats exactly (and infinity as ``Infinity``)."""
         lowest = [[length, *low] for length, low in sorted(self._lowest.items())]
-        return {"lowest": lowest, "last": self.last, "highest": self.highest, "above": list(self.above)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state."""
-        self._lowest = {int(length): (loss, error) for length, loss, error in state["lowest"]}
-        self.last, self.highest = state["last"], state["highest"]
-        self.above = list(state["above"])
+        return {"lowest": lowest, "highest": self.highest, "above": list(self.above)}
 
 
+@dataclass
 class Correlation:
-    """Pearson's correlation of pairs that come one at a time (Welford's update: no sums of squares that cancel)."""
+    """Pearson's correlation of pairs that come one at a time (Welford's update: no sums of squares that cancel).
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean_x = self._mean_y = self._xx = self._yy = self._xy = 0.0
+    ``Correlation(*correlation.state())`` goes on from it.
+    """
+
+    count: int = 0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
 
     def add(self, x: float | None, y: float | None) -> None:
         """One pair. It is left out if a number in it is missing or not finite."""
         if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
             return
         self.count += 1
-        dx, dy = x - self._mean_x, y - self._mean_y
-        self._mean_x += dx / self.count
-        self._mean_y += dy / self.count
-        self._xx += dx * (x - self._mean_x)
-        self._yy += dy * (y - self._mean_y)
-        self._xy += dx * (y - self._mean_y)
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += dx / self.count
+        self.mean_y += dy / self.count
+        self.xx += dx * (x - self.mean_x)
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
 
     @property
     def value(self) -> float | None:
         """In [-1, 1]; None with fewer than two pairs, or when all x or all y are equal."""
-        scale = math.sqrt(self._xx) * math.sqrt(self._yy)
-        return max(-1.0, min(1.0, self._xy / scale)) if scale > 0 else None
+        scale = math.sqrt(self.xx) * math.sqrt(self.yy)
+        return max(-1.0, min(1.0, self.xy / scale)) if scale > 0 else None
 
     def state(self) -> list[float]:
         """Everything, for Python's json."""
-        return [self.count, self._mean_x, self._mean_y, self._xx, self._yy, self._xy]
-
-    def load_state(self, state: list[float]) -> None:
-        """Take over a saved state."""
-        self.count = int(state[0])
-        self._mean_x, self._mean_y, self._xx, self._yy, self._xy = state[1:]
+        return list(astuple(self))
 
 
 class Readings(Protocol):
     """What the instruments read of a framework's training, on this rank."""
 
     @property
-    def device(self) -> torch.device:
-        """Where losses and gradient norms are."""
+    def device(self) -> torch.device: ...  # where losses and gradient norms are
 
     @property
-    def step(self) -> int:
-        """Optimizer steps so far, equal on all ranks."""
+    def step(self) -> int: ...  # optimizer steps so far, equal on all ranks
 
     def gradient_norm(self) -> torch.Tensor | float | None:
         """The last step's, of the whole model, below 0 or not finite if it was not finite. None: not known."""
@@ -140,16 +131,24 @@ class Readings(Protocol):
         """On how many ranks each of their elements lies."""
 
 
+class Summed(Protocol):
+    """Integers of this rank since the last exchange, as many on every rank, that the next one adds up."""
+
+    def mine(self) -> Sequence[int]: ...
+
+    def exchanged(self, totals: Sequence[float]) -> None: ...  # the sums, on every rank; `mine` begins anew
+
+
 def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
     """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on its device.
 
-    The l1 norms of all ranks add up to the model's, the largest of the maxima is the model's. No gather, no host sync,
-    no temporary of the state's size. None: this rank holds no such state. Ranks of one
-    tensor-parallel group each count what they replicate (the norms' weights), pipeline stages a tied weight.
+    The l1 norms of all ranks add up to the model's, the largest of the maxima is the model's. No gather, no sync, no
+    temporary of the state's size. None: this rank holds no such state. Ranks of one tensor-parallel group each count
+    what they replicate (the norms' weights), pipeline stages a tied weight.
     """
     norms, maxima = [], []
     for variance in readings.adam_variances():
-        for chunk in variance.reshape(-1).split(_CHUNK_HOST if variance.is_cpu else _CHUNK_DEVICE):
+        for chunk in variance.reshape(-1).split(_CHUNK_CPU if variance.is_cpu else _CHUNK_DEVICE):
             if chunk.numel() == 0:
                 continue
             # torch.sum adds up pairwise: 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
@@ -178,23 +177,18 @@ class Report:
     beyond_noise: tuple[float | None, ...] = ()
 
 
-class Summed(Protocol):
-    """Integers of this rank since the last exchange that are added up over all ranks by the next one."""
-
-    def mine(self) -> Sequence[int]:
-        """As many on every rank."""
-
-    def exchanged(self, totals: Sequence[float]) -> None:
-        """Their sums, on every rank; `mine` begins anew."""
-
-
 class StabilityMonitor:
     """The instruments on one training, read every ``interval`` optimizer steps by one collective over all ranks.
 
     A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
-    its gradient 0, and nothing is unstable. So a step is infinite only if no micro-batch of any rank had a finite loss,
-    or if its gradient norm was not finite.
+    its gradient 0. So a step is infinite only if no micro-batch of any rank had a finite loss, or if its gradient norm
+    was not finite.
     """
+
+    #: of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
+    _ratios: list[tuple[float | None, float | None]]
+    #: steps whose losses have not: their slots come first, the one after them is open
+    _closed: int
 
     def __init__(
         self,
@@ -205,9 +199,8 @@ class StabilityMonitor:
         variance: bool = False,
         summed: Summed | None = None,
     ):
-        """``extra``: numbers that must be equal on all ranks, such as the length, by name; the same names on all ranks.
-        ``summed``: numbers that are added up over all of them.
-        ``variance``: reports hold Adam's, too, which costs a pass over its state each.
+        """``extra``: numbers by name that must be equal on all ranks, such as the length. ``variance``: reports hold
+        Adam's, too, which costs a pass over its state each.
 
         Raises:
             StateError: the framework keeps the optimizer's state in a way not known.
@@ -215,27 +208,12 @@ class StabilityMonitor:
         assert interval >= 1
         if variance:
             readings.adam_variances()  # so that it raises now and not at the first report
-        self.variance = variance
-        self.readings = readings
-        self.interval = interval
-        self.extra = extra
-        self.summed = summed
-        self.loss_ratio = LossRatio()
-        self.with_l1, self.with_max = Correlation(), Correlation()
-        # Of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise.
-        self._ratios: list[tuple[float | None, float | None]] = []
-        # Slots of the steps whose losses have not: the first `_closed` are complete, the one after them is open.
-        # Of the finite means: their sum, the sum of their squares, how many they are.
-        self._booked = torch.zeros(3, interval, dtype=torch.float64, device=readings.device)
-        self._counts = [0] * interval  # of all means
-        self._lengths = [0] * interval
-        self._closed = 0
+        self.readings, self.interval, self.extra = readings, interval, extra
+        self.variance, self.summed = variance, summed
+        self.load_state(None)
 
     def record(self, loss: torch.Tensor) -> None:
-        """Book one micro-batch's unscaled loss on the open step: any shape, its mean counts. No sync, no collective.
-
-        A rank that computes no loss (an earlier pipeline stage) never calls it.
-        """
+        """Book one micro-batch's unscaled loss on the open step: any shape, its mean counts. No sync, no collective."""
         mean = loss.detach().mean(dtype=torch.float64)
         finite = mean.abs() < math.inf  # not so a NaN; isfinite takes twice the kernels
         mean = torch.where(finite, mean, 0.0)
@@ -301,21 +279,17 @@ class StabilityMonitor:
 
         If it is already as long as this run's interval, which may be another, the report comes with the next step.
         """
-        self.loss_ratio, self.with_l1, self.with_max = LossRatio(), Correlation(), Correlation()
-        self._ratios = []
-        if state:
-            self.loss_ratio.load_state(state["loss_ratio"])
-            self.with_l1.load_state(state["with_l1"])
-            self.with_max.load_state(state["with_max"])
-            self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
-        self._booked.zero_()
-        self._counts, self._lengths, self._closed = [0] * self.interval, [0] * self.interval, 0
+        state = state or {"loss_ratio": None, "with_l1": [], "with_max": [], "ratios": []}
+        self.loss_ratio = LossRatio(state["loss_ratio"])
+        self.with_l1, self.with_max = Correlation(*state["with_l1"]), Correlation(*state["with_max"])
+        self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
+        n, self._closed = self.interval, 0
+        self._lengths, self._counts = [0] * n, [0] * n  # tokens of a sample; micro-batches with a mean
+        # Of the finite means: their sum, the sum of their squares, how many they are.
+        self._booked = torch.zeros(3, n, dtype=torch.float64, device=self.readings.device)
 
     def _book_gradient_norm(self) -> None:
-        """A norm that is not finite makes the step's sum infinite. No sync: a norm on the device stays there.
-
-        A norm below 0 is DeepSpeed's mark of one that is not finite.
-        """
+        """A norm that is not finite makes the step's sum infinite; one below 0 is DeepSpeed's mark of such. No sync."""
         norm = self.readings.gradient_norm()
         if isinstance(norm, torch.Tensor):
             sound = (torch.isfinite(norm) & (norm >= 0)).reshape(())
@@ -328,8 +302,8 @@ class StabilityMonitor:
 
         One vector per rank, in float64 (token counts do not fit float32): by slot the finite losses' sums, those of
         their squares and how many they are; with ``variance`` l1 norm and maximum; by slot how many losses there were;
-        the numbers to compare; those to add up. Every rank works out the same from the same table: on the CPU, and
-        rank after rank, since in which order a GPU adds up depends on its kind.
+        the numbers to compare; those to add up. Every rank works out the same from the same table, on the CPU: in which
+        order a GPU adds up depends on its kind.
         """
         n, device = self.interval, self.readings.device
         equal = {"step": self.readings.step, **self.extra()}
@@ -338,34 +312,30 @@ class StabilityMonitor:
             found = adam_variance(self.readings)
             absent = torch.tensor([0.0, _ABSENT], dtype=torch.float64, device=device)
             parts.append(absent if found is None else torch.stack(found))
-        counts_at = sum(map(len, parts))
-        equal_at, summed_at = counts_at + n, counts_at + n + len(equal)
         mine = self.summed.mine() if self.summed is not None else ()
         parts.append(torch.tensor([*self._counts, *equal.values(), *mine], dtype=torch.float64, device=device))
         vector = torch.cat(parts)
         table = vector.new_empty(dist.get_world_size() * len(vector))
         dist.all_gather_into_tensor(table, vector)
-        rows = table.view(-1, len(vector)).cpu().numpy()  # the one host sync of the interval
+        rows = table.view(-1, len(vector)).cpu().numpy()  # the one sync of the interval
 
-        _refuse_different(rows[:, equal_at:summed_at], list(equal))
-        totals = rows.sum(axis=0).tolist()  # row by row: only along the fast axis does numpy add in pairs
-        counts = totals[counts_at:equal_at]
+        ends = np.cumsum([n, n, n, 2 * variance, n, len(equal)])
+        _refuse_different(rows[:, ends[4] : ends[5]], list(equal))
+        totals = rows.sum(axis=0)  # row by row: only along the fast axis does numpy add in pairs
+        total, squares, finite, variances, counts, _, sums = (part.tolist() for part in np.split(totals, ends))
         if self.summed is not None:
-            self.summed.exchanged(totals[summed_at:])
+            self.summed.exchanged(sums)
         for slot in range(self._closed):
-            loss, error = _mean(totals[slot], totals[n + slot], totals[2 * n + slot], counts[slot])
+            loss, error = _mean(total[slot], squares[slot], finite[slot], counts[slot])
             ratio = self.loss_ratio.feed(loss, self._lengths[slot], error)
             self._ratios.append((ratio, self.loss_ratio.beyond_noise))
-        self._open_first_slot()
-        maximum = float(rows[:, 3 * n + 1].max()) if variance else _ABSENT  # NaN if one is
-        return (None, None) if maximum == _ABSENT else (totals[3 * n], maximum)
-
-    def _open_first_slot(self) -> None:
-        """The closed steps' slots are free; what is in the open one moves to the first."""
+        # the closed steps' slots are free; what is in the open one moves to the first
         self._booked[:, : self._closed] = 0
         self._booked = self._booked.roll(-self._closed, dims=1)
         self._counts = self._counts[self._closed :] + [0] * self._closed
         self._closed = 0
+        maximum = float(rows[:, 3 * n + 1].max()) if variance else _ABSENT  # NaN if one is
+        return (None, None) if maximum == _ABSENT else (variances[0], maximum)
 
 
 def _mean(total: float, squares: float, finite: float, count: float) -> tuple[float | None, float]:

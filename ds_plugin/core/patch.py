@@ -1,29 +1,32 @@
-"""One record per change to the host: what was replaced, by what, why, and how to put it back.
+"""One record per change to a framework: what was replaced, by what, why, and how to put it back.
 
-Host code copies names at import time (``from torch.cuda import _lazy_call``), so replacing the attribute where it was
+Frameworks copy names at import time (``from torch.cuda import _lazy_call``), so replacing the attribute where it was
 defined is not enough: a patch rebinds every module-level name that holds the same function or class. Reverting does the
 same in the other direction, which also catches modules imported while the patch was on.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from ds_plugin.core.errors import PluginError, StateError
 
 _ABSENT = object()
 _DISTRIBUTIONS = {"megatron": "megatron-core"}
 
 
 class Active(NamedTuple):
-    """One applied change: the dotted host symbol (or a short name) and why it was changed."""
+    """One applied change: the dotted symbol (or a short name) and why it was changed."""
 
     name: str
     reason: str
 
 
 class Change:
-    """A reversible change to the host process, listed by `active()` while it is on."""
+    """A reversible change to this process, listed by `active()` while it is on."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
@@ -31,12 +34,12 @@ class Change:
 
     @property
     def applied(self) -> bool:
-        return any(change is self for change in _REGISTRY)
+        return self in _REGISTRY
 
     def apply(self) -> None:
         """Make the change; when it is already on, do nothing.
 
-        Raises PluginError when the host lacks the symbol.
+        Raises PluginError when the framework lacks the symbol.
         """
         if not self.applied:
             self._do()
@@ -49,7 +52,7 @@ class Change:
         """
         if self.applied:
             self._undo()
-            _REGISTRY[:] = [change for change in _REGISTRY if change is not self]
+            _REGISTRY.remove(self)
 
     def _do(self) -> None:
         raise NotImplementedError
@@ -68,7 +71,7 @@ class Switch(Change):
 
 
 class Patch(Change):
-    """Replace one host symbol, wherever it is bound.
+    """Replace one symbol of a framework, wherever it is bound.
 
     target: dotted path of a module attribute or of a class attribute (``"torch.cuda.synchronize"``,
         ``"megatron.core.x.Class.method"``). Modules on the way are imported.
@@ -76,58 +79,46 @@ class Patch(Change):
         `prefixes` it must be an object of the patch's own, since `revert` rebinds every name that holds it.
     reason: one phrase for `active()`.
     prefixes: packages searched for copies of a module-level function or class; () leaves copies alone.
-    create: allow a symbol that the host lacks; `revert` deletes it again.
 
-    `original` is the host's object while the patch is on, so that a replacement can call it.
+    `original` is the framework's object while the patch is on, so that a replacement can call it.
     """
 
-    def __init__(
-        self,
-        target: str,
-        replacement: Any,
-        *,
-        reason: str,
-        prefixes: tuple[str, ...] = ("megatron",),
-        create: bool = False,
-    ) -> None:
+    def __init__(self, target: str, replacement: Any, *, reason: str, prefixes: tuple[str, ...] = ("megatron",)):
         super().__init__(target, reason)
-        self.replacement = replacement
-        self.prefixes = prefixes
-        self.create = create
+        self.replacement, self.prefixes = replacement, prefixes
         self.original: Any = None
         self._owner: Any = None
-        self._attribute = target.rpartition(".")[2]
         self._saved: Any = _ABSENT
+        self._attribute = target.rpartition(".")[2]
 
     def _do(self) -> None:
-        owner = _resolve_owner(self.name)
-        found = getattr(owner, self._attribute, _ABSENT)
-        if found is _ABSENT and not self.create:
-            raise _missing(self.name, f"{_label(owner)} has no attribute {self._attribute!r}")
+        owner = _owner_of(self.name)
+        self.original = _get(owner, self._attribute, self.name)
         self._owner = owner
         # What lies in the owner itself: a class may only inherit the symbol, and a static method must stay one.
         self._saved = vars(owner).get(self._attribute, _ABSENT)
-        self.original = None if found is _ABSENT else found
         setattr(owner, self._attribute, self.replacement)
-        if self._has_copies(found):
-            _rebind(found, self.replacement, self.prefixes)
+        self._rebind(self.original, self.replacement)
 
     def _undo(self) -> None:
         if vars(self._owner).get(self._attribute, _ABSENT) is not self.replacement:
-            from ds_plugin.core.errors import StateError
-
             raise StateError(f"{self.name} was replaced again after this patch ({self.reason}); revert that one first")
-        if self._has_copies(self.original):
-            _rebind(self.replacement, self.original, self.prefixes)
+        self._rebind(self.replacement, self.original)
         if self._saved is _ABSENT:
             delattr(self._owner, self._attribute)
         else:
             setattr(self._owner, self._attribute, self._saved)
         self._owner, self._saved, self.original = None, _ABSENT, None
 
-    def _has_copies(self, value: Any) -> bool:
+    def _rebind(self, old: Any, new: Any) -> None:
         # Only functions and classes have an identity of their own; () or None is bound to thousands of unrelated names.
-        return isinstance(self._owner, ModuleType) and callable(value) and value is not self.replacement
+        if not (isinstance(self._owner, ModuleType) and callable(self.original)) or old is new:
+            return
+        packages = tuple(f"{prefix}." for prefix in self.prefixes)  # whole: "megatron" is not megatron_patches
+        for module in [module for name, module in sys.modules.items() if f"{name}.".startswith(packages)]:
+            names = getattr(module, "__dict__", {})
+            for name in [name for name, value in names.items() if value is old]:
+                names[name] = new
 
 
 _REGISTRY: list[Change] = []
@@ -144,53 +135,35 @@ def revert() -> None:
         change.revert()
 
 
-def _resolve_owner(target: str) -> Any:
+def _owner_of(target: str) -> Any:
     parts = target.split(".")[:-1]
     for cut in range(len(parts), 0, -1):
         path = ".".join(parts[:cut])
         try:
             owner: Any = importlib.import_module(path)
         except ModuleNotFoundError as error:
-            # Not a module but a class, or not there at all. Anything else is a broken import inside the host.
-            if error.name is None or not (path == error.name or path.startswith(error.name + ".")):
+            # Not a module but a class, or not there at all. Anything else is a broken import inside the framework.
+            if error.name is None or not f"{path}.".startswith(f"{error.name}."):
                 raise
             continue
         for name in parts[cut:]:
-            if not hasattr(owner, name):
-                raise _missing(target, f"{_label(owner)} has no attribute {name!r}")
-            owner = getattr(owner, name)
+            owner = _get(owner, name, target)
         return owner
-    raise _missing(target, f"no module named {parts[0] if parts else target!r}")
+    raise _missing(target, f"no module named {target.split('.')[0]!r}")
 
 
-def _rebind(old: Any, new: Any, prefixes: tuple[str, ...]) -> None:
-    for namespace in _namespaces(prefixes):
-        for name in [name for name, value in namespace.items() if value is old]:
-            namespace[name] = new
+def _get(owner: Any, name: str, target: str) -> Any:
+    if not hasattr(owner, name):
+        label = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
+        raise _missing(target, f"{label} has no attribute {name!r}")
+    return getattr(owner, name)
 
 
-def _namespaces(prefixes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    for name, module in list(sys.modules.items()):
-        # Whole components only: "megatron" must not match this package, megatron_patches.
-        if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes):
-            namespace = getattr(module, "__dict__", None)
-            if isinstance(namespace, dict):
-                yield namespace
-
-
-def _label(owner: Any) -> str:
-    return f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
-
-
-def _missing(target: str, detail: str) -> Exception:
-    # Imported late so that reading the registry costs nothing.
-    from importlib import metadata
-
-    from ds_plugin.core.errors import PluginError
-
-    distribution = _DISTRIBUTIONS.get(target.split(".")[0], target.split(".")[0])
+def _missing(target: str, detail: str) -> PluginError:
+    package = target.split(".")[0]
+    distribution = _DISTRIBUTIONS.get(package, package)
     try:
-        host = f"{distribution} {metadata.version(distribution)}"
+        found = f"{distribution} {metadata.version(distribution)}"
     except metadata.PackageNotFoundError:
-        host = f"{distribution} (not installed)"
-    return PluginError(f"cannot patch {target} in {host}: {detail}; use a host version this plugin was tested with")
+        found = f"{distribution} (not installed)"
+    return PluginError(f"cannot patch {target} in {found}: {detail}; use a version this plugin was tested with")

@@ -19,12 +19,12 @@ from ds_plugin.core.errors import CheckpointError
 from ds_plugin.core.files import atomic_write
 
 _TRACKER = "megatron."
+_ANOTHER = "resume from another checkpoint"
 
 
 def save(path: Path) -> None:
-    """Write the state of every stream this rank draws from; the file is whole or absent. Draws nothing itself."""
-    streams = capture()
-    atomic_write(Path(path), lambda temporary: save_file(streams, str(temporary)))
+    """Write the state of every stream this rank draws from; the file is whole or absent."""
+    atomic_write(path, lambda temporary: save_file(capture(), temporary))
 
 
 def load(path: Path) -> None:
@@ -34,11 +34,9 @@ def load(path: Path) -> None:
     other streams (a GPU or not, other names in megatron-core's tracker).
     """
     try:
-        streams = load_file(str(path))
+        streams = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"random streams: '{path}' cannot be read ({error}); resume from another checkpoint"
-        ) from error
+        raise CheckpointError(f"random streams: '{path}' cannot be read ({error}); {_ANOTHER}") from error
     restore(streams, str(path))
 
 
@@ -46,11 +44,8 @@ def capture() -> dict[str, torch.Tensor]:
     """The states of all streams, as CPU tensors of dtype uint8 with one dimension."""
     numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))  # type: ignore[arg-type]
     numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
-    streams = {
-        "python": _to_tensor(random.getstate()),
-        "numpy": _to_tensor(numpy_state),
-        "torch": torch.get_rng_state(),
-    }
+    streams = {"python": _to_tensor(random.getstate()), "numpy": _to_tensor(numpy_state)}
+    streams["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         streams["cuda"] = torch.cuda.get_rng_state()
     for name, state in _tracker_states().items():
@@ -65,7 +60,7 @@ def restore(streams: dict[str, torch.Tensor], source: str = "the given states") 
     if here != there:
         raise CheckpointError(
             f"random streams: '{source}' holds {sorted(there)}, this rank has {sorted(here)}; resume on the same kind "
-            f"of machine with the same model-parallel set-up, after the model is built"
+            "of machine with the same model-parallel set-up, after the model is built"
         )
     try:
         version, internal, gauss = _from_tensor(streams["python"])
@@ -76,20 +71,15 @@ def restore(streams: dict[str, torch.Tensor], source: str = "the given states") 
         np.random.RandomState().set_state(numpy_state)
         torch.Generator().set_state(streams["torch"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"random streams: '{source}' is damaged ({error}); resume from another checkpoint"
-        ) from error
-    tracked = _tracker_states()
-    if tracked:
-        restored: dict[str, Any] = {}
+        raise CheckpointError(f"random streams: '{source}' is damaged ({error}); {_ANOTHER}") from error
+    if tracked := _tracker_states():
         for name, state in tracked.items():
             saved = streams[_TRACKER + name]
             if isinstance(state, torch.Generator):  # CUDA graphs hold on to this very object
                 state.set_state(saved)
-                restored[name] = state
             else:
-                restored[name] = saved.to(state.device).clone()
-        _tracker().set_states(restored)
+                tracked[name] = saved.to(state.device).clone()
+        _tracker().set_states(tracked)
     if "cuda" in streams:
         torch.cuda.set_rng_state(streams["cuda"])
     random.setstate(python_state)
@@ -110,7 +100,7 @@ def _tracker() -> Any:
 
 def _tracker_states() -> dict[str, Any]:
     tracker = _tracker()
-    return {} if tracker is None or not tracker.is_initialized() else tracker.get_states()
+    return dict(tracker.get_states()) if tracker is not None and tracker.is_initialized() else {}
 
 
 def _to_tensor(value: Any) -> torch.Tensor:

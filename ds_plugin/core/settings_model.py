@@ -1,8 +1,7 @@
 """The pydantic base of every section this project reads, and how its errors are worded.
 
-In the style of DeepSpeed's own ``DeepSpeedConfigModel`` (unknown keys forbidden, defaults validated), with two
-differences: values are not coerced (``"8"`` is not 8, ``true`` is not 1) and nothing is dropped in silence (DeepSpeed
-drops the value ``"auto"``). It does not derive from that class so that Megatron users need not import DeepSpeed.
+Unknown keys are forbidden and defaults validated, as by DeepSpeed; but values are not coerced (``"8"`` is not 8, nor
+``true`` 1), and nothing is dropped in silence (DeepSpeed drops ``"auto"``).
 """
 
 import difflib
@@ -23,10 +22,9 @@ class SectionConfig(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name a user most likely meant, or None when nothing is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def parse_section(model: type[Section], name: str, raw: Any) -> Section:
@@ -47,17 +45,14 @@ def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) ->
     location = [str(part) for part in item["loc"]]
     field = ".".join(filter(None, [name, *location]))
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
-    if kind == "extra_forbidden":
-        owner = _model_at(model, location[:-1])
-        known = sorted(owner.model_fields)
-        guess = nearest(location[-1], known)
-        hint = f'did you mean "{guess}"?' if guess else f"known keys are {', '.join(known)}"
+    if kind in ("extra_forbidden", "missing"):
+        fields = _model_at(model, location[:-1]).model_fields
+        if kind == "missing":
+            found = fields[location[-1].replace("-", "_")]  # where it has an alias
+            return f"{field}: missing; write {found.description or 'a value'}"
+        guess = nearest(location[-1], sorted(fields))
+        hint = f'did you mean "{guess}"?' if guess else f"known keys are {', '.join(sorted(fields))}"
         return f"{field}: unknown key (value {value!r}); {hint}"
-    if kind == "missing":
-        owner = _model_at(model, location[:-1])
-        field_name = location[-1].replace("-", "_")  # where it has an alias
-        what = owner.model_fields[field_name].description or "a value"
-        return f"{field}: missing; write {what}"
     if kind in ("model_type", "dict_type"):
         return f"{field}: {value!r}; write a JSON object {{...}}, or leave it out"
     if kind == "value_error":  # our own validators word the whole remedy

@@ -3,14 +3,12 @@
 import contextlib
 import contextvars
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 
 from ds_plugin.completep.supported import is_foreign_pipeline
 from ds_plugin.config import PluginConfig, split_config
@@ -18,6 +16,7 @@ from ds_plugin.core.errors import ConfigError, StateError
 from ds_plugin.deepspeed_engine import compat, completep
 from ds_plugin.deepspeed_engine.engine import Plugin
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
+from ds_plugin.deepspeed_engine.ranks import warn
 from ds_plugin.sequence_length_warmup.slicing import Shorten
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
@@ -46,14 +45,14 @@ def initialize(
     """A drop-in for ``deepspeed.initialize``: the same arguments, the same ``(engine, optimizer, dataloader,
     lr_scheduler)``.
 
-    Reads ``sequence_length_warmup``, ``completep`` and ``weight_averaging`` from the same JSON, strips them before
-    DeepSpeed sees it, and wires the enabled methods to the engine. With none enabled the engine is exactly DeepSpeed's.
+    Reads the sections of the methods from the same JSON, strips them before DeepSpeed sees it, and wires the enabled
+    methods to the engine. With none enabled the engine is exactly DeepSpeed's.
 
     With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam built
     over the model's parameters: the base model's hyperparameters are taken from it, and its groups replaced by those of
     the roles. ``lr_scheduler`` is absent or a function of the optimizer.
 
-    ``shorten``: for sequence length warmup of a model whose forward arguments are not recognised; see `batch.Shorten`.
+    ``shorten``: for sequence length warmup of a model whose arguments are not recognised; see `slicing.Shorten`.
 
     Raises:
         ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
@@ -61,27 +60,26 @@ def initialize(
     """
     given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
     if len(given) != 1:
-        what = "none was given" if not given else f"{len(given)} were given"
-        raise ConfigError(
-            f"initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); {what}"
-        )
-    host_config, sections = split_config(given[0])
+        count = "none was given" if not given else f"{len(given)} were given"
+        what = "initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config)"
+        raise ConfigError(f"{what}; {count}")
+    deepspeed_config, sections = split_config(given[0])
     if sections.weight_averaging is not None:
-        refuse_nvme(host_config)
+        refuse_nvme(deepspeed_config)
     _refuse_conflicts(sections, model, mpu)
-    host_args = copy.copy(args)
+    own_args = copy.copy(args)
     if getattr(args, "deepspeed_config", None) is not None:
-        host_args.deepspeed_config = None
+        own_args.deepspeed_config = None
     port = {} if distributed_port is None else {"distributed_port": distributed_port}
     with contextlib.ExitStack() as refused:
         if isinstance(optimizer, torch.optim.Optimizer):
             refused.callback(_kept(optimizer))
         if sections.completep is not None:
-            model_parameters, optimizer, lr_scheduler, host_config = completep.set_up(
-                model, sections.completep, host_config, optimizer, model_parameters, lr_scheduler
+            model_parameters, optimizer, lr_scheduler, deepspeed_config = completep.set_up(
+                model, sections.completep, deepspeed_config, optimizer, model_parameters, lr_scheduler
             )
         engine, *rest = _build(
-            args=host_args,
+            args=own_args,
             model=model,
             optimizer=optimizer,
             model_parameters=model_parameters,
@@ -90,7 +88,7 @@ def initialize(
             mpu=mpu,
             dist_init_required=dist_init_required,
             collate_fn=collate_fn,
-            config=host_config,
+            config=deepspeed_config,
             mesh_param=mesh_param,
             **port,
         )
@@ -115,7 +113,7 @@ def attach(
     ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
     ``resume_from``: for an engine that has loaded a checkpoint already, as a trainer's has before its callbacks run:
     the folder that ``engine.load_checkpoint`` was given, and ``tag`` if it was given one. The methods' state is
-    restored from there, and the run goes on as if they had been attached before the load.
+    restored from there.
 
     Raises:
         ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
@@ -129,13 +127,13 @@ def attach(
     sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
     if sections.completep is not None:
         raise ConfigError(
-            "completep: the engine's param groups are built already; use ds_plugin.initialize() in place of "
-            'deepspeed.initialize(), or write "enabled": false'
+            "completep: the engine's param groups are built already; use ds_plugin.initialize(), or write "
+            '"enabled": false'
         )
-    if sections.sequence_length_warmup is not None and compat.has_curriculum(engine):
+    if sections.sequence_length_warmup is not None and compat.is_on(engine, "curriculum_learning_enabled"):
         raise ConfigError(
-            "sequence_length_warmup: the engine was built with data_efficiency.data_sampling.curriculum_learning "
-            "enabled, and both set the length; remove one of the two"
+            "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is on, and both set the length; "
+            "remove one of the two"
         )
     _refuse_conflicts(sections, engine.module, engine.mpu)
     plugin = _register(engine, sections, shorten, resume_from, tag)
@@ -145,12 +143,7 @@ def attach(
 
 
 def get_plugin(engine: Any) -> Plugin:
-    """The `Plugin` of an engine.
-
-    Raises:
-        StateError: there is none.
-        ConfigError: ``engine`` is no engine.
-    """
+    """The `Plugin` of an engine. Raises StateError: there is none; ConfigError: ``engine`` is no engine."""
     plugin = getattr(engine, "__dict__", {}).get(_ATTRIBUTE)
     if plugin is None:
         _refuse_no_engine(engine, "attached")
@@ -170,8 +163,7 @@ def _build(**given: Any) -> Any:
         found = f"{_deepspeed_initialize.__module__}.{_deepspeed_initialize.__qualname__}"
         raise StateError(
             f"initialize: {found} had taken the place of deepspeed.initialize before ds_plugin was first used, and "
-            "calls ds_plugin.initialize, which calls it; write deepspeed.initialize = ds_plugin.initialize, or take "
-            "ds_plugin.initialize before replacing it by your own"
+            "each calls the other; write deepspeed.initialize = ds_plugin.initialize, or import ds_plugin before"
         )
     if compat.starts_on_cpu():
         compat.skip_inference_kernel()
@@ -190,23 +182,21 @@ def _refuse_no_engine(thing: Any, call: str) -> None:
         hint = " (the first of the tuple is one)"
     elif compat.is_engine(getattr(thing, "engine", None)):
         hint = " (its .engine is one)"
-    kind = type(thing)
+    given = f"{type(thing).__module__}.{type(thing).__qualname__}{hint}"
     raise ConfigError(
-        f"{call}: needs the engine that deepspeed.initialize() returns, and was given a "
-        f"{kind.__module__}.{kind.__qualname__}{hint}; give the engine, or build it with ds_plugin.initialize()"
+        f"{call}: needs the engine that deepspeed.initialize() returns, and was given a {given}; give the engine, or "
+        "build it with ds_plugin.initialize()"
     )
 
 
 def _register(
-    engine: Any,
-    sections: PluginConfig,
-    shorten: Shorten | None,
-    resume_from: str | Path | None = None,
-    tag: str | None = None,
+    engine: Any, sections: PluginConfig, shorten: Shorten | None, resume_from: Any = None, tag: str | None = None
 ) -> Plugin:
     if _ATTRIBUTE in engine.__dict__:
         raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
-    _refuse_universal(sections, engine)
+    if sections != PluginConfig() and engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 0:
+        what = "DeepSpeed loads no weights from universal checkpoints with zero_optimization.stage 0"
+        raise ConfigError(f"checkpoint.load_universal: {what}; write stage 1, 2 or 3")
     plugin = Plugin(engine, sections, shorten)
     if resume_from is not None:
         plugin.resume(resume_from, tag)
@@ -216,20 +206,18 @@ def _register(
 
 
 def _say_what_counts(plugin: Plugin) -> None:
-    """Once, on rank 0, if steps lie behind the engine of which the methods know nothing."""
+    """Once, if steps lie behind the engine of which the methods know nothing."""
     steps, counts = plugin.engine.global_steps, []
     if plugin.warmup is not None:
         counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
     if plugin.averager is not None:
         counts.append("are in no average")
-    if steps > 0 and counts and dist.get_rank() == 0:
-        logging.getLogger("ds_plugin").warning(
+    if steps > 0 and counts:
+        said = (
             "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
-            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given, "
-            "and the methods go on where they were saved",
-            steps,
-            " and ".join(counts),
+            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given"
         )
+        warn(said, steps, " and ".join(counts))
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -258,32 +246,14 @@ def _destroy(engine: Any) -> None:
 
 
 def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
-    _refuse_pipeline(sections, model)
+    if sections.completep is not None and is_foreign_pipeline(model):  # its stages' parameters have no names
+        raise ConfigError(
+            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
+            'known; build it with megatron_patches.models.pipeline_gpt.build_pipeline, or write "enabled": false'
+        )
     ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
     if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
         raise ConfigError(
-            f"qk_layernorm with tensor parallelism {ranks}: each rank sees the gradients of its own heads only, and "
-            "DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use tensor parallelism 1 "
-            "or megatron-core's own training loop"
-        )
-
-
-def _refuse_universal(sections: PluginConfig, engine: Any) -> None:
-    """What DeepSpeed's universal checkpoints cannot restore, with any method on."""
-    if sections == PluginConfig() or not engine.load_universal_checkpoint():
-        return
-    if engine.zero_optimization_stage() == 0:
-        raise ConfigError(
-            "checkpoint.load_universal: DeepSpeed loads no weights from universal checkpoints with "
-            "zero_optimization.stage 0; write stage 1, 2 or 3"
-        )
-
-
-def _refuse_pipeline(sections: PluginConfig, model: Any) -> None:
-    """The parameters of a pipeline's stage have roles where it was cut from a GPTModel by name."""
-    if sections.completep is not None and is_foreign_pipeline(model):
-        raise ConfigError(
-            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
-            'known; build it with megatron_patches.models.pipeline_gpt.build_pipeline, write "enabled": false, or '
-            "train without a PipelineModule"
+            f"qk_layernorm with tensor parallelism {ranks}: DeepSpeed does not sum the gradients of different heads, "
+            "and the norms on queries and keys would drift apart; use tensor parallelism 1 or Megatron-LM's loop"
         )

@@ -2,9 +2,9 @@
 
 ``engine.backward(loss)`` and, since DeepSpeed 0.19 under ZeRO, ``loss.backward()`` both begin in one private method,
 which a hook on the engine's outputs calls before any gradient of the module. It is told no loss: that comes with
-``engine.backward(loss)`` and ``engine.scale(loss)``, or else is the one that the model returned. So it is, too, with
-``engine.backward(loss, scale_wrt_gas=False)``, whose loss has been divided by a number of micro-batches: Hugging Face's
-Trainer has fewer in an epoch's last accumulation step. (A loss of ``engine.module(...)``, whose outputs have no hooks,
+``engine.backward(loss)`` and ``engine.scale(loss)``, or else is the one that the model returned. So it is with
+``engine.backward(loss, scale_wrt_gas=False)``, whose loss is divided by a number of micro-batches: Hugging Face's
+Trainer has fewer in an epoch's last accumulation step. (The outputs of ``engine.module(...)`` have no hooks: their loss
 is seen in ``engine.backward`` alone.)
 """
 
@@ -37,11 +37,10 @@ class BackwardPasses:
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Stand in for the engine's methods; ``undo`` gives them back."""
-        self._backward, self._scale = self.engine.backward, getattr(self.engine, compat.SCALE)
-        self._prologue = getattr(self.engine, compat.BACKWARD_PROLOGUE)
-        undo.enter_context(replaced(self.engine, "backward", self.backward))
-        undo.enter_context(replaced(self.engine, compat.SCALE, self.scale))
-        undo.enter_context(replaced(self.engine, compat.BACKWARD_PROLOGUE, self._begin))
+        ours = {"backward": self.backward, compat.SCALE: self.scale, compat.BACKWARD_PROLOGUE: self._begin}
+        self._backward, self._scale, self._prologue = (getattr(self.engine, name) for name in ours)
+        for name, method in ours.items():
+            undo.enter_context(replaced(self.engine, name, method))
         if self._record is not None:
             undo.callback(self.engine.register_forward_hook(self._after_forward).remove)
 

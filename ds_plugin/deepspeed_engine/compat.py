@@ -1,7 +1,7 @@
 """Everything private this package touches in DeepSpeed, named once and probed before training.
 
-Read in deepspeed 0.19.8. `probe_*` functions raise one clear error when a name is missing, so that a new DeepSpeed
-fails at start and not in the middle of a run.
+Read in deepspeed 0.19.8. `need` raises one clear error when a name is missing, so that a new DeepSpeed fails at start
+and not in the middle of a run.
 """
 
 import contextlib
@@ -16,6 +16,14 @@ from ds_plugin.core.errors import StateError
 from ds_plugin.core.patch import Patch
 from ds_plugin.core.replaced import replaced
 
+# -- the classes that wrap an optimizer, for bf16 those of FP16 too ----------------------------------------------------
+WRAPPERS = {
+    "DeepSpeedZeroOptimizer_Stage3": "zero3",
+    "DeepSpeedZeroOptimizer": "zero12",
+    "BF16_Optimizer": "bf16",
+    "FP16_UnfusedOptimizer": "unfused",
+    "FP16_Optimizer": "fused",
+}
 # -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
 BF16_MASTERS = "fp32_groups_flat_partition"  # BF16_Optimizer: one flat partition per param group
 UNFUSED_MASTERS = "fp32_groups"  # FP16_UnfusedOptimizer: [group][parameter], whole tensors
@@ -55,7 +63,7 @@ MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
 BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on the outputs: before any gradient of the module
 SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
 
-# -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for an accumulation window -----
+# -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for each accumulation step -----
 TAKE_STEP = "_take_model_step"
 
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
@@ -63,15 +71,9 @@ UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
 
 
 def is_on(engine: Any, name: str) -> bool:
-    """Whether a setting that this DeepSpeed may or may not know is on; ``name`` is an attribute or method of the "
-    "engine."""
+    """Whether a setting is on that this DeepSpeed may not know: an attribute or method of the engine."""
     value = getattr(engine, name, False)
     return bool(value() if callable(value) else value)
-
-
-def deepspeed_version() -> str:
-    """The installed DeepSpeed's version."""
-    return importlib.metadata.version("deepspeed")
 
 
 def need(owner: Any, *names: str) -> None:
@@ -79,8 +81,8 @@ def need(owner: Any, *names: str) -> None:
     for name in names:
         if not hasattr(owner, name):
             raise StateError(
-                f"deepspeed {deepspeed_version()}: {type(owner).__name__} has no attribute {name!r}, which this "
-                "package needs (read in 0.19.8); install a DeepSpeed version from this package's tested range"
+                f"deepspeed {importlib.metadata.version('deepspeed')}: {type(owner).__name__} has no attribute "
+                f"{name!r}, which this package needs (read in 0.19.8); install a tested version of DeepSpeed"
             )
 
 
@@ -98,9 +100,11 @@ def is_pipeline(engine: Any) -> bool:
     return isinstance(engine, PipelineEngine)
 
 
-def is_model_parallel(engine: Any) -> bool:
-    """Whether a model is cut over several ranks by other means than ZeRO: a pipeline, tensor parallelism."""
-    return int(engine.mp_world_size) > 1 or (is_pipeline(engine) and int(engine.num_stages) > 1)
+def wrapper_of(engine: Any) -> str:
+    """What steps the optimizer, of `WRAPPERS`; ``none`` where it steps itself or there is none, else ``other``."""
+    names = [cls.__name__ for cls in type(engine.optimizer).__mro__]
+    other = "none" if engine.optimizer is engine.basic_optimizer else "other"
+    return next((WRAPPERS[name] for name in names if name in WRAPPERS), other)
 
 
 def has_experts(engine: Any) -> bool:
@@ -116,19 +120,9 @@ def first_expert(engine: Any) -> str | None:
     return next((name for name, p in engine.module.named_parameters() if is_moe_param(p)), None)
 
 
-def is_nvme_offloaded(engine: Any) -> bool:
-    """Whether the optimizer's masters live in files, so that the tensors in memory are empty."""
-    return bool(engine.zero_nvme_offload_optimizer())
-
-
 def global_shape(parameter: torch.nn.Parameter) -> list[int]:
     """The shape of a parameter before ZeRO-3 partitioned it."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def decoupled_checkpoint(engine: Any) -> bool:
-    """Whether DeepSpeed writes checkpoints in the background and publishes ``latest`` itself, later."""
-    return bool(engine.checkpoint_engine.is_decoupled())
 
 
 def sequence_parallel_size(engine: Any) -> int:
@@ -137,26 +131,14 @@ def sequence_parallel_size(engine: Any) -> int:
     return int(engine.seq_dp_world_size) // int(engine.dp_world_size)
 
 
-def has_curriculum(engine: Any) -> bool:
-    """Whether the engine reads its batches through DeepSpeed's own curriculum learning."""
-    return is_on(engine, "curriculum_learning_enabled")
-
-
 # -- what DeepSpeed compiles when communication starts on a CPU: half a minute, a C++ compiler, and a lock -------------
-_INFERENCE_KERNEL = Patch(
-    "deepspeed.comm.torch.build_shm_op",
-    lambda: None,
-    reason="the kernel serves inference only; compiling it needs a C++ compiler",
-    prefixes=("deepspeed",),
-)
+_WHY = "the kernel serves inference only; compiling it needs a C++ compiler"
+_INFERENCE_KERNEL = Patch("deepspeed.comm.torch.build_shm_op", lambda: None, reason=_WHY, prefixes=("deepspeed",))
 
 
 def skip_inference_kernel() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, which only its inference uses.
-
-    Nor is the lock waited for that a killed compile leaves, for ever and without a word. Shown by
-    ``megatron_patches.active()``; ``megatron_patches.revert()`` undoes it.
-    """
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, and from waiting for the lock that a killed
+    compile leaves, for ever. ``megatron_patches.active()`` shows it, ``megatron_patches.revert()`` undoes it."""
     _INFERENCE_KERNEL.apply()
 
 
@@ -190,7 +172,8 @@ def plain_backward(engine: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def dropped_gradients(engine: Any) -> Iterator[None]:
     """The gradients that backward passes in the block leave are let go of, as in a step that the engine skips."""
-    kept = [(owner, name, vars(owner)[name]) for owner, name in _marks(engine)]
+    marks = [(engine, _MICRO_BATCHES), *((engine.optimizer, name) for name in _MARKS)]
+    kept = [(owner, name, vars(owner)[name]) for owner, name in marks if name in vars(owner)]
     try:
         yield
         drop_gradients(engine)
@@ -203,35 +186,24 @@ def dropped_gradients(engine: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _marks(engine: Any) -> Iterator[tuple[Any, str]]:
-    names = [(engine, _MICRO_BATCHES), *((engine.optimizer, name) for name in _MARKS)]
-    return ((owner, name) for owner, name in names if name in vars(owner))
-
-
 def drop_gradients(engine: Any) -> None:
     """Let go of all that has been accumulated, through DeepSpeed's own ways for a step that overflows."""
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    optimizer = engine.optimizer
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    optimizer, kind = engine.optimizer, wrapper_of(engine)
+    if kind == "zero3":
         need(optimizer, ZERO3_SKIP, ZERO3_GRADIENTS, ZERO3_MASTERS)
         getattr(optimizer, ZERO3_SKIP)(optimizer.loss_scale)
         getattr(optimizer, ZERO3_GRADIENTS).zero_()
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+    elif kind == "zero12":
         need(optimizer, *ZERO12_SKIP)
-        asks, looks, rescales = ZERO12_SKIP
 
         def overflows(**_: Any) -> None:
             optimizer.overflow = True
 
-        with (
-            replaced(optimizer, asks, True),
-            replaced(optimizer, looks, overflows),
-            replaced(optimizer, rescales, lambda *_: None),
-        ):
+        with contextlib.ExitStack() as stack:
+            for name, value in zip(ZERO12_SKIP, (True, overflows, lambda *_: None), strict=True):
+                stack.enter_context(replaced(optimizer, name, value))
             optimizer.step()
-    elif optimizer is engine.basic_optimizer:
+    elif kind == "none":
         engine.module.zero_grad()
     else:
         optimizer.zero_grad()
@@ -248,48 +220,13 @@ def kept_by(optimizer: Any) -> int | None:
     settings = {**getattr(optimizer, "defaults", {}), **(optimizer.param_groups[0] if optimizer.param_groups else {})}
     if type(optimizer).__name__ in _ADAMS:
         return 3 if settings.get("amsgrad") else 2
-    if isinstance(optimizer, torch.optim.SGD):
-        return 1 if settings.get("momentum") else 0
-    return None
+    return int(bool(settings.get("momentum"))) if isinstance(optimizer, torch.optim.SGD) else None
 
 
 # -- Adam's second moments -------------------------------------------------------------------------------------------
 OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
 ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
 ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: steps the sub-groups left on the device
-
-
-def adam_variances(engine: Any) -> list[torch.Tensor]:
-    """This rank's second moments of Adam, the live tensors; some may be empty, and ZeRO's padding in them is zero.
-
-    None at all before the first step (FP16_UnfusedOptimizer has zeros then), from an optimizer without them, or where
-    they are not in this process's memory between two steps (NVMe offload, SuperOffload, ZenFlow).
-    """
-    optimizer = engine.optimizer
-    elsewhere = is_nvme_offloaded(engine) or any(is_on(engine, name) for name in UPDATES_OUTSIDE_STEP)
-    if optimizer is None or elsewhere:
-        return []
-    need(optimizer, OPTIMIZER_STATE)
-    # by the state, not the param groups: ZeRO 3 leaves those empty between two steps
-    states = [getattr(optimizer, OPTIMIZER_STATE)]
-    second = getattr(optimizer, ZERO3_SECOND_OPTIMIZER, None)
-    if second is not None:
-        states.append(second.state)
-    return [entry[ADAM_VARIANCE].detach() for state in states for entry in state.values() if ADAM_VARIANCE in entry]
-
-
-def optimizer_state_copies(engine: Any) -> int:
-    """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it, else the data-parallel
-    size."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    if isinstance(engine.optimizer, (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        return 1
-    need(engine, "seq_dp_world_size")
-    return int(engine.seq_dp_world_size)
-
 
 # -- the pipeline engine ---------------------------------------------------------------------------------------------
 PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
@@ -300,13 +237,8 @@ PIPELINE_COMPUTE_LOSS = "_compute_loss"
 PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
 #: what running a schedule leaves on the engine; some are there only after the first
 PIPELINE_SCRATCH = (
-    PIPELINE_COMPUTE_LOSS,
-    "loss",
-    "total_loss",
-    "total_additional_losses",
-    PIPELINE_LOSSES,
-    "_exec_instr",
-    "_unmanaged_backward_count",
+    *(PIPELINE_COMPUTE_LOSS, PIPELINE_LOSSES, "loss", "total_loss", "total_additional_losses"),
+    *("_exec_instr", "_unmanaged_backward_count"),
 )
 
 
@@ -360,12 +292,11 @@ ZERO3_QUANTIZED = "ds_quant_scale"  # of that part, where weights that are not t
 PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
 
 
-def place(engine: Any) -> tuple[int, int, int]:
-    """This rank's pipeline stage, its tensor-parallel rank, and how many of those there are."""
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+def tensor_parallel_size(engine: Any) -> int:
+    """Over how many ranks the model's layers are cut."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
-    stage = engine.stage_id if is_pipeline(engine) else 0
-    return stage, bwc_tensor_model_parallel_rank(engine.mpu), bwc_tensor_model_parallel_world_size(engine.mpu)
+    return int(bwc_tensor_model_parallel_world_size(engine.mpu))
 
 
 def has_foreign_pipeline(engine: Any) -> bool:

@@ -7,17 +7,16 @@ step       refused while the average is swapped in                   weight_aver
            the framework's step, which takes an optimizer step at the end of an accumulation step:
              that one waits for the last snapshot's copy, on the device (`compat.TAKE_STEP`)
            after it:
-             1. the window's tokens are booked                       sequence_length_warmup
+             1. the step's tokens are booked                         sequence_length_warmup
              2. if the loss has stayed too high: a restart           weight_averaging
              3. if it was applied, finite and one is due: a snapshot weight_averaging
-save       our files first, then the host's, then ``latest``
-load       our manifest is checked first, then the host loads, then our state
+save       our files first, then DeepSpeed's, then ``latest``
+load       our manifest is checked first, then DeepSpeed loads, then our state
 """
 
 import contextlib
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from ds_plugin.deepspeed_engine.backward import BackwardPasses
 from ds_plugin.deepspeed_engine.completep import CompleteP
 from ds_plugin.deepspeed_engine.masters import find_shards
 from ds_plugin.deepspeed_engine.pipeline import PipelineLengths
+from ds_plugin.deepspeed_engine.ranks import warn
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.sequence_length_warmup.batches import Source, WholeBatches
@@ -52,44 +52,39 @@ class Plugin:
     """
 
     def __init__(self, engine: Any, config: PluginConfig, shorten: Shorten | None = None):
-        self.engine = engine
-        self.config = config
-        self.warmup: SequenceLengthWarmup | None = None
-        self.averager: WeightAverager | None = None
-        self.spikes: SpikeWatch | None = None
-        self.completep: CompleteP | None = None
+        self.engine, self.config = engine, config
+        self._own: dict[str, Callable[..., Any]] = {}  # the engine's methods that ours stand in for
+        self._undo = contextlib.ExitStack()
         self._pipeline: PipelineLengths | None = None
         self._scheduler: TokenScheduler | None = None
         self._passes: BackwardPasses | None = None
-        self._undo = contextlib.ExitStack()
         with self._undone_on_error():
-            self._build(shorten)
+            section = config.sequence_length_warmup
+            self.warmup = SequenceLengthWarmup(engine, section, shorten) if section is not None else None
+            self.averager, self.spikes = self._build_averaging()
+            self.completep = CompleteP(engine, config.completep) if config.completep is not None else None
+            if self.warmup is not None and self.warmup.config.learning_rate.by == "tokens":
+                self._scheduler = TokenScheduler(engine.lr_scheduler, self.warmup.batches_trained)
+            if compat.is_pipeline(engine):
+                self._pipeline = PipelineLengths(engine, self.warmup) if self.warmup is not None else None
+            elif self.warmup is not None or self.averager is not None:
+                heard = self.warmup is not None or self.spikes is not None
+                self._passes = BackwardPasses(engine, self._refuse_while_swapped, self._record if heard else None)
 
-    def _build(self, shorten: Shorten | None) -> None:
-        engine, config = self.engine, self.config
-        if config.sequence_length_warmup is not None:
-            self.warmup = SequenceLengthWarmup(engine, config.sequence_length_warmup, shorten)
-        if config.weight_averaging is not None:
-            compat.need(engine, compat.TAKE_STEP)
-            shards = find_shards(engine)
-            readings.refuse_unknown_norm(engine)
-            if config.weight_averaging.save_average:
-                publish.refuse(engine)
-            self.averager = WeightAverager(config.weight_averaging, shards)
-            self._undo.callback(self.averager.close)
-            if config.weight_averaging.restart is not None:
-                self.spikes = SpikeWatch(
-                    EngineReadings(engine), config.weight_averaging.restart, every_rank=not compat.is_pipeline(engine)
-                )
-        if config.completep is not None:
-            self.completep = CompleteP(engine, config.completep)
-        if self.warmup is not None and self.warmup.config.learning_rate.by == "tokens":
-            self._scheduler = TokenScheduler(engine.lr_scheduler, self.warmup.batches_trained)
-        if self.warmup is not None and compat.is_pipeline(engine):
-            self._pipeline = PipelineLengths(engine, self.warmup)
-        if (self.warmup is not None or self.averager is not None) and not compat.is_pipeline(engine):
-            heard = self.warmup is not None or self.spikes is not None
-            self._passes = BackwardPasses(engine, self._refuse_while_swapped, self._record if heard else None)
+    def _build_averaging(self) -> tuple[WeightAverager | None, SpikeWatch | None]:
+        engine, config = self.engine, self.config.weight_averaging
+        if config is None:
+            return None, None
+        compat.need(engine, compat.TAKE_STEP)
+        shards = find_shards(engine)
+        readings.refuse_unknown_norm(engine)
+        if config.save_average:
+            publish.refuse(engine)
+        averager = WeightAverager(config, shards)
+        self._undo.callback(averager.close)
+        if config.restart is None:
+            return averager, None
+        return averager, SpikeWatch(EngineReadings(engine), config.restart, every_rank=not compat.is_pipeline(engine))
 
     def resume(self, folder: str | Path, tag: str | None) -> None:
         """Restore the methods beside an engine that was loaded already, before `install`. See `checkpoint.resume`."""
@@ -103,7 +98,7 @@ class Plugin:
                 if part is not None:
                     part.install(self._undo)
             for name, method in self._methods().items():
-                setattr(self, f"_host_{name}", getattr(self.engine, name))
+                self._own[name] = getattr(self.engine, name)
                 self._undo.enter_context(replaced(self.engine, name, method))
             if self.averager is not None:
                 take_step = functools.partial(self._take_step, getattr(self.engine, compat.TAKE_STEP))
@@ -117,8 +112,6 @@ class Plugin:
         methods: dict[str, Callable[..., Any]] = {}
         if self.warmup is not None:
             methods |= dict.fromkeys(("set_train_batch_size", "set_train_micro_batch_size"), self._refuse_other_batch)
-        if self._pipeline is not None:
-            methods |= {"eval_batch": self._eval_batch, "set_batch_fn": self._pipeline.set_batch_fn}
         if self._passes is not None:
             methods["step"] = self._step
         elif self.warmup is not None or self.averager is not None:
@@ -136,7 +129,7 @@ class Plugin:
             raise
 
     def close(self) -> None:
-        """Put the engine back as it was, and let go of memory, files and threads; harmless when nothing was done."""
+        """Put the engine back as it was, and let go of memory, files and threads."""
         try:
             self._undo.close()
         finally:
@@ -157,7 +150,7 @@ class Plugin:
         """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup.
 
         Where ranks read different numbers of tokens it is exact after each report (every ``report_interval`` steps) and
-        save; in between, the other ranks are taken to have read since then what this one has. No collective.
+        save; see `TokenCounts.ledger`. No collective.
         """
         return self.warmup.ledger if self.warmup is not None else None
 
@@ -173,19 +166,13 @@ class Plugin:
 
     @property
     def has_average(self) -> bool:
-        """Whether there is at least one snapshot, so that `averaged_weights` can be entered."""
+        """Whether there is a snapshot, so that `averaged_weights` can be entered."""
         return self.averager is not None and bool(self.averager.steps)
 
     def describe(self) -> list[str]:
         """One line for each enabled method, with the numbers a user wants to see before the first step."""
-        lines = []
-        if self.warmup is not None:
-            lines.append(self.warmup.describe())
-        if self.completep is not None:
-            lines.append(self.completep.describe())
-        if self.averager is not None:
-            lines.append(self.averager.describe())
-        return lines
+        methods = (self.warmup, self.completep, self.averager)
+        return [method.describe() for method in methods if method is not None]
 
     @contextlib.contextmanager
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
@@ -195,20 +182,17 @@ class Plugin:
         ``horizon``: which of the averages, in mode ema; the first of ``horizons`` if not given.
 
         Raises:
-            StateError: averaging is off, there is no snapshot yet or no such horizon, or an accumulation window is
-                open.
+            StateError: averaging is off, there is no snapshot or no such horizon, or an accumulation step is open.
         """
-        averager = self._between_steps()
-        with averager.averaged_weights(horizon):
+        with self._between_steps().averaged_weights(horizon):
             yield
 
     def restart_from_average(self, moments: Literal["keep", "reset"] = "keep", horizon: int | None = None) -> None:
         """Make the average the training weights, as after a loss spike. Every rank calls it, between optimizer steps.
 
-        Masters and the copies the model computes with are replaced; nothing brings the old weights back. The snapshots
-        are forgotten: they are of the path that was left, and the next average begins with the next snapshot. The step
+        Nothing brings the old weights back. The snapshots are forgotten: they are of the path that was left. The step
         count, learning rate schedule and data go on. ``moments``: Adam's (or another momentum's) are kept, or start
-        again at zero with its step count, as in a new optimizer; so do moments that were to be kept and are not finite
+        again at zero with the step count, as in a new optimizer; so do moments that were to be kept and are not finite
         on some rank, which the log says. ``horizon``: as in `averaged_weights`.
 
         Raises:
@@ -222,11 +206,9 @@ class Plugin:
         states = restart.to_reset(readings.optimizers(self.engine), self.engine.device, keep=moments == "keep")
         averager.restart(horizon)
         restart.zero_(states)
-        if states and moments == "keep" and dist.get_rank() == 0:
-            logging.getLogger("ds_plugin").warning(
-                "weight averaging: step %d, the optimizer's moments were not finite: they start again at zero",
-                self.engine.global_steps,
-            )
+        if states and moments == "keep":
+            step = self.engine.global_steps
+            warn("weight averaging: step %d, the optimizer's moments were not finite: they start again at zero", step)
 
     def publish(
         self,
@@ -238,20 +220,18 @@ class Plugin:
     ) -> list[Path]:
         """Write the average into a new ``folder`` as safetensors, in Hugging Face's layout; returns its weight files.
 
-        Nothing is gathered and the average is not swapped in: each rank writes its share of every file, so all of them
-        must see the folder (a shared file system). It appears whole, or not at all; only a kill leaves a hidden
-        ``.<name>.*.tmp`` beside it. Every rank calls it, between optimizer steps. Names are the model's own; what
-        tensor parallelism and pipeline stages divide is whole in it. Parameters without an entry in the optimizer, and
-        persistent buffers, are written as they are; a tied parameter once, under the first of its names. A model of
-        transformers' has its configuration beside it, with the dtype written: ``from_pretrained(folder)`` loads it.
+        Every rank calls it, between optimizer steps, and writes its share of every file: all must see the folder. It
+        appears whole, or not at all; only a kill leaves a hidden ``.<name>.*.tmp`` beside it. Names are the model's
+        own; what tensor parallelism and pipeline stages divide is whole. What the optimizer does not train, and
+        persistent buffers, are written as they are; a tied parameter once, under its first name. A model of
+        transformers' has its configuration beside it.
 
         ``dtype``: of all floating-point tensors; each one's own in the model if not given, which is then what
         `averaged_weights` computes with, bit for bit. ``horizon``: as there. ``max_shard_bytes``: of one file.
 
         Raises:
             StateError: as `averaged_weights` does, or the model is laid out in a way that is not known.
-            ConfigError: a wrong argument, ``folder`` holds something or is not seen by all ranks, or experts or
-                DeepSpeed's AutoTP are in use.
+            ConfigError: a wrong argument, ``folder`` holds something, or experts or DeepSpeed's AutoTP are in use.
             PluginError: the folder cannot be written, such as on a full disk.
         """
         return publish.publish(
@@ -269,8 +249,8 @@ class Plugin:
 
         Raises:
             StateError: as `averaged_weights` does.
-            ConfigError: ``zero_to_fp32`` cannot read this engine's checkpoints (stage 0, BF16_Optimizer, tensor or
-                pipeline parallelism; `publish` takes them), or the tag exists.
+            ConfigError: the tag exists, or ``zero_to_fp32`` cannot read such checkpoints (stage 0, BF16_Optimizer,
+                tensor or pipeline parallelism; `publish` takes them).
         """
         averager = self._between_steps()
         with raise_on_all_ranks():
@@ -280,7 +260,7 @@ class Plugin:
         tag = str(tag) if tag is not None else f"averaged_global_step{self.engine.global_steps}"
         with averager.averaged_weights(horizon):
             publish.mark_checkpoint(self.engine, averager, Path(save_dir) / tag, horizon)
-            self._host_save_checkpoint(str(save_dir), tag=tag, save_latest=False, **client)  # type: ignore[attr-defined]
+            self._own["save_checkpoint"](str(save_dir), tag=tag, save_latest=False, **client)
 
     def _between_steps(self) -> WeightAverager:
         """The averager, if the weights may be exchanged now."""
@@ -289,14 +269,12 @@ class Plugin:
                 'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
             )
         if self._passes is not None and self._passes.open:
-            raise StateError(
-                "weight_averaging: the averaged weights can be swapped in between optimizer steps only, not within an "
-                "accumulation window; finish the window first"
-            )
+            what = "the averaged weights can be swapped in between optimizer steps, not within an accumulation step"
+            raise StateError(f"weight_averaging: {what}; finish it first")
         return self.averager
 
     def detach(self) -> None:
-        """Leave the engine as plain DeepSpeed made it (param groups and the model excepted); the window is dropped."""
+        """Leave the engine as DeepSpeed made it (param groups and the model excepted); the window is dropped."""
         self._refuse_while_swapped("detach()")
         self.close()
 
@@ -309,34 +287,29 @@ class Plugin:
     def _refuse_other_batch(self, size: int) -> None:
         raise StateError(
             f"sequence_length_warmup: the batch size cannot be changed (to {size}) during the run: batch-size ramp-up "
-            "and sequence length warmup both change how many tokens a step has; use one of the two"
+            "changes how many tokens a step has, too; use one of the two"
         )
 
     def _train_batch(self, data_iter: Any = None) -> Any:
         self._refuse_while_swapped("engine.train_batch()")
         before = self.engine.global_steps
         if self._pipeline is None:
-            loss = self._host_train_batch(data_iter)  # type: ignore[attr-defined]
+            loss = self._own["train_batch"](data_iter)
         else:
             with self._pipeline.training(data_iter):
-                loss = self._host_train_batch()  # type: ignore[attr-defined]
+                loss = self._own["train_batch"]()
         if self.engine.global_steps != before:
             for micro_loss in compat.pipeline_losses(self.engine):
                 self._record(micro_loss)
             self._close_step()
         return loss
 
-    def _eval_batch(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._pipeline is not None
-        self._pipeline.before_evaluation()
-        return self._host_eval_batch(*args, **kwargs)  # type: ignore[attr-defined]
-
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_while_swapped("engine.step()")
         before = self.engine.global_steps
-        result = self._host_step(*args, **kwargs)  # type: ignore[attr-defined]
-        if self.engine.global_steps != before:  # an accumulation window has closed
-            self._forget_open_window()
+        result = self._own["step"](*args, **kwargs)
+        if self.engine.global_steps != before:  # the accumulation step is over
+            self._forget_open_step()
             self._close_step()
         return result
 
@@ -347,7 +320,7 @@ class Plugin:
         self.averager.before_step()
         return take_step(*args, **kwargs)
 
-    def _forget_open_window(self) -> None:
+    def _forget_open_step(self) -> None:
         if self._passes is not None:
             self._passes.open = False
 
@@ -357,8 +330,7 @@ class Plugin:
                 instruments.record(loss)
 
     def _close_step(self) -> None:
-        applied, step = self.engine.was_step_applied(), self.engine.global_steps
-        length = self.warmup.length if self.warmup is not None else 0
+        applied, step, length = self.engine.was_step_applied(), self.engine.global_steps, self.length or 0
         if self.warmup is not None:
             self.warmup.after_step(applied)
         if self.averager is None:
@@ -376,36 +348,35 @@ class Plugin:
         assert spikes.since is not None
         averager.forget_from(spikes.since)
         steps = list(averager.steps)
+        said = "there is no snapshot from before to go back to"
         if steps:
             self.restart_from_average(spikes.config.moments)
             spikes.restarted(step)
             said = f"training goes back to the average of steps {steps[0]} to {steps[-1]}"
-        else:
-            said = "there is no snapshot from before to go back to"
-        if dist.get_rank() == 0 and (steps or spikes.told != spikes.since):
-            logging.getLogger("ds_plugin").warning(
-                "weight averaging: step %d, the loss is above %g times its lowest without a break: %s",
-                step,
-                spikes.config.loss_ratio,
-                said,
-            )
+        if steps or spikes.told != spikes.since:
+            text = "weight averaging: step %d, the loss is above %g times its lowest without a break: %s"
+            warn(text, step, spikes.config.loss_ratio, said)
         spikes.told = spikes.since
 
+    def _bound(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """A call of the engine's own method, all of its arguments by name."""
+        self._refuse_while_swapped(f"{name}()")
+        call = inspect.signature(self._own[name]).bind(*args, **kwargs)
+        call.apply_defaults()
+        return call
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_while_swapped("save_checkpoint()")
+        call = self._bound("save_checkpoint", args, kwargs)
         averager = self.averager if self.averager is not None and self.averager.config.save_average else None
         if averager is not None and averager.steps:
             self._between_steps()
-        call = inspect.signature(self._host_save_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
-        call.apply_defaults()
         tag, root = call.arguments["tag"], Path(call.arguments["save_dir"])
-        tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        latest = call.arguments["save_latest"] and not compat.decoupled_checkpoint(self.engine)
+        call.arguments["tag"] = tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
         checkpoint.save(self, root / tag)
-        call.arguments["tag"] = tag
-        if latest:  # DeepSpeed would write "latest" in place; a crash there would leave it empty
+        latest = call.arguments["save_latest"] and not self.engine.checkpoint_engine.is_decoupled()
+        if latest:  # DeepSpeed would write it in place; a crash there would leave it empty
             call.arguments["save_latest"] = False
-        result = self._host_save_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        result = self._own["save_checkpoint"](*call.args, **call.kwargs)
         if latest:
             with raise_on_all_ranks():
                 if dist.get_rank() == 0:
@@ -415,44 +386,37 @@ class Plugin:
         return result
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_while_swapped("load_checkpoint()")
-        call = inspect.signature(self._host_load_checkpoint).bind(*args, **kwargs)  # type: ignore[attr-defined]
-        call.apply_defaults()
-        tag, root = call.arguments["tag"], Path(call.arguments["load_dir"])
+        call = self._bound("load_checkpoint", args, kwargs)
+        given, root = call.arguments, Path(call.arguments["load_dir"])
         universal = bool(self.engine.load_universal_checkpoint())
-        tag = str(tag) if tag is not None else checkpoint.latest_tag(root, universal=universal)
-        if tag is None:  # nothing to load; the host says so in its own way
-            return self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
-        weights_only = call.arguments["load_module_only"]
-        own_loader = call.arguments["custom_load_fn"] is not None or not call.arguments["load_module_strict"]
+        tag = given["tag"] if given["tag"] is not None else checkpoint.latest_tag(root, universal=universal)
+        if tag is None:  # nothing to load; DeepSpeed says so in its own way
+            return self._own["load_checkpoint"](*call.args, **call.kwargs)
+        given["tag"] = tag = str(tag)
+        weights_only, optimizer_too = given["load_module_only"], given["load_optimizer_states"]
         manifest = checkpoint.check(
             self,
             root / tag,
-            same_model=not own_loader,
+            same_model=given["custom_load_fn"] is None and given["load_module_strict"],
             same_run=not weights_only,
-            same_optimizer=call.arguments["load_optimizer_states"],
+            same_optimizer=optimizer_too,
             universal=universal,
         )
         groups = self.completep.state() if universal and self.completep is not None else []
-        call.arguments["tag"] = tag
-        result = self._host_load_checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        result = self._own["load_checkpoint"](*call.args, **call.kwargs)
         if result[0] is None:
             return result
-        self._forget_open_window()
+        self._forget_open_step()
         if universal and self.completep is not None:
             assert manifest is not None  # check() insists on one
-            resumed = call.arguments["load_optimizer_states"] and not weights_only
-            self.completep.load_state(manifest["state"]["completep"] if resumed else groups)
-        if weights_only:
-            self._start_afresh()  # the host starts at step 0: another run
-        else:
+            self.completep.load_state(manifest["state"]["completep"] if optimizer_too and not weights_only else groups)
+        if not weights_only:
             checkpoint.load(self, root / tag, manifest)
-        return result
-
-    def _start_afresh(self) -> None:
-        if self.warmup is not None:
+            return result
+        if self.warmup is not None:  # DeepSpeed starts at step 0: another run
             self.warmup.load_state(None)
         if self.averager is not None:
             self.averager.reset()
         if self.spikes is not None:
             self.spikes.load_state(None)
+        return result

@@ -1,9 +1,8 @@
 """Keep per-group learning rates through DeepSpeed's LR schedulers.
 
-Some of DeepSpeed's schedulers take one scalar learning rate and give it to every param group, which would undo
-CompleteP. Scalars are expanded to one value per group before DeepSpeed builds the scheduler; a scheduler that offers no
-such setting is refused. Whatever is not seen here is refused at the step that it would flatten
-(`param_groups.check_rates`).
+Some take one scalar learning rate and give it to every param group, which would undo CompleteP. Scalars are expanded to
+one value per group before DeepSpeed builds the scheduler; one that offers no such setting is refused. Whatever is not
+seen here is refused at the step that it would flatten (`param_groups.check_rates`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,28 +41,19 @@ def expand_scheduler(scheduler: Mapping[str, Any], ratios: Sequence[float]) -> d
         )
     for key, default in _ABSOLUTE[kind].items():
         value = params.get(key, default)
-        if value is None:
-            continue
         if isinstance(value, (list, tuple)):
             if len(value) != len(ratios):
-                raise ConfigError(
-                    f'scheduler.params.{key}: {len(value)} values for the {len(ratios)} param groups of "completep"; '
-                    "write one number, which is scaled for each group"
-                )
-            continue
-        params[key] = [value * ratio for ratio in ratios]
+                what = f'{len(value)} values for the {len(ratios)} param groups of "completep"'
+                raise ConfigError(f"scheduler.params.{key}: {what}; write one number, which is scaled for each group")
+        elif value is not None:
+            params[key] = [value * ratio for ratio in ratios]
     return {**scheduler, "params": params}
 
 
 def check_peak(scheduler: Mapping[str, Any], lr: float) -> None:
-    """Refuse a scheduler whose own largest learning rate is another than the optimizer's: the scheduler's would win.
-
-    Raises:
-        ConfigError: with both values.
-    """
+    """Raise ConfigError for a scheduler whose own largest learning rate, which would win, is not the optimizer's."""
     kind, params = str(scheduler.get("type")), scheduler.get("params") or {}
-    default = _ABSOLUTE.get(kind, {}).get("warmup_max_lr")
-    peak = params.get("warmup_max_lr", default) if kind in _ABSOLUTE else None
+    peak = {**_ABSOLUTE[kind], **params}["warmup_max_lr"] if kind in _ABSOLUTE else None
     if isinstance(peak, (int, float)) and peak != lr:
         said = "" if "warmup_max_lr" in params else ", DeepSpeed's default"
         raise ConfigError(
@@ -73,13 +63,9 @@ def check_peak(scheduler: Mapping[str, Any], lr: float) -> None:
 
 
 def refuse_flattened(scheduler: Any, before: Sequence[float], after: Sequence[float]) -> None:
-    """What shows of a flattening scheduler as soon as a user's function has built it; the rest is seen at a step.
+    """Raise ConfigError for what shows of a flattening scheduler as soon as a user's function has built it.
 
-    ``before``, ``after``: each group's learning rate before and after. Beside those, its ``eta_min``, ``min_lrs`` and
-    ``max_lrs`` are looked at.
-
-    Raises:
-        ConfigError: the scheduler has flattened the groups, or will.
+    ``before``, ``after``: each group's learning rate. Its ``eta_min``, ``min_lrs`` and ``max_lrs`` are looked at too.
     """
     settings = {name: getattr(scheduler, name, None) or 0.0 for name in ("eta_min", "min_lrs", "max_lrs")}
     for name, value in {"lr": list(after), **settings}.items():

@@ -1,7 +1,4 @@
-"""The part of the JSON that is DeepSpeed's: checked before anything starts, and no key left out in silence.
-
-DeepSpeed takes what it knows from the file and ignores the rest; a value of another type fails where it is first used.
-"""
+"""The part of the JSON that is DeepSpeed's, which by itself ignores unknown keys and fails where it uses a value."""
 
 import copy
 import inspect
@@ -59,8 +56,8 @@ def check(config: Mapping[str, Any]) -> None:
     """``config``: what DeepSpeed will be given. A key that it does not know is a warning, on rank 0.
 
     Raises:
-        ConfigError: a value is of the wrong type, an optimizer, a scheduler or a parameter of it is not known, or
-            DeepSpeed cannot read its sections.
+        ConfigError: a value of the wrong type, an unknown optimizer or scheduler or parameter of it, or a section that
+            DeepSpeed cannot read.
     """
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -1,15 +1,16 @@
 """Sequence length warmup in DeepSpeed's pipeline engine, whose stages send each other tensors of a remembered shape."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_plugin.core.errors import StateError, raise_on_all_ranks
+from ds_plugin.core.replaced import replaced
 from ds_plugin.deepspeed_engine import compat, preflight
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.sequence_length_warmup.batches import Batches
-from ds_plugin.sequence_length_warmup.carry import TokenSpan
 from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
 
@@ -29,19 +30,20 @@ class PipelineLengths:
         self._users: Callable[[Any], Any] | None = None  # the batch function that ours stands in for
         self._length: int | None = None  # of the activations the engine remembers
         self._rehearsed = not warmup.config.preflight
-        self._kept: list[Any] = []  # a micro-batch that was read ahead, as the user's batch function returned it
+        self._kept: list[Any] = []  # a micro-batch that was read ahead, from the user's batch function
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Take the place of the engine's batch function; ``undo`` gives it back, or what `set_batch_fn` made of it."""
         self._users = self.engine.batch_fn
         self.engine.batch_fn = self._batch
         undo.callback(lambda: setattr(self.engine, "batch_fn", self._users))
+        evaluate = functools.partial(self._evaluate, self.engine.eval_batch)
+        undo.enter_context(replaced(self.engine, "eval_batch", evaluate))
+        undo.enter_context(replaced(self.engine, "set_batch_fn", self.set_batch_fn))
 
     def set_batch_fn(self, function: Callable[[Any], Any] | None) -> None:
-        """As the engine's: a user's function sees every micro-batch first, at full length.
-
-        Once for each step that trains a part of it: in the carry mode it must not change its argument.
-        """
+        """As the engine's: a user's function sees every micro-batch first, at full length; once for each step that
+        trains a part of it, so that in the carry mode it must not change its argument."""
         self._users = function
 
     @contextlib.contextmanager
@@ -69,19 +71,20 @@ class PipelineLengths:
             self.engine.data_iterator = source
             self._kept.clear()
 
-    def before_evaluation(self) -> None:
-        """An evaluation is about to run, at full length."""
+    def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._expect(self.warmup.full)
+        return evaluate(*args, **kwargs)
 
     def _refuse_uncarried(self, source: Any) -> None:
         # Without a source a stage loads nothing, or is given its batches by the user's function, from another rank.
-        loads = self.engine.is_first_stage() or self.engine.is_last_stage()
-        needed = source is not None or (loads and self._users is None)
+        needed = source is not None or (self._loads() and self._users is None)
         if self.warmup.config.mode == "carry" and needed and not isinstance(source, Batches):
-            raise StateError(
-                'sequence_length_warmup: mode "carry" trains what is cut off later, so it has to read the batches; '
-                "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
-            )
+            what = 'mode "carry" trains what is cut off later, so it has to read the batches'
+            remedy = "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
+            raise StateError(f"sequence_length_warmup: {what}; {remedy}")
+
+    def _loads(self) -> bool:
+        return bool(self.engine.is_first_stage() or self.engine.is_last_stage())
 
     def _expect(self, length: int) -> None:
         if length != self._length:
@@ -94,26 +97,22 @@ class PipelineLengths:
             batch = self._kept.pop()
         elif self._users is not None:
             batch = self._users(batch)
-        if batch is None or not training:
-            return batch
-        return self._cut(batch, self.warmup.stretch)
+        return batch if batch is None or not training else self._cut(batch)
 
-    def _cut(self, batch: Any, stretch: TokenSpan) -> Any:
+    def _cut(self, batch: Any) -> Any:
         # Exactly the step's length: stages that load nothing expect it of every micro-batch.
-        cut = cut_batch(
-            batch, stretch.length, stretch.offset, full=self.warmup.full, exact=True, **self.warmup.samples
-        )
-        return cut.batch
+        span, full = self.warmup.span, self.warmup.full
+        return cut_batch(batch, span.length, span.offset, full=full, exact=True, **self.warmup.samples).batch
 
     def _preflight(self) -> None:
         """Once, before the first short step: will the longest fit? The micro-batch it reads is put back."""
         engine, reader, whole = self.engine, self.engine.data_iterator, None
         with raise_on_all_ranks():  # what cannot be cut in a run shows in its first batch; every rank says so
-            if engine.is_first_stage() or engine.is_last_stage():
+            if self._loads():
                 whole = next(reader) if reader is not None else None
                 if self._users is not None:
                     whole = self._users(whole)
-                self._cut(whole, self.warmup.stretch)
+                self._cut(whole)
                 self._kept.append(whole)
         engine.batch_fn = None  # the user's function has seen the micro-batch, and nothing is to be cut
         try:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.utils import logger
 
 from ds_plugin.core.errors import ConfigError
@@ -14,6 +13,7 @@ from ds_plugin.core.replaced import replaced
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.backward import loss_of
 from ds_plugin.deepspeed_engine.masters import find_shards
+from ds_plugin.deepspeed_engine.ranks import this_rank
 from ds_plugin.deepspeed_engine.readings import optimizers
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
 from ds_plugin.sequence_length_warmup.slicing import find_sides, positions, refuse_unknown
@@ -30,17 +30,17 @@ def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
     Raises:
         torch.OutOfMemoryError: as `full_length_pass`.
     """
-    known = True
+    known: list[bool] = []
 
     def room() -> list[torch.Tensor]:
-        nonlocal known
-        known, tensors = _state_to_come(engine)
-        return tensors
+        tensors = _state_to_come(engine)
+        known.append(tensors is not None)
+        return tensors or []
 
     with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
         yield
-    said = f"{SAYS}: a step at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(engine.device)}"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    said = f"{SAYS}: a step at {length} tokens fits{'' if all(known) else ', the optimizer aside'}{peak(engine.device)}"
+    if this_rank() == 0:
         logger.info(said)
 
 
@@ -65,16 +65,16 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int)
             del output, loss, own_args, own_kwargs
 
 
-def _state_to_come(engine: Any) -> tuple[bool, list[torch.Tensor]]:
-    """Whether it is known what the optimizer keeps, and room for what it does not keep yet."""
+def _state_to_come(engine: Any) -> list[torch.Tensor] | None:
+    """Room for what the optimizer does not keep yet; None: it is not known what it keeps."""
     try:
         masters = find_shards(engine).tensors()
     except ConfigError:  # they are not in memory, or change elsewhere
-        return False, []
-    kept = compat.kept_by(engine.basic_optimizer)
-    if kept is None or any(each.state for each in optimizers(engine)):
-        return kept is not None, []
-    return True, state_to_come(masters, lambda master: [master.dtype] * kept)
+        return None
+    if (kept := compat.kept_by(engine.basic_optimizer)) is None:
+        return None
+    started = any(each.state for each in optimizers(engine))
+    return [] if started else state_to_come(masters, lambda master: [master.dtype] * kept)
 
 
 @contextlib.contextmanager
@@ -92,7 +92,8 @@ def _scalar(output: Any) -> torch.Tensor | None:
     """What to differentiate: the loss, or where the model returns none, the mean of all it returns."""
     if (loss := loss_of(output)) is not None:
         return loss
-    means = [tensor.mean(dtype=torch.float32) for tensor in _floating(output) if tensor.requires_grad]
+    found = [leaf.value for leaf in leaves(output) if torch.is_tensor(leaf.value) and leaf.value.is_floating_point()]
+    means = [tensor.mean(dtype=torch.float32) for tensor in found if tensor.requires_grad]
     return torch.stack(means).sum() if means else None
 
 
@@ -123,15 +124,3 @@ def lengthened(
 def _without_graph(value: Any) -> Any:
     graph = torch.is_tensor(value) and value.grad_fn is not None
     return value.detach().requires_grad_() if graph else value
-
-
-def _floating(output: Any) -> Iterator[torch.Tensor]:
-    if torch.is_tensor(output):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _floating(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floating(value)

@@ -1,6 +1,6 @@
 """The average as a folder of safetensors, which every rank writes its own share of: nothing is gathered anywhere.
 
-All ranks agree on the files first (names, shapes and dtypes make the headers, and the headers every byte's place). The
+All ranks agree on the files first: names, shapes and dtypes make the headers, and the headers every byte's place. The
 first rank creates them at full size; each rank then writes what it holds where it belongs, out of the averager's spare
 buffer, a piece at a time. The average is never in the model. What travels between ranks are names and numbers.
 """
@@ -17,29 +17,20 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write, replace_folder, sync_folder, write_text
+from ds_plugin.core.files import replace_folder, sync_folder, write_text
 from ds_plugin.core.manifest import MANIFEST
 from ds_plugin.deepspeed_engine import compat
+from ds_plugin.deepspeed_engine.masters import zero3_part
+from ds_plugin.deepspeed_engine.ranks import gathered, this_rank
 from ds_plugin.weight_averaging.averager import MasterShards, WeightAverager
 from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
+from ds_plugin.weight_averaging.publish import layout
 from ds_plugin.weight_averaging.publish.config import write_config
-from ds_plugin.weight_averaging.publish.layout import (
-    Cut,
-    Entry,
-    File,
-    Report,
-    Row,
-    agree,
-    cut_along,
-    index_of,
-    plan_files,
-)
 from ds_plugin.weight_averaging.state.fragments import check, plain_name, unwrapped
 
 #: elements converted and written at a time: 4 MiB of fp32
@@ -50,8 +41,6 @@ _OF_AVERAGES = re.compile(rf"{AVERAGED}(_horizon_\d+)?(\.previous)?|\.{AVERAGED}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATED = "linear_fc1"  # megatron-core's name for the two halves of a gated unit's first layer, laid end to end
 
-T = TypeVar("T")
-
 # -- what this rank holds --------------------------------------------------------------------------------------------
 
 Part = tuple[int, torch.Tensor]  # first element of this rank's tensor, flat values
@@ -61,34 +50,29 @@ Part = tuple[int, torch.Tensor]  # first element of this rank's tensor, flat val
 class Held:
     """One tensor of this rank's model: how the others see it, its place in the whole one, and the values here."""
 
-    row: Row
-    cut: Cut
+    row: layout.Row
+    cut: layout.Cut
     average: list[Part]
-    tensor: torch.Tensor
+    tensor: Any
 
     def own(self) -> list[Part]:
         """The model's own values, of what is not averaged; under ZeRO 3 this rank's part of them."""
-        if not self.row.divided:
+        if not self.row.zero3_sharded:
             return [(0, self.tensor.detach().reshape(-1))]
-        name, host = self.row.entry.name, cast(Any, self.tensor)
-        part, each = getattr(host, compat.ZERO3_PART), host.partition_numel()
-        start = each * getattr(host, compat.ZERO3_PARTITION_RANK)
-        count = max(0, min(each, host.ds_numel - start))  # the last ranks' parts are padded
+        name, part = self.row.entry.name, getattr(self.tensor, compat.ZERO3_PART)
+        start, count = zero3_part(self.tensor)
         if hasattr(part, compat.ZERO3_QUANTIZED):
-            raise ConfigError(
-                f"publish: {name} is not trained and kept quantized; write zero_quantized_nontrainable_weights: false"
-            )
+            what = f"publish: {name} is not trained and kept quantized"
+            raise ConfigError(f"{what}; write zero_quantized_nontrainable_weights: false")
         if part.numel() < count:
-            raise ConfigError(
-                f"publish: {name} is not in memory; write 'cpu' for offload_param.device in place of nvme"
-            )
+            raise ConfigError(f"publish: {name} is not in memory; write 'cpu' for offload_param.device, not nvme")
         return [(start, part.detach().reshape(-1)[:count])]
 
 
 def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype: torch.dtype | None) -> list[Held]:
     """Every parameter and persistent buffer of this rank's model."""
-    module, (_, rank, ranks) = unwrapped(engine.module), compat.place(engine)
-    fragments = shards.fragments()
+    module, ranks = unwrapped(engine.module), compat.tensor_parallel_size(engine)
+    fragments, tensor_rank = shards.fragments(), compat.model_coordinate(engine)[0]
     check(fragments, average)
     parts: dict[str, list[Part]] = {}
     for f in fragments:
@@ -103,13 +87,14 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
     for name, tensor, aliases in _tensors(module):
         _refuse_tensor(name, tensor, ranks)
         whole = tuple(compat.global_shape(tensor))
-        cut, sliced = Cut(max(1, math.prod(whole))), ranks > 1 and getattr(tensor, "tensor_model_parallel", False)
-        if sliced:
+        cut = layout.Cut(max(1, math.prod(whole)))
+        if sliced := ranks > 1 and getattr(tensor, "tensor_model_parallel", False):
             # each rank's two halves lie together whatever the attribute says: the forward pass cuts them in the middle
             stride = 2 if name.startswith(gated) else getattr(tensor, "partition_stride", 1)
-            whole, cut = cut_along(whole, tensor.partition_dim, stride, rank, ranks)
+            whole, cut = layout.cut_along(whole, tensor.partition_dim, stride, tensor_rank, ranks)
         written = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        row = Row(Entry(name, written, whole, aliases), bool(sliced), hasattr(tensor, compat.ZERO3_PART))
+        entry = layout.Entry(name, written, whole, aliases)
+        row = layout.Row(entry, bool(sliced), hasattr(tensor, compat.ZERO3_PART))
         found.append(Held(row, cut, parts.pop(name, []), tensor))
     if parts:
         raise StateError(f"publish: the model has no parameter {next(iter(parts))} any more; do not rename parameters")
@@ -122,23 +107,22 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...
     Raises:
         ConfigError: two have one name when the prefixes of wrappers are left out.
     """
+    kept = {id(value) for value in module.state_dict(keep_vars=True).values()}
     names: dict[int, list[str]] = {}
-    owners: dict[str, int] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for wrapped, tensor in itertools.chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     ):
         name = plain_name(wrapped)
-        if owners.setdefault(name, id(tensor)) != id(tensor):
-            raise ConfigError(
-                f"publish: {wrapped} is {name} without its wrapper, which another tensor is named; rename one of them"
-            )
+        if tensors.setdefault(name, tensor) is not tensor:
+            what = f"{wrapped} is {name} without its wrapper, which another tensor is named"
+            raise ConfigError(f"publish: {what}; rename one of them")
         if name not in names.setdefault(id(tensor), []):
             names[id(tensor)].append(name)
-    kept = {id(value) for value in module.state_dict(keep_vars=True).values()}
-    buffers = ((name, buffer) for name, buffer in module.named_buffers() if id(buffer) in kept)
-    for _, tensor in itertools.chain(module.named_parameters(), buffers):
-        name, *others = names[id(tensor)]
-        yield name, tensor, tuple(others)
+    parameters = {id(parameter) for parameter in module.parameters()}
+    for number, (name, *others) in names.items():
+        if number in parameters or number in kept:
+            yield name, tensors[name], tuple(others)
 
 
 def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
@@ -146,10 +130,8 @@ def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
         raise ConfigError(f"publish: {name} is {tensor.dtype}, which cannot be written; convert it")
     cut = getattr(tensor, "tensor_model_parallel", False)
     if ranks > 1 and (not hasattr(tensor, "partition_dim") if cut else getattr(tensor, "model_parallel", False)):
-        raise ConfigError(
-            f"publish: {name} is cut by tensor parallelism and nothing says how; set its attributes "
-            "tensor_model_parallel (true) and partition_dim, as megatron-core does"
-        )
+        what = f"publish: {name} is cut by tensor parallelism and nothing says how"
+        raise ConfigError(f"{what}; set tensor_model_parallel (true) and partition_dim on it, as megatron-core does")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -178,25 +160,25 @@ def publish(
     average = averager.read(horizon)
     with raise_on_all_ranks():
         held = _held(engine, averager.shards, average, dtype)
-    rank, place = _rank(), compat.place(engine)[:2]
-    first = _gathered(place).index(place) == rank
+    tensor_rank, stage = compat.model_coordinate(engine)[:2]
+    place = stage, tensor_rank
+    first = gathered(place).index(place) == this_rank()
     averaged = tuple(sum(len(values) for _, values in h.average) for h in held)
-    reports = _gathered(Report(place, tuple(h.row for h in held) if first else None, averaged))
+    reports = gathered(layout.Report(place, tuple(h.row for h in held) if first else None, averaged))
     with raise_on_all_ranks():
-        entries, mine = agree(reports, rank, averager.shards.layout, compat.PIPELINE_TIED)
-        files = plan_files(entries, max_shard_bytes)
+        entries, mine = layout.agree(reports, this_rank(), averager.shards.layout, compat.PIPELINE_TIED)
+        files = layout.plan_files(entries, max_shard_bytes)
         shares = [(held[i], held[i].average if of_average else held[i].own()) for i, of_average in mine]
     with _new_folder(Path(folder), replace) as (final, staging):
         with _disk(final, sum(file.size for file in files)):
-            if rank == 0:
+            if this_rank() == 0:
                 write_config(unwrapped(engine.module), staging, dtype)
                 _create(staging, files)
         with _disk(final):
             _write(staging, files, shares)
         with _disk(final):
-            if rank == 0 and len(files) > 1:
-                index = index_of(files)
-                atomic_write(staging / "model.safetensors.index.json", lambda path: path.write_text(index, "utf-8"))
+            if this_rank() == 0 and len(files) > 1:
+                write_text(staging / "model.safetensors.index.json", layout.index_of(files))
     return [final / file.name for file in files]
 
 
@@ -210,7 +192,7 @@ def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: P
     for name, horizon in names.items():
         publish(engine, averager, checkpoint / name, horizon=horizon, replace=True)
     with _disk(checkpoint):
-        if _rank() == 0:
+        if this_rank() == 0:
             for left in list(checkpoint.iterdir()):
                 if left.name not in names and _OF_AVERAGES.fullmatch(left.name):
                     shutil.rmtree(left)
@@ -220,23 +202,17 @@ def refuse(engine: Any) -> None:
     """Raise ConfigError for an engine whose parts of the model cannot be put together."""
     _refuse_experts(engine, "publish")
     if compat.has_foreign_pipeline(engine):
-        raise ConfigError(
-            "publish: mpu has pipeline stages that DeepSpeed does not know, whose parameters may have equal names; use "
-            "DeepSpeed's PipelineModule, or the export of the framework that made the stages"
-        )
+        what = "mpu has pipeline stages that DeepSpeed does not know, whose parameters may have equal names"
+        raise ConfigError(f"publish: {what}; use DeepSpeed's PipelineModule, or the other framework's export")
     if engine.autotp_size() > 1:
-        raise ConfigError(
-            f"publish: tensor_parallel.autotp_size is {engine.autotp_size()}, whose slices are not known; save with "
-            "DeepSpeed's save_16bit_model() inside averaged_weights()"
-        )
+        what = f"tensor_parallel.autotp_size is {engine.autotp_size()}, whose slices are not known"
+        raise ConfigError(f"publish: {what}; save with DeepSpeed's save_16bit_model() inside averaged_weights()")
 
 
 def _refuse_experts(engine: Any, what: str) -> None:
     if (expert := compat.first_expert(engine)) is not None:
-        raise ConfigError(
-            f"{what}: {expert} is an expert's, which differs between data-parallel ranks; leave \"save_average\" out, "
-            "and export the model by its own framework inside averaged_weights()"
-        )
+        remedy = 'leave "save_average" out, and export the model by its own framework inside averaged_weights()'
+        raise ConfigError(f"{what}: {expert} is an expert's, which differs between data-parallel ranks; {remedy}")
 
 
 @contextlib.contextmanager
@@ -248,33 +224,35 @@ def _new_folder(folder: Path, replace: bool) -> Iterator[tuple[Path, Path]]:
     """
     paths = (folder, folder)
     with _disk(folder):
-        if _rank() == 0:
+        if this_rank() == 0:
             folder = folder.resolve()
-            if not replace and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            if not replace and _in_use(folder):
                 raise ConfigError(f"publish: {folder} exists already; give a new or an empty folder")
             paths = folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
             folder.parent.mkdir(parents=True, exist_ok=True)
             paths[1].mkdir()
-    final, staging = _gathered(paths)[0]  # the first rank's, whatever the others' working directories are
+    final, staging = gathered(paths)[0]  # the first rank's, whatever the others' working directories are
     try:
         with _disk(final):
             if not staging.is_dir():
-                raise ConfigError(
-                    f"publish: rank {_rank()} does not see the folder that rank 0 made in {final.parent}, and every "
-                    "rank writes a part of each file; give a folder on a file system that all nodes share"
-                )
+                what = f"rank {this_rank()} does not see the folder that rank 0 made in {final.parent}"
+                raise ConfigError(f"publish: {what}; give a folder on a file system that all nodes share")
         yield final, staging
         with _disk(final):
-            if _rank() == 0:
+            if this_rank() == 0:
                 sync_folder(staging)
                 replace_folder(staging, final)
     except BaseException:
-        if _rank() == 0:
+        if this_rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def _create(folder: Path, files: Sequence[File]) -> None:
+def _in_use(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _create(folder: Path, files: Sequence[layout.File]) -> None:
     """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour."""
     for file in files:
         with open(folder / file.name, "xb", buffering=0) as opened:
@@ -288,13 +266,12 @@ def _create(folder: Path, files: Sequence[File]) -> None:
             os.fsync(opened.fileno())
 
 
-def _write(folder: Path, files: Sequence[File], shares: Sequence[tuple[Held, list[Part]]]) -> None:
+def _write(folder: Path, files: Sequence[layout.File], shares: Sequence[tuple[Held, list[Part]]]) -> None:
     """This rank's shares into their places, file by file.
 
     The files are opened for writing only: a network file system's client then has no page of them that it could send
     back with other ranks' bytes as they were before.
     """
-    buffers: dict[torch.dtype, torch.Tensor] = {}
     for file in files:
         here = [(held, parts) for held, parts in shares if held.row.entry.name in file.offsets and parts]
         if not here:
@@ -302,32 +279,28 @@ def _write(folder: Path, files: Sequence[File], shares: Sequence[tuple[Held, lis
         descriptor = os.open(folder / file.name, os.O_WRONLY)
         try:
             for held, parts in here:
-                entry = held.row.entry
-                begin, size = file.offsets[entry.name], entry.dtype.itemsize
-                for start, values in parts:
-                    for done in range(0, len(values), PIECE):
-                        piece = values[done : done + PIECE]
-                        if piece.dtype != entry.dtype or piece.device.type != "cpu":
-                            if entry.dtype not in buffers:
-                                buffers[entry.dtype] = torch.empty(PIECE, dtype=entry.dtype)
-                            piece = buffers[entry.dtype][: len(piece)].copy_(piece)
-                        view = _bytes(piece)
-                        for at, count in held.cut.runs(start + done, len(piece)):
-                            _pwrite(descriptor, view[: count * size], begin + at * size)
-                            view = view[count * size :]
+                _write_tensor(descriptor, file.offsets[held.row.entry.name], held, parts)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _write_tensor(descriptor: int, begin: int, held: Held, parts: list[Part]) -> None:
+    dtype = held.row.entry.dtype
+    for start, values in parts:
+        for done in range(0, len(values), PIECE):
+            piece = values[done : done + PIECE]
+            view = piece.to("cpu", dtype).view(torch.uint8).numpy().data
+            for at, count in held.cut.runs(start + done, len(piece)):
+                size = count * dtype.itemsize
+                _pwrite(descriptor, view[:size], begin + at * dtype.itemsize)
+                view = view[size:]
 
 
 def _pwrite(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager
@@ -344,43 +317,19 @@ def _disk(folder: Path, size: int = 0) -> Iterator[None]:
             raise PluginError(f"publish: {what} cannot be written ({error.strerror}); give another folder") from error
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _gathered(mine: T) -> list[T]:
-    """``mine`` of every rank, by rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [mine]
-    found = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
-# -- the average as a checkpoint of the host's -----------------------------------------------------------------------
+# -- the average as a checkpoint of DeepSpeed's --------------------------------------------------------------------
 
 
 def refuse_checkpoint(engine: Any) -> None:
-    """What DeepSpeed's ``zero_to_fp32`` cannot read, or what is not on disk when `save_checkpoint` returns.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
+    """Raise ConfigError for what ``zero_to_fp32`` cannot read, or is not on disk when `save_checkpoint` returns."""
     _refuse_experts(engine, "save_averaged_checkpoint")
-    stage = engine.zero_optimization_stage()
-    reasons = {
-        f"zero_optimization.stage is {stage}": stage == 0,
-        "DeepSpeed's BF16_Optimizer is in use (bf16 with fp32 gradient accumulation)": isinstance(
-            engine.optimizer, BF16_Optimizer
-        ),
-        "the model is cut over tensor-parallel ranks or pipeline stages": (
-            compat.is_pipeline(engine) or compat.place(engine)[2] > 1
-        ),
-        "DeepSpeed writes checkpoints in the background": compat.decoupled_checkpoint(engine),
-    }
-    for reason, applies in reasons.items():
+    stage, cut = engine.zero_optimization_stage(), compat.is_pipeline(engine) or compat.tensor_parallel_size(engine) > 1
+    for applies, reason in (
+        (stage == 0, f"zero_optimization.stage is {stage}"),
+        (compat.wrapper_of(engine) == "bf16", "DeepSpeed's BF16_Optimizer is in use (bf16 with fp32 gradients)"),
+        (cut, "the model is cut over tensor-parallel ranks or pipeline stages"),
+        (engine.checkpoint_engine.is_decoupled(), "DeepSpeed writes checkpoints in the background"),
+    ):
         if applies:
             raise ConfigError(
                 f"save_averaged_checkpoint: {reason}, and zero_to_fp32 could not read the result; use publish(), which "
@@ -389,24 +338,17 @@ def refuse_checkpoint(engine: Any) -> None:
 
 
 def mark_checkpoint(engine: Any, averager: WeightAverager, folder: Path, horizon: int | None) -> None:
-    """Make a tag folder and say in it, before anything else is there, that it holds an average and is no resume point.
-
-    It takes the manifest's place under a format that no version resumes from. Every rank calls it.
+    """Make a tag folder and say in it, before anything else is there, that it holds an average and is no resume point:
+    in the manifest's place, under a format that no version resumes from. Every rank calls it.
 
     Raises:
         ConfigError: the folder holds something already.
     """
-    said = {
-        "format": "averaged",
-        "averaged": True,
-        "global_steps": engine.global_steps,
-        "steps": averager.steps,
-        "mode": averager.config.mode,
-        "horizon": horizon,
-    }
+    said = {"format": "averaged", "averaged": True, "global_steps": engine.global_steps, "steps": averager.steps}
+    said |= {"mode": averager.config.mode, "horizon": horizon}
     with raise_on_all_ranks():
-        if (engine.local_rank if engine.use_node_local_storage() else _rank()) == 0:
-            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if (engine.local_rank if engine.use_node_local_storage() else this_rank()) == 0:
+            if _in_use(folder):
                 raise ConfigError(f"save_averaged_checkpoint: {folder} exists already; give another tag")
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / MANIFEST, json.dumps(said, indent=1))

@@ -13,19 +13,17 @@ from ds_plugin.weight_averaging.finite import finite_everywhere, is_sound
 
 
 class EngineReadings:
-    """A DeepSpeed engine as the stability instruments see it (`stability.Readings`)."""
+    """A DeepSpeed engine as the stability instruments see it (`loss_statistics.Readings`)."""
 
     def __init__(self, engine: Any):
         self._engine = engine
 
     @property
     def device(self) -> torch.device:
-        """Where losses and gradient norms are."""
         return self._engine.device
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far."""
         return int(self._engine.global_steps)
 
     def gradient_norm(self) -> torch.Tensor | float | None:
@@ -35,12 +33,24 @@ class EngineReadings:
         return self._engine.get_global_grad_norm()
 
     def adam_variances(self) -> list[torch.Tensor]:
-        """See `compat.adam_variances`."""
-        return compat.adam_variances(self._engine)
+        """This rank's second moments of Adam, the live tensors; some may be empty, ZeRO's padding in them is zero.
+
+        None at all before the first step (FP16_UnfusedOptimizer has zeros then), from an optimizer without them, or
+        where they are not in this process's memory between two steps (NVMe offload, SuperOffload, ZenFlow).
+        """
+        engine, key = self._engine, compat.ADAM_VARIANCE
+        elsewhere = any(compat.is_on(engine, name) for name in compat.UPDATES_OUTSIDE_STEP)
+        if engine.optimizer is None or elsewhere or engine.zero_nvme_offload_optimizer():
+            return []
+        # by the state, not the param groups: ZeRO 3 leaves those empty between two steps
+        return [e[key].detach() for each in optimizers(engine) for e in each.state.values() if key in e]
 
     def state_copies(self) -> int:
-        """On how many ranks each element of the optimizer's state lies."""
-        return compat.optimizer_state_copies(self._engine)
+        """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it."""
+        if compat.wrapper_of(self._engine) in ("zero3", "zero12", "bf16"):
+            return 1
+        compat.need(self._engine, "seq_dp_world_size")
+        return int(self._engine.seq_dp_world_size)
 
 
 def optimizers(engine: Any) -> list[Any]:
@@ -56,11 +66,8 @@ def optimizers(engine: Any) -> list[Any]:
 
 
 def refuse_unknown_norm(engine: Any) -> None:
-    """Refuse the one setting under which ranks could disagree about a step, and nothing would show it.
-
-    Raises:
-        ConfigError: ZeRO 1/2 with ``compute_grad_norm`` off.
-    """
+    """Raise ConfigError for the one setting under which ranks could disagree about a step, and nothing would show it:
+    ZeRO 1/2 with ``compute_grad_norm`` off."""
     if not getattr(engine.optimizer, "compute_grad_norm", True):
         raise ConfigError(
             "weight_averaging: zero_optimization.compute_grad_norm is false; the norm tells every rank, at no cost, "
@@ -85,6 +92,5 @@ def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool |
         return norm
     if norm is not None:
         return is_sound(torch.as_tensor(norm, dtype=torch.float64))
-    if not compat.is_model_parallel(engine):
-        return None
-    return finite_everywhere(masters, engine.device)
+    cut = int(engine.mp_world_size) > 1 or (compat.is_pipeline(engine) and int(engine.num_stages) > 1)
+    return finite_everywhere(masters, engine.device) if cut else None

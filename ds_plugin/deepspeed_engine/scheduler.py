@@ -10,8 +10,7 @@ from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 class SequenceLengthScheduler(LengthSchedule, CurriculumScheduler):
     """`LengthSchedule` behind DeepSpeed's interface, in its ``custom`` schedule.
 
-    DeepSpeed's own schedules compute in floats and stop updating once they have reached the end, so they cannot be
-    asked about an earlier step, as a resume does.
+    DeepSpeed's own schedules compute in floats and stop updating at the end: a resume cannot ask about earlier steps.
     """
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, layout_multiple: int = 1):

@@ -35,7 +35,7 @@ def announce(text: str) -> None:
 
 
 def quiet() -> None:
-    """Leave out the frameworks' usual warnings, so that those that matter are seen. Call it before importing them."""
+    """Leave out the frameworks' usual warnings. Call it before importing them."""
     on_a_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     for beginning in USUAL_WARNINGS + (USUAL_ON_A_CPU if on_a_cpu else ()):
         warnings.filterwarnings("ignore", message=re.escape(beginning))
@@ -52,8 +52,8 @@ def skip_inference_kernel() -> None:
 def fail(error: Exception) -> int:
     """Print the message of an error that every rank has raised, once; the script's exit code, 2.
 
-    Without a collective, which would hang if it were not every rank after all: the launcher ends the others as soon as
-    rank 0 is gone; a rank that is still there seconds later failed alone (or on another node) and speaks for itself.
+    No collective, which would hang if it were not every rank: the launcher ends the others as soon as rank 0 is gone; a
+    rank that is still there seconds later failed alone (or on another node) and speaks for itself.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_SECONDS)

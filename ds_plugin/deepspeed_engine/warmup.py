@@ -1,7 +1,6 @@
 """Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
 import contextlib
-import logging
 import math
 import weakref
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from deepspeed.utils import logger
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, raise_on_all_ranks
 from ds_plugin.core.loss_statistics import Report, StabilityMonitor
 from ds_plugin.deepspeed_engine import compat, preflight
+from ds_plugin.deepspeed_engine.ranks import gathered, this_rank, warn
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
@@ -31,7 +31,7 @@ class SequenceLengthWarmup:
 
     Batches are shortened by a hook on the engine, outside the module, so that ``torch.compile`` never traces the
     schedule; in pipelines by the engine's batch function; or by `Batches` where they are read. All of them look at
-    shapes only: no host sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
+    shapes only: no device sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
     """
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
@@ -42,19 +42,18 @@ class SequenceLengthWarmup:
                 were given different sections.
         """
         self.engine, self.config, self.full = engine, config, config.end_length
-        self.parts = _parts(engine)
+        ulysses, settings = compat.sequence_parallel_size(engine), getattr(engine.module, "config", None)
+        #: over how many ranks each sample is divided before the engine sees it
+        self.parts = ulysses * int(getattr(settings, "context_parallel_size", 1))
+        multiple = math.lcm(layout_multiple(engine.module), ulysses)
         with raise_on_all_ranks():  # a user's schedule may be importable on some ranks only
-            self.scheduler = SequenceLengthScheduler(config, layout_multiple=_layout(engine))
-        self._same_on_all_ranks()
+            self.scheduler = SequenceLengthScheduler(config, layout_multiple=multiple)
+        _refuse_different({"section": config.model_dump(mode="json"), "lengths": self.scheduler.lengths()})
         replicas = int(engine.dp_world_size)
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        self.tokens = TokenCounts(replicas=replicas, copies=world // replicas)
+        self.tokens = TokenCounts(replicas=replicas, copies=dist.get_world_size() // replicas)
+        read, equal = EngineReadings(engine), lambda: {"length": self.length}
         self.monitor = StabilityMonitor(
-            EngineReadings(engine),
-            config.report_interval,
-            lambda: {"length": self.length},
-            variance=config.reads_variance,
-            summed=self.tokens,
+            read, config.report_interval, equal, variance=config.reads_variance, summed=self.tokens
         )
         self.report: Report | None = None  # the newest
         self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
@@ -63,7 +62,7 @@ class SequenceLengthWarmup:
             self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
         shifts = config.shifts_labels
         self.shifts_labels = shifts_labels(engine.module) if shifts is None else shifts
-        self._stretch: TokenSpan | None = None
+        self._span: TokenSpan | None = None
         self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
         self._reads = False  # whether batches are cut where they are read
         self._recorded = False  # a loss, in the accumulation step that is open
@@ -71,17 +70,17 @@ class SequenceLengthWarmup:
         self._first = True  # no forward pass has been cut yet
         self._short = False  # whether it was said that samples are shorter than a step
         self._rehearsed = not config.preflight
-        self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
-        self._shorten: Shorten | None = None  # in pipelines their batch function does it
-        #: what `batch.cut_batch` wants to know of the micro-batches
+        #: what `cut_batch` wants to know of the micro-batches
         self.samples: dict[str, Any] = {"micro_batch": int(engine.train_micro_batch_size_per_gpu())}
         self._start_at_the_engines_step()
+        self._names: list[str] = []  # of the arguments of forward; in pipelines their batch function cuts
+        self._shorten: Shorten | None = None
         if compat.is_pipeline(engine):
-            self._refuse_in_pipelines(shorten)
+            _refuse_in_pipelines(config, shorten)
         else:
+            self._names = argument_names(engine.module.forward)
             self.samples["encoder_decoder"] = is_encoder_decoder(engine.module)
-            self._refuse_carried_pairs()
-            self._shorten = shorten or self._default_shorten()
+            self._shorten = self._checked_shorten(shorten)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put the hook on the engine; ``undo`` takes it off, and ends the `Batches` that were read through it."""
@@ -93,20 +92,19 @@ class SequenceLengthWarmup:
     # -- which length ------------------------------------------------------------------------------------------------
 
     @property
-    def stretch(self) -> TokenSpan:
+    def span(self) -> TokenSpan:
         """What each sample of the optimizer step that comes next, or runs, is trained on; constant within it."""
-        if self._stretch is None:
+        if self._span is None:
             length = self.scheduler.update_difficulty(self.position)
-            if self.order is not None:
-                self._stretch = self.order.peek(length)
-            else:
-                self._stretch = TokenSpan(self.engine.global_steps, 0, length)
-        return self._stretch
+            own = TokenSpan(self.engine.global_steps, 0, length)
+            self._span = own if self.order is None else self.order.peek(length)
+        return self._span
+
 
     @property
     def length(self) -> int:
         """Length in tokens of the optimizer step that comes next, or runs; in the mask mode, of a fragment."""
-        return self.stretch.length
+        return self.span.length
 
     @property
     def position(self) -> int:
@@ -115,52 +113,43 @@ class SequenceLengthWarmup:
         return done + 1 - self.held
 
     @property
-    def carries(self) -> bool:
-        """Whether what is cut off is trained later."""
+    def carries(self) -> bool:  # this and the next three: see `batches.Lengths`
         return self.order is not None
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far."""
         return int(self.engine.global_steps)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of an optimizer step on this rank."""
         return int(self.engine.gradient_accumulation_steps())
 
     @property
     def open_windows(self) -> list[int]:
-        """Windows the carry mode will come back to."""
         return [window for window, _ in self.order.open] if self.order is not None else []
 
     def batches_trained(self, *, with_open_step: bool) -> float:
         """Nominal tokens trained, in full-length batches; what learning rates by tokens follow."""
-        tokens = self.tokens.nominal + (self._nominal(self.stretch) if with_open_step else 0)
+        tokens = self.tokens.nominal + (self._nominal(self.span) if with_open_step else 0)
         return tokens / (self.engine.train_batch_size() * self.full)
 
     @property
     def ledger(self) -> Ledger:
         """What became of the tokens; exact at reports and saves, see `TokenCounts.ledger`. No collective."""
-        carried = self.order.carried * self.engine.train_batch_size() if self.order is not None else 0
-        return replace(self.tokens.ledger(carried), untrained_targets=self.untrained_targets)
-
-    @property
-    def untrained_targets(self) -> int:
-        """Tokens that no step has predicted, over all data-parallel ranks.
-
-        A model that shifts its labels itself has no logits for the first token of a stretch that begins within a
-        sample: those were computed for the stretch before.
-        """
-        return self.order.cuts * int(self.engine.train_batch_size()) if self.order and self.shifts_labels else 0
+        if self.order is None:
+            return self.tokens.ledger()
+        batch = int(self.engine.train_batch_size())
+        # a model that shifts its labels itself has no logits for the first token of a span that begins within a sample:
+        # those were computed for the span before
+        untrained = self.order.cuts * batch if self.shifts_labels else 0
+        return replace(self.tokens.ledger(self.order.carried * batch), untrained_targets=untrained)
 
     def describe(self) -> str:
         """The schedule in one line."""
         c, lengths = self.config, self.scheduler.lengths()
         text = (
-            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} "
-            f"{c.duration.unit}, in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}, {c.schedule}, "
-            f"mode {c.mode}"
+            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} {c.duration.unit}"
+            f", in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}, {c.schedule}, mode {c.mode}"
         )
         text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
         text += ", held while unstable" if c.pacing == "adaptive" else ""
@@ -173,9 +162,8 @@ class SequenceLengthWarmup:
     def batches(self, source: Source) -> Batches:
         """This rank's micro-batches, each cut to its step's length: see `Batches`."""
         if self.config.mode == "mask":
-            raise ConfigError(
-                'sequence_length_warmup.mode: "mask" trains full-length samples; give them to engine(...) as they are'
-            )
+            what = 'sequence_length_warmup.mode: "mask" trains full-length samples'
+            raise ConfigError(f"{what}; give them to engine(...) as they are")
         self._reads = True
         batches = Batches(self, source)
         self._batches.add(batches)
@@ -185,34 +173,38 @@ class SequenceLengthWarmup:
         for batches in self._batches:
             batches.close()
 
-    def _before_forward(
-        self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_forward(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.engine.module.training:
             return None  # evaluation is always at full length
-        stretch, whole = self.stretch, (args, kwargs)
+        length, whole = self.length, (args, kwargs)
         # Without gradients nothing is trained, as for the log-probabilities of a batch that is trained as well: it is
         # cut to the same length, so that they belong to the same tokens, and not counted.
         trains = torch.is_grad_enabled()
         if self._reads:
-            self._check_cut(args, kwargs, stretch.length)  # counted where they were read
+            self._check_cut(self._named(args, kwargs), length)  # counted where they were read
         elif self.config.mode == "carry" or self.parts > 1:
             what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
             raise StateError(
                 f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
-                "ds_plugin.get_plugin(engine).batches(from_micro_batch), where from_micro_batch(n) returns an iterator "
-                "over full-length micro-batches from the n-th on"
+                "ds_plugin.get_plugin(engine).batches(from_micro_batch): an iterator from the n-th micro-batch on"
             )
         else:
-            args, kwargs, read, trained = self._cut(args, kwargs, stretch.length, trains)
+            assert self._shorten is not None
+            first, self._first = self._first and trains, self._first and not trains
+            # what cannot be cut in a run shows in its first batch; every rank says so
+            with raise_on_all_ranks() if first else contextlib.nullcontext():
+                args, kwargs, read, trained = self._shorten(args, kwargs, length)
             if trains:
                 self.count(read, trained)
         if trains:
             self._forwards += 1
             if not self._rehearsed:
                 self._rehearsed = True
-                self._preflight(whole, stretch.length)
+                self._preflight(*whole, length)
         return args, kwargs
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
 
     def count(self, read: int, trained: int) -> None:
         """Book a micro-batch on this rank."""
@@ -220,26 +212,11 @@ class SequenceLengthWarmup:
         whole = self.samples["micro_batch"] * self.length
         if trained == read < whole and read % self.length and not self._short:  # not fewer samples, the last ones
             self._short = True
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                logger.warning(
-                    f"sequence length warmup: a micro-batch holds {read} tokens where a step of length {self.length} "
-                    f"has room for {whole}: samples that are shorter, as when padded to the longest of a batch, are "
-                    "trained whole"
-                )
+            if this_rank() == 0:
+                what = f"a micro-batch holds {read} tokens where a step of length {self.length} has room for {whole}"
+                logger.warning(f"sequence length warmup: {what}: samples that are shorter are trained whole")
 
-    def _cut(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
-        assert self._shorten is not None
-        if not (self._first and trains):
-            return self._shorten(args, kwargs, length)
-        self._first = False
-        with raise_on_all_ranks():  # what cannot be cut in a run shows in its first batch; every rank says so
-            cut = self._shorten(args, kwargs, length)
-        return cut
-
-    def _check_cut(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+    def _check_cut(self, given: dict[str, Any], length: int) -> None:
         for name in TOKEN_NAMES:
             value = given.get(name)
             if not torch.is_tensor(value) or value.dim() < 2:
@@ -251,49 +228,36 @@ class SequenceLengthWarmup:
                     f"trains {length} over {self.parts} rank(s); give engine(...) the batches of plugin.batches(...)"
                 )
 
-    def _preflight(self, whole: tuple[tuple[Any, ...], dict[str, Any]], length: int) -> None:
+    def _preflight(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
         """Once, before the first short step: will the longest fit?"""
         if length == self.full or self.config.mode == "mask":
             return  # the step itself is as large as any
-        args, kwargs = whole
         if not self._reads:  # samples may be longer than the longest that is trained
             assert self._shorten is not None
             args, kwargs, _, _ = self._shorten(args, kwargs, self.full)
         if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
-            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
             with raise_on_all_ranks():  # ranks may have read samples of other lengths
                 try:
-                    grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
+                    grown = preflight.lengthened(self._named(args, kwargs), self.full // self.parts, **self.samples)
                 except ConfigError as error:
                     raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
             args = tuple(grown[name] for name in self._names[: len(args)])
             kwargs = {name: grown[name] for name in kwargs}
         preflight.run(self.engine, args, kwargs, self.full)
 
-    def _default_shorten(self) -> Shorten:
-        if self.config.mode == "mask":
-            check_model(self.engine.module)
+    def _checked_shorten(self, given: Shorten | None) -> Shorten:
+        module, mode = self.engine.module, self.config.mode
+        if mode == "carry" and self.samples["encoder_decoder"]:
+            raise ConfigError(
+                f'sequence_length_warmup.mode: "carry" and {type(module).__name__} is an encoder-decoder: the rest of '
+                'a target does not belong to the rest of its source; write "truncate"'
+            )
+        if given is not None:
+            return given
+        if mode == "mask":
+            check_model(module)
             return BlockDiagonalCausalMask(self._names)
-        return ByName(self.engine.module.forward, **self.samples)
-
-    def _refuse_carried_pairs(self) -> None:
-        if self.config.mode == "carry" and self.samples["encoder_decoder"]:
-            raise ConfigError(
-                f'sequence_length_warmup.mode: "carry" and {type(self.engine.module).__name__} is an encoder-decoder: '
-                'the rest of a target does not belong to the rest of its source; write "truncate"'
-            )
-
-    def _refuse_in_pipelines(self, shorten: Shorten | None) -> None:
-        if self.config.mode == "mask":
-            raise ConfigError(
-                'sequence_length_warmup.mode: "mask" is not supported in DeepSpeed\'s pipeline engine, whose stages '
-                'pass on what the model defines; write "truncate" or "carry"'
-            )
-        if shorten is not None:
-            raise ConfigError(
-                "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...), "
-                "or read them from ds_plugin.get_plugin(engine).batches(...)"
-            )
+        return ByName(module.forward, **self.samples)
 
     # -- the end of a step -------------------------------------------------------------------------------------------
 
@@ -304,52 +268,52 @@ class SequenceLengthWarmup:
             self._recorded = True
 
     def after_step(self, applied: bool) -> None:
-        """Close an accumulation window: the host has finished an optimizer step, applied or skipped."""
-        if self.config.pacing == "adaptive" and not self._recorded and not compat.is_pipeline(self.engine):
+        """The engine has finished an optimizer step, applied or skipped."""
+        adaptive = self.config.pacing == "adaptive"
+        if adaptive and not self._recorded and not compat.is_pipeline(self.engine):
             raise StateError(
-                "sequence_length_warmup.pacing: \"adaptive\" and this step's loss is not known, so that nothing could "
-                "be held; call engine.backward(loss), or loss.backward() on the loss that the model returns, or write "
-                '"schedule"'
+                'sequence_length_warmup.pacing: "adaptive" and this step has no known loss; call '
+                'engine.backward(loss), or loss.backward() on the loss that the model returns, or write "schedule"'
             )
         self._recorded = False
         trained_before, length = self.tokens.nominal, self.length
-        self._book(self.stretch, applied)
-        self._stretch = None
+        self._book(self.span, applied)
+        self._span = None
         report = self.monitor.close_step(length)
         if report is not None:
             self.report = report
-            if self.config.pacing == "adaptive":
+            if adaptive:
                 self._hold_or_go_on(report, length)
         if self.holding:  # the next step stands where this one stood
             steps = self.config.duration.unit == "steps"
             self.held += 1 if steps else self.tokens.nominal - trained_before
-            self._stretch = None  # the report has asked for the length already
+            self._span = None  # the report has asked for the length already
 
     def _hold_or_go_on(self, report: Report, length: int) -> None:
         """The full length is not held: there is nothing to go on to."""
         unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
-        if bool(unstable) != self.holding and dist.get_rank() == 0:
+        if bool(unstable) != self.holding:
             said = f"the length is held at {length}: {unstable}" if unstable else f"the schedule goes on from {length}"
-            logging.getLogger("ds_plugin").warning("sequence length warmup: step %d, %s", report.step, said)
+            warn("sequence length warmup: step %d, %s", report.step, said)
         self.holding = bool(unstable)
 
-    def _nominal(self, stretch: TokenSpan) -> int:
-        """Tokens that the step with this stretch stands for, over all data-parallel ranks."""
-        return int(self.engine.train_batch_size()) * (self.full if self.config.mode == "mask" else stretch.length)
+    def _nominal(self, span: TokenSpan) -> int:
+        """Tokens that the step with this span stands for, over all data-parallel ranks."""
+        return int(self.engine.train_batch_size()) * (self.full if self.config.mode == "mask" else span.length)
 
-    def _book(self, stretch: TokenSpan, applied: bool) -> None:
+    def _book(self, span: TokenSpan, applied: bool) -> None:
         if compat.is_pipeline(self.engine):  # most stages read nothing; all know what is read, and that it is whole
             samples = int(self.engine.train_batch_size()) // self.tokens.replicas
-            self.tokens.add(samples * self.full if stretch.offset == 0 else 0, samples * stretch.length)
+            self.tokens.add(samples * self.full if span.offset == 0 else 0, samples * span.length)
         elif self._forwards == 0:
             raise StateError(
                 "sequence_length_warmup: an optimizer step ended without a forward pass through the engine, so "
                 "nothing was shortened; call engine(...) in training mode, not engine.module(...)"
             )
         self._forwards = 0
-        self.tokens.close(self._nominal(stretch), applied)
+        self.tokens.close(self._nominal(span), applied)
         if self.order is not None:
-            self.order.advance(stretch)
+            self.order.advance(span)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -369,11 +333,8 @@ class SequenceLengthWarmup:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that this run cannot go on from.
-
-        Raises:
-            CheckpointError: carried tokens of another mode or batch size.
-        """
+        """Raise CheckpointError for a state that this run cannot go on from: carried tokens of another mode or batch
+        size, or a length held in another unit."""
         order = state.get("order")
         for name, value in {"mode": self.config.mode, **self._counted_in()}.items():
             if (order and order["open"] or self.order is not None) and state.get(name) != value:
@@ -381,12 +342,10 @@ class SequenceLengthWarmup:
                     f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
                     f"{value!r}, and carried tokens are counted in such batches; resume with {state.get(name)!r}"
                 )
-        unit = self.config.duration.unit
-        if self.config.pacing == "adaptive" and state.get("held") and state.get("unit", unit) != unit:
-            raise CheckpointError(
-                f"sequence_length_warmup.duration: the checkpoint's length has been held for {state['held']} "
-                f"{state['unit']}, and this run's duration is in {unit}; resume with a duration in {state['unit']}"
-            )
+        unit, saved = self.config.duration.unit, state.get("unit")
+        if self.config.pacing == "adaptive" and state.get("held") and (saved or unit) != unit:
+            what = f"the checkpoint's length has been held for {state['held']} {saved}, and this run's is in {unit}"
+            raise CheckpointError(f"sequence_length_warmup.duration: {what}; resume with a duration in {saved}")
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
@@ -400,8 +359,7 @@ class SequenceLengthWarmup:
         else:
             self._start_at_the_engines_step()
         self.monitor.load_state(state.get("stability") if state else None)
-        self.report = None
-        self._stretch = None
+        self.report = self._span = None
         for batches in self._batches:
             batches.forget()
 
@@ -420,20 +378,29 @@ class SequenceLengthWarmup:
             "multiple_of": self.scheduler.multiple_of,
         }
 
-    def _same_on_all_ranks(self) -> None:
-        """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""
-        if not dist.is_initialized():
-            return
-        mine = {"section": self.config.model_dump(mode="json"), "lengths": self.scheduler.lengths()}
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, mine)
-        for rank, theirs in enumerate(every):
-            for name, value in theirs.items():
-                if value != every[0][name]:
-                    raise ConfigError(
-                        f"sequence_length_warmup: ranks disagree: the {name} of rank {rank} is {value}, of rank 0 "
-                        f"{every[0][name]}; give every rank the same JSON, and a schedule without chance in it"
-                    )
+
+def _refuse_in_pipelines(config: SequenceLengthWarmupConfig, shorten: Shorten | None) -> None:
+    if config.mode == "mask":
+        raise ConfigError(
+            'sequence_length_warmup.mode: "mask" is not supported in DeepSpeed\'s pipeline engine, whose stages pass '
+            'on what the model defines; write "truncate" or "carry"'
+        )
+    if shorten is not None:
+        raise ConfigError(
+            "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...), or "
+            "read them from ds_plugin.get_plugin(engine).batches(...)"
+        )
+
+
+def _refuse_different(mine: Mapping[str, Any]) -> None:
+    """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""
+    every = gathered(mine)
+    for rank, theirs in enumerate(every):
+        for name, value in theirs.items():
+            if value != every[0][name]:
+                what = f"ranks disagree: the {name} of rank {rank} is {value}, of rank 0 {every[0][name]}"
+                remedy = "give every rank the same JSON, and a schedule without chance in it"
+                raise ConfigError(f"sequence_length_warmup: {what}; {remedy}")
 
 
 def _instability(report: Report, bounds: Adaptive) -> str:
@@ -443,18 +410,8 @@ def _instability(report: Report, bounds: Adaptive) -> str:
     if ratio == math.inf:
         return "a step had no finite loss, or no finite gradient norm"
     if ratio is not None and ratio > bounds.loss_ratio:
-        times = f"a loss was {ratio:.3g} times the lowest before it, without noise"
-        return f"{times}, above adaptive.loss_ratio {bounds.loss_ratio:g}"
+        bound = f"adaptive.loss_ratio {bounds.loss_ratio:g}"
+        return f"a loss was {ratio:.3g} times the lowest before it, without noise, above {bound}"
     if bounds.variance_max is not None and variance is not None and not variance <= bounds.variance_max:
         return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {bounds.variance_max:g}"
     return ""
-
-
-def _parts(engine: Any) -> int:
-    """Over how many ranks each sample is divided before the engine sees it."""
-    context = getattr(getattr(engine.module, "config", None), "context_parallel_size", 1)
-    return int(context) * compat.sequence_parallel_size(engine)
-
-
-def _layout(engine: Any) -> int:
-    return math.lcm(layout_multiple(engine.module), compat.sequence_parallel_size(engine))

@@ -4,7 +4,7 @@ A file with a ``megatron`` section is for Megatron-LM's scripts: the section hol
 dashes, and is read as the ``model``, ``training``, ``optimizer`` and ``scheduler`` that the other recipes have.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +90,7 @@ def read_job(
         config |= _as_deepspeed(options, config)
     for section in ("model", "training"):
         if section not in config:
-            guess = nearest(section, config)
-            hint = f'is "{guess}" meant to be it?' if guess else 'configs/ has complete ones; "megatron" is another way'
+            hint = _hint(section, config, 'configs/ has complete ones; "megatron" is another way')
             raise ConfigError(f'{named}: section "{section}" is missing; {hint}')
     model = parse_section(GPTConfig, MEGATRON if options else "model", config.pop("model"))
     training = config.pop("training")
@@ -120,19 +119,14 @@ def read_job(
     if vocab < 1:
         raise ConfigError(f"--vocab-size: {vocab_size or 'missing'}; write the tokenizer's, e.g. 50257, 256 for bytes")
     multiple = options.get("make-vocab-size-divisible-by", 128) * layout.tensor
-    return Job(
-        source=named,
-        model=model,
-        methods=methods,
-        deepspeed=deepspeed,
-        options=options,
-        layout=layout,
-        batch=batch,
-        micro_batch=micro,
-        padded_vocab=-(-vocab // multiple) * multiple if options else padded_vocab_size(vocab, layout.tensor),
-        steps=_steps(training, scheduler, batch, model.seq_length),
-        scheduler=scheduler,
-    )
+    padded = -(-vocab // multiple) * multiple if options else padded_vocab_size(vocab, layout.tensor)
+    steps = _steps(training, scheduler, batch, model.seq_length)
+    return Job(named, model, methods, deepspeed, options, layout, batch, micro, padded, steps, scheduler)
+
+
+def _hint(name: str, there: Iterable[str], otherwise: str) -> str:
+    guess = nearest(name, there)
+    return f'is "{guess}" meant to be it?' if guess else otherwise
 
 
 def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:
@@ -174,8 +168,7 @@ def _steps(section: Any, scheduler: LengthSchedule | None, batch: int, full: int
     training = parse_section(_Training, "training", section)
     if training.tokens is None:
         if not training.steps:
-            guess = nearest("steps", set(section) - {"steps"})
-            hint = f'is "{guess}" meant to be it?' if guess else "write the optimizer steps in all, e.g. 300, or tokens"
+            hint = _hint("steps", set(section) - {"steps"}, "write the optimizer steps in all, e.g. 300, or tokens")
             raise ConfigError(f"training.steps: missing; {hint}")
         return training.steps
     needed = -(-training.tokens // (batch * full))

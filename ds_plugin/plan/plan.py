@@ -7,12 +7,11 @@ averaging takes and adds to the time of a step.
 import argparse
 import json
 import math
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_plugin.core.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from ds_plugin.plan.costs import Rates
@@ -24,9 +23,9 @@ _RATES = {"link": "bytes/s to CPU memory", "flops": "operations/s, as achieved"}
 def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     """The plan in JSON types; bytes, seconds, tokens over all ranks. ``pinned``: the ranks train on GPUs."""
     from ds_plugin.plan import costs
-    from ds_plugin.plan.roles_table import applied, rules_table
+    from ds_plugin.plan.roles_table import applied, table
 
-    model, layout = job.model, job.layout
+    model, layout, params = job.model, job.layout, job.deepspeed["optimizer"].get("params", {})
     zero = job.deepspeed.get("zero_optimization") or {}
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     whole = costs.parameters(model, job.padded_vocab, costs.Layout(1))
@@ -39,23 +38,19 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
         "parameters": {"all": whole, "of a rank": held, "fp32 masters": masters},
         "batch": {"samples": job.batch, "tokens": tokens, "micro-batch": job.micro_batch},
         **_lengths(job),
-        "lr": job.deepspeed["optimizer"].get("params", {}).get("lr"),
+        "lr": params.get("lr"),
         "completep": None,
         "averaging": None,
         "seconds": {"full-length step": costs.step_seconds(rates, model, job.padded_vocab, tokens, layout.ranks)},
     }
     if (completep := job.methods.completep) is not None:
-        config = {**job.deepspeed, "model": model.model_dump(), "completep": completep.model_dump()}
-        lines = rules_table(config).splitlines()  # which also says what is missing
-        found["completep"] = {"table": lines, "roles": applied(model, completep, config["optimizer"]["params"])}
+        lines = list(table(model, completep, params, job.deepspeed.get("scheduler") or {}))
+        found["completep"] = {"table": lines, "roles": applied(model, completep, params)}
     if (averaging := job.methods.weight_averaging) is not None:
         found["averaging"] = _averaging(job, averaging, masters, pinned and not offloaded, found["lr_peak_from_step"])
         snapshot = 4 * masters / rates.link  # nothing of it is counted as hidden behind the computation
-        found["seconds"] |= {
-            "snapshot": snapshot,
-            "swap": 2 * snapshot,
-            "averaging adds": snapshot / averaging.interval,
-        }
+        added = snapshot / averaging.interval
+        found["seconds"] |= {"snapshot": snapshot, "swap": 2 * snapshot, "averaging adds": added}
     found["assumed per second"] = asdict(rates)
     return found
 
@@ -112,12 +107,8 @@ def text(found: dict[str, Any]) -> str:
     """The plan for people."""
     lines = []
     for name, value in found.items():
-        if isinstance(value, dict) and "table" in value:  # CompleteP's, for people already
-            said = "".join(f"\n    {line}" for line in value["table"])
-        elif isinstance(value, list):
-            said = "".join(f"\n    {_said(name, row)}" for row in value)
-        else:
-            said = _said(name, value)
+        rows = value["table"] if isinstance(value, dict) and "table" in value else value  # CompleteP's is for people
+        said = "".join(f"\n    {_said(name, row)}" for row in rows) if isinstance(rows, list) else _said(name, value)
         lines.append(f"{name.replace('_', ' '):<20}{said}")
     return "\n".join(lines)
 
@@ -149,33 +140,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Print the plan; 2 with one message when it cannot be made."""
+    """Print the plan. Raises ConfigError when it cannot be made."""
     from ds_plugin.deepspeed_engine import startup
 
     startup.quiet()
-    from ds_plugin.core.files import atomic_write
+    from ds_plugin.core.files import write_text
     from ds_plugin.plan import costs, inputs
 
-    try:
-        given = {name: getattr(args, name) for name in _RATES if getattr(args, name) is not None}
-        for name, value in given.items():
-            if not value > 0:
-                raise ConfigError(f"--{name}: {value} is not a rate; write a number above 0")
-        job = inputs.read_job(args.config, args.world_size, per_node=args.ranks_per_node, vocab_size=args.vocab_size)
-        if args.arguments:
-            if not job.options:
-                raise ConfigError(f'--arguments: {args.config} has no "megatron" section; it is a recipe for DeepSpeed')
-            print(" ".join(inputs.arguments(job.options)))
-            return 0
-        found = make(job, replace(costs.RATES[args.device], **given), pinned=args.device == "gpu")
-        if args.json is not None:
-            written = json.dumps(found, indent=1) + "\n"
-            atomic_write(args.json, lambda path: path.write_text(written, encoding="utf-8"))
-    except PluginError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --json {str(args.json)!r} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+    given = {name: getattr(args, name) for name in _RATES if getattr(args, name) is not None}
+    for name, value in given.items():
+        if not value > 0:
+            raise ConfigError(f"--{name}: {value} is not a rate; write a number above 0")
+    job = inputs.read_job(args.config, args.world_size, per_node=args.ranks_per_node, vocab_size=args.vocab_size)
+    if args.arguments:
+        if not job.options:
+            raise ConfigError(f'--arguments: {args.config} has no "megatron" section; it is a recipe for DeepSpeed')
+        print(" ".join(inputs.arguments(job.options)))
+        return 0
+    found = make(job, replace(costs.RATES[args.device], **given), pinned=args.device == "gpu")
+    if args.json is not None:
+        try:
+            write_text(args.json, json.dumps(found, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json {str(args.json)!r} cannot be written: {error.strerror}") from None
     print(text(found))
     return 0

@@ -1,6 +1,6 @@
 """The table a user wants to see before spending money: what every role gets in this model against its base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,14 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     section = PluginConfig.from_dict(config).completep
     if section is None:
         raise ConfigError('completep: not enabled in this file; write "completep": {"enabled": true, ...}')
-    if "model" not in config and "megatron" in config:
-        raise ConfigError(
-            'model: missing; for a recipe of Megatron-LM\'s options ("megatron") the table is part of '
-            "ds-plugin plan --config FILE --world-size N"
-        )
     if "model" not in config:
-        raise ConfigError('model: missing; write {"num_layers": ..., "hidden_size": ..., ...} of the model to train')
+        known = 'write {"num_layers": ..., "hidden_size": ..., ...} of the model to train'
+        if "megatron" in config:
+            known = "a recipe of Megatron-LM's options has its table in ds-plugin plan --config FILE --world-size N"
+        raise ConfigError(f"model: missing; {known}")
     model = parse_section(GPTConfig, "model", config["model"])
     params = (config.get("optimizer") or {}).get("params") or {}
-    if "lr" not in params:
-        raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
-    check_peak(config.get("scheduler") or {}, params["lr"])
-    return "\n".join(_lines(model, section, params, config.get("scheduler") or {}))
+    return "\n".join(table(model, section, params, config.get("scheduler") or {}))
 
 
 def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -61,17 +56,16 @@ def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any
 
     ``params``: of the base model's AdamW, as DeepSpeed's ``optimizer.params``.
     """
-    ratios = section.ratios(model.hidden_size, model.num_layers)
-    found = {}
-    for role in _roles(model, section):
-        m = section.multipliers(role, ratios)
-        found[role.value] = {
-            "init_std": model.init_std * m.init_std,
-            "lr": params["lr"] * m.lr,
-            "weight_decay": params.get("weight_decay", 0.0) * m.weight_decay,
-            "eps": params.get("eps", 1e-8) * m.eps,
-        }
-    return found
+    return {
+        role.value: {name: base * getattr(m, name) for name, base in _bases(model, params).items()}
+        for role, m in _multipliers(model, section).items()
+    }
+
+
+def _bases(model: GPTConfig, params: Mapping[str, Any]) -> dict[str, float]:
+    """The base model's values, by the names of `rules.Multipliers`."""
+    decay, eps = params.get("weight_decay", 0.0), params.get("eps", 1e-8)
+    return {"init_std": model.init_std, "lr": params["lr"], "weight_decay": decay, "eps": eps}
 
 
 def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
@@ -89,10 +83,16 @@ def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
     return None
 
 
-def _lines(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Any:
+def table(
+    model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> Iterator[str]:
+    """The table's lines; ``params``: as in `applied`. Raises ConfigError without a learning rate, or with two."""
+    if "lr" not in params:
+        raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
+    check_peak(scheduler, params["lr"])
     ratios = section.ratios(model.hidden_size, model.num_layers)
     head = model.hidden_size // model.num_attention_heads
-    base_head = section.base_head_dim or head
+    scale = rules.attention_scale(head, section.base_head_dim or head, section.recipe)
     yield (
         f"recipe {section.recipe}, alpha {section.alpha:g}: width {model.hidden_size} / {section.base_width} = m_N "
         f"{ratios.m_N:g}, depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
@@ -100,30 +100,16 @@ def _lines(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]
     branch = rules.residual_multiplier(ratios, section.recipe)
     logits = rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings)
     where = ", both folded into the weights" if section.residual == "folded" else ""
-    yield (
-        f"residual branches x {branch:g}, logits x {logits:g}{where}; "
-        f"q.k x {rules.attention_scale(head, base_head, section.recipe):g}"
-    )
+    yield f"residual branches x {branch:g}, logits x {logits:g}{where}; q.k x {scale:g}"
     smallest = minimum_ratio(scheduler)
     rows = [("role", "parameters", "init std", "lr", "min lr", "weight decay", "eps")]
-    for role in _roles(model, section):
-        m = section.multipliers(role, ratios)
-        lr = params["lr"] * m.lr
-        started = _cell(model.init_std, m.init_std)
+    for role, m in _multipliers(model, section).items():
+        std, lr, decay, eps = (_cell(base, getattr(m, name)) for name, base in _bases(model, params).items())
         if role not in _DRAWN:
-            fold = section.fold_factor(role, ratios)
-            started = "0" if role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS) else f"{fold:g} / 0"
-        rows.append(
-            (
-                role.value,
-                _WHAT[role],
-                started,
-                _cell(params["lr"], m.lr),
-                "-" if smallest is None else f"{lr * smallest:.4g}",
-                _cell(params.get("weight_decay", 0.0), m.weight_decay),
-                _cell(params.get("eps", 1e-8), m.eps),
-            )
-        )
+            biases = role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS)
+            std = "0" if biases else f"{section.fold_factor(role, ratios):g} / 0"
+        least = "-" if smallest is None else f"{params['lr'] * m.lr * smallest:.4g}"
+        rows.append((role.value, _WHAT[role], std, lr, least, decay, eps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -135,8 +121,8 @@ def _lines(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]
         yield f"betas {scaled} for every role: 1 - beta (x {change:g})"
 
 
-def _roles(model: GPTConfig, section: CompletePConfig) -> list[Role]:
-    """The roles that this model has parameters of, in the order of `Role`."""
+def _multipliers(model: GPTConfig, section: CompletePConfig) -> dict[Role, rules.Multipliers]:
+    """Of each role that this model has parameters of, in the order of `Role`."""
     folded, tied = section.residual == "folded", model.tie_embeddings
     absent = {
         Role.UNEMBEDDING: tied,
@@ -147,7 +133,8 @@ def _roles(model: GPTConfig, section: CompletePConfig) -> list[Role]:
         Role.LOGIT_NORM: not (folded and tied),
         Role.FINAL_NORM: folded and tied,
     }
-    return [role for role in Role if not absent.get(role, False)]
+    ratios = section.ratios(model.hidden_size, model.num_layers)
+    return {role: section.multipliers(role, ratios) for role in Role if not absent.get(role, False)}
 
 
 def _cell(base: float, multiplier: float) -> str:

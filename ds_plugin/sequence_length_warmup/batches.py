@@ -1,4 +1,4 @@
-"""Micro-batches of the scheduled length, cut where they are read: what the carry mode needs, and long layouts.
+"""Micro-batches of the scheduled length, cut where they are read.
 
     batches = plugin.batches(from_micro_batch)      # from_micro_batch(n) -> iterator that begins with micro-batch n
     loss = engine(**next(batches))
@@ -25,33 +25,24 @@ class Lengths(Protocol):
     """What the reader of micro-batches needs of a warmup: where its training stands, and what comes next."""
 
     full: int  # length of a sample
+    samples: dict[str, Any]  # keyword arguments of `cut_batch` by which it knows the samples
 
     @property
-    def carries(self) -> bool:
-        """Whether what is cut off is trained later."""
+    def carries(self) -> bool: ...  # whether what is cut off is trained later
 
     @property
-    def step(self) -> int:
-        """Optimizer steps so far."""
+    def step(self) -> int: ...  # optimizer steps so far
 
     @property
-    def micro_batches(self) -> int:
-        """Of one step, on this rank."""
+    def micro_batches(self) -> int: ...  # of one step, on this rank
 
     @property
-    def stretch(self) -> TokenSpan:
-        """What the running step trains."""
+    def span(self) -> TokenSpan: ...  # what the running step trains
 
     @property
-    def open_windows(self) -> list[int]:
-        """Batches of which a part is still to be trained, by number."""
+    def open_windows(self) -> list[int]: ...  # of which a part is still to be trained
 
-    @property
-    def samples(self) -> dict[str, Any]:
-        """Keyword arguments of `cut_batch` by which it knows the samples."""
-
-    def count(self, read: int, trained: int) -> None:
-        """Book a micro-batch's tokens."""
+    def count(self, read: int, trained: int) -> None: ...  # books a micro-batch's tokens
 
 
 class Batches(Iterator[Any]):
@@ -63,11 +54,9 @@ class Batches(Iterator[Any]):
 
     def __init__(self, warmup: Lengths, source: Source):
         self._warmup, self._source = warmup, source
-        self._iterator: Iterator[Any] | None = None
         self._next_window = 0  # what the iterator gives next
-        self._held: dict[int, list[Any]] = {}  # windows that are open, by number
-        self._step, self._pulled = -1, 0
         self._closed = False
+        self.forget()
 
     def __next__(self) -> Any:
         """The next micro-batch of the step that runs.
@@ -76,14 +65,12 @@ class Batches(Iterator[Any]):
             StateError: more than the step's micro-batches are asked for: their length is not known yet.
             ConfigError: a micro-batch holds what cannot be cut, or, in the carry mode, has not the full length.
         """
-        warmup, stretch = self._warmup, self._warmup.stretch
-        whole = self._next_whole()
-        # a stretch from within samples, and what is left of them, are counted from samples of one length
-        cut, read, trained = cut_batch(
-            whole, stretch.length, stretch.offset, full=warmup.full, exact=warmup.carries, **warmup.samples
-        )
+        warmup, span, whole = self._warmup, self._warmup.span, self._next_whole()
+        # a span from within samples, and what is left of them, are counted from samples of one length
+        exact = warmup.carries
+        cut, read, trained = cut_batch(whole, span.length, span.offset, full=warmup.full, exact=exact, **warmup.samples)
         refuse_restarts(leaves(whole), POSITION_NAMES, look=False)
-        warmup.count(read if stretch.offset == 0 else 0, trained)
+        warmup.count(read if span.offset == 0 else 0, trained)
         return cut
 
     def whole(self) -> Iterator[Any]:
@@ -97,12 +84,14 @@ class Batches(Iterator[Any]):
 
     def forget(self) -> None:
         """A checkpoint was loaded: read anew."""
-        self._iterator, self._held, self._step = None, {}, -1
+        self._iterator: Iterator[Any] | None = None
+        self._held: dict[int, list[Any]] = {}  # windows that are open, by number
+        self._step, self._pulled = -1, 0
 
     def _next_whole(self) -> Any:
         warmup = self._warmup
         if self._closed:
-            raise StateError("sequence_length_warmup: the method was detached from the engine; read the batches anew")
+            raise StateError("sequence_length_warmup: it was detached from the engine; read the batches anew")
         if self._step != warmup.step:
             self._step, self._pulled = warmup.step, 0
         if self._pulled == warmup.micro_batches:
@@ -110,7 +99,7 @@ class Batches(Iterator[Any]):
                 f"sequence_length_warmup: micro-batch {self._pulled + 1} asked for in a step of {self._pulled}; the "
                 "length of the next step is known after this one: do not read ahead of the optimizer"
             )
-        batch = self._window(warmup.stretch.window)[self._pulled]
+        batch = self._window(warmup.span.window)[self._pulled]
         self._pulled += 1
         return batch
 

@@ -1,9 +1,8 @@
 """The carry mode's order: which tokens of which samples a step trains, so that every token read is trained once.
 
 What a step reads, its *window*, is as many full-length samples as a plain step has. A window is trained in several
-steps, each taking the same next stretch of all its samples; what is left is carried. Several windows are open at a
-time and take turns, so that consecutive steps do not see the same samples. A stretch never spans two samples: whatever
-a sample's boundaries mean to the model, they are respected.
+steps, each taking the same next span of all its samples, never across a sample's end; what is left is carried. Several
+windows are open at a time and take turns, so that consecutive steps do not see the same samples.
 
 The order is a function of the lengths asked for: nothing is drawn, nothing depends on a rank, and a handful of numbers
 resumes it.
@@ -40,19 +39,19 @@ def shifts_labels(model: torch.nn.Module) -> bool:
 
 
 class CarryOrder:
-    """Hands out stretches. ``peek`` is pure; ``advance`` makes its result the past."""
+    """Hands out spans. ``peek`` is pure; ``advance`` makes its result the past."""
 
     def __init__(self, *, full: int, multiple_of: int, interleave: int):
         """``full``: length of a sample in tokens; ``interleave``: how many windows may be open at a time."""
         self.full, self.multiple_of, self.interleave = full, multiple_of, interleave
         self.windows_read = 0
-        self.cuts = 0  # stretches so far that began within their samples
+        self.cuts = 0  # spans so far that began within their samples
         self.open: deque[tuple[int, int]] = deque()  # (window, tokens trained of each sample), the next in turn first
 
     def peek(self, length: int) -> TokenSpan:
-        """The stretch of the step that comes next when the schedule asks for ``length``; it is never longer.
+        """The span of the step that comes next when the schedule asks for ``length``; it is never longer.
 
-        What is left of a window is divided evenly: a last stretch of a few tokens would be a noisy step. Once the full
+        What is left of a window is divided evenly: a last span of a few tokens would be a noisy step. Once the full
         length is reached, what is open is trained before anything new is read.
         """
         new = not self.open or (len(self.open) < self.interleave and length < self.full)
@@ -62,15 +61,15 @@ class CarryOrder:
         even = -(-left // steps)
         return TokenSpan(window, offset, min(-(-even // self.multiple_of) * self.multiple_of, left))
 
-    def advance(self, stretch: TokenSpan) -> None:
-        """Book the stretch that `peek` returned, after it has been trained."""
-        if stretch.offset == 0:
+    def advance(self, span: TokenSpan) -> None:
+        """Book the span that `peek` returned, after it has been trained."""
+        if span.offset == 0:
             self.windows_read += 1
         else:
             self.open.popleft()
             self.cuts += 1
-        if stretch.end < self.full:
-            self.open.append((stretch.window, stretch.end))
+        if span.end < self.full:
+            self.open.append((span.window, span.end))
 
     @property
     def carried(self) -> int:

@@ -1,6 +1,7 @@
 """The ``sequence_length_warmup`` section of the JSON."""
 
-import importlib
+import pkgutil
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,8 +9,17 @@ from pydantic import Field, model_validator
 from ds_plugin.core.settings_model import SectionConfig
 from ds_plugin.sequence_length_warmup.pacing import Custom
 
-INTERLEAVE = 8  # consecutive steps then train different samples, and a host holds eight batches
+INTERLEAVE = 8  # consecutive steps then train different samples, and CPU memory holds eight batches
 SCHEDULES = ("linear", "root", "discrete")
+#: field -> the setting that it belongs to
+_BELONGS = {
+    "root_degree": ("schedule", "root"),
+    "lengths": ("schedule", "discrete"),
+    "boundaries": ("schedule", "discrete"),
+    "interleave": ("mode", "carry"),
+    "shifts_labels": ("mode", "carry"),
+    "adaptive": ("pacing", "adaptive"),
+}
 
 
 class Duration(SectionConfig):
@@ -30,12 +40,12 @@ class Duration(SectionConfig):
     @property
     def total(self) -> int:
         """The duration in its own unit."""
-        return self.steps if self.steps is not None else self.tokens  # type: ignore[return-value]
+        return self.steps or self.tokens or 0
 
     @property
     def unit(self) -> Literal["steps", "tokens"]:
         """What positions are counted in."""
-        return "steps" if self.steps is not None else "tokens"
+        return "steps" if self.steps else "tokens"
 
 
 class LearningRate(SectionConfig):
@@ -47,12 +57,8 @@ class LearningRate(SectionConfig):
 class Adaptive(SectionConfig):
     """When ``"pacing": "adaptive"`` holds the length."""
 
-    loss_ratio: float = Field(
-        default=1.2, gt=1.0, description="hold while a loss is above this times the lowest before it"
-    )
-    variance_max: float | None = Field(
-        default=None, gt=0.0, description="hold while an element of Adam's sqrt(v) is above"
-    )
+    loss_ratio: float = Field(default=1.2, gt=1.0, description="hold while a loss exceeds this times the lowest before")
+    variance_max: float | None = Field(default=None, gt=0.0, description="hold while an element of sqrt(v) exceeds it")
 
 
 class SequenceLengthWarmupConfig(SectionConfig):
@@ -81,100 +87,56 @@ class SequenceLengthWarmupConfig(SectionConfig):
     preflight: bool = True
 
     @model_validator(mode="after")
-    def _lengths_fit(self) -> "SequenceLengthWarmupConfig":
+    def _fields_fit(self) -> "SequenceLengthWarmupConfig":
+        for trouble in self._troubles():
+            raise ValueError(f"sequence_length_warmup.{trouble}")
+        return self
+
+    def _troubles(self) -> Iterator[str]:
+        """Each as field, value and remedy."""
         if self.start_length > self.end_length:
-            raise ValueError(
-                f"sequence_length_warmup.start_length: {self.start_length} is above end_length {self.end_length}; "
-                f"write a start_length of at most {self.end_length}"
-            )
+            full = self.end_length
+            yield f"start_length: {self.start_length} is above end_length {full}; write a length of at most {full}"
         if self.end_length % self.multiple_of:
             below = self.end_length // self.multiple_of * self.multiple_of
             fits = f"{below} or {below + self.multiple_of}" if below else f"{self.multiple_of}"
-            raise ValueError(
-                f"sequence_length_warmup.end_length: {self.end_length} is not divisible by multiple_of "
-                f"{self.multiple_of}; write {fits}, or another multiple_of"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_is_whole(self) -> "SequenceLengthWarmupConfig":
+            yield f"end_length: {self.end_length} is not divisible by multiple_of {self.multiple_of}; write {fits}"
         if self.schedule not in SCHEDULES and ":" not in self.schedule:
-            raise ValueError(
-                f"sequence_length_warmup.schedule: {self.schedule!r} is none of "
-                f"{', '.join(map(repr, SCHEDULES))} and no function; write one of them or 'package.module:function'"
-            )
-        belongs: dict[str, tuple[str, ...]] = {"root": ("root_degree",), "discrete": ("lengths", "boundaries")}
-        for schedule, fields in belongs.items():
-            for field in fields:
-                given = getattr(self, field) is not None
-                if given and self.schedule != schedule:
-                    raise ValueError(
-                        f"sequence_length_warmup.{field}: {getattr(self, field)!r} is of the {schedule!r} schedule and "
-                        f'schedule is {self.schedule!r}; remove it, or write "schedule": "{schedule}"'
-                    )
-                if not given and self.schedule == schedule and field != "root_degree":
-                    example = "[64, 256, 1024]" if field == "lengths" else "[1000, 5000]"
-                    raise ValueError(
-                        f"sequence_length_warmup.{field}: missing for the discrete schedule; write e.g. {example}"
-                    )
+            known = ", ".join(map(repr, SCHEDULES))
+            yield f"schedule: {self.schedule!r} is unknown; write one of {known}, or 'package.module:function'"
+        for field, (owner, wanted) in _BELONGS.items():
+            value, chosen = getattr(self, field), getattr(self, owner)
+            if value is not None and chosen != wanted:
+                remedy = f'remove it, or write "{owner}": "{wanted}"'
+                yield f"{field}: {value!r} is not for {owner} {chosen!r}; {remedy}"
         if self.schedule == "discrete":
-            self._check_discrete()
-        bounded = {"discrete": self.schedule == "discrete", "carry": self.mode == "carry"}
-        for what in (name for name, chosen in bounded.items() if chosen and self.max_distinct_lengths is not None):
-            raise ValueError(
-                f"sequence_length_warmup.max_distinct_lengths: {self.max_distinct_lengths} and {what!r}, whose lengths "
-                "follow otherwise; remove it, and write a discrete schedule of lengths that divide end_length: the "
-                "carry mode keeps to those"
-            )
-        if self.interleave is not None and self.mode != "carry":
-            raise ValueError(
-                f"sequence_length_warmup.interleave: {self.interleave} is of the carry mode and mode is {self.mode!r}; "
-                'remove it, or write "mode": "carry"'
-            )
-        if self.shifts_labels is not None and self.mode != "carry":
-            raise ValueError(
-                f"sequence_length_warmup.shifts_labels: {self.shifts_labels} is of the carry mode and mode is "
-                f'{self.mode!r}; remove it, or write "mode": "carry"'
-            )
-        if self.adaptive is not None and self.pacing != "adaptive":
-            raise ValueError(
-                'sequence_length_warmup.adaptive: given, but pacing is "schedule", which never holds the length; '
-                'write "pacing": "adaptive", or remove it'
-            )
-        return self
+            yield from self._troubles_of_discrete(self.lengths, self.boundaries)
+        ruled = "discrete" if self.schedule == "discrete" else self.mode
+        if self.max_distinct_lengths is not None and ruled in ("discrete", "carry"):
+            remedy = "remove it, and write a discrete schedule of lengths that divide end_length, which carry keeps to"
+            yield f"max_distinct_lengths: {self.max_distinct_lengths} is not for {ruled!r}; {remedy}"
 
-    def _check_discrete(self) -> None:
-        lengths, boundaries = self.lengths or [], self.boundaries or []
+    def _troubles_of_discrete(self, lengths: list[int] | None, boundaries: list[int] | None) -> Iterator[str]:
+        if lengths is None:
+            yield "lengths: missing for the discrete schedule; write e.g. [64, 256, 1024]"
+        if boundaries is None:
+            yield "boundaries: missing for the discrete schedule; write e.g. [1000, 5000]"
+        lengths, boundaries = lengths or [], boundaries or []
         if len(boundaries) != len(lengths) - 1:
-            raise ValueError(
-                f"sequence_length_warmup.boundaries: {boundaries} are {len(boundaries)} for {len(lengths)} lengths "
-                f"{lengths}; write one less than lengths, the last {self.duration.unit[:-1]} of each but the last"
-            )
-        for name, values in (("lengths", lengths), ("boundaries", boundaries)):
+            yield f"boundaries: {boundaries} for lengths {lengths}; write one less: the last length does not end"
+        for field, values in (("lengths", lengths), ("boundaries", boundaries)):
             if any(b <= a for a, b in zip([0, *values], values, strict=False)):
-                raise ValueError(
-                    f"sequence_length_warmup.{name}: {values} do not rise from 1 or more; put them in order"
-                )
-        odd = [length for length in lengths if length % self.multiple_of]
-        if odd:
-            raise ValueError(
-                f"sequence_length_warmup.lengths: {odd} are not divisible by multiple_of {self.multiple_of}; write "
-                "multiples, or another multiple_of"
-            )
-        for name, value, wanted in (
+                yield f"{field}: {values} do not rise from 1 or more; put them in order"
+        if odd := [length for length in lengths if length % self.multiple_of]:
+            yield f"lengths: {odd} are not divisible by multiple_of {self.multiple_of}; write multiples, or another one"
+        for field, value, wanted in (
             ("start_length", self.start_length, lengths[0]),
             ("end_length", self.end_length, lengths[-1]),
-            (
-                f"duration.{self.duration.unit}",
-                self.duration.total,
-                boundaries[-1] if boundaries else self.duration.total,
-            ),
+            (f"duration.{self.duration.unit}", self.duration.total, (boundaries or [self.duration.total])[-1]),
         ):
             if value != wanted:
-                raise ValueError(
-                    f"sequence_length_warmup.{name}: {value}, but the discrete schedule's lengths {lengths} and "
-                    f"boundaries {boundaries} say {wanted}; write {wanted}"
-                )
+                given = f"lengths {lengths} and boundaries {boundaries}"
+                yield f"{field}: {value} does not fit the discrete schedule's {given}; write {wanted}"
 
     @property
     def reads_variance(self) -> bool:
@@ -194,11 +156,8 @@ class SequenceLengthWarmupConfig(SectionConfig):
         """
         if self.schedule in SCHEDULES:
             return None
-        module, _, name = self.schedule.partition(":")
         try:
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
+            found: Any = pkgutil.resolve_name(self.schedule)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"sequence_length_warmup.schedule: {self.schedule!r} cannot be imported ({error}); write "

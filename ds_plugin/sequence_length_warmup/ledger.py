@@ -15,7 +15,7 @@ class Ledger:
     read: int = 0
     trained: int = 0
     carried: int = 0  # read, and to be trained later
-    untrained_targets: int = 0  # trained as inputs only: the first of a carried stretch, if the model shifts labels
+    untrained_targets: int = 0  # trained as inputs only: the first of a carried span, if the model shifts labels
 
     @property
     def discarded(self) -> int:
@@ -26,18 +26,19 @@ class Ledger:
 class TokenCounts:
     """Counts of one rank since the last exchange, and of all of them until then.
 
-    Ranks may read different numbers of tokens, where samples are padded to the longest of each micro-batch. What the
-    schedule and learning rates follow must be equal on all ranks in every step, without asking: these are the
-    **nominal** tokens, the step's length times its samples.
+    Ranks may read different numbers of tokens, where samples are padded to the longest of each micro-batch. The
+    schedule and learning rates follow **nominal** tokens, the step's length times its samples: equal on all ranks in
+    every step, without asking.
     """
+
+    _all: Ledger  # of all ranks, exchanged
+    _mine: Ledger  # this rank's, since
+    _open: Ledger  # this rank's, in the accumulation step that is open
 
     def __init__(self, *, replicas: int, copies: int):
         """``replicas``: ranks that read data of their own; ``copies``: ranks that read the same as each of them."""
         self.replicas, self.copies = replicas, copies
-        self.nominal = 0
-        self._all = Ledger()  # of all ranks, exchanged
-        self._mine = Ledger()  # this rank's, since
-        self._open = Ledger()  # this rank's, in the accumulation step that is open
+        self.start_at(0, 0)
 
     def add(self, read: int, trained: int) -> None:
         """Note one micro-batch on this rank."""
@@ -46,14 +47,15 @@ class TokenCounts:
 
     def close(self, nominal: int, applied: bool) -> None:
         """The optimizer step is over; it stood for ``nominal`` tokens of all ranks."""
-        self.nominal += nominal if applied else 0
         self._mine.read += self._open.read
-        self._mine.trained += self._open.trained if applied else 0
+        if applied:
+            self.nominal += nominal
+            self._mine.trained += self._open.trained
         self._open = Ledger()
 
     def ledger(self, carried: int = 0) -> Ledger:
-        """Over all ranks; exact right after an exchange, and always where ranks read equal numbers of tokens. In
-        between, the others are taken to have read since then what this rank has: nothing is exchanged for it."""
+        """Over all ranks; exact right after an exchange. In between, the others are taken to have read since then what
+        this rank has: nothing is exchanged for it."""
         read, trained = (n * self.replicas for n in (self._mine.read, self._mine.trained))
         return Ledger(self._all.read + read, self._all.trained + trained, carried)
 

@@ -6,8 +6,8 @@ import torch
 
 from ds_plugin.core.errors import ConfigError
 
-#: forward arguments that may hold the mask of a megatron-core GPT
-MASK_ARGUMENT = "attention_mask"
+_MASK = "attention_mask"  # the forward argument of a megatron-core GPT
+_OTHERWISE = 'or write "truncate" or "carry"'
 
 
 def fragment_mask(full: int, length: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -29,28 +29,23 @@ def check_model(module: torch.nn.Module) -> None:
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    found = [m for m in module.modules() if isinstance(m, Attention)]
-    for attention in found:
-        core = attention.core_attention
-        if not isinstance(core, DotProductAttention):
-            raise ConfigError(
-                f'sequence_length_warmup.mode: "mask" and the model\'s core attention is {type(core).__name__}, which '
-                'takes no mask beside its causal one; use the local layer spec, or write "truncate" or "carry"'
-            )
-    config = getattr(module, "config", None)
+    cores = [m.core_attention for m in module.modules() if isinstance(m, Attention)]
+    others = [type(core).__name__ for core in cores if not isinstance(core, DotProductAttention)]
+    config, trouble = getattr(module, "config", None), None
     fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)  # type: ignore
-    for name, bad in (("window_size", getattr(config, "window_size", None)), ("masked_softmax_fusion", fused)):
-        if bad:
-            raise ConfigError(
-                f'sequence_length_warmup.mode: "mask" and the model\'s {name} is {bad}, with which its attention makes '
-                f'a mask of its own and drops ours; leave {name} out, or write "truncate" or "carry"'
-            )
-    if not found:
-        raise ConfigError(
-            f'sequence_length_warmup.mode: "mask" and {type(module).__name__} is no megatron-core GPT, so it is not '
-            'known how it takes a mask; write "truncate" or "carry", or give initialize(..., shorten=function), which '
-            "takes (args, kwargs, length), puts the mask into them and returns (args, kwargs, tokens, tokens)"
+    if others:
+        trouble = f"the core attention is {others[0]}, which takes no mask but its causal one; use the local layer spec"
+    elif window := getattr(config, "window_size", None):
+        trouble = f"the model's window_size is {window}, with which it drops any mask but its own; leave it out"
+    elif fused:
+        trouble = "the model's masked_softmax_fusion is on, which drops any mask but its own; leave it out"
+    elif not cores:
+        trouble = (
+            f"{type(module).__name__} is no megatron-core GPT, so it is not known how it takes a mask; give "
+            "initialize(..., shorten=function) that puts it into (args, kwargs, length)"
         )
+    if trouble is not None:
+        raise ConfigError(f'sequence_length_warmup.mode: "mask" and {trouble}, {_OTHERWISE}')
 
 
 class BlockDiagonalCausalMask:
@@ -66,19 +61,19 @@ class BlockDiagonalCausalMask:
     ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
-        if not torch.is_tensor(tokens) or MASK_ARGUMENT not in self.names:
+        if not torch.is_tensor(tokens) or _MASK not in self.names:
             raise ConfigError(
                 "sequence_length_warmup.mode: \"mask\" looks for the forward arguments 'input_ids' and "
-                f"'{MASK_ARGUMENT}'; it was given {', '.join(given)}"
+                f"'{_MASK}'; it was given {', '.join(given)}"
             )
-        if given.get(MASK_ARGUMENT) is not None:
+        if given.get(_MASK) is not None:
             raise ConfigError(
-                f'sequence_length_warmup.mode: "mask" and the batch brings an {MASK_ARGUMENT} of its own; give None '
-                '(the model is causal), or write "truncate" or "carry"'
+                f'sequence_length_warmup.mode: "mask" and the batch brings an {_MASK} of its own; give None (the model '
+                f"is causal), {_OTHERWISE}"
             )
         rows, full = tokens.shape
         if length < full:
             if self._mask is None or self._mask[:2] != (full, length) or self._mask[2].device != tokens.device:
                 self._mask = (full, length, fragment_mask(full, length, tokens.device))
-            given[MASK_ARGUMENT] = self._mask[2]
+            given[_MASK] = self._mask[2]
         return tuple(given.pop(name) for name in self.names[: len(args)]), given, rows * full, rows * full

@@ -20,24 +20,15 @@ class Leaf(NamedTuple):
         return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in self.keys).removeprefix(".")
 
 
-def leaves(batch: Any) -> list[Leaf]:
-    """All that lies in nested mappings, tuples and lists, in their order."""
-    found: list[Leaf] = []
-    _collect(batch, None, (), found)
-    return found
-
-
-def _collect(part: Any, name: str | None, keys: tuple[Any, ...], found: list[Leaf]) -> None:
-    if torch.is_tensor(part) or part is None:
-        found.append(Leaf(name, keys, part))
-    elif isinstance(part, Mapping):
-        for key, inner in part.items():
-            _collect(inner, key if isinstance(key, str) else name, (*keys, key), found)
-    elif isinstance(part, (tuple, list)):
-        for index, inner in enumerate(part):
-            _collect(inner, name, (*keys, index), found)
+def leaves(batch: Any, name: str | None = None, keys: tuple[Any, ...] = ()) -> list[Leaf]:
+    """All that lies in nested mappings, tuples and lists, in order. ``name``, ``keys``: what ``batch`` lies in."""
+    if isinstance(batch, Mapping):
+        parts = list(batch.items())
+    elif isinstance(batch, (tuple, list)):
+        parts = list(enumerate(batch))
     else:
-        found.append(Leaf(name, keys, part))
+        return [Leaf(name, keys, batch)]
+    return [leaf for key, part in parts for leaf in leaves(part, key if isinstance(key, str) else name, (*keys, key))]
 
 
 def rebuilt(part: Any, values: Iterator[Any]) -> Any:

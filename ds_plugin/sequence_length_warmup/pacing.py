@@ -1,10 +1,11 @@
-"""Pacing functions: which length comes at which point of the warmup. Pure; nothing here knows a host.
+"""Pacing functions: which length comes at which point of the warmup. Pure; nothing here knows a framework.
 
 A position is the ordinal of what comes next: optimizer step ``global_steps + 1``, or token ``tokens trained + 1``. The
 arithmetic is in integers throughout, so that every rank and every machine computes the same length.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 #: a user's schedule: (share of the duration in [0, 1], start length, end length) -> length in tokens
@@ -21,15 +22,9 @@ def root(position: int, *, start: int, end: int, duration: int, degree: int) -> 
 
     The largest n with ``n / (end - start) <= (position / duration) ** (1 / degree)``, found without a float.
     """
-    span, progressed = end - start, _clamped(position, duration)
-    low, high = 0, span
-    while low < high:
-        middle = (low + high + 1) // 2
-        if middle**degree * duration <= span**degree * progressed:
-            low = middle
-        else:
-            high = middle - 1
-    return start + low
+    grows = end - start
+    reached = grows**degree * _clamped(position, duration)
+    return start + bisect_right(range(grows + 1), reached, key=lambda n: n**degree * duration) - 1
 
 
 def discrete(position: int, *, lengths: Sequence[int], boundaries: Sequence[int]) -> int:

@@ -3,19 +3,9 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from ds_plugin.sequence_length_warmup.carry import CarryOrder
-from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
-
-
-class Schedule(Protocol):
-    """What the walk asks of a scheduler."""
-
-    config: SequenceLengthWarmupConfig
-    multiple_of: int
-
-    def length_at(self, position: int) -> int: ...
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 
 
 @dataclass(frozen=True)
@@ -28,7 +18,9 @@ class Plan:
     length: int = 0
 
 
-def walk(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: int | None = None) -> Iterator[Plan]:
+def walk(
+    scheduler: LengthSchedule, batch: int, *, steps: int | None = None, tokens: int | None = None
+) -> Iterator[Plan]:
     """The run so far, after each step while the warmup lasts, and once at the end.
 
     It is the run of ``steps`` steps, or the shortest one that trains at least ``tokens`` tokens; ``batch`` is in
@@ -46,15 +38,15 @@ def walk(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: i
             return
         length = scheduler.length_at(position)
         if config.mode == "carry":
-            stretch = order.peek(length)
-            order.advance(stretch)
-            trained, read = trained + batch * stretch.length, read + (batch * full if stretch.offset == 0 else 0)
+            span = order.peek(length)
+            order.advance(span)
+            trained, read = trained + batch * span.length, read + (batch * full if span.offset == 0 else 0)
         else:
             trained, read = trained + batch * (full if config.mode == "mask" else length), read + batch * full
         step += 1
         yield Plan(step, trained, read, length)
 
 
-def plan(scheduler: Schedule, batch: int, *, steps: int | None = None, tokens: int | None = None) -> Plan:
+def plan(scheduler: LengthSchedule, batch: int, *, steps: int | None = None, tokens: int | None = None) -> Plan:
     """The run that `walk` comes to."""
     return functools.reduce(lambda _, then: then, walk(scheduler, batch, steps=steps, tokens=tokens), Plan(0, 0, 0))

@@ -22,26 +22,22 @@ class LengthSchedule:
         self.multiple_of = math.lcm(config.multiple_of, layout_multiple)
         if config.end_length % self.multiple_of:
             raise ConfigError(
-                f"sequence_length_warmup.end_length: {config.end_length} is not divisible by {self.multiple_of}, the "
-                f"least common multiple of multiple_of {config.multiple_of} and the {layout_multiple} parts the "
-                f"parallel layout cuts a sample into; write a multiple of {self.multiple_of}"
+                f"sequence_length_warmup.end_length: {config.end_length} is not divisible by {self.multiple_of}, as "
+                f"multiple_of {config.multiple_of} and the {layout_multiple} parts that the parallel layout cuts a "
+                f"sample into need it; write a multiple of {self.multiple_of}"
             )
-        bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
+        self._bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
         count = config.max_distinct_lengths
-        self.levels = pacing.levels(**bounds, count=count) if count is not None else None
+        self._levels = pacing.levels(**self._bounds, count=count) if count is not None else None
         try:
             self._function = config.function()
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        self._probe()
-
-    def _probe(self) -> None:
-        """Call a user's schedule at both ends, so that a broken one is known before training starts."""
-        try:
-            self.length_at(1), self.length_at(self.config.duration.total)
-        except Exception as error:  # it may raise anything
+        try:  # at both ends, so that a broken one is known before training starts
+            self.length_at(1), self.length_at(config.duration.total)
+        except Exception as error:  # a user's function may raise anything
             raise ConfigError(
-                f"sequence_length_warmup.schedule: {self.config.schedule!r} {error}; it is called with (share of the "
+                f"sequence_length_warmup.schedule: {config.schedule!r} {error}; it is called with (share of the "
                 "duration in [0, 1], start_length, end_length) and returns the length in tokens"
             ) from error
 
@@ -58,8 +54,8 @@ class LengthSchedule:
         else:
             assert self._function is not None
             exact = pacing.custom(position, **span, function=self._function)
-        length = pacing.floored(exact, start=c.start_length, end=c.end_length, multiple_of=self.multiple_of)
-        return max(level for level in self.levels if level <= length) if self.levels is not None else length
+        length = pacing.floored(exact, **self._bounds)
+        return length if self._levels is None else max(level for level in self._levels if level <= length)
 
     def lengths(self) -> list[int]:
         """Every length the schedule takes, in rising order.

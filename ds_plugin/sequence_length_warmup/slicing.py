@@ -1,15 +1,15 @@
 """Cutting a batch to a length: which dimensions of each tensor are positions, and one cut along them.
 
-The rule is the same for the engine's hook, for `plugin.batches` and for Megatron-LM's loop. Arguments are recognised by
-name, as the model's ``forward`` or a data set's dictionary names them; tensors in nested tuples, which have no names,
-by their shape. What is as long as the samples and not recognised is refused, never passed on uncut.
+Arguments are recognised by name, as the model's ``forward`` or a data set's dictionary names them; tensors in nested
+tuples, which have no names, by their shape. What is as long as the samples and not recognised is refused, never passed
+on uncut.
 
 A batch has one *side*, or two in an encoder-decoder, whose sources and targets have lengths of their own. Each side is
 cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,12 +44,8 @@ _ALONG = {*TOKEN_NAMES, *LABEL_NAMES, *COMPANION_NAMES}
 _KNOWN = {*_ALONG, *POSITION_NAMES, *MASK_NAMES}
 _DECODER, _ENCODER = "decoder_", "encoder_"  # before any of these names
 
-_SHORTEN = (
-    "give initialize(..., shorten=function), which takes (args, kwargs, length) and returns (args, kwargs, tokens "
-    "before, tokens after)"
-)
-#: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments. A user
-#: gives one as ``shorten=`` for a model whose arguments are not recognised below.
+_SHORTEN = "give initialize(..., shorten=function): (args, kwargs, length) -> (args, kwargs, tokens before and after)"
+#: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments
 Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
 
 
@@ -75,11 +71,14 @@ class Sides:
     by_shape: bool = False  # no name was known
 
     @property
+    def known(self) -> list[Side]:
+        """Those that are there, one at least."""
+        return [side for side in (self.encoder, self.decoder) if side is not None]
+
+    @property
     def main(self) -> Side:
         """Whose tokens the ledger counts: the encoder's, if it is there."""
-        side = self.encoder or self.decoder
-        assert side is not None
-        return side
+        return self.known[0]
 
     def of(self, name: str) -> tuple[str, Side | None]:
         """The name without its prefix, and the side that it belongs to."""
@@ -112,7 +111,7 @@ def cut_batch(
     """At most ``length`` positions from ``offset`` on of every sample, contiguous; positions begin at 0 again.
 
     Contiguous, because losses call ``labels.view(-1)`` and broadcasts send a tensor's memory. What is not cut is the
-    same object as before, whole branches of it too.
+    same object as before.
 
     Args:
         batch: arguments by name, or tensors in nested mappings, tuples and lists.
@@ -124,20 +123,16 @@ def cut_batch(
         settled: earlier batches have shown which dimension is the batch.
 
     Raises:
-        ConfigError: there are no tokens, or a tensor that cannot be cut, or what a cut would spoil: packed rows, counts
-            of labels.
+        ConfigError: there are no tokens, a tensor that cannot be cut, or what a cut would spoil.
     """
     found = leaves(batch)
     refuse_packed(found)
-    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full, exact=exact)
+    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full)
     main = sides.main
     if micro_batch is not None and not settled:
         _refuse_other_layout(sides, micro_batch, exact=exact)
     if exact and main.positions != full:
-        raise ConfigError(
-            f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {main.positions} tokens in "
-            f"each of its {main.rows} samples; read samples of exactly end_length tokens, or write that end_length"
-        )
+        raise _not_full(full, f"{main.positions} tokens in each of its {main.rows} samples")
     if any(leaf.name in LABEL_NAMES and positions(leaf, sides) for leaf in found):  # not one label for each sample
         refuse_counts(found)
     values = [_cut(leaf, sides, offset, length) for leaf in found]
@@ -153,28 +148,20 @@ def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
     if not torch.is_tensor(value) or not _WHOLE.isdisjoint(leaf.keys):
         return {}
     name, side = sides.of(leaf.name) if leaf.name is not None else (None, sides.main)
-    if side is None:
-        return {} if name in _KNOWN else _in_no_known_place(value, sides)
-    if name in MASK_NAMES:
-        dimensions = _of_mask(value.shape, side)
-    elif name in POSITION_NAMES:
-        dimensions = _of_positions(value.shape, side)
-    elif name in _ALONG:
-        dimensions = [1] if value.dim() >= 2 and value.shape[1] == side.positions else []
-    elif leaf.name is None or sides.by_shape:
-        dimensions = _of_unnamed(value, side, named=leaf.name is not None)
-    else:
-        dimensions = []
-    return dict.fromkeys(dimensions, side) if dimensions else _in_no_known_place(value, sides)
+    if side is None and name in _KNOWN:
+        return {}
+    by_shape = leaf.name is None or sides.by_shape
+    if side is not None and (found := _dimensions(value, name, side, by_shape=by_shape)):
+        return dict.fromkeys(found, side)
+    for other in sides.known:  # a first dimension as long as there are samples may be as long as they are
+        rows_first = value.dim() > 0 and value.shape[0] == other.rows
+        if other.positions in (value.shape[1:] if rows_first else value.shape):
+            return None
+    return {}
 
 
 def find_sides(
-    found: list[Leaf],
-    *,
-    micro_batch: int | None = None,
-    encoder_decoder: bool = False,
-    full: int | None = None,
-    exact: bool = False,
+    found: list[Leaf], *, micro_batch: int | None = None, encoder_decoder: bool = False, full: int | None = None
 ) -> Sides:
     """The sides of a batch with these leaves; arguments and errors as those of `cut_batch`."""
     tensors = [leaf for leaf in found if torch.is_tensor(leaf.value)]
@@ -183,23 +170,17 @@ def find_sides(
         encoder = None  # the encoder has run, on whole samples
     decoder = _side(tensors, tuple(_DECODER + name for name in TOKEN_NAMES))
     if decoder is None and encoder_decoder:  # floats are the scores of classes
-        integers = [leaf for leaf in tensors if not leaf.value.is_floating_point()]
-        decoder = _side(integers, LABEL_NAMES)
+        decoder = _side([leaf for leaf in tensors if not leaf.value.is_floating_point()], LABEL_NAMES)
     if encoder is not None or decoder is not None:
         return Sides(encoder, decoder)
-    side = _side_by_shape(tensors, micro_batch, full)
-    if side is not None:
+    if (side := _side_by_shape(tensors, micro_batch, full)) is not None:
         return Sides(side, None, by_shape=True)
     given = ", ".join(f"{leaf.where}: {describe(leaf.value)}" for leaf in found) or "none"
-    if exact and all(leaf.name is None for leaf in tensors):
-        raise ConfigError(
-            f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {given}; read samples of "
-            "exactly end_length tokens, or write that end_length"
-        )
+    if full is not None and tensors and all(leaf.name is None for leaf in tensors):
+        raise _not_full(full, given)
     raise ConfigError(
-        f"sequence_length_warmup: the model's forward has no recognisable token argument (it was given {given}); the "
-        f"names looked for are {', '.join(TOKEN_NAMES)}, and otherwise integers [micro-batch, length] of one shape. "
-        f"{_SHORTEN}"
+        f"sequence_length_warmup: the model's forward has no recognisable token argument (it was given {given}); name "
+        f"it one of {', '.join(TOKEN_NAMES)}, give integers [micro-batch, length] of one shape, or {_SHORTEN}"
     )
 
 
@@ -222,111 +203,101 @@ class ByName:
     #: position ids begin anew, which waits for it (a collator that packs does so from its first batch on).
     LOOKS = 8
 
-    def __init__(
-        self, forward: Callable[..., Any], *, micro_batch: int | None = None, encoder_decoder: bool = False
-    ) -> None:
-        """``micro_batch``, ``encoder_decoder``: as for `cut_batch`."""
-        self.names = argument_names(forward)
-        self.micro_batch, self.encoder_decoder = micro_batch, encoder_decoder
-        self._looks = 0
+    def __init__(self, forward: Callable[..., Any], **samples: Any):
+        """``samples``: arguments of `cut_batch`, ``micro_batch`` and ``encoder_decoder``."""
+        self.names, self._samples, self._looks = argument_names(forward), samples, 0
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
         if len(args) > len(self.names):
             raise ConfigError(
-                f"sequence_length_warmup: forward takes its {len(args)} arguments by position (*args), so they have no "
-                "names to recognise; pass them by keyword or give initialize(..., shorten=function)"
+                f"sequence_length_warmup: forward takes its {len(args)} arguments by position (*args), so without "
+                f"names; pass them by keyword or {_SHORTEN}"
             )
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         look = self._looks < self.LOOKS
-        cut, before, after = cut_batch(
-            given, length, micro_batch=self.micro_batch, encoder_decoder=self.encoder_decoder, settled=not look
-        )
+        cut, before, after = cut_batch(given, length, settled=not look, **self._samples)
         refuse_restarts(leaves(given), POSITION_NAMES, look=look)
         self._looks += 1
         return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
 
 
 def rebase_position_ids(positions: torch.Tensor) -> torch.Tensor:
-    """Position ids [..., length] of a stretch from within a sample, counted from the stretch's first token.
+    """Position ids [..., length] of a span from within a sample, counted from the span's first token.
 
-    Where a document begins within the stretch, and its positions at 0 with it, they stay.
+    Where a document begins within the span, and its positions at 0 with it, they stay.
     """
     count = _count(positions)
     return torch.where(positions - positions[..., :1] == count, count.to(positions.dtype), positions)
 
 
-def restarted_if_positions(stretch: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+def rebase_if_position_ids(span: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """The same of integers without a name, which are positions if in the ``whole`` samples every row counts from 0.
 
     Told where they lie: on an accelerator nobody waits for the answer.
     """
-    return torch.where((whole == _count(whole)).all(), _count(stretch).to(stretch.dtype), stretch)
+    return torch.where((whole == _count(whole)).all(), _count(span).to(span.dtype), span)
 
 
-def _count(like: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2, ... along the last dimension."""
-    return torch.arange(like.shape[-1], device=like.device)
+def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
+    """Raise the `ConfigError` for a leaf whose positions are not known."""
+    side = sides.main
+    raise ConfigError(
+        f"sequence_length_warmup: {leaf.where!r} of shape {list(leaf.value.shape)} has a dimension as long as the "
+        f"samples in {side.name!r} ({side.positions}), and whether that is positions is not known, so it cannot be cut "
+        f"in step; rename it (known: {', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
+    )
 
 
-# -- which dimensions --------------------------------------------------------------------------------------------------
+# -- which samples -----------------------------------------------------------------------------------------------------
 
 
 def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
-    """The side that the first of ``names`` with samples says; None if there is none."""
+    """The side that the first of ``names`` with samples says."""
     candidates = [leaf for leaf in tensors if leaf.name in names and leaf.value.dim() >= 2]
     if not candidates:
         return None
     first = min(candidates, key=lambda leaf: names.index(leaf.name or ""))
-    shape, floating = list(first.value.shape), first.value.is_floating_point()
-    rows, length = shape[:2]
-    if len(shape) > (3 if floating else 2):
+    shape = list(first.value.shape)
+    if len(shape) > (3 if first.value.is_floating_point() else 2):
         raise ConfigError(
             f"sequence_length_warmup: {first.where} has the shape {shape}, and which of its dimensions are positions "
             "is not known, as with several codebooks; give [batch, sequence] (embeddings [batch, sequence, hidden]), "
             f"or {_SHORTEN}"
         )
     for leaf in candidates:
-        if leaf.name == first.name and leaf.value.shape[1] != length:
+        if leaf.name == first.name and leaf.value.shape[1] != shape[1]:
             raise ConfigError(
-                f"sequence_length_warmup: {first.where} has {length} positions and {leaf.where} {leaf.value.shape[1]}, "
-                f"so that it is not known how long the samples are; pad them to one length, or {_SHORTEN}"
+                f"sequence_length_warmup: {first.where} has {shape[1]} positions and {leaf.where} "
+                f"{leaf.value.shape[1]}, so that it is not known how long the samples are; pad them to one length, or "
+                f"{_SHORTEN}"
             )
-    return Side(first.where, rows, length)
+    return Side(first.where, *shape[:2])
 
 
 def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | None) -> Side | None:
     """Where no name is known: tensors without one by the length, then integers [micro-batch, length] of one shape."""
-    fits = lambda shape: micro_batch is None or _is_batch(shape[0], shape[1], micro_batch)  # noqa: E731
-    unnamed = [leaf for leaf in tensors if leaf.name is None and leaf.value.dim() >= 2 and leaf.value.shape[1] == full]
-    unnamed = [leaf for leaf in unnamed if leaf.value.shape[0] != full and fits(leaf.value.shape)]
-    if unnamed:  # position ids may have one row for all samples
-        most = max(unnamed, key=lambda leaf: leaf.value.shape[0])
+    fits = [leaf for leaf in tensors if leaf.value.dim() >= 2]
+    if micro_batch is not None:
+        fits = [leaf for leaf in fits if _is_batch(leaf.value.shape, micro_batch)]
+    nameless = [leaf for leaf in fits if leaf.name is None and leaf.value.shape[1] == full != leaf.value.shape[0]]
+    if nameless:  # position ids may have one row for all samples
+        most = max(nameless, key=lambda leaf: leaf.value.shape[0])
         return Side(most.where, *most.value.shape[:2])
-    shapes: dict[tuple[int, ...], list[Leaf]] = {}
-    for leaf in tensors:
-        value, shape = leaf.value, tuple(leaf.value.shape)
-        integer = _is_integer(value)
-        elsewhere = leaf.name in POSITION_NAMES or not _WHOLE.isdisjoint(leaf.keys)
-        if elsewhere or not integer or len(shape) != 2 or shape[1] == 1:
-            continue
-        if micro_batch is not None and fits(shape):
-            shapes.setdefault(shape, []).append(leaf)
-    if len(shapes) != 1:
+    alike = [leaf for leaf in fits if leaf.value.dim() == 2 and _is_integer(leaf.value) and leaf.value.shape[1] != 1]
+    alike = [leaf for leaf in alike if leaf.name not in POSITION_NAMES and _WHOLE.isdisjoint(leaf.keys)]
+    if micro_batch is None or len({leaf.value.shape for leaf in alike}) != 1:
         return None
-    shape, alike = next(iter(shapes.items()))
     # labels and masks go along with tokens; without them they are of something else, such as sound or images
-    first = next((leaf for leaf in alike if leaf.name not in _KNOWN), None)
-    return Side(first.where, *shape) if first is not None else None
+    return next((Side(leaf.where, *leaf.value.shape) for leaf in alike if leaf.name not in _KNOWN), None)
 
 
 def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None:
-    for side in (sides.encoder, sides.decoder):
-        if side is None or _is_batch(side.rows, side.positions, micro_batch):
+    for side in sides.known:
+        if _is_batch((side.rows, side.positions), micro_batch):
             continue
-        # pairs of answers are whole multiples, as many samples as fit are fewer than their tokens; [sequence, batch] is
-        # neither
+        # pairs of answers are whole multiples, as many samples as fit are fewer than their tokens
         more = side.rows % micro_batch == 0 or side.rows <= side.positions
         if exact or side.positions == micro_batch or not more:
             raise ConfigError(
@@ -336,60 +307,52 @@ def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None
             )
 
 
-def _is_batch(rows: int, length: int, micro_batch: int) -> bool:
-    """Whether [rows, length] is [batch, sequence]: the last batch of a data set may be smaller, where the second
-    dimension does not look like the batch."""
-    return rows == micro_batch or (rows < micro_batch and length != micro_batch)
+def _is_batch(shape: Sequence[int], micro_batch: int) -> bool:
+    """Whether it is [batch, sequence, ...]: the last batch of a data set may be smaller, where the second dimension
+    does not look like the batch."""
+    return shape[0] == micro_batch or (shape[0] < micro_batch and shape[1] != micro_batch)
 
 
-def _of_positions(shape: torch.Size, side: Side) -> list[int]:
-    if len(shape) and shape[-1] == side.positions:
-        return [len(shape) - 1]
-    return [1] if len(shape) == 3 and shape[:2] == (side.rows, side.positions) else []
+def _not_full(full: int | None, found: str) -> ConfigError:
+    return ConfigError(
+        f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {found}; read samples of exactly "
+        "end_length tokens, or write that end_length"
+    )
 
 
-def _of_mask(shape: torch.Size, side: Side) -> list[int]:
-    full = side.positions
-    if len(shape) == 2 and shape[1] == full and (shape[0] != full or side.rows == full):
-        return [1]  # a padding mask, one row for each sample
-    return [dimension for dimension in range(max(len(shape) - 2, 0), len(shape)) if shape[dimension] == full]
+# -- which dimensions, and the cut -------------------------------------------------------------------------------------
 
 
-def _of_unnamed(value: torch.Tensor, side: Side, *, named: bool) -> list[int]:
-    """[batch or 1, sequence, ...], or a mask [..., sequence, sequence]; under an unknown name integers
-    [batch, sequence]."""
+def _dimensions(value: torch.Tensor, name: str | None, side: Side, *, by_shape: bool) -> list[int]:
+    """Those that are positions of ``side``; ``name`` is without prefix. None are where the place is not known."""
     shape, full = list(value.shape), side.positions
-    if named:
-        integer = _is_integer(value)
-        return [1] if integer and shape == [side.rows, full] else []
-    if len(shape) == 3 and shape[1:] == [full, full] and value.is_floating_point():
+    last = len(shape) - 1
+    if name in POSITION_NAMES:
+        if shape and shape[-1] == full:
+            return [last]
+        return [1] if shape[:2] == [side.rows, full] and last == 2 else []
+    padding = last == 1 and shape[1] == full and (shape[0] != full or side.rows == full)  # a row for each sample
+    if name in MASK_NAMES and not padding:
+        return [dimension for dimension in range(max(last - 1, 0), last + 1) if shape[dimension] == full]
+    if name in MASK_NAMES or name in _ALONG:
+        return [1] if last >= 1 and shape[1] == full else []
+    if not by_shape:
+        return []
+    if name is not None:
+        return [1] if _is_integer(value) and shape == [side.rows, full] else []
+    if last == 2 and shape[1:] == [full, full] and value.is_floating_point():
         return []  # a mask, or embeddings as wide as the samples are long
-    if shape[-2:] == [full, full] and (len(shape) >= 3 or side.rows != full):
-        return [len(shape) - 2, len(shape) - 1]
-    return [1] if len(shape) >= 2 and shape[1] == full and shape[0] in (side.rows, 1) else []
-
-
-def _in_no_known_place(value: torch.Tensor, sides: Sides) -> dict[int, Side] | None:
-    """{}: no dimension is as long as the samples, but for a first one that is as long as there are samples."""
-    both = [side for side in (sides.encoder, sides.decoder) if side is not None]
-    for side in both:
-        rows_first = value.dim() > 0 and value.shape[0] == side.rows
-        if side.positions in (value.shape[1:] if rows_first else value.shape):
-            return None
-    return {}
-
-
-# -- the cut -----------------------------------------------------------------------------------------------------------
+    if shape[-2:] == [full, full] and (last >= 2 or side.rows != full):
+        return [last - 1, last]
+    return [1] if last >= 1 and shape[1] == full and shape[0] in (side.rows, 1) else []
 
 
 def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
-    where = positions(leaf, sides)
+    value, where = leaf.value, positions(leaf, sides)
     if where is None:
-        both = [side for side in (sides.encoder, sides.decoder) if side is not None]
-        if any(side.kept(offset, length) < side.positions for side in both):
+        if any(side.kept(offset, length) < side.positions for side in sides.known):
             refuse_unknown(leaf, sides)
-        return leaf.value
-    value = leaf.value
+        return value
     for dimension, side in where.items():
         if side.kept(offset, length) < side.positions:
             value = value.narrow(dimension, offset, side.kept(offset, length))
@@ -399,17 +362,13 @@ def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
         along = max(where)
         value = rebase_position_ids(value.movedim(along, -1)).movedim(-1, along)
     elif offset and leaf.name is None and value.dim() == 2 and _is_integer(value):
-        value = restarted_if_positions(value, leaf.value)
+        value = rebase_if_position_ids(value, leaf.value)
     return value.contiguous()
 
 
-def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
-    """Raise the `ConfigError` for a leaf whose positions are not known."""
-    raise ConfigError(
-        f"sequence_length_warmup: {leaf.where!r} of shape {list(leaf.value.shape)} has a dimension as long as the "
-        f"samples in {sides.main.name!r} ({sides.main.positions}), and whether that is positions is not known, so it "
-        f"cannot be cut in step; rename it (known: {', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
-    )
+def _count(like: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... along the last dimension."""
+    return torch.arange(like.shape[-1], device=like.device)
 
 
 def _is_integer(value: torch.Tensor) -> bool:

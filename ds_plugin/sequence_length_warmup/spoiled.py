@@ -22,10 +22,10 @@ _UNPACK = (
 def refuse_packed(found: list[Leaf]) -> None:
     """Raises ConfigError for the lengths of documents that a collator, or a model's own packing, gives with a row."""
     for leaf in found:
-        if leaf.name is not None and leaf.value is not None and _PACKED.match(leaf.name):
+        if leaf.value is not None and _PACKED.match(leaf.name or ""):
             raise ConfigError(
                 f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) describes documents that are packed "
-                f"into rows of the full length, which a prefix would cut; {_UNPACK}"
+                f"into rows, which a prefix would cut; {_UNPACK}"
             )
 
 
@@ -39,9 +39,9 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
     mask = next((leaf.value for leaf in found if leaf.name == "attention_mask" and leaf.value is not None), None)
     for leaf in found:
         value = leaf.value
-        if leaf.name not in names or not torch.is_tensor(value) or list(value.shape[:-1]) not in ([], [1]):
+        if leaf.name not in names or not torch.is_tensor(value) or not (value.is_cpu or look):
             continue
-        if not value.dim() or not (value.is_cpu or look):
+        if not value.dim() or list(value.shape[:-1]) not in ([], [1]):
             continue
         if mask is not None and (not torch.is_tensor(mask) or list(mask.shape) != [1, value.shape[-1]]):
             continue
@@ -53,7 +53,7 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
         if bool(begins.any()):
             raise ConfigError(
                 f"sequence_length_warmup: {leaf.where} {list(value.shape)} begins anew within the one row of the "
-                f"batch: documents are packed into it, and a prefix would be the first of them only; {_UNPACK}"
+                f"batch: documents are packed into it, which a prefix would cut; {_UNPACK}"
             )
 
 
@@ -63,12 +63,10 @@ def refuse_counts(found: list[Leaf]) -> None:
     It is a sum over an accumulation step, and often over all ranks: one forward pass cannot mend it.
     """
     for leaf in found:
-        number = isinstance(leaf.value, (int, float)) and not isinstance(leaf.value, bool)
-        counts = torch.is_tensor(leaf.value) or number
-        if counts and leaf.name is not None and _COUNT.search(leaf.name):
+        number = isinstance(leaf.value, (torch.Tensor, int, float)) and not isinstance(leaf.value, bool)
+        if number and _COUNT.search(leaf.name or ""):
             raise ConfigError(
                 f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) counts the labels of the uncut "
-                "batches, so that the loss of a short step, divided by it, and its gradients would be too small; let "
-                "the model take each micro-batch's mean, in Hugging Face's Trainer by "
-                "trainer.model_accepts_loss_kwargs = False"
+                "batches: the loss of a short step, divided by it, would be too small; let the model take each "
+                "micro-batch's mean, in Hugging Face's Trainer by trainer.model_accepts_loss_kwargs = False"
             )

@@ -23,8 +23,7 @@ class TokenScheduler:
 
     def __init__(self, scheduler: Any, trained: Callable[..., float]):
         """``trained(with_open_step=...)``: tokens trained so far in full-length batches, the step that has just ended
-        left out or not. DeepSpeed's schedulers count from -1, so that the host's count lags one step behind; torch's
-        count from 0.
+        left out or not. DeepSpeed's schedulers count from -1, one step behind; torch's count from 0.
 
         Raises:
             ConfigError: there is no scheduler, or its learning rates cannot be asked for by position.
@@ -32,8 +31,8 @@ class TokenScheduler:
         kind = type(scheduler).__name__
         if scheduler is None:
             raise ConfigError(
-                'sequence_length_warmup.learning_rate.by: "tokens", but there is no scheduler that could follow them; '
-                'add a "scheduler" to the JSON, or write "by": "steps"'
+                'sequence_length_warmup.learning_rate.by: "tokens", but there is no scheduler; add a "scheduler" to '
+                'the JSON, or write "by": "steps"'
             )
         torchs = hasattr(scheduler, "_get_closed_form_lr") or isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
         if kind not in _BY_POSITION and not torchs:
@@ -49,16 +48,13 @@ class TokenScheduler:
             warnings.filterwarnings("ignore", message=re.escape("The epoch parameter in `scheduler.step()`"))
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """The host's call after an applied step; its own arguments, a count of steps, are put aside."""
-        self.scheduler.step(self._position())
-
-    def _position(self) -> float:
+        """DeepSpeed's call after an applied step; its own arguments, a count of steps, are put aside."""
         position = self._trained(with_open_step=self._counts_from_0)
         # DeepSpeed's logarithmic warmup reaches its peak at the last whole step before its end, and would go beyond it
         last = getattr(self.scheduler, "warmup_num_steps", 0) - 1
         if getattr(self.scheduler, "warmup_type", None) == "log" and last < position < last + 1:
-            return float(last)
-        return position
+            position = float(last)
+        self.scheduler.step(position)
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # while unpickling or copying, before __init__

@@ -1,8 +1,7 @@
 """DeepSpeed's own sequence length curricula, read as our section. Pure: a dict in, a dict out.
 
 There are two: the top-level ``curriculum_learning``, which DeepSpeed 0.19.8 refuses, and a seqlen metric of
-``data_efficiency.data_sampling.curriculum_learning``. Both ask for the length of the optimizer step that comes next,
-counted from 1, as ours does.
+``data_efficiency.data_sampling.curriculum_learning``. Both count the step that comes next from 1, as ours does.
 """
 
 import copy
@@ -28,7 +27,7 @@ Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) 
 
 
 class _Curriculum(SectionConfig):
-    """What both kinds have, and what only the metric has."""
+    """A metric; the removed section has the first four fields too."""
 
     min_difficulty: Whole = Field(description="the first length in tokens, e.g. 8")
     max_difficulty: Whole = Field(description="the full length in tokens, e.g. 1024")
@@ -76,29 +75,30 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     new, notes = copy.deepcopy(dict(config)), []
     legacy = new.pop(LEGACY, None)
-    legacy_on = legacy is not None and (not isinstance(legacy, dict) or legacy.get("enabled", False) is not False)
+    legacy_on = legacy.get("enabled", False) is not False if isinstance(legacy, dict) else legacy is not None
     if LEGACY in config and not legacy_on:
         notes.append(f"{LEGACY} is off and left out: DeepSpeed 0.19.8 refuses the key, even with the value null")
-    efficiency, sampling = _at(new, "data_efficiency"), _at(new, "data_efficiency", "data_sampling")
-    # This switch alone turns DeepSpeed's sampler on, whatever "enabled" says above it.
+    efficiency = _at(new, "data_efficiency")
+    sampling = _at(efficiency, "data_sampling")
     block = _at(sampling, LEGACY)
-    block_on, ours_on = bool(block.get("enabled")), bool(_at(new, OURS).get("enabled"))
     metrics = list(_at(block, "curriculum_metrics"))
     switched = all(switches.get("enabled") for switches in (efficiency, sampling, block))
     metric = next((name for name in metrics if name in METRICS and switched), None)  # others choose samples
-    given = [(OURS, ours_on or (OURS in new and (legacy_on or metric))), (LEGACY, legacy_on), (BLOCK, block_on)]
-    names = [name for name, present in given if present]
+    ours_on = _at(new, OURS).get("enabled") or (OURS in new and (legacy_on or metric))
+    # the block's switch alone turns DeepSpeed's sampler on, whatever "enabled" says above it
+    given = {OURS: ours_on, LEGACY: legacy_on, BLOCK: block.get("enabled")}
+    names = [name for name, present in given.items() if present]
     if len(names) > 1:
         raise ConfigError(
             f'{names[1]}: "enabled": true, and {names[0]} is given too: both set the length (or the samples) of a '
             "step; remove one of the two"
         )
-    if metric is not None and len(metrics) > 1:
-        other = next(name for name in metrics if name != metric)
-        raise ConfigError(
-            f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which becomes {OURS} and turns DeepSpeed's "
-            f"sampler off; remove {other!r}, or keep it and remove {metric!r}"
-        )
+    for other in metrics:
+        if metric is not None and other != metric:
+            raise ConfigError(
+                f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which becomes {OURS} and turns DeepSpeed's "
+                "sampler off; remove one of the two"
+            )
     if legacy_on or metric is not None:
         path, raw, remark = LEGACY, legacy, "the model gets shortened batches and no argument curriculum_seqlen"
         if metric is not None:
@@ -111,8 +111,8 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
     if _at(new, OURS).get("enabled") and _at(sampling, "dynamic_batching").get("enabled"):
         raise ConfigError(
-            f"data_efficiency.data_sampling.dynamic_batching.enabled: True changes the batch size, and {OURS} (or what "
-            'becomes it) the length: do not ramp both; write "enabled": false in one of them'
+            f"data_efficiency.data_sampling.dynamic_batching.enabled: True changes the batch size, and {OURS} the "
+            'length: do not ramp both; write "enabled": false in one of them'
         )
     return new, notes
 
@@ -143,9 +143,7 @@ def _section(path: str, raw: Any, model: type[_Curriculum]) -> dict[str, Any]:
     return section
 
 
-def _at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """The object under ``keys``; an empty one if it is absent or no object (which is for its owner to refuse)."""
-    found: Any = config
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
+def _at(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under ``key``; an empty one if it is absent or no object (which is for its owner to refuse)."""
+    found = config.get(key)
     return found if isinstance(found, dict) else {}

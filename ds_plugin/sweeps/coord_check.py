@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ds_plugin.completep.rules import Recipe
-from ds_plugin.core.files import atomic_write
-from ds_plugin.sweeps import trial
+from ds_plugin.sweeps import figure, trial
 from ds_plugin.sweeps.trial import Base, Shape
 from megatron_patches.completep.residual import scaled_before
 
@@ -90,44 +89,29 @@ def spread(rows: Iterable[Row], recipe: Recipe) -> float:
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """The figure known from the muP papers: change of the last block after each step against depth, by recipe."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     recipes = list(dict.fromkeys(row.recipe for row in rows))
-    widths = sorted({row.width for row in rows})
+    widths, depths = (sorted({getattr(row, name) for row in rows}) for name in ("width", "depth"))
     steps = max(row.step for row in rows)
-    colours = dict(zip(widths, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), strict=False))
-    figure, axes = pyplot.subplots(1, len(recipes), figsize=(4.2 * len(recipes), 4), sharey=True, squeeze=False)
-    for axis, recipe in zip(axes[0], recipes, strict=True):
-        for width in widths:
-            for step in range(1, steps + 1):
-                chosen = [r for r in rows if (r.recipe, r.width, r.step, r.layer) == (recipe, width, step, LAST_BLOCK)]
-                depths = sorted({r.depth for r in chosen})
-                changes = [mean(r.change for r in chosen if r.depth == depth) for depth in depths]
-                last = step == steps
-                axis.plot(
-                    depths,
-                    changes,
-                    marker="o" if last else None,
-                    color=colours.get(width, "#555555"),
-                    alpha=1.0 if last else 0.2,
-                    linewidth=1.8 if last else 0.8,
-                    label=f"width {width}" if last else None,
-                )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(sorted({row.depth for row in rows}), [str(d) for d in sorted({row.depth for row in rows})])
-        axis.set_xlabel("depth (layers)")
-        axis.set_title(f"{recipe}: spread {spread(rows, recipe):.3g}x", fontsize=11)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel(f"mean |change| of the last block after 1 to {steps} steps")
-    axes[0][0].legend(frameon=False)
-    figure.suptitle(title)
-    figure.tight_layout()
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
-    pyplot.close(figure)
+    colours = dict(zip(widths, figure.COLOURS, strict=False))
+    with figure.panels(path, 1, len(recipes), title=title, figsize=(4.2 * len(recipes), 4), sharey=True) as axes:
+        for axis, recipe in zip(axes[0], recipes, strict=True):
+            for width in widths:
+                style: dict[str, Any] = {"color": colours.get(width, "#555555"), "alpha": 0.2, "linewidth": 0.8}
+                for step in range(1, steps + 1):
+                    key = recipe, width, step, LAST_BLOCK
+                    chosen = [row for row in rows if (row.recipe, row.width, row.step, row.layer) == key]
+                    found = sorted({row.depth for row in chosen})
+                    changes = [mean(row.change for row in chosen if row.depth == depth) for depth in found]
+                    if step == steps:
+                        style |= {"alpha": 1.0, "linewidth": 1.8, "marker": "o", "label": f"width {width}"}
+                    axis.plot(found, changes, **style)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(depths, [str(depth) for depth in depths])
+            axis.set_xlabel("depth (layers)")
+            axis.set_title(f"{recipe}: spread {spread(rows, recipe):.3g}x", fontsize=11)
+        axes[0][0].set_ylabel(f"mean |change| of the last block after 1 to {steps} steps")
+        axes[0][0].legend(frameon=False)
 
 
 @torch.no_grad()

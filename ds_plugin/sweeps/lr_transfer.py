@@ -1,19 +1,15 @@
 """Learning-rate transfer: does the best learning rate of the base model stay the best at every width and depth?"""
 
-import concurrent.futures
+import functools
 import math
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from ds_plugin.completep.rules import Recipe
-from ds_plugin.core.files import atomic_write
-from ds_plugin.sweeps import trial
+from ds_plugin.sweeps import figure, processes, trial
 from ds_plugin.sweeps.text import Text
 from ds_plugin.sweeps.trial import Base, Shape
 
@@ -88,7 +84,8 @@ def sweep(
         return sorted(kept.values(), key=lambda r: (r.recipe, r.width, r.depth, r.seed, r.lr))
 
     missing = [job for job in jobs if job not in done]
-    finished = _trained(missing, base, steps, text, workers)
+    one = functools.partial(_train, base=base, steps=steps, text=text)
+    finished = ((job, one(job)) for job in missing) if workers == 1 else processes.results(one, missing, workers)
     for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
         done[job] = run
         keep(runs())
@@ -99,40 +96,9 @@ def sweep(
     return runs()
 
 
-_Job = tuple[Shape, float, int]
-
-
-def _trained(
-    jobs: Sequence[_Job], base: Base, steps: int, text: Text | None, workers: int
-) -> Iterator[tuple[_Job, Run]]:
-    """The jobs' runs, each as it ends."""
-    if workers == 1:
-        for shape, lr, seed in jobs:
-            yield (shape, lr, seed), train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
-        return
-    # Fresh processes: a world of ranks does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
-        pending = {
-            pool.submit(train, shape, base, seed=seed, steps=steps, lr=lr, text=text): (shape, lr, seed)
-            for shape, lr, seed in jobs
-        }
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                yield pending[future], future.result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    def leave_with(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    # A sweep that is killed must not leave workers that train on.
-    threading.Thread(target=leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-    trial.start_host()
+def _train(job: tuple[Shape, float, int], *, base: Base, steps: int, text: Text | None) -> Run:
+    shape, lr, seed = job
+    return train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
 
 
 def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
@@ -175,37 +141,25 @@ def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
 
 def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """Loss against learning rate, a curve per shape with its minimum marked, a panel per recipe."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     found = curves(runs)
     recipes = list(dict.fromkeys(shape.recipe for shape in found))
     sizes = sorted({(shape.width, shape.depth) for shape in found})
-    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-    figure, axes = pyplot.subplots(1, len(recipes), figsize=(4.4 * len(recipes), 4), sharey=True, squeeze=False)
     floor = min(loss for curve in found.values() for loss in curve.values())
-    for axis, recipe in zip(axes[0], recipes, strict=True):
-        for index, (width, depth) in enumerate(sizes):
-            curve = found.get(Shape(recipe, width, depth))
-            if curve is None:
-                continue
-            colour = palette[index % len(palette)]
-            finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
-            axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
-            axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(floor * 0.98, floor * 1.35)
-        axis.set_xlabel("base learning rate")
-        axis.set_title(recipe, fontsize=11)
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("training loss (nats per byte)")
-    axes[0][0].legend(frameon=False, title="width x depth")
-    figure.suptitle(title)
-    figure.tight_layout()
-    atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
-    pyplot.close(figure)
+    with figure.panels(path, 1, len(recipes), title=title, figsize=(4.4 * len(recipes), 4), sharey=True) as axes:
+        for axis, recipe in zip(axes[0], recipes, strict=True):
+            for index, (width, depth) in enumerate(sizes):
+                if (curve := found.get(Shape(recipe, width, depth))) is None:
+                    continue
+                colour = figure.COLOURS[index % len(figure.COLOURS)]
+                finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
+                axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
+                axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
+            axis.set_xscale("log", base=2)
+            axis.set_ylim(floor * 0.98, floor * 1.35)
+            axis.set_xlabel("base learning rate")
+            axis.set_title(recipe, fontsize=11)
+        axes[0][0].set_ylabel("training loss (nats per byte)")
+        axes[0][0].legend(frameon=False, title="width x depth")
 
 
 def _best(curve: dict[float, float]) -> float:

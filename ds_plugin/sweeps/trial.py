@@ -73,43 +73,22 @@ def start_host() -> None:
 
 def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
     """A fresh fp32 model, and a function from the base learning rate to its AdamW."""
-    settings = {
-        "enabled": True,
-        "recipe": shape.recipe,
-        "base_width": base.width,
-        "base_depth": base.depth,
-        "base_head_dim": base.head_dim,
-        "alpha": base.alpha,
-    }
-    section = CompletePConfig.model_validate(
-        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT[shape.recipe]}
-    )
-    cfg = gpt.GPTConfig.model_validate(
-        {
-            "num_layers": shape.depth,
-            "hidden_size": shape.width,
-            "num_attention_heads": shape.width // base.head_dim,
-            "seq_length": base.length,
-            "init_std": base.init_std,
-        }
-    )
+    bases = {"base_width": base.width, "base_depth": base.depth, "base_head_dim": base.head_dim, "alpha": base.alpha}
+    kept = {name: value for name, value in bases.items() if name not in WITHOUT_EFFECT[shape.recipe]}
+    section = CompletePConfig.model_validate({"enabled": True, "recipe": shape.recipe, **kept})
+    heads = shape.width // base.head_dim
+    model_shape = {"num_layers": shape.depth, "hidden_size": shape.width, "num_attention_heads": heads}
+    cfg = gpt.GPTConfig.model_validate({**model_shape, "seq_length": base.length, "init_std": base.init_std})
     gpt.initialize_parallel(cfg, seed)
     config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
     model = gpt.build_gpt(cfg, base.vocab, config, spec)
     roles = finish(model, section)
 
     def adamw(lr: float) -> torch.optim.AdamW:
-        groups = build_param_groups(
-            model,
-            roles,
-            ratios_of(config, section),
-            section,
-            lr=lr,
-            weight_decay=base.weight_decay,
-            eps=base.eps,
-            betas=base.betas,
-        )
-        return torch.optim.AdamW(groups, lr=lr, betas=base.betas)
+        adam: dict[str, Any] = {"lr": lr, "betas": base.betas}
+        given = {**adam, "weight_decay": base.weight_decay, "eps": base.eps}
+        groups = build_param_groups(model, roles, ratios_of(config, section), section, **given)
+        return torch.optim.AdamW(groups, **adam)
 
     return model, adamw
 

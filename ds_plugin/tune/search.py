@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.config import load_json, split_config
-from ds_plugin.core.errors import ConfigError, PluginError
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.files import write_text
 from ds_plugin.sequence_length_warmup.translate import translate
 from ds_plugin.tune.trial import MULTIPLES, Trial, watched
 
@@ -41,13 +41,13 @@ def search(
     for start in start_lengths:
         if run(start, durations[first]).at_start:
             continue
-        found, low, high, probe = None, -1, len(durations), first
+        low, high, probe = -1, len(durations), first
         while high - low > 1:
-            trial = run(start, durations[probe])
-            found, low, high = (trial, probe, high) if trial.outcome == "stable" else (found, low, probe)
+            stable = run(start, durations[probe]).outcome == "stable"
+            low, high = (probe, high) if stable else (low, probe)
             probe = (low + high) // 2
-        if found is not None:
-            return found
+        if low >= 0:
+            return run(start, durations[low])
     return None
 
 
@@ -106,13 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable, 2 on an error, 130 on Ctrl-C."""
+    """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable, 130 on Ctrl-C."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial's processes are ended too
     try:
         return _tune(args)
-    except PluginError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the trials that are finished", file=sys.stderr)
         return 130
@@ -161,11 +158,9 @@ def _tune(args: argparse.Namespace) -> int:
     provisional = steps if in_steps else args.durations[len(args.durations) // 2]
     best = search(run, start_lengths=starts, durations=args.durations, provisional=provisional)
     if best is None:
-        print(
-            f"error: no start length of {starts} is stable with any of the durations that were tried: "
-            "lower the learning rate, lengthen its warmup, or give larger --start-lengths",
-            file=sys.stderr,
-        )
+        said = f"no start length of {starts} is stable with any duration that was tried"
+        remedy = "lower the learning rate, lengthen its warmup, or give larger --start-lengths"
+        print(f"error: {said}: {remedy}", file=sys.stderr)
         return 1
     _write(target, tuned(config, best.start_length, best.duration))
     print(f"start_length {best.start_length}, duration {best.duration}: {target}")
@@ -182,4 +177,4 @@ def _of_trial(config: dict[str, Any], interval: int) -> dict[str, Any]:
 
 
 def _write(path: Path, config: dict[str, Any]) -> None:
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(config, indent=2) + "\n")

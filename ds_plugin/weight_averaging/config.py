@@ -1,6 +1,7 @@
 """The ``weight_averaging`` section of the JSON."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -26,10 +27,7 @@ class RestartConfig(SectionConfig):
 
 
 class WeightAveragingConfig(SectionConfig):
-    """Which snapshots are averaged, and how. Steps are the host's.
-
-    A snapshot that falls on a step that was skipped, or was not finite, is left out.
-    """
+    """Which snapshots are averaged, and how. A step that was skipped, or was not finite, gives none."""
 
     enabled: bool = False
     mode: Literal["sliding", "block", "ema"] = "sliding"
@@ -46,7 +44,7 @@ class WeightAveragingConfig(SectionConfig):
         "fp32", description='mode sliding: "bf16" keeps older snapshots as differences, in about half the memory'
     )
     storage: Literal["pinned", "memory", "files"] = Field(
-        "pinned", description='where the snapshots lie: host memory (pinned, if the masters are on a GPU), or "files"'
+        "pinned", description='where the snapshots lie: CPU memory (pinned, if the masters are on a GPU), or "files"'
     )
     restart: RestartConfig | None = Field(
         None, description='mode sliding: restart from the average when the loss stays high, {"loss_ratio": 1.5}'
@@ -81,51 +79,34 @@ class WeightAveragingConfig(SectionConfig):
         return value
 
     @model_validator(mode="after")
-    def _belongs_to_the_mode(self) -> "WeightAveragingConfig":
-        name = "weight_averaging"
+    def _fits_together(self) -> "WeightAveragingConfig":
+        for conflict in self._conflicts():
+            raise ValueError(f"weight_averaging.{conflict}")
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        mode, restart, most = self.mode, self.restart, (self.window - 1) * self.interval
+        each = f'each snapshot, which mode {mode!r} does not keep; write "mode": "sliding", or leave it out'
         if isinstance(self.weights, list) and len(self.weights) != self.window:
-            raise ValueError(
-                f"{name}.weights: {len(self.weights)} numbers for a window of {self.window}; write one for each of its "
-                "snapshots"
-            )
-        if self.mode != "sliding" and self.weights != "mean":
-            raise ValueError(
-                f"{name}.weights: {self.weights!r} needs the snapshots one by one, which mode {self.mode!r} does not "
-                'keep; write "mode": "sliding", or leave "weights" out'
-            )
-        if self.mode == "ema" and self.horizons is None:
-            raise ValueError(
-                f'{name}.horizons: missing; with mode "ema" write e.g. "horizons": [10, 100], in snapshots'
-            )
-        if self.mode == "ema" and self.window != type(self).model_fields["window"].default:
-            raise ValueError(f'{name}.window: {self.window} has no meaning with mode "ema"; write "horizons" instead')
-        if self.mode != "ema" and self.horizons is not None:
-            raise ValueError(
-                f'{name}.horizons: {self.horizons} belongs to mode "ema", this is {self.mode!r}; leave it out'
-            )
-        if self.deltas == "bf16" and self.mode != "sliding":
-            raise ValueError(
-                f'{name}.deltas: "bf16" needs snapshots one after the other, which mode {self.mode!r} does not keep; '
-                'write "mode": "sliding", or leave "deltas" out'
-            )
-        if self.restart is not None and self.mode != "sliding":
-            raise ValueError(
-                f"{name}.restart: it leaves the snapshots of the spike out, which mode {self.mode!r} cannot; write "
-                '"mode": "sliding", or leave "restart" out'
-            )
-        if self.restart is not None and self.restart.patience > (self.window - 1) * self.interval:
-            raise ValueError(
-                f"{name}.restart.patience: in {self.restart.patience} steps every snapshot of a window of "
-                f"{self.window} x {self.interval} steps may be of the spike; write at most "
-                f"{(self.window - 1) * self.interval}, or a larger window"
+            yield f"weights: {len(self.weights)} numbers for a window of {self.window}; write one for each snapshot"
+        if mode != "sliding" and self.weights != "mean":
+            yield f"weights: {self.weights!r} needs {each}"
+        if mode == "ema" and self.horizons is None:
+            yield 'horizons: missing; with mode "ema" write e.g. "horizons": [10, 100], in snapshots'
+        if mode == "ema" and self.window != type(self).model_fields["window"].default:
+            yield f'window: {self.window} has no meaning with mode "ema"; write "horizons" instead'
+        if mode != "ema" and self.horizons is not None:
+            yield f'horizons: {self.horizons} belongs to mode "ema", this is {mode!r}; leave it out'
+        if mode != "sliding" and self.deltas == "bf16":
+            yield f'deltas: "bf16" needs {each}'
+        if mode != "sliding" and restart is not None:
+            yield f"restart: {restart.model_dump()} needs {each}"
+        if restart is not None and restart.patience > most:
+            yield (
+                f"restart.patience: in {restart.patience} steps every snapshot of a window of {self.window} x "
+                f"{self.interval} steps may be of the spike; write at most {most}, or a larger window"
             )
         if self.storage == "files" and not self.storage_path:
-            raise ValueError(
-                f'{name}.storage_path: missing; with storage "files" write a folder on a local disk that all nodes have'
-            )
-        if self.storage != "files" and self.storage_path is not None:
-            raise ValueError(
-                f'{name}.storage_path: {self.storage_path!r} belongs to storage "files", this is {self.storage!r}; '
-                "leave it out"
-            )
-        return self
+            yield 'storage_path: missing; with storage "files" write a folder on a local disk that all nodes have'
+        if self.storage != "files" and (path := self.storage_path) is not None:
+            yield f'storage_path: {path!r} belongs to storage "files", this is {self.storage!r}; leave it out'

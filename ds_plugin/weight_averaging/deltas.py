@@ -1,8 +1,8 @@
 """A sliding window in about half the memory: the newest snapshot whole, older ones as bf16 differences. In place.
 
 ``s_i`` is kept as ``d_i = bf16(s_i - s_{i+1})``, its difference to the next newer snapshot, and read back from the
-newest one down: ``r_k = s_k``, ``r_i = r_{i+1} + d_i``. Every d_i is made from two exact snapshots, when the newer one
-arrives, and never touched again, so that errors reach back over the window and no further, whatever the run's length.
+newest one down: ``r_k = s_k``, ``r_i = r_{i+1} + d_i``. Every d_i is made from two exact snapshots and never touched
+again, so that errors reach back over the window and no further.
 
 The bound. bf16 keeps 8 significant bits and fp32 24: a rounding moves a number by at most ``u = 2^-8`` and
 ``v = 2^-24`` of itself. Of the exact difference, d_i is off by at most ``(u + v + uv) |s_i - s_{i+1}|``, and adding it
@@ -11,10 +11,7 @@ rounds once, by at most ``v |r_{i+1} + d_i|``. Summed from the newest down::
     |r_i - s_i|  <=  sum over j = i .. k-1 of  (u + v + uv) |s_j - s_{j+1}|  +  v |r_{j+1} + d_j|
 
 (but for differences below 2^-126, which bf16 has as subnormal numbers): 1/256 of the path that the weight went since,
-beside fp32's own rounding - where a raw bf16 snapshot would be off by 1/256 of the weight itself. The mean is off by
-no more than the mean of these.
-
-All of it works element by element, in a fixed order, so it is the same under every sharding, as in `window`.
+beside fp32's own rounding - where a raw bf16 snapshot would be off by 1/256 of the weight itself.
 """
 
 from collections.abc import Sequence

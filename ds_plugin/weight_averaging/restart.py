@@ -13,15 +13,13 @@ ZERO_AT_START = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "m
 
 
 def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> list[dict[str, Any]]:
-    """What a restart starts again (see `moments`): everything, or with ``keep`` nothing, if all of it is finite.
+    """What a restart starts again, as `moments` gives it: everything, or with ``keep`` nothing if all of it is finite.
 
     One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: the moments share
     their step counts, and a moment of zero at a high step count would take far too large steps. Every rank calls it; to
-    keep costs a pass over the state and 4 bytes.
+    keep costs a pass over the state and 4 bytes, which are exchanged on ``device``.
 
-    Args:
-        optimizers: what has ``state`` and ``param_groups`` of this rank's masters.
-        device: on which the answer is exchanged.
+    ``optimizers``: what has ``state`` and ``param_groups`` of this rank's masters.
 
     Raises:
         StateError: as `moments` does.
@@ -41,13 +39,12 @@ def moments(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
         StateError: the optimizer keeps something else, of which it is not known how it begins.
     """
     found = _entries(optimizers)
-    for entry in found:
-        unknown = sorted(key for key, value in entry.items() if key not in ZERO_AT_START and torch.is_tensor(value))
-        if unknown:
-            raise StateError(
-                f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
-                "moments='keep', which needs moments that are finite"
-            )
+    tensors = {key for entry in found for key, value in entry.items() if torch.is_tensor(value)}
+    if unknown := sorted(tensors - ZERO_AT_START):
+        raise StateError(
+            f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
+            "moments='keep', which needs moments that are finite"
+        )
     # apex's kind of Adam counts steps in its groups
     return found + [group for each in optimizers for group in each.param_groups if "step" in group]
 

@@ -1,6 +1,6 @@
 """When the loss rises and stays up: from which step on, so that training can go back to the average from before.
 
-Restarting from an average after a spike: arXiv 2505.12082.
+See arXiv 2505.12082.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,10 @@ from ds_plugin.weight_averaging.config import RestartConfig
 
 
 class SpikeWatch:
-    """Watches the loss ratio; one small collective over all ranks every ``patience`` steps, none and no sync between.
-
-    The loss ratio is `stability.LossRatio`'s of all ranks' mean loss, as in arXiv 2108.06084.
-    """
+    """Watches the `LossRatio` of all ranks' loss; one small collective every ``patience`` steps, no sync between."""
 
     def __init__(self, readings: Readings, config: RestartConfig, *, every_rank: bool = True):
-        """``every_rank``: each has losses, so that a step in which this one noted none is an error; not so in a
-        pipeline, where the last stage has them.
-        """
+        """``every_rank``: each has losses, and a step without is an error; in a pipeline the last stage has them."""
         self.config = config
         self.monitor = StabilityMonitor(readings, config.patience)
         self.since: int | None = None  # the first step of those without a break, up to the last look, that were above
@@ -43,13 +38,12 @@ class SpikeWatch:
         ``length``: of its samples in tokens; a step is compared with those that were not longer.
 
         Raises:
-            StateError: no loss came in this step, so that nothing is watched.
+            StateError: no loss came in this step.
         """
         if self._every_rank and not self._recorded:
             raise StateError(
-                "weight_averaging.restart: this step's loss is not known, so that nothing could be watched; call "
-                "engine.backward(loss), or loss.backward() on the loss that the model returns, or leave "
-                '"restart" out'
+                "weight_averaging.restart: this step's loss is not known; call engine.backward(loss), or "
+                'loss.backward() on the loss that the model returns, or leave "restart" out'
             )
         self._recorded = False
         report = self.monitor.close_step(length)

@@ -13,13 +13,13 @@ EXCHANGE_ELEMENTS = 4 * 1024 * 1024
 class Exchange:
     """Two lists of fp32 tensors of the same shapes that change their contents, bit for bit, a piece at a time.
 
-    All it needs is allocated when it is made. `forth` and `back` may fail at any piece, as on a lost device, and be
-    called again, either of them: a piece that was under way is first put back as it was. For each there is an order of
-    three copies, and in all of it both contents are somewhere whole::
+    All it needs is allocated when it is made. `forth` and `back` may fail at any piece, as on a lost device, and either
+    may be called again: a piece that was under way is first put back as it was. It takes three copies, and at any time
+    both contents are somewhere whole::
 
         left -> scratch | right -> left | scratch -> right
 
-    scratch: the flat tensor of an earlier exchange of tensors of these shapes, to be used again.
+    scratch: of an earlier exchange of tensors of these shapes, to be used again.
     """
 
     def __init__(self, left: Tensors, right: Tensors, scratch: torch.Tensor | None = None):
@@ -29,8 +29,8 @@ class Exchange:
             scratch = torch.empty(max((a.numel() for a, _ in pairs), default=0), dtype=torch.float32, device=device)
         self.scratch = scratch
         self._pieces = [(a, b, scratch[: a.numel()].view(a.shape)) for a, b in pairs]
-        #: how many pieces have changed places, from the first on; the one under way, and which of its copies. One
-        #: value, so that an interrupt leaves no half of it
+        #: how many pieces have changed places, from the first on; the one under way; how many of its copies have ended.
+        #: One value, so that an interrupt leaves no half of it
         self._state = (0, 0, 0)
 
     def forth(self) -> None:
@@ -44,30 +44,25 @@ class Exchange:
     def _to(self, count: int) -> None:
         self._settle()
         while (done := self._state[0]) != count:
-            forth = done < count
-            self._flip(done if forth else done - 1, done + 1 if forth else done - 1)
-
-    def _flip(self, piece: int, then_done: int) -> None:
-        done = self._state[0]
-        left, right, kept = self._pieces[piece]
-        kept.copy_(left)
-        self._state = (done, piece, 1)
-        left.copy_(right)
-        self._state = (done, piece, 2)
-        right.copy_(kept)
-        self._state = (then_done, 0, 0)
+            piece, then = (done, done + 1) if done < count else (done - 1, done - 1)
+            left, right, kept = self._pieces[piece]
+            kept.copy_(left)
+            self._state = (done, piece, 1)
+            left.copy_(right)
+            self._state = (done, piece, 2)
+            right.copy_(kept)
+            self._state = (then, 0, 0)
 
     def _settle(self) -> None:
         """Put a piece that was under way back as it was. What a copy that failed was to write is taken as lost."""
         done, piece, begun = self._state
-        if not begun:
-            return
-        left, right, kept = self._pieces[piece]
-        if begun == 2:
-            right.copy_(left)
-            self._state = (done, piece, 1)
-        left.copy_(kept)
-        self._state = (done, 0, 0)
+        if begun:
+            left, right, kept = self._pieces[piece]
+            if begun == 2:
+                right.copy_(left)
+                self._state = (done, piece, 1)
+            left.copy_(kept)
+            self._state = (done, 0, 0)
 
 
 def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -97,19 +92,15 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every buffer is the tensor it was, with the bits it had; but for the caches that were replaced."""
+        """Every buffer is the tensor it was, with the bits it had (NaNs, too); but for caches that were replaced."""
         for owner, name, buffer, kept, cache in self._kept:
             if getattr(owner, name, None) is not buffer:
                 if cache:
                     continue
                 owner._buffers[name] = buffer
-            if not _same(buffer, kept):
+            # what is not laid out in strides (a sparse matrix) is taken as changed
+            if buffer.layout is not torch.strided or not torch.equal(_bits(buffer), _bits(kept)):
                 buffer.copy_(kept)
-
-
-def _same(buffer: torch.Tensor, kept: torch.Tensor) -> bool:
-    """Bit for bit, NaNs too; what is not laid out in strides (a sparse matrix) is taken as changed."""
-    return buffer.layout is torch.strided and torch.equal(_bits(buffer), _bits(kept))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

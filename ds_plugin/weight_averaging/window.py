@@ -5,8 +5,8 @@ a fused multiply-add rounds once, plain code twice, and a kernel may use one in 
 its end. So each element's bits do not depend on which rank holds it, where its shard begins, or how many threads work.
 
 All of it goes by numpy in pieces that stay in a core's cache (`in_pieces`), which the threads take one after another.
-Torch's own threads share every call's tensor evenly and wait for each other at its end: where other programs want the
-cores too, each such wait lasts until the slowest has been given a turn, dozens of times the work itself.
+Torch's own threads share every tensor evenly and wait for the slowest at each call's end, which on shared cores takes
+dozens of times the work itself.
 """
 
 import math
@@ -23,17 +23,12 @@ Tensors = Sequence[torch.Tensor]
 Array = np.ndarray[Any, np.dtype[Any]]
 Work = Callable[..., None]
 
-#: elements worked on at a time: 256 KiB of fp32, of which several stay in a core's cache, so that each snapshot is read
-#: once and each result written once; smaller pieces spend their time in Python
+#: elements at a time: 256 KiB of fp32, of which several stay in a core's cache; smaller ones spend their time in Python
 PIECE = 64 * 1024
-#: and twice of that where threads share the work: each call has to get Python's lock back from the others
-_SHARED = 2 * PIECE
-#: so many pieces are a thread's turn: whose it is has to be agreed upon
-_TURN = 8
-#: what is copied is read once, so that its pieces need no cache
-_COPIED = 8 * PIECE
-#: threads, at most: memory is not read faster by more, and each takes Python's lock now and then from the training
-_THREADS = 4
+_SHARED = 2 * PIECE  # where threads share the work: each call has to get Python's lock back from the others
+_TURN = 8  # pieces that a thread takes at a time
+_COPIED = 8 * PIECE  # what is copied is read once and needs no cache
+_THREADS = 4  # at most: more do not read memory faster, and each takes Python's lock from the training now and then
 #: the smallest number that fp32 holds with all its digits; a share of the mean below it is none
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -45,16 +40,15 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
 
     ``"minus-sqrt"`` and ``"cosine"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a
     constant learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval
-    before snapshot i added. A mean with weights c_j that add up to 1 is ``x_0 + sum_i (c_i + ... + c_{k-1}) d_i``:
-    interval i enters scaled by ``w_i = c_i + ... + c_{k-1}``, as under a learning rate decayed by w_i, as long as the
-    decay would not have changed the gradients. Turned around, ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0. The
-    decay ``w_i = 1 - sqrt(i / k)`` gives ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``: the oldest is the heaviest, since
-    the decay falls steeply at first. The cosine ``w_i = (1 + cos(pi i / k)) / 2`` gives ``c_j = sin(pi / 2k) sin(pi (2j
-    + 1) / 2k)``: those in the middle are the heaviest; its first factor, the same for all, is left out here. The linear
-    decay ``w_i = 1 - i / k`` gives the plain mean, which WSM and Megatron-LM's ``weighted_merge`` call ``linear``.
+    before snapshot i added. A mean with weights c_j that add up to 1 scales d_i by ``w_i = c_i + ... + c_{k-1}``, as a
+    learning rate decayed by w_i would if it changed no gradient. So ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0:
 
-    A sequence of numbers: the last belongs to the newest snapshot; while there are fewer snapshots, its last ``count``
-    are used. The named kinds are worked out for the snapshots there are.
+        ``w_i = 1 - sqrt(i / k)``: ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``, the oldest is the heaviest
+        ``w_i = (1 + cos(pi i / k)) / 2``: ``c_j = sin(pi / 2k) sin(pi (2j + 1) / 2k)``, those in the middle are; the
+            first factor, the same for all, is left out here
+        ``w_i = 1 - i / k``: the plain mean, which WSM and Megatron-LM's ``weighted_merge`` call ``linear``
+
+    Numbers: the last belongs to the newest snapshot; of fewer snapshots, the last ``count`` are used.
     """
     if kind == "mean":
         return [1.0] * count
@@ -71,8 +65,7 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
 def normalised(weights: Sequence[float]) -> list[float]:
     """Relative weights, finite, none negative and one positive, divided by their sum: each rounded once, to fp64.
 
-    By fractions, so that nothing overflows or is lost on the way: three weights of 1e-300 or of 1e308 give the bits of
-    three weights of 1.
+    By fractions: three weights of 1e-300 or of 1e308 give the bits of three weights of 1.
     """
     exact = [Fraction(weight) for weight in weights]
     total = sum(exact)
@@ -83,7 +76,7 @@ def factors(weights: Sequence[float]) -> tuple[list[float], int]:
     """How a mean with relative ``weights`` is made: of snapshot times factor, added up and divided once by the number.
 
     A factor of 0 leaves its snapshot out; times 0 an infinity would be NaN. Where all that are in it weigh the same,
-    the factors are 1 and the number is how many there are: the bits of `mean_`. Else they add up to 1, divided by 1.
+    the factors are 1 and the number is how many there are. Else they add up to 1, divided by 1.
     """
     shares = [share if share >= _TINY else 0.0 for share in normalised(weights)]
     kept = [share for share in shares if share]
@@ -92,19 +85,11 @@ def factors(weights: Sequence[float]) -> tuple[list[float], int]:
     return shares, 1
 
 
-def mean_(out: Tensors, snapshots: Sequence[Tensors]) -> None:
-    """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) into ``out``.
-
-    The order is fixed - add oldest to newest, then divide once - so that every sharding of the same weights gives the
-    same bits, and equals ``sum(snapshots) / len(snapshots)`` on gathered weights.
-    """
-    weighted_mean_(out, snapshots, [1.0] * len(snapshots))
-
-
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """`mean_` with relative weights: add ``snapshot * factor`` oldest to newest, with the `factors` of ``weights``.
+    """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) with relative weights into ``out``.
 
-    Equal weights give the bits of `mean_`, whatever their size; a snapshot of weight 0 is not looked at.
+    Adds ``snapshot * factor`` oldest to newest, with the `factors` of ``weights``, then divides once. Equal weights
+    give the bits of ``sum(snapshots) / len(snapshots)``; a snapshot of weight 0 is not looked at.
     """
     in_pieces(mean_of(weights), out, *snapshots)
 
@@ -136,26 +121,18 @@ def mean_of(weights: Sequence[float]) -> Work:
 
 def add_(total: Tensors, snapshot: Tensors) -> None:
     """Add a snapshot to a running sum."""
-
-    def add(_: Array, target: Array, source: Array) -> None:
-        np.add(target, source, out=target)
-
-    in_pieces(add, total, snapshot)
+    in_pieces(lambda _, target, source: np.add(target, source, out=target), total, snapshot)
 
 
 def mean_of_sum_(out: Tensors, total: Tensors, count: int) -> None:
     """Write a running sum of ``count`` snapshots, divided once, into ``out`` (which may be ``total``)."""
-
-    def divide(_: Array, target: Array, source: Array) -> None:
-        np.divide(source, np.float32(count), out=target)
-
-    in_pieces(divide, out, total)
+    in_pieces(lambda _, target, source: np.divide(source, np.float32(count), out=target), out, total)
 
 
 def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
     """Move a running average towards a snapshot: ``average + (snapshot - average) * (1 / divisor)``, in fp32.
 
-    Times a factor that is rounded once: a processor divides at a small part of the speed at which it multiplies.
+    The factor is rounded once: processors multiply much faster than they divide.
     """
     rate = np.float32(1 / divisor)
 
@@ -201,8 +178,8 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
     """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of the same elements.
 
     By as many threads as torch has been given, of which the caller is one; each has fp32 scratches of its own, of the
-    piece's shape. The other threads live as long as the call: they round as the caller does, and none is lost in a
-    fork. A bf16 tensor comes as its bits (`bits_of`). A tensor with strides is one piece: such shards are small.
+    piece's shape. The others live as long as the call, so that none is lost in a fork. A bf16 tensor comes as its bits
+    (`bits_of`). A tensor with strides is one piece: such shards are small.
 
     ``piece``: elements, at most.
     """

@@ -4,16 +4,15 @@
     scheduler = OptimizerParamScheduler(optimizer, init_lr=0.0, ...)
     check_scheduler(scheduler)
 
-It uses the host's extension point, ``get_megatron_optimizer(..., config_overrides=...)``. What one has to know of it:
+It uses megatron-core's extension point, ``get_megatron_optimizer(..., config_overrides=...)``. What to know of it:
 
 * Overrides are plain dicts merged into the group, so any key reaches the optimizer: ``eps``, ``betas``, and the initial
-  ``lr`` and ``weight_decay``, which the host otherwise leaves at the base values until its scheduler's first step.
+  ``lr`` and ``weight_decay``, which otherwise have the base values until the scheduler's first step.
 * The scheduler reads a group's ``max_lr``, ``min_lr`` and ``wd_mult``; its ``init_lr``, where warmup starts, is global.
 * When a checkpoint is loaded, groups are recognised by ``wd_mult`` and ``lr_mult`` (in 0.19 also by ``max_lr`` and
   ``min_lr``), not by eps: two roles that agree in those would get each other's eps. Nothing else reads ``lr_mult``, so
   the role's name is written there.
-* A group whose overrides name a learning rate is not the one whose learning rate the host logs (``default_config``),
-  unless it says so: the embeddings, whose multiplier is 1 in every recipe but completed_p, do.
+* The group whose learning rate is logged says ``default_config``: the embeddings, whose multiplier is mostly 1.
 """
 
 import math
@@ -25,7 +24,7 @@ import torch
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import finished_roles, ratios_of
-from ds_plugin.completep.param_groups import check_rates, groups_built, scaled_betas
+from ds_plugin.completep.param_groups import check_rates, group_settings, groups_built
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks
@@ -46,16 +45,16 @@ def build_optimizer(
     section: CompletePConfig,
     *,
     get_optimizer: Callable[..., Any] | None = None,
-    **host_arguments: Any,
+    **arguments: Any,
 ) -> Any:
     """``get_megatron_optimizer`` with the groups of the section's recipe, checked, and clipping that knows the mode.
 
     The groups are checked again whenever the optimizer loads a state, and their learning rates and weight decays before
     each step, which is refused where they are not in the ratios of their roles.
 
-    ``optimizer_config`` holds the base model's values. ``model_chunks``: as the host wants them (wrapped in its
-    DistributedDataParallel), built and finished under `prepare` and `finish`. ``get_optimizer``: the host's function,
-    where its name is bound to another; ``host_arguments`` go to it. Collective.
+    ``optimizer_config`` holds the base model's values. ``model_chunks``: in DistributedDataParallel, built and finished
+    under `prepare` and `finish`. ``get_optimizer``: megatron-core's function, where its name is bound to another;
+    ``arguments`` go to it. Collective.
 
     Raises:
         ConfigError: the optimizer is not one the rules hold for, the chunks are not finished, or a parameter did not
@@ -63,21 +62,27 @@ def build_optimizer(
     """
     with raise_on_all_ranks():
         overrides = config_overrides(model_chunks, section, optimizer_config)
-    from megatron.core import optimizer as host_module
+    from megatron.core.optimizer import get_megatron_optimizer
 
-    build = get_optimizer or host_module.get_megatron_optimizer
-    optimizer = build(optimizer_config, list(model_chunks), config_overrides=overrides, **host_arguments)
+    build = get_optimizer or get_megatron_optimizer
+    optimizer = build(optimizer_config, list(model_chunks), config_overrides=overrides, **arguments)
     with raise_on_all_ranks():
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
-    host_load = optimizer.load_state_dict
+    inner_load, inner_step = optimizer.load_state_dict, optimizer.step
+    rows = {role.value: section.multipliers(role, _ratios(model_chunks, section)) for role in Role}
 
     def load_state_dict(*args: Any, **kwargs: Any) -> None:
-        host_load(*args, **kwargs)
+        inner_load(*args, **kwargs)
         check_groups(optimizer, model_chunks, section)  # groups come with the state, an eps of another base's too
 
-    optimizer.load_state_dict = load_state_dict
-    optimizer.step = _checked_step(optimizer, model_chunks, section)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        groups = [group for single in _singles(optimizer) for group in single.param_groups]
+        by = "the scheduler (OptimizerParamScheduler does, from init_lr 0), or the training loop,"
+        check_rates(groups, [group[_ROLE_KEY] for group in groups], rows, written_by=by)
+        return inner_step(*args, **kwargs)
+
+    optimizer.load_state_dict, optimizer.step = load_state_dict, step
     return optimizer
 
 
@@ -86,43 +91,35 @@ def config_overrides(
 ) -> dict[Any, dict[str, Any]]:
     """``{ParamKey: ParamGroupOverride}`` for ``get_megatron_optimizer``: one entry per role present in these chunks.
 
-    A key matches the parameters of its role by identity, so wrappers' name prefixes do not matter.
-
-    Raises:
-        ConfigError: as `build_optimizer`.
+    A key matches the parameters of its role by identity, whatever wrappers call them. Raises as `build_optimizer`.
     """
     from megatron.core.optimizer import ParamKey
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
     _check_config(optimizer_config)
-    if any(_ddp_setting(chunk, "use_megatron_fsdp") for chunk in model_chunks):
+    if any(getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False) for chunk in model_chunks):
         raise ConfigError(
             "completep: Megatron-FSDP replaces the parameters and has optimizer states of its own; use the distributed "
             "optimizer (DistributedDataParallelConfig.use_megatron_fsdp=False, use_distributed_optimizer=True)"
         )
-    members: dict[Role, set[int]] = {}
-    for _, parameter, role in _parameters(model_chunks, section):
-        members.setdefault(role, set()).add(id(parameter))
+    role_by_id = {id(parameter): role for _, parameter, role in _parameters(model_chunks, section)}
     groups = _group_values(section, _ratios(model_chunks, section), optimizer_config)
     for chunk in model_chunks:
         groups_built(unwrapped(chunk))
 
     def key(role: Role) -> Any:
-        return ParamKey(
-            with_name_predicate=ParamWithNamePredicate(
-                name=f"completep_{role.value}", fn=lambda parameter, name: id(parameter) in members[role]
-            )
-        )
+        def belongs(parameter: Any, name: str) -> bool:
+            return role_by_id.get(id(parameter)) is role
 
-    return {key(role): groups[role] for role in Role if role in members}
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"completep_{role.value}", fn=belongs))
+
+    present = set(role_by_id.values())
+    return {key(role): groups[role] for role in Role if role in present}
 
 
 def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
-    """Prove that every parameter this rank optimizes lies in the group of its role, with its role's settings.
-
-    Under the distributed optimizer each rank checks the parameters of its own shard. Call it after loading a checkpoint
-    too, to learn whether the groups that it held are the recipe's; the ``lr`` and ``weight_decay`` of the moment are
-    the scheduler's and are not compared.
+    """Prove that every parameter this rank optimizes (a part of) lies in the group of its role, with its settings; but
+    for the ``lr`` and ``weight_decay`` of the moment, which are the scheduler's.
 
     Raises:
         ConfigError: naming the parameter, the setting, the value found and the one expected.
@@ -136,7 +133,7 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
             if parameter.requires_grad and not elsewhere:
                 raise ConfigError(
                     f"completep: parameter {name!r} is in no param group; build the optimizer with "
-                    "megatron_patches.completep.optimizer.build_optimizer after the model is wrapped"
+                    "optimizer.build_optimizer after the model is wrapped"
                 )
             continue
         group = found[id(parameter)]
@@ -144,48 +141,26 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
             if setting not in ("lr", "weight_decay") and not _same(group.get(setting), value):
                 raise ConfigError(
                     f"completep: parameter {name!r} (role {role.value}) is in a param group with {setting} "
-                    f"{group.get(setting)!r}, expected {value!r}; give the optimizer exactly the overrides of "
-                    "megatron_patches.completep.optimizer.config_overrides, and resume with the same recipe and "
-                    "learning rate"
+                    f"{group.get(setting)!r}, expected {value!r}; give the optimizer the overrides of "
+                    "optimizer.config_overrides alone, and resume with the same recipe and learning rate"
                 )
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Refuse an OptimizerParamScheduler whose warmup does not start at 0: the start is the same for all groups.
-
-    Raises:
-        ConfigError: naming the value.
-    """
+    """Raises ConfigError for an OptimizerParamScheduler whose warmup does not start at 0, the same for all groups."""
     if scheduler.init_lr != 0:
         raise ConfigError(
-            f"completep: the scheduler's init_lr is {scheduler.init_lr!r}, one value for all param groups, which would "
-            "not keep their ratios during warmup; write 0.0 (lr_warmup_init)"
+            f"completep: the scheduler's init_lr is {scheduler.init_lr!r} for all param groups, which would not keep "
+            "their ratios during warmup; write 0.0 (lr_warmup_init)"
         )
-
-
-def _checked_step(
-    optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig
-) -> Callable[..., Any]:
-    host_step, ratios = optimizer.step, _ratios(model_chunks, section)
-    rows = {role.value: section.multipliers(role, ratios) for role in Role}
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        groups = [group for single in _singles(optimizer) for group in single.param_groups]
-        roles = [group[_ROLE_KEY] for group in groups]
-        by = "the scheduler (OptimizerParamScheduler does, from init_lr 0), or the training loop,"
-        check_rates(groups, roles, rows, written_by=by)
-        return host_step(*args, **kwargs)
-
-    return step
 
 
 def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
     """Make the gradient norm, for clipping and the log, that of the forward mode when multipliers are folded.
 
-    A role with fold factor c has gradients 1/c of the forward mode's. What the host collects for its norm becomes, on
-    this optimizer, one float32 number per factor: c times the norm of the gradients that have it. The norm over those
-    is the norm over all gradients; nothing is copied, reduced or synchronised in addition. Gradients themselves, and
-    the count of their zeros, stay as they are. Without folding this does nothing.
+    A role with fold factor c has gradients 1/c of the forward mode's. What megatron-core collects for its norm becomes,
+    on this optimizer, one float32 number per factor: c times the norm of the gradients that have it. Nothing is copied,
+    reduced or synchronised in addition; gradients, and the count of their zeros, stay as they are.
 
     Raises:
         PluginError: this megatron-core does not collect gradients the way this was written for.
@@ -199,14 +174,14 @@ def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], se
         if name is None:
             raise PluginError(
                 f"megatron-core {metadata.version('megatron-core')} has no {type(single).__name__}."
-                f"{' or '.join(_GRADS_FOR_NORM)}, where gradients are collected for clipping; use a version this "
-                'plugin was tested with, or "residual": "forward"'
+                f"{' or '.join(_GRADS_FOR_NORM)} to scale the gradient norm by; use a version this plugin was tested "
+                'with, or "residual": "forward"'
             )
         setattr(single, name, _weighted(single, getattr(type(single), name), factors))
 
 
 def checkpoint_state(section: CompletePConfig) -> dict[str, Any]:
-    """What to store in a checkpoint's common state, ``state_dict.update(checkpoint_state(section))``."""
+    """What to add to a checkpoint's common state."""
     return {_STATE_KEY: section.model_dump()}
 
 
@@ -228,7 +203,7 @@ def check_checkpoint_state(state: Mapping[str, Any], section: CompletePConfig) -
 
 
 class _Part:
-    """An optimizer as seen by the host's methods, with the parameters of some of its groups only."""
+    """An optimizer as its own methods see it, with the parameters of some of its groups only."""
 
     def __init__(self, optimizer: Any, parameters: list[torch.nn.Parameter]) -> None:
         self._optimizer, self._parameters = optimizer, parameters
@@ -250,7 +225,7 @@ def _weighted(optimizer: Any, collect: Callable[..., Any], factors: Mapping[str,
         for factor, parameters in parts.items():
             grads = collect(_Part(optimizer, parameters), *args, **kwargs)
             if grads:
-                # float32 also for 16-bit gradients; the host's kernels want tensors of one dtype in a list.
+                # float32 also for 16-bit gradients; megatron-core's kernels want tensors of one dtype in a list.
                 each = torch._foreach_norm(grads, 2, dtype=torch.float32)
                 norms.append(factor * torch.linalg.vector_norm(torch.stack(each)))
         return norms
@@ -259,22 +234,19 @@ def _weighted(optimizer: Any, collect: Callable[..., Any], factors: Mapping[str,
 
 
 def _group_values(section: CompletePConfig, ratios: Ratios, optimizer_config: Any) -> dict[Role, dict[str, Any]]:
+    c = optimizer_config
     values = {}
     for role in Role:
         m = section.multipliers(role, ratios)
         values[role] = {
             _ROLE_KEY: role.value,
-            "lr": optimizer_config.lr * m.lr,
-            "lr_scale": m.lr,  # for loops that write the rate themselves
-            "max_lr": optimizer_config.lr * m.lr,
-            "min_lr": optimizer_config.min_lr * m.lr,
-            "weight_decay": optimizer_config.weight_decay * m.weight_decay,
+            **group_settings(
+                m, lr=c.lr, weight_decay=c.weight_decay, eps=c.adam_eps, betas=(c.adam_beta1, c.adam_beta2)
+            ),
+            "max_lr": c.lr * m.lr,
+            "min_lr": c.min_lr * m.lr,
             "wd_mult": m.weight_decay,
-            "eps": optimizer_config.adam_eps * m.eps,
         }
-        if m.one_minus_beta != 1.0:
-            betas = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
-            values[role]["betas"] = scaled_betas(betas, m.one_minus_beta)
         if role is Role.EMBEDDING:
             values[role]["default_config"] = True
     return values
@@ -290,10 +262,11 @@ def _check_config(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
             raise ConfigError(f"completep: OptimizerConfig.{name} is {value!r}; write the base model's {why}")
+    both = (None, "it sets the learning rate of embedding and output layer, as the recipe does")
     refused = {
         "decoupled_weight_decay": (True, "the rules hold for weight decay decoupled from the gradient"),
-        "decoupled_lr": (None, "it sets the learning rate of embedding and output layer, as the recipe does"),
-        "decoupled_min_lr": (None, "it sets the learning rate of embedding and output layer, as the recipe does"),
+        "decoupled_lr": both,
+        "decoupled_min_lr": both,
         "apply_wd_to_qk_layernorm": (False, "the recipe gives norms no weight decay"),
         "use_layer_wise_distributed_optimizer": (False, "it has param groups of its own"),
         "optimizer_cuda_graph": (False, "it keeps one learning rate in a tensor"),
@@ -302,10 +275,6 @@ def _check_config(config: Any) -> None:
         value = getattr(config, name, plain)
         if value != plain:
             raise ConfigError(f"completep: OptimizerConfig.{name} is {value!r}: {why}; leave it at {plain!r}")
-
-
-def _ddp_setting(chunk: Any, name: str) -> Any:
-    return getattr(getattr(chunk, "ddp_config", None), name, False)
 
 
 def _parameters(
@@ -332,19 +301,14 @@ def _optimized(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Mapping[str
     """The model's parameters that this rank updates (a part of), each with its param group."""
     groups = optimizer.param_groups
     if hasattr(optimizer, _SHARD_INDEX):
-        for parameter, (index, _) in getattr(optimizer, _SHARD_INDEX).items():
-            yield parameter, groups[index]
+        yield from ((p, groups[index]) for p, (index, _) in getattr(optimizer, _SHARD_INDEX).items())
         return
+    members = [group["params"] for group in groups]
     if hasattr(optimizer, _HALF_GROUPS):
-        for half, full, group in zip(
-            getattr(optimizer, _HALF_GROUPS), getattr(optimizer, _FULL_GROUPS), groups, strict=True
-        ):
-            for parameter in (*half, *full):
-                yield parameter, group
-        return
-    for group in groups:
-        for parameter in group["params"]:
-            yield parameter, group
+        kinds = zip(getattr(optimizer, _HALF_GROUPS), getattr(optimizer, _FULL_GROUPS), strict=True)
+        members = [[*half, *full] for half, full in kinds]
+    for parameters, group in zip(members, groups, strict=True):
+        yield from ((p, group) for p in parameters)
 
 
 def _same(found: Any, expected: Any) -> bool:

@@ -2,15 +2,15 @@
 
     residual + multiplier * dropout(x + bias)
 
-The multiplier rides on the addition's own kernel, and where the host fuses (``bias_dropout_fusion``) the same compiler
-fuses this. Unfused, the backward pass has one multiplication more. The sum has the residual's dtype, also with an fp32
-residual stream under 16-bit layers (``fp32_residual_connection``), which megatron-core 0.16's own function rounds down:
-at alpha = 1 a branch is a 1/L-th of the stream, and 16 bits would lose it.
+The multiplier rides on the addition's own kernel, and where megatron-core fuses (``bias_dropout_fusion``) the same
+compiler fuses this. The sum has the residual's dtype, also with an fp32 residual stream under 16-bit layers
+(``fp32_residual_connection``), which megatron-core 0.16's own function rounds down: at alpha = 1 a branch is a 1/L-th
+of the stream, and 16 bits would lose it.
 
-That multiplication makes a tensor of its own: the host's branch shares the stream's gradient. Beside the backward pass
-of the MLP's second matrix, the step's peak in the last layer, it is one activation more than the host holds. There
-`scale_before` multiplies what enters that matrix instead, four times as many elements, for the same sum; below the last
-layer memory has been freed by then, and the addition is the cheaper place.
+Unfused, the backward pass has one multiplication more, which makes a tensor of its own: beside the backward pass of the
+MLP's second matrix, the step's peak in the last layer, one activation more. There `scale_before` multiplies what enters
+that matrix instead, four times as many elements, for the same sum; below the last layer memory has been freed by then,
+and the addition is the cheaper place.
 """
 
 import functools
@@ -25,15 +25,14 @@ BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tenso
 def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
     """A value for a layer spec's bias-dropout-add whose branch is multiplied before it is added.
 
-    The host calls it as ``value(training, fused)((x, bias), residual, prob)`` with x and residual [sequence, batch,
-    hidden], bias [hidden] or None; the result has residual's shape and dtype.
+    It is called as ``value(training, fused)((x, bias), residual, prob)`` with x and residual [sequence, batch, hidden],
+    bias [hidden] or None; the result has residual's shape and dtype.
     """
     return _bias_dropout_add(of_bias=1.0, of_branch=multiplier)
 
 
 def scaled_add(add: Any, multiplier: float) -> Any:
-    """What a layer spec's bias-dropout-add becomes; where there is no branch to add, nothing else; None for one that is
-    neither the host's nor made here."""
+    """What a layer spec's bias-dropout-add becomes; itself where there is no branch to add, None for an unknown one."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.identity_op import IdentityFuncOp
 
@@ -47,8 +46,8 @@ def scaled_add(add: Any, multiplier: float) -> Any:
 def scale_before(layer: Any, multiplier: float) -> None:
     """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it.
 
-    Where the MLP is not the host's plain one (a fused one need not call its matrix as a module) the layer stays as it
-    was: the sum is the same either way.
+    Where the MLP is not the plain one (a fused one need not call its matrix as a module) the layer stays as it was: the
+    sum is the same either way.
     """
     from megatron.core.transformer.mlp import MLP
 
@@ -77,15 +76,27 @@ def _bias_dropout_add(*, of_bias: float, of_branch: float) -> Callable[[bool, bo
     return get_bias_dropout_add
 
 
+WithBias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+# two functions, since torch.compile keeps a limited number of variants of each
+def _train(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
+    return _add(x[0], x[1], residual, prob, True, of_bias, of_branch)
+
+
+def _evaluate(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
+    return _add(x[0], x[1], residual, prob, False, of_bias, of_branch)
+
+
 def _add(
-    x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
     residual: torch.Tensor,
     prob: float,
     training: bool,
     of_bias: float,
     of_branch: float,
 ) -> torch.Tensor:
-    x, bias = x_with_bias
     if x.dtype != residual.dtype:
         x = x.to(residual.dtype)
     if bias is not None:
@@ -94,29 +105,9 @@ def _add(
     return torch.add(residual, x, alpha=of_branch)
 
 
-def _train(
-    x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
-    residual: torch.Tensor,
-    prob: float,
-    of_bias: float,
-    of_branch: float,
-) -> torch.Tensor:
-    return _add(x_with_bias, residual, prob, True, of_bias, of_branch)
-
-
-def _evaluate(
-    x_with_bias: tuple[torch.Tensor, torch.Tensor | None],
-    residual: torch.Tensor,
-    prob: float,
-    of_bias: float,
-    of_branch: float,
-) -> torch.Tensor:
-    return _add(x_with_bias, residual, prob, False, of_bias, of_branch)
-
-
 @functools.cache
 def _fused(training: bool) -> Callable[..., torch.Tensor]:
-    """Compiled once in a process, by the compiler that the host uses for its own."""
+    """Compiled once in a process, by the compiler that megatron-core uses for its own."""
     from megatron.core.jit import jit_fuser
 
     compiled: Callable[..., torch.Tensor] = jit_fuser(_train if training else _evaluate)

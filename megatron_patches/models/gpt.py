@@ -1,16 +1,15 @@
-"""Build a megatron-core GPT for a training script, in steps that another module may come between.
+"""Build a megatron-core GPT for a training script, in steps that CompleteP may come between.
 
     cfg = GPTConfig(...)
     initialize_parallel(cfg, seed)               # process groups and seeds
-    config = transformer_config(cfg, dtype)      # CompleteP edits its init methods and softmax scale
-    spec = layer_spec(cfg)                       # ... and its residual branches
+    config, spec = transformer_config(cfg, dtype), layer_spec(cfg)
     model = build_gpt(cfg, vocab_size, config, spec)
     deepspeed.initialize(model=model, mpu=DeepSpeedMPU(), ...)
 
     loss = model(tokens, positions, None, labels=labels)
 
 tokens, positions, labels: [batch, length] int64; loss: [batch, length] float32, one value per token. No attention mask
-is needed at any length up to seq_length: causal attention builds its own from the size of the scores.
+is needed: causal attention builds its own from the size of the scores.
 """
 
 import math
@@ -57,30 +56,37 @@ class GPTConfig(BaseModel):
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads, with the default filled in."""
+        """Key/value heads."""
         return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
 
     @property
     def ffn_size(self) -> int:
-        """Width of the MLP, with the default filled in."""
+        """Width of the MLP."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model together; as many copies as there are data-parallel ranks."""
+        """Ranks that hold one copy of the model together."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "GPTConfig":
-        _check_divides("num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
-        _check_divides("num_query_groups", self.query_groups, "num_attention_heads", self.num_attention_heads)
-        # Whole query groups go to a rank, so heads follow; they come first because the default ties the two.
-        _check_divides("tensor_parallel", self.tensor_parallel, "num_attention_heads", self.num_attention_heads)
-        _check_divides("tensor_parallel", self.tensor_parallel, "num_query_groups", self.query_groups)
-        _check_divides("tensor_parallel", self.tensor_parallel, "ffn_hidden_size", self.ffn_size)
-        _check_divides("pipeline_parallel", self.pipeline_parallel, "num_layers", self.num_layers)
-        head = self.hidden_size // self.num_attention_heads
-        if self.position_embedding == "rope" and head % 2:
+        heads, groups = self.num_attention_heads, self.query_groups
+        for name, value, of, total in (
+            ("num_attention_heads", heads, "hidden_size", self.hidden_size),
+            ("num_query_groups", groups, "num_attention_heads", heads),
+            # Whole query groups go to a rank, so heads follow; they come first because the default ties the two.
+            ("tensor_parallel", self.tensor_parallel, "num_attention_heads", heads),
+            ("tensor_parallel", self.tensor_parallel, "num_query_groups", groups),
+            ("tensor_parallel", self.tensor_parallel, "ffn_hidden_size", self.ffn_size),
+            ("pipeline_parallel", self.pipeline_parallel, "num_layers", self.num_layers),
+        ):
+            if total % value:
+                raise ValueError(
+                    f"{name} = {value} does not divide {of} = {total}; set {name} to a divisor of {total} or change "
+                    f"{of}"
+                )
+        if self.position_embedding == "rope" and (head := self.hidden_size // heads) % 2:
             raise ValueError(
                 f"position_embedding='rope' needs an even head size, got hidden_size / num_attention_heads = {head}; "
                 "change num_attention_heads or use position_embedding='learned'"
@@ -88,19 +94,11 @@ class GPTConfig(BaseModel):
         return self
 
 
-def _check_divides(name: str, value: int, of: str, total: int) -> None:
-    if total % value:
-        raise ValueError(
-            f"{name} = {value} does not divide {of} = {total}; set {name} to a divisor of {total} or change {of}"
-        )
-
-
 def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     """Create megatron's process groups and seed every generator the same on all ranks of a tensor-parallel group.
 
-    torch.distributed must be initialised (deepspeed.init_distributed() or init_process_group), with gloo on a CPU.
-    Seeds `random`, numpy, torch and megatron's random number tracker, whose model-parallel stream differs per rank.
-    Calling it again with the same tensor_parallel and pipeline_parallel only seeds again.
+    torch.distributed must be initialised, with gloo on a CPU. Seeds `random`, numpy, torch and megatron's random number
+    tracker, whose model-parallel stream differs per rank. Again with the same sizes, it only seeds.
 
     Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when
     tensor_parallel x pipeline_parallel does not divide the number of ranks, the seed is out of range, or there is
@@ -115,9 +113,10 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError(f"seed = {seed} is out of range; use 0 to {_MAX_SEED}")
     if dist.get_world_size() % cfg.model_ranks:
-        name, value = "tensor_parallel", f"{cfg.tensor_parallel}"
+        sizes = {"tensor_parallel": cfg.tensor_parallel}
         if cfg.pipeline_parallel > 1:
-            name, value = f"{name} x pipeline_parallel", f"{value} x {cfg.pipeline_parallel}"
+            sizes["pipeline_parallel"] = cfg.pipeline_parallel
+        name, value = " x ".join(sizes), " x ".join(map(str, sizes.values()))
         raise ConfigError(
             f"{name} = {value} does not divide the {dist.get_world_size()} ranks of this job; "
             f"start a multiple of {name} ranks or lower it"
@@ -132,12 +131,12 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
 
 
 def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
-    """The megatron-core TransformerConfig of `cfg` with parameters of `dtype` (float32, bfloat16 or float16).
+    """The megatron-core TransformerConfig of `cfg` with parameters of `dtype`: float32, bfloat16 or float16, or
+    ConfigError is raised.
 
     On the CPU, weights are cut from one full weight drawn alike on every rank, so a model starts the same whatever
-    tensor_parallel is. On a GPU each rank draws its own part on the device, and it does not. It never depends on
-    pipeline_parallel, which the config leaves at 1: the stages are DeepSpeed's (`pipeline_gpt`). Raises ConfigError
-    for another dtype.
+    tensor_parallel is; on a GPU each rank draws its own part. The config leaves pipeline_parallel at 1: the stages are
+    DeepSpeed's (`pipeline_gpt`).
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -172,10 +171,8 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
 
 
 def layer_spec(cfg: GPTConfig) -> Any:
-    """The ModuleSpec of one layer: Transformer Engine's with a GPU and that package, otherwise megatron's own.
-
-    A fresh object on every call, so that a caller may edit its submodules.
-    """
+    """The ModuleSpec of one layer, new on every call: Transformer Engine's with a GPU and that package, otherwise
+    megatron's own."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     # megatron's own answer: a package that is there but fails to import does not count.
@@ -186,10 +183,7 @@ def layer_spec(cfg: GPTConfig) -> Any:
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """The next multiple of lcm(64, tensor_parallel): 50257 becomes 50304 for every tensor_parallel that divides 64.
-
-    Rows of the padding are drawn and trained like the others, as in Megatron-LM; no label ever points at them.
-    """
+    """The next multiple of lcm(64, tensor_parallel), as in Megatron-LM: 50257 becomes 50304 for 1, 2, ... 64."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor_parallel)
     return -(-vocab_size // multiple) * multiple
 
@@ -197,12 +191,10 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
     """A megatron-core GPTModel with parameters of `config.params_dtype`, vocabulary padded by `padded_vocab_size`.
 
-    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since. Draws from the
-    generators that `initialize_parallel` seeded.
+    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since.
 
     Raises StateError when the process groups do not fit `cfg`; ConfigError for a vocabulary below 1, pipeline_parallel
-    above 1, and inside deepspeed.zero.Init, which cuts the position embeddings before megatron initialises them, so
-    that their init would silently do nothing.
+    above 1, and inside deepspeed.zero.Init, which cuts position embeddings before megatron initialises them.
     """
     from megatron.core.models.gpt import GPTModel
 
@@ -220,24 +212,31 @@ def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
         share_embeddings_and_output_weights=cfg.tie_embeddings,
         position_embedding_type="learned_absolute" if cfg.position_embedding == "learned" else "rope",
     )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ConfigError(
+            "build_gpt was called inside deepspeed.zero.Init, where megatron cannot initialise its position "
+            "embeddings; build the model outside it, deepspeed.initialize partitions it for ZeRO-3"
+        )
+    return in_one_dtype(model, config)
+
+
+def in_one_dtype(model: Any, config: Any) -> Any:
+    """The model; torch's norms and position embeddings are float32 whatever params_dtype says."""
     for parameter in model.parameters():
-        if hasattr(parameter, "ds_id"):
-            raise ConfigError(
-                "build_gpt was called inside deepspeed.zero.Init, where megatron cannot initialise its position "
-                "embeddings; build the model outside it, deepspeed.initialize partitions it for ZeRO-3"
-            )
-        # torch's norms and position embeddings are float32 whatever params_dtype says.
         parameter.data = parameter.data.to(config.params_dtype)
     return model
+
+
+_MPU = ("get_tensor_model_parallel_", "get_pipeline_model_parallel_", "get_data_parallel_")
 
 
 class DeepSpeedMPU:
     """megatron-core's process groups in the words DeepSpeed asks of an `mpu`.
 
-    A PipelineModule brings its own to the engine, of the same ranks; this one then serves the script only.
-
-    "Model parallel" is tensor parallel here, and "data parallel" all ranks that hold the same shard. The sequence
-    parallel methods are left out on purpose: DeepSpeed takes their presence for its Ulysses mode.
+    ``get_X_group``, ``get_X_rank`` and ``get_X_world_size`` are megatron's for X tensor_model_parallel,
+    pipeline_model_parallel and data_parallel. "model_parallel" is DeepSpeed's old word for the first; megatron's own of
+    that name spans the pipeline too. Sequence parallel methods are left out on purpose: DeepSpeed takes their
+    presence for its Ulysses mode. A PipelineModule brings its own mpu to the engine, of the same ranks.
     """
 
     def __init__(self) -> None:
@@ -247,53 +246,24 @@ class DeepSpeedMPU:
             raise StateError("DeepSpeedMPU needs megatron's process groups; call gpt.initialize_parallel first")
         self._state = parallel_state
 
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_tensor_model_parallel_group()
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._state.get_tensor_model_parallel_rank()
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._state.get_tensor_model_parallel_world_size()
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return self._state.get_tensor_model_parallel_src_rank()
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_pipeline_model_parallel_group()
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self._state.get_pipeline_model_parallel_rank()
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self._state.get_pipeline_model_parallel_world_size()
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_data_parallel_group()
+    def __getattr__(self, name: str) -> Any:
+        name = name.replace("get_model_parallel_", _MPU[0])
+        if not name.startswith(_MPU):
+            raise AttributeError(f"DeepSpeedMPU has no {name!r}")
+        return getattr(self._state, name)
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         """Global ranks of this rank's data-parallel group, in order."""
-        return dist.get_process_group_ranks(self.get_data_parallel_group())
-
-    def get_data_parallel_rank(self) -> int:
-        return self._state.get_data_parallel_rank()
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._state.get_data_parallel_world_size()
-
-    # Old names for the tensor-parallel group. megatron's own get_model_parallel_group spans the pipeline too.
-    get_model_parallel_group = get_tensor_model_parallel_group
-    get_model_parallel_rank = get_tensor_model_parallel_rank
-    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+        return dist.get_process_group_ranks(self._state.get_data_parallel_group())
 
 
 def _on_cpu() -> bool:
-    # The CPU host may pretend that there is a GPU.
+    # megatron_on_cpu may pretend that there is a GPU.
     return megatron_on_cpu.enabled() or not torch.cuda.is_available()
 
 
 def check_build(cfg: GPTConfig, vocab_size: int) -> None:
-    """Raise StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
+    """Raises StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
     _check_groups(cfg)
     if vocab_size < 1:
         raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")
@@ -304,13 +274,11 @@ def _check_groups(cfg: GPTConfig) -> None:
 
     if not parallel_state.model_parallel_is_initialized():
         raise StateError("megatron's process groups do not exist; call gpt.initialize_parallel(cfg, seed) first")
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    for name, size, asked in (
-        ("tensor_parallel", parallel_state.get_tensor_model_parallel_world_size(), cfg.tensor_parallel),
-        # With 1 the stages of existing groups are the business of whoever made the groups.
-        ("pipeline_parallel", stages, cfg.pipeline_parallel if cfg.pipeline_parallel > 1 else stages),
-    ):
-        if size != asked:
+    found = {"tensor_parallel": parallel_state.get_tensor_model_parallel_world_size()}
+    if cfg.pipeline_parallel > 1:  # with 1 the stages of existing groups are the business of whoever made the groups
+        found["pipeline_parallel"] = parallel_state.get_pipeline_model_parallel_world_size()
+    for name, size in found.items():
+        if size != (asked := getattr(cfg, name)):
             raise StateError(
                 f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value "
                 "per process, or parallel_state.destroy_model_parallel() between two"

@@ -8,8 +8,7 @@
 
     loss = engine.train_batch(map(micro_batch, batches))
 
-A parameter's name is the GPTModel's behind the prefix DeepSpeed numbers its layers with; `gpt_name` takes it off. Its
-first value is the GPTModel's too: see `build_pipeline`.
+A parameter's name is the GPTModel's behind the prefix DeepSpeed numbers its layers with; `gpt_name` takes it off.
 """
 
 import contextlib
@@ -24,13 +23,13 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch.nn import ModuleDict
 
 from ds_plugin.core.errors import ConfigError
-from megatron_patches.models.gpt import GPTConfig, check_build, padded_vocab_size
+from megatron_patches.models.gpt import GPTConfig, check_build, in_one_dtype, padded_vocab_size
 
 _TIED = "embedding"  # DeepSpeed's key for the layers that share the word embedding
 _WORDS = "embedding.word_embeddings.weight"
-_PREFIX = re.compile(rf"\d+\.|tied_modules\.{_TIED}\.")
+_PREFIX = re.compile(rf"^(\d+|tied_modules\.{_TIED})\.")
 
-# -- the layers, each of which takes what the one before it returns; inside, modules have their place in a GPTModel ----
+# Each layer takes what the one before it returns; inside, modules have their place in a GPTModel.
 
 
 class Embedding(torch.nn.Module):
@@ -43,9 +42,8 @@ class Embedding(torch.nn.Module):
         kind: Any = "learned_absolute" if cfg.position_embedding == "learned" else "rope"
         self.embedding = LanguageModelEmbedding(config, rows, cfg.seq_length, kind)
 
-    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        stream: torch.Tensor = self.embedding(*inputs)
-        return stream
+    def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        return self.embedding(*inputs)
 
 
 class Layer(torch.nn.Module):
@@ -62,11 +60,10 @@ class Layer(torch.nn.Module):
         layer = build_module(spec, config=config, layer_number=index + 1)
         self.decoder = ModuleDict({"layers": ModuleDict({self.index: layer})})
 
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+    def forward(self, stream: torch.Tensor) -> Any:
         layer: Any = self.decoder["layers"][self.index]  # type: ignore[index]
         angles = None if self.rotary is None else self.rotary(stream.shape[0])
-        out: torch.Tensor = layer(stream, attention_mask=None, rotary_pos_emb=angles)[0]
-        return out
+        return layer(stream, attention_mask=None, rotary_pos_emb=angles)[0]
 
 
 class FinalNorm(torch.nn.Module):
@@ -79,9 +76,8 @@ class FinalNorm(torch.nn.Module):
         norm = LayerNormImpl(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         self.decoder = ModuleDict({"final_layernorm": norm})
 
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.decoder["final_layernorm"](stream)
-        return out
+    def forward(self, stream: torch.Tensor) -> Any:
+        return self.decoder["final_layernorm"](stream)
 
 
 class Output(torch.nn.Module):
@@ -108,26 +104,21 @@ class Output(torch.nn.Module):
         )
         self.tied = tied
 
-    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+    def forward(self, stream: torch.Tensor) -> Any:
         weight: Any = self.embedding["word_embeddings"].weight if self.tied else None
-        logits: torch.Tensor = self.output_layer(stream, weight=weight)[0]
-        return logits
+        return self.output_layer(stream, weight=weight)[0]
 
 
-def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> Any:
     """Mean cross entropy in nats per token; logits [length, batch, part], labels [batch, length] int64."""
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    loss: torch.Tensor = vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous()).mean()
-    return loss
+    return vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous()).mean()
 
 
 def micro_batch(batch: Mapping[str, torch.Tensor]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A batch of tokens, position_ids and labels by name, each [batch, length], as the pipeline takes it."""
     return (batch["tokens"], batch["position_ids"]), batch["labels"]
-
-
-# -- the model -------------------------------------------------------------------------------------------------------
 
 
 class PipelineGPT(PipelineModule):
@@ -147,9 +138,8 @@ class PipelineGPT(PipelineModule):
 
 
 class StageOfGPT(torch.nn.Module):
-    """A stage's modules as a GPTModel has them: embedding, decoder.layers, decoder.final_layernorm, output_layer.
-
-    What a stage does not have is absent. For reading and for CompleteP, not for a forward pass.
+    """A stage's modules as a GPTModel has them, where it has them: embedding, decoder.layers, decoder.final_layernorm,
+    output_layer. For reading and for CompleteP, not for a forward pass.
     """
 
     def __init__(self, parts: Sequence[torch.nn.Module], config: Any, tied: bool):
@@ -181,8 +171,7 @@ def build_pipeline(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> P
     for `gpt.build_gpt`. Every rank of the job calls it.
 
     Weights are those that `gpt.build_gpt` would draw from the same seed: the layers are drawn in its order, and a
-    stage draws those of the stages before it as well, dropping one after the other. So they do not depend on the number
-    of stages; what else they depend on, `gpt.transformer_config` says.
+    stage draws, and drops, those of the stages before it as well.
 
     Raises:
         StateError: the process groups do not fit ``cfg``.
@@ -198,25 +187,28 @@ def build_pipeline(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> P
             "only, and DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use "
             "tensor_parallel 1, or no qk_norm"
         )
-    model = PipelineGPT(
-        _specs(cfg, padded_vocab_size(vocab_size, cfg.tensor_parallel), config, spec),
-        config,
-        cfg.tie_embeddings,
-        # ranks in the order pipe, data, tensor, from the slowest to the fastest, as megatron's groups have them
-        PipeModelDataParallelTopology(
-            num_pp=cfg.pipeline_parallel,
-            num_mp=cfg.tensor_parallel,
-            num_dp=parallel_state.get_data_parallel_world_size(),
-        ),
+    # ranks in the order pipe, data, tensor, from the slowest to the fastest, as megatron's groups have them
+    topology = PipeModelDataParallelTopology(
+        num_pp=cfg.pipeline_parallel, num_mp=cfg.tensor_parallel, num_dp=parallel_state.get_data_parallel_world_size()
     )
-    for parameter in model.parameters():
-        # torch's norms and position embeddings are float32 whatever params_dtype says.
-        parameter.data = parameter.data.to(config.params_dtype)
+    model: PipelineGPT = in_one_dtype(
+        PipelineGPT(_specs(cfg, vocab_size, config, spec), config, cfg.tie_embeddings, topology), config
+    )
     return model
 
 
-def _specs(cfg: GPTConfig, rows: int, config: Any, spec: Any) -> list[LayerSpec]:
-    rotary = _rotary(config) if cfg.position_embedding == "rope" else None
+def _specs(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> list[LayerSpec]:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    rows = padded_vocab_size(vocab_size, cfg.tensor_parallel)
+    rotary = None
+    if cfg.position_embedding == "rope":  # one table of angles for all layers, as a GPTModel has it; no parameters
+        rotary = RotaryEmbedding(
+            config.kv_channels,
+            1.0,
+            rotary_interleaved=config.rotary_interleaved,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
     tied = functools.partial(TiedLayerSpec, _TIED, tied_weight_attr=[_WORDS])
     end: Any = tied if cfg.tie_embeddings else LayerSpec
     return _drawn_in_turn(
@@ -229,19 +221,6 @@ def _specs(cfg: GPTConfig, rows: int, config: Any, spec: Any) -> list[LayerSpec]
     )
 
 
-def _rotary(config: Any) -> torch.nn.Module:
-    """One table of angles for all layers, as a GPTModel has it; it holds no parameters."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    table: torch.nn.Module = RotaryEmbedding(
-        config.kv_channels,
-        1.0,
-        rotary_interleaved=config.rotary_interleaved,
-        use_cpu_initialization=config.use_cpu_initialization,
-    )
-    return table
-
-
 def _drawn_in_turn(specs: list[LayerSpec]) -> list[LayerSpec]:
     """The same specs; the first one that is built on a rank builds, and drops, all before it.
 
@@ -249,22 +228,17 @@ def _drawn_in_turn(specs: list[LayerSpec]) -> list[LayerSpec]:
     """
     waiting = list(specs)
 
-    def build(spec: LayerSpec, log: bool = False) -> torch.nn.Module:
+    def build(spec: LayerSpec, log: bool = False) -> Any:
         while any(spec is other for other in waiting):
-            if waiting[0] is not spec:
-                type(waiting[0]).build(waiting[0])
-            waiting.pop(0)
-        made: torch.nn.Module = type(spec).build(spec, log)
-        return made
+            if (first := waiting.pop(0)) is not spec:
+                type(first).build(first)
+        return type(spec).build(spec, log)
 
     for spec in specs:
         spec.build = functools.partial(build, spec)
     return specs
 
 
-# -- names -----------------------------------------------------------------------------------------------------------
-
-
 def gpt_name(name: str) -> str:
     """The name in a GPTModel of a parameter or module of a `PipelineGPT`."""
-    return _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+    return _PREFIX.sub("", name, count=1)

@@ -1,5 +1,6 @@
 """What lies between Megatron-LM's data loaders and its training loop: batches cut to a length, batches seen again."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,9 +27,9 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
     for name, value in batch.items():
         if torch.is_tensor(value) and name not in _KNOWN:
             raise DataError(
-                f"sequence_length_warmup: the training data hold {name!r} of shape {list(value.shape)}, and which of "
-                f"its dimensions are positions is not known (known are {', '.join(_KNOWN)}); packed samples "
-                "(--sft, THD) have no length to shorten: train them without sequence_length_warmup"
+                f"sequence_length_warmup: the training data hold {name!r} of shape {list(value.shape)}; which of its "
+                f"dimensions are positions is known of {', '.join(_KNOWN)} only; packed samples (--sft, THD) have no "
+                "length to shorten: train them without sequence_length_warmup"
             )
     try:
         found, _, tokens = cut_batch(batch, length)
@@ -43,7 +44,7 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
     return dict(found)
 
 
-class Cut:
+class Cut(Iterator[Any]):
     """The batches of ``source``, cut to the length of the iteration that asks for them."""
 
     def __init__(self, source: Iterator[Any], length: Callable[[], int]):
@@ -52,16 +53,9 @@ class Cut:
         self._ahead: list[Any] = []
 
     def check_first(self, full: int) -> None:
-        """Read one batch ahead, so that data that cannot be cut are known before the first step.
-
-        Raises:
-            DataError: as `cut`, for the longest of the lengths.
-        """
-        try:
-            batch = self.ahead()
-        except StopIteration:  # a run that has reached its end reads nothing
-            return
-        cut(batch, full)
+        """Read one batch ahead: raises DataError as `cut` does at the longest of the lengths, before the first step."""
+        with contextlib.suppress(StopIteration):  # a run that has reached its end reads nothing
+            cut(self.ahead(), full)
 
     def ahead(self) -> Any:
         """The batch that comes next, whole; it still comes. Raises StopIteration if there is none."""
@@ -69,14 +63,11 @@ class Cut:
             self._ahead.append(next(self._source))
         return self._ahead[0]
 
-    def __iter__(self) -> "Cut":
-        return self
-
     def __next__(self) -> Any:
         return cut(self._ahead.pop() if self._ahead else next(self._source), self._length())
 
 
-class Replay:
+class Replay(Iterator[Any]):
     """The batches of ``source``; those read since `record` come again after each `replay`, and then new ones."""
 
     def __init__(self, source: Iterator[Any]):
@@ -84,9 +75,6 @@ class Replay:
         self._recording = False
         self._kept: list[Any] = []
         self._again: Iterator[Any] = iter(())
-
-    def __iter__(self) -> "Replay":
-        return self
 
     def __next__(self) -> Any:
         for batch in self._again:
@@ -114,13 +102,12 @@ class Replay:
 def _sharing(batch: Any, before: Any) -> Any:
     """The batch; entries equal to those of the batch before are the same tensors, so that they are kept once.
 
-    Attention masks are length x length for each sample and, as position ids, mostly the same in all batches: without
-    this an evaluation would keep gigabytes of them.
+    Attention masks are length x length for each sample and mostly the same in all batches: gigabytes in an evaluation.
     """
     if not (isinstance(batch, Mapping) and isinstance(before, Mapping)):
         return batch
-    return {name: before[name] if _equal(value, before.get(name)) else value for name, value in batch.items()}
 
+    def equal(one: Any, other: Any) -> bool:
+        return torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype and torch.equal(one, other)
 
-def _equal(one: Any, other: Any) -> bool:
-    return torch.is_tensor(one) and torch.is_tensor(other) and one.dtype == other.dtype and torch.equal(one, other)
+    return {name: before[name] if equal(value, before.get(name)) else value for name, value in batch.items()}

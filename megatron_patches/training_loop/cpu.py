@@ -28,8 +28,7 @@ def enable() -> None:
     megatron_on_cpu.enable(pretend_cuda=True)
     if importlib.util.find_spec("triton") is None and _NEEDS_TRITON not in sys.modules:
         sys.modules[_NEEDS_TRITON] = _WithoutTriton(_NEEDS_TRITON)
-    helpers = _installed_helpers()
-    if helpers is not None:
+    if (helpers := _installed_helpers()) is not None:
         _load(_HELPERS, helpers)
         _never(_COMPILE, "the index helpers are built already")
     with contextlib.suppress(ModuleNotFoundError):
@@ -65,11 +64,7 @@ class _WithoutTriton(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _off if name.startswith("is_") else _unavailable
-
-
-def _off() -> bool:
-    return False
+        return (lambda: False) if name.startswith("is_") else _unavailable
 
 
 def _unavailable(*args: Any, **kwargs: Any) -> None:

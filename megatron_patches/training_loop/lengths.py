@@ -17,18 +17,15 @@ class Lengths:
         """``full``: ``--seq-length``. ``layout_multiple``: how many equal parts the layout cuts a sample into.
 
         Raises:
-            ConfigError: the section does not fit the run, or asks for what this host does not offer.
+            ConfigError: the section does not fit the run, or asks for what this loop does not offer.
         """
-        if config.end_length != full:
-            raise ConfigError(
-                f"sequence_length_warmup.end_length: {config.end_length} is not --seq-length {full}; write the same"
-            )
-        for name, offered in (("mode", "truncate"), ("pacing", "schedule")):
+        for name, offered, why in (
+            ("end_length", full, f"is not --seq-length {full}"),
+            ("mode", "truncate", "is not supported in Megatron-LM's training loop, only with DeepSpeed"),
+            ("pacing", "schedule", "is not supported in Megatron-LM's training loop, only with DeepSpeed"),
+        ):
             if (given := getattr(config, name)) != offered:
-                raise ConfigError(
-                    f"sequence_length_warmup.{name}: {given!r} is not supported in Megatron-LM's training loop; write "
-                    f"{offered!r}, or train with DeepSpeed"
-                )
+                raise ConfigError(f"sequence_length_warmup.{name}: {given!r} {why}; write {offered!r}")
         self.config, self.full = config, full
         self.schedule = LengthSchedule(config, layout_multiple=layout_multiple)
         self.iterations = 0  # that have been trained
@@ -54,8 +51,7 @@ class Lengths:
 
     def describe(self, *, batch: int, iterations: int) -> str:
         """The schedule, and what a run of so many iterations of ``batch`` samples comes to, in one line."""
-        c = self.config
-        run = plan(self.schedule, batch, steps=iterations)
+        c, run = self.config, plan(self.schedule, batch, steps=iterations)
         return (
             f"sequence length warmup: {c.start_length} to {c.end_length} tokens, {c.schedule}, over {c.duration.total} "
             f"{c.duration.unit}, in multiples of {self.schedule.multiple_of}; {iterations} iterations from the first "

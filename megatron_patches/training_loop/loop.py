@@ -1,7 +1,7 @@
 """The methods in the training loop of Megatron-LM's ``megatron.training.training``, for one run.
 
 The loop calls its parts by their names in that module, so that each can be wrapped; the wrappers are the methods below,
-which take the host's function first. What a run is made of comes with the host's own calls:
+which take Megatron-LM's function first. What a run is made of comes with its own calls:
 
 setup_model_and_optimizer    the options are checked; model and optimizer are taken note of; the state is loaded
 build_..._data_iterators     training batches are cut to the iteration's length, validation batches can be seen again
@@ -12,7 +12,7 @@ num_floating_point_operations, training_log, compute_throughputs_and_append_to_p
 evaluate_and_print_results   at full length, on the weights and then on their average, on the same batches
 get_tensorboard_writer, get_wandb_writer
                              the average's figures have names of their own
-save_checkpoint              our files first, with ``save_average`` the average's weights, then the host's
+save_checkpoint              our files first, with ``save_average`` the average's weights, then Megatron-LM's
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from megatron_patches.training_loop.lengths import Lengths
 from megatron_patches.training_loop.options import check_options, layout_multiple
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 
-Host = Callable[..., Any]
+Stock = Callable[..., Any]  # Megatron-LM's own function
 _SAMPLES = "consumed samples:"  # in the line that Megatron-LM prints of an iteration
 
 
@@ -48,7 +48,7 @@ class Loop:
         self.sections = sections
         self.lengths: Lengths | None = None
         self.averager: WeightAverager | None = None
-        self._get_args = get_args
+        self.options = get_args
         self._ready = False  # model, optimizer and state are there
         self._last = 0  # length of the iteration that ran last
         self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
@@ -56,26 +56,20 @@ class Loop:
         self._validation: list[Replay] = []
         self._mark = ""  # behind the names of what is written, while an average is evaluated
 
-    def options(self) -> Any:
-        """Megatron-LM's arguments."""
-        return self._get_args()
-
-    # -- setting up ----------------------------------------------------------------------------------------------------
-
-    def setup_model_and_optimizer(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def setup_model_and_optimizer(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """Raises ConfigError for what a method cannot go with, before the model is built, on every rank."""
-        options = self._get_args()
+        options = self.options()
         with raise_on_all_ranks():
             check_options(self.sections, options)
             if (section := self.sections.sequence_length_warmup) is not None:
                 self.lengths = Lengths(section, full=options.seq_length, layout_multiple=layout_multiple(options))
                 self._last = options.seq_length
-        model, optimizer, scheduler = host(*args, **kwargs)
+        model, optimizer, scheduler = stock(*args, **kwargs)
         if self.sections.weight_averaging is not None and optimizer is not None:
             self.averager = WeightAverager(self.sections.weight_averaging, find_megatron_shards(optimizer, model))
-            self._wait_before_steps(optimizer)
+            self._wait_before_steps(optimizer, self.averager)
         if self.lengths is not None and scheduler is not None and self.lengths.config.learning_rate.by == "tokens":
-            self._count_by_tokens(scheduler)
+            self._count_by_tokens(scheduler, self.lengths)
         if self._loaded is not None:
             state.load(self, *self._loaded)
         self._ready = True
@@ -83,23 +77,22 @@ class Loop:
             print("\n".join(self.describe()), flush=True)
         return model, optimizer, scheduler
 
-    def load_checkpoint(self, host: Host, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what cannot be gone on from, and remember what was loaded: our state follows when it has a place."""
-        options = self._get_args()
+    def load_checkpoint(self, stock: Stock, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what no run can go on from, and remember what was loaded: our state follows when it has a place."""
+        options = self.options()
         state.check(self, model)
-        found = host(model, *args, **kwargs)
-        iteration = found[0]
-        if iteration > 0 and not options.finetune:
+        found = stock(model, *args, **kwargs)
+        if (iteration := found[0]) > 0 and not options.finetune:
             self._loaded = (Path(options.load), iteration)
         return found
 
-    def build_train_valid_test_data_iterators(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def build_train_valid_test_data_iterators(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """Put `Cut` under the training iterator, and `Replay` under those of validation and test."""
-        train, valid, test = host(*args, **kwargs)
+        train, valid, test = stock(*args, **kwargs)
         with raise_on_all_ranks():
             if self.lengths is not None:
                 for iterator in _each(train):
-                    iterator.iterable = Cut(iterator.iterable, lambda: self._get_args().seq_length)
+                    iterator.iterable = Cut(iterator.iterable, lambda: self.options().seq_length)
                     iterator.iterable.check_first(self.lengths.full)
             if self.averager is not None:
                 for iterator in [*_each(valid), *_each(test)]:
@@ -109,21 +102,18 @@ class Loop:
 
     def describe(self) -> list[str]:
         """One line for each method that is on."""
-        options, lines = self._get_args(), []
+        options, lines = self.options(), []
         if self.lengths is not None:
             lines.append(self.lengths.describe(batch=options.global_batch_size, iterations=options.train_iters))
         if self.averager is not None:
             lines.append(self.averager.describe())
         if (recipe := self.sections.completep) is not None:
-            lines.append(
-                f"completep: recipe {recipe.recipe}, base {recipe.base_width} x {recipe.base_depth}, multipliers "
-                f"{'folded into the weights' if recipe.residual == 'folded' else 'in the forward pass'}"
-            )
+            where = "folded into the weights" if recipe.residual == "folded" else "in the forward pass"
+            base = f"base {recipe.base_width} x {recipe.base_depth}"
+            lines.append(f"completep: recipe {recipe.recipe}, {base}, multipliers {where}")
         return lines
 
-    # -- a step --------------------------------------------------------------------------------------------------------
-
-    def train_step(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def train_step(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """One iteration at its length. Raises StateError while the average is in place of the weights."""
         if self.averager is not None:
             self.averager.refuse_while_swapped("a training step")
@@ -131,152 +121,127 @@ class Loop:
             self._last = self.lengths.length
             if not self._rehearsed and self._last < self.lengths.full:
                 self._rehearsed = True
-                host = functools.partial(preflight.before, host, self.lengths.full, self._get_args())
+                stock = functools.partial(preflight.before, stock, self.lengths.full, self.options())
         with self._at_length(self._last):
-            result = host(*args, **kwargs)
+            result = stock(*args, **kwargs)
         _, skipped, _, leaves, _, norm, *_ = result
         if not leaves:
             self._after_step(applied=not skipped, norm=norm)
         return result
 
     def _after_step(self, *, applied: bool, norm: float | None) -> None:
-        options = self._get_args()
+        options = self.options()
         if self.lengths is not None:
             self.lengths.booked(_samples(options), self._last, applied)
         iteration = options.curr_iteration + 1
         if self.averager is not None and applied and self.averager.due(iteration):
-            self.averager.snapshot(iteration, finite=self._is_finite(norm))
+            self.averager.snapshot(iteration, finite=self._is_finite(self.averager, norm))
 
-    def _is_finite(self, norm: float | None) -> bool:
-        """The host gives the same norm to all ranks. Without one the masters are looked at, and all ranks told."""
+    def _is_finite(self, averager: WeightAverager, norm: float | None) -> bool:
+        """All ranks have the same norm. Without one the masters are looked at, and all ranks told."""
         if norm is not None:
             return math.isfinite(norm)
-        assert self.averager is not None
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        return finite_everywhere(self.averager.shards.tensors(), device)
+        return finite_everywhere(averager.shards.tensors(), device)
 
-    def _wait_before_steps(self, optimizer: Any) -> None:
+    @staticmethod
+    def _wait_before_steps(optimizer: Any, averager: WeightAverager) -> None:
         step = optimizer.step
 
         def after_the_copy(*args: Any, **kwargs: Any) -> Any:
-            assert self.averager is not None
-            self.averager.before_step()
+            averager.before_step()
             return step(*args, **kwargs)
 
         optimizer.step = after_the_copy
 
-    def _count_by_tokens(self, scheduler: Any) -> None:
+    def _count_by_tokens(self, scheduler: Any, lengths: Lengths) -> None:
         step = scheduler.step
+        scheduler.step = lambda increment: step(increment=lengths.increment(increment, self._last))
 
-        def by_tokens(increment: int) -> None:
-            assert self.lengths is not None
-            step(increment=self.lengths.increment(increment, self._last))
+    def _at_length(self, length: float) -> contextlib.AbstractContextManager[None]:
+        return _set(self.options(), seq_length=length) if self.lengths is not None else contextlib.nullcontext()
 
-        scheduler.step = by_tokens
-
-    @contextlib.contextmanager
-    def _at_length(self, length: float) -> Iterator[None]:
-        options = self._get_args()
-        full = options.seq_length
-        if self.lengths is not None:
-            options.seq_length = length
-        try:
-            yield
-        finally:
-            options.seq_length = full
-
-    # -- counting ------------------------------------------------------------------------------------------------------
-
-    def num_floating_point_operations(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+    def num_floating_point_operations(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """Of the iteration that ran last, at its length."""
         with self._at_length(self._last):
-            return host(*args, **kwargs)
+            return stock(*args, **kwargs)
 
-    def training_log(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        """Throughputs are at the length of the iteration that ran last."""
-        with self._at_length(self._last):
-            return host(*args, **kwargs)
+    training_log = num_floating_point_operations  # its throughputs
 
-    def compute_throughputs_and_append_to_progress_log(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        """The host multiplies samples by the length: the mean length then gives the tokens that were trained."""
-        samples = self._get_args().consumed_train_samples
+    def compute_throughputs_and_append_to_progress_log(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
+        """Samples are multiplied by the length there: the mean length gives the tokens that were trained."""
+        samples = self.options().consumed_train_samples
         mean = self.lengths.trained / samples if self.lengths is not None and samples else self._last
         with self._at_length(mean):
-            return host(*args, **kwargs)
+            return stock(*args, **kwargs)
 
-    def print_rank_last(self, host: Host, message: Any) -> Any:
+    def print_rank_last(self, stock: Stock, message: Any) -> Any:
         """The iteration's line says the length, and the tokens trained so far."""
         before, mark, after = str(message).partition(_SAMPLES)
         count, bar, rest = after.partition("|")
         if self.lengths is not None and mark and bar:
             said = f" sequence length: {self._last:5d} | trained tokens: {self.lengths.trained:14d} |"
             message = f"{before}{mark}{count}{bar}{said}{rest}"
-        return host(message)
+        return stock(message)
 
-    # -- using the average ---------------------------------------------------------------------------------------------
-
-    def evaluate_and_print_results(self, host: Host, prefix: str, *args: Any, **kwargs: Any) -> Any:
-        """The host's evaluation, and once more with each average in place, on the same batches."""
-        steps = self.averager.steps if self.averager is not None else []
-        if self.averager is None or not steps:
-            return host(prefix, *args, **kwargs)
-        options = self._get_args()
+    def evaluate_and_print_results(self, stock: Stock, prefix: str, *args: Any, **kwargs: Any) -> Any:
+        """Megatron-LM's evaluation, and once more with each average in place, on the same batches."""
+        if self.averager is None or not (steps := self.averager.steps):
+            return stock(prefix, *args, **kwargs)
+        options = self.options()
         for source in self._validation:
             source.record()
-        result = host(prefix, *args, **kwargs)
+        result = stock(prefix, *args, **kwargs)
         consumed = options.consumed_valid_samples
-        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
-        for horizon in horizons:
+        for horizon in _horizons(self.averager):
             for source in self._validation:
                 source.replay()
-            over = f"average of steps {steps[0]} to {steps[-1]}" + (f", horizon {horizon}" if horizon else "")
-            self._mark = ", averaged" + (f", horizon {horizon}" if horizon else "")
+            over = f", horizon {horizon}" if horizon else ""
+            self._mark = f", averaged{over}"
             with self.averager.averaged_weights(horizon):
-                host(f"{prefix} | {over}", *args, **kwargs)
+                stock(f"{prefix} | average of steps {steps[0]} to {steps[-1]}{over}", *args, **kwargs)
         self._mark = ""
         for source in self._validation:
             source.forget()
         options.consumed_valid_samples = consumed
         return result
 
-    def get_tensorboard_writer(self, host: Host) -> Any:
-        """The host's, which only the last rank has."""
-        return self._marked(host())
-
-    def get_wandb_writer(self, host: Host) -> Any:
-        """The host's, which only the last rank has."""
-        return self._marked(host())
-
-    def _marked(self, writer: Any) -> Any:
+    def get_tensorboard_writer(self, stock: Stock) -> Any:
+        """Megatron-LM's, which only the last rank has."""
+        writer = stock()
         return _Marked(writer, self._mark) if self._mark and writer is not None else writer
 
-    def save_checkpoint(self, host: Host, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        """Our files are on disk before the host's tracker file names the iteration."""
+    get_wandb_writer = get_tensorboard_writer
+
+    def save_checkpoint(self, stock: Stock, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        """Our files are on disk before Megatron-LM's tracker file names the iteration."""
         if self.averager is not None:
             self.averager.refuse_while_swapped("save_checkpoint()")
-        if self._ready:  # before, the host only converts what it has read
-            state.save(self, Path(self._get_args().save), iteration)
+        if self._ready:  # before, Megatron-LM only converts what it has read
+            state.save(self, Path(self.options().save), iteration)
             if self.averager is not None and self.averager.config.save_average and self.averager.steps:
-                self._save_averages(host, iteration, *args, **kwargs)
-        return host(iteration, *args, **kwargs)
+                self._save_averages(self.averager, stock, iteration, *args, **kwargs)
+        return stock(iteration, *args, **kwargs)
 
-    def _save_averages(self, host: Host, *args: Any, **kwargs: Any) -> None:
-        """The weights alone, by the host's own function and in its format, so that its tools and layouts read them."""
-        assert self.averager is not None
-        options = self._get_args()
-        call = inspect.signature(host).bind(*args, **kwargs)
+    def _save_averages(self, averager: WeightAverager, stock: Stock, *args: Any, **kwargs: Any) -> None:
+        """The weights alone, by Megatron-LM's own function and format, so that its tools and layouts read them."""
+        options = self.options()
+        call = inspect.signature(stock).bind(*args, **kwargs)
         # nothing of the run's own checkpoints: neither its state nor what is kept from one save to the next
         for name in ("optimizer", "opt_param_scheduler", "checkpointing_context", "train_data_iterator"):
             if name in call.arguments:
                 call.arguments[name] = None
-        horizons: Sequence[int | None] = self.averager.config.horizons or [None]
-        for horizon in horizons:
+        # earlier ones are removed with the run's: Megatron-LM would do it in a thread that reads args.save later
+        without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
+        for horizon in _horizons(averager):
             root = state.root_of_average(Path(options.save), horizon)
-            # earlier ones are removed with the run's: the host would do it in a thread that reads args.save later
-            without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
             state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
-            with self.averager.averaged_weights(horizon), _set(options, save=str(root), **without):
-                host(*call.args, **call.kwargs)
+            with averager.averaged_weights(horizon), _set(options, save=str(root), **without):
+                stock(*call.args, **call.kwargs)
+
+
+def _horizons(averager: WeightAverager) -> Sequence[int | None]:
+    return averager.config.horizons or [None]
 
 
 class _Marked:
@@ -322,7 +287,7 @@ def _each(iterators: Any) -> list[Any]:
         return []
     if not hasattr(iterators, "iterable"):
         raise ConfigError(
-            f"Megatron-LM's data iterator {type(iterators).__name__} has no 'iterable' to wrap; this version builds it "
-            "in another way than the tested ones: train without sequence_length_warmup and weight_averaging"
+            f"Megatron-LM's data iterator {type(iterators).__name__} has no 'iterable' to wrap, as tested versions "
+            "have; train without sequence_length_warmup and weight_averaging"
         )
     return [iterators]

@@ -1,8 +1,7 @@
 """An iteration's forward and backward passes at full length before the first short one, so that an out-of-memory shows
 at once, and not when the warmup has come so far.
 
-They are the host's own: its schedule, its number of micro-batches, its reduction of gradients. The optimizer does not
-step.
+They are Megatron-LM's own: its schedule, its micro-batches, its reduction of gradients. The optimizer does not step.
 """
 
 import contextlib
@@ -24,25 +23,26 @@ from megatron_patches.training_loop.batches import cut
 TrainStep = Callable[..., Any]
 _GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
 _MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
+_LOGITS, _TRACE = "the largest attention logits until the optimizer steps", "a trace of the passes"
 _KEPT = {  # what an option keeps of every pass
-    "qk_clip": "the largest attention logits until the optimizer steps",
-    "log_max_attention_logit": "the largest attention logits until the optimizer steps",
+    "qk_clip": _LOGITS,
+    "log_max_attention_logit": _LOGITS,
     "dsa_indexer_loss_coeff": "the indexer's loss for the log",
     "fine_grained_activation_offloading": "what the first pass has shown of the activations",
-    "moe_routing_trace_path": "a trace of the passes",
-    "save_tokens_per_expert_interval": "a trace of the passes",
+    "moe_routing_trace_path": _TRACE,
+    "save_tokens_per_expert_interval": _TRACE,
 }
 
 
 def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``train_step(*args, **kwargs)``, the host's, with passes at ``length`` tokens before its own.
+    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at ``length`` tokens before its own.
 
     They train on the next micro-batch, which is read ahead, and with room taken for the optimizer's state. Gradients,
-    buffers, random streams and what the host sums up for its log are put back: the run that follows is bit for bit the
-    run without them. Rank 0 prints how it went.
+    buffers, random streams and sums for the log are put back: the run that follows is bit for bit the run without them.
+    Rank 0 prints how it went.
 
     Raises:
-        PluginError: the host calls its step, or the step its passes, in another way than the tested versions.
+        PluginError: the step, or its passes, are called in another way than in the tested versions.
         torch.OutOfMemoryError: with a note that names the remedies.
     """
     if (why := left_out(options)) is not None:
@@ -51,12 +51,10 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
     call = inspect.signature(train_step).bind(*args, **kwargs)
     _need(call.arguments, _GIVEN, "train_step")
     passes, iterators, model, optimizer, config = (call.arguments[name] for name in _GIVEN)
-    passed = False
+    first = iter((True,))
 
     def with_preflight(**settings: Any) -> Any:
-        nonlocal passed
-        if not passed:
-            passed = True
+        if next(first, False):
             _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
             longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
             room = functools.partial(adams_state, optimizer)
@@ -74,11 +72,7 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
 
 
 def left_out(options: Any) -> str | None:
-    """Why there is none with these options, which keep more of a pass than is put back here. None: there is one.
-
-    Args:
-        options: Megatron-LM's.
-    """
+    """Why there is none with these options, which keep more of a pass than is put back here. None: there is one."""
     if getattr(options, "fp8", None) and getattr(options, "fp8_recipe", "delayed") == "delayed":
         return "--fp8-recipe delayed keeps the largest values of earlier passes"
     for name, kept in _KEPT.items():
@@ -89,7 +83,7 @@ def left_out(options: Any) -> str | None:
 
 def repeated(iterators: Any, length: int) -> Any:
     """In place of the loop's iterators (one, a list for virtual stages, None where none is read): their next
-    micro-batch, without end, at ``length`` tokens. Each time it is another dictionary, since hosts write into them.
+    micro-batch, without end, at ``length`` tokens; each time another dictionary, since forward steps write into them.
     """
     if isinstance(iterators, list):
         return [repeated(each, length) for each in iterators]
@@ -100,10 +94,8 @@ def repeated(iterators: Any, length: int) -> Any:
 
 
 def adams_state(optimizer: Any) -> list[torch.Tensor]:
-    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet.
-
-    Nothing for other optimizers, and for state that is kept in CPU memory.
-    """
+    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet; none for
+    other optimizers, and for state that is kept in CPU memory."""
     if hasattr(optimizer, "chained_optimizers"):
         return [tensor for single in optimizer.chained_optimizers for tensor in adams_state(single)]
     config = optimizer.config
@@ -123,7 +115,7 @@ def adams_state(optimizer: Any) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
-    """The host at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
+    """Megatron-LM at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
     machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
     before = options.seq_length, config.timers
     options.seq_length, config.timers = length, None

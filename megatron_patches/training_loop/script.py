@@ -1,9 +1,10 @@
 """``python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE``: a Megatron-LM script, with the methods in it.
 
-The script is read and executed as it is, in this process's ``__main__``; nothing of it is changed or copied. A script
-that may be changed needs two lines instead: ``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
+The script is executed as it is, in this process's ``__main__``. A script that may be changed needs two lines instead:
+``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
 """
 
+import argparse
 import dataclasses
 import importlib
 import logging
@@ -19,7 +20,7 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch, Switch
-from megatron_patches.apply_completep import apply_completep
+from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
 
 FLAG = "--ds-plugin-config"
 OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
@@ -49,7 +50,7 @@ OTHER_LOOPS = {
     "primus.modules.trainer": "Primus",
 }
 
-_installed: tuple[PluginConfig, list[Change]] | None = None
+_installed: tuple[PluginConfig, Sequence[Change]] | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -74,8 +75,7 @@ def run(arguments: Sequence[str]) -> int:
 def _say(error: PluginError) -> None:
     """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it.
 
-    The launcher ends the other ranks as soon as one is gone, so that they let rank 0 speak; one that is still there
-    seconds later speaks for itself, unless all are known to have raised the same.
+    The launcher ends the other ranks as soon as one is gone, so they let rank 0 speak first.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
@@ -85,36 +85,27 @@ def _say(error: PluginError) -> None:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:
-    """The script, the arguments that are its own, and the sections of the plugin's file.
+    """The script, its own arguments, and the sections of the plugin's file.
 
-    Raises:
-        ConfigError: there is no such script, or the file is missing, wrong or given twice.
+    Raises ConfigError: there is no such script, or the file is missing, wrong or given twice.
     """
     script = Path(arguments[0])
     if not script.is_file():
         raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
-    rest, files = [], []
-    words = iter(arguments[1:])
-    for word in words:
-        if word == FLAG:
-            files.append(next(words, ""))
-        elif word.startswith(f"{FLAG}="):
-            files.append(word.removeprefix(f"{FLAG}="))
-        else:
-            rest.append(word)
-    if len(files) != 1 or not files[0]:
-        raise ConfigError(f"{FLAG}: given {len(files)} time(s); give it once, with a JSON file")
-    sections = PluginConfig.from_dict(load_json(files[0]))
-    return script.resolve(), rest, sections
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(FLAG, dest="files", action="append", nargs="?", default=[])
+    found, rest = parser.parse_known_args(arguments[1:])
+    if len(found.files) != 1 or not found.files[0]:
+        raise ConfigError(f"{FLAG}: given {len(found.files)} time(s); give it once, with a JSON file")
+    return script.resolve(), rest, PluginConfig.from_dict(load_json(found.files[0]))
 
 
 def prepare_host(script: Path) -> None:
     """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
-    folder = str(script.parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     import torch
 
+    if (folder := str(script.parent)) not in sys.path:
+        sys.path.insert(0, folder)
     if not torch.cuda.is_available():
         from megatron_patches.training_loop import cpu
 
@@ -127,12 +118,8 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
 
     A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
-    apply to Megatron-LM's own training loop: the script then uses ``megatron.training``, and the other two methods are
-    in it as well: `install`. Without a section (the method is off) nothing is changed.
-
-    Raises:
-        ConfigError: the file cannot be read, or one of its sections is wrong.
-        StateError, PluginError: see these two functions.
+    apply to Megatron-LM's own training loop, ``megatron.training``: `install`. None changes nothing. Raises as these
+    two functions do, and ConfigError for a file that cannot be read or is wrong.
     """
     if isinstance(section, (str, Path)):
         section = PluginConfig.from_dict(load_json(section))
@@ -145,29 +132,24 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
 def install(sections: PluginConfig) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
 
-    `megatron_patches.revert()` undoes it.
+    `megatron_patches.revert()` undoes it. Where another loop trains, nothing that is wrapped is called: the first step
+    of any optimizer is refused as long as the loop has not been set up.
 
-    Where another loop trains, nothing that is wrapped is called: the first step of any optimizer is refused as long as
-    the loop has not been set up.
-
-    Raises:
+    Raises, with nothing changed:
         StateError: other sections are in force.
-        ConfigError: another training loop is imported, or Megatron-LM's is not there; nothing is changed then.
-        PluginError: this Megatron-LM lacks one of the names; nothing is changed then.
+        ConfigError: another training loop is imported, or Megatron-LM's is not there.
+        PluginError: this Megatron-LM lacks one of the names.
     """
     global _installed
     if sections == PluginConfig():
         return
     if sections.completep is not None:
         sections = dataclasses.replace(sections, completep=sections.completep.on_megatron())
-    if _installed is not None and any(patch.applied for patch in _installed[1]):
-        if _installed[0] != sections:
-            raise StateError(
-                f"megatron_patches: {_installed[0].to_dict()} is in force, {sections.to_dict()} was asked for; one "
-                "configuration holds in a process, call megatron_patches.revert() between two"
-            )
+    if in_force(_installed, sections):
         return
-    _refuse_other_loops()
+    for module, name in OTHER_LOOPS.items():
+        if module in sys.modules:
+            raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
     training = _training()
     from megatron_patches.training_loop.loop import Loop
 
@@ -177,27 +159,21 @@ def install(sections: PluginConfig) -> None:
         guard.revert()
         return loop.setup_model_and_optimizer(*args, **kwargs)
 
-    methods = {**{name: getattr(loop, name) for name in WRAPPED}, "setup_model_and_optimizer": set_up}
+    methods = {name: getattr(loop, name) for name in WRAPPED} | {"setup_model_and_optimizer": set_up}
     patches: list[Change] = [guard, *(_wrapped(name, method) for name, method in methods.items())]
-    try:
-        for patch in patches:
-            patch.apply()
+    with all_or_none(patches):
         if sections.completep is not None:
             apply_completep(sections.completep)
-    except PluginError:
-        for patch in reversed(patches):
-            patch.revert()
-        raise
     _installed = sections, patches
 
 
 def _training() -> ModuleType:
-    """The module of the training loop, which has every name that is used of it."""
+    """The module of the training loop. Raises as `install`."""
     try:
         training = importlib.import_module(TRAINING)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{TRAINING} cannot be imported ({error}); give the script of a Megatron-LM checkout, whose folder holds "
+            f"{TRAINING} cannot be imported ({error}); give the script of a Megatron-LM checkout, beside its "
             "megatron/training, and install what it needs"
         ) from None
     lacking = [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]
@@ -214,12 +190,6 @@ _REMEDY = (
     "a file, or all its sections, work in the loop of a Megatron-LM checkout (pretrain() of megatron.training); in any "
     "other give the completep section alone, megatron_patches.apply(section)"
 )
-
-
-def _refuse_other_loops() -> None:
-    for module, name in OTHER_LOOPS.items():
-        if module in sys.modules:
-            raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
 
 
 def _first_step() -> Switch:
@@ -254,8 +224,6 @@ def _wrapped(name: str, method: Any) -> Patch:
 
 def execute(script: Path) -> None:
     """Run the file as ``__main__``, without replacing the module: a spawned process finds this package's, guarded."""
-    code = compile(script.read_bytes(), str(script), "exec")
-    main: ModuleType = sys.modules["__main__"]
-    names = vars(main)
+    names = vars(sys.modules["__main__"])
     names["__file__"] = str(script)
-    exec(code, names)
+    exec(compile(script.read_bytes(), str(script), "exec"), names)

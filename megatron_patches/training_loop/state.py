@@ -1,30 +1,34 @@
 """The methods' state beside Megatron-LM's checkpoints: ``<save>/ds_plugin/iter_0000100/``.
 
 ``ds_plugin.json`` holds the sections and the small state, equal on all ranks; each rank's averaging window is a file of
-its own (`weight_averaging.state.files`). The folder is our own, because the host's loaders read all of theirs.
+its own (`weight_averaging.state.files`). The folder is our own, because Megatron-LM's loaders read all of theirs.
 """
 
 import json
 import logging
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.supported import unwrapped
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.files import write_text
 from ds_plugin.core.manifest import MANIFEST
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.state import files as window_files
+from megatron_patches.completep.layers import forward_multipliers
 from megatron_patches.training_loop.lengths import Lengths
 
 FORMAT = 2
 AVERAGED = "averaged"
-TRACKER = "latest_checkpointed_iteration.txt"  # the host's
+TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -39,8 +43,7 @@ class Methods(Protocol):
     lengths: Lengths | None
     averager: WeightAverager | None
 
-    def options(self) -> Any:
-        """Megatron-LM's arguments."""
+    options: Callable[[], Any]  # Megatron-LM's
 
 
 def save(loop: Methods, root: Path, iteration: int) -> None:
@@ -53,23 +56,20 @@ def save(loop: Methods, root: Path, iteration: int) -> None:
             window_files.save(folder, loop.averager, save_id=save_id, **_place())
     with raise_on_all_ranks():  # the manifest last: it says that the rest is there
         if dist.get_rank() == 0:
-            manifest = {
-                "format": FORMAT,
-                "save_id": save_id,
-                "iteration": iteration,
-                "world_size": dist.get_world_size(),
-                "model_parallel": _sizes(),
-                "sections": loop.sections.to_dict(),
-                "lengths": loop.lengths.state() if loop.lengths is not None else None,
-            }
-            text = json.dumps(manifest, indent=1)
-            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+            lengths = loop.lengths.state() if loop.lengths is not None else None
+            place = {"world_size": dist.get_world_size(), "model_parallel": _sizes()}
+            _write_manifest(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
             if getattr(loop.options(), "save_retain_interval", None) is not None:
                 _forget_retired(root, iteration)
 
 
+def _write_manifest(loop: Methods, folder: Path, iteration: int, **entries: Any) -> None:
+    manifest = {"format": FORMAT, "iteration": iteration, "sections": loop.sections.to_dict(), **entries}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
 def root_of_average(root: Path, horizon: int | None) -> Path:
-    """Where the host saves averages: checkpoints of weights, for ``--load`` with ``--finetune``."""
+    """Where averages are saved: checkpoints of weights, for ``--load`` with ``--finetune``."""
     return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
 
 
@@ -79,18 +79,12 @@ def mark_average(loop: Methods, root: Path, iteration: int) -> None:
         if dist.get_rank() == 0:
             folder = folder_of(root, iteration)
             folder.mkdir(parents=True, exist_ok=True)
-            manifest = {
-                "format": FORMAT,
-                "iteration": iteration,
-                "average_of": loop.averager.steps if loop.averager is not None else [],
-                "sections": loop.sections.to_dict(),
-            }
-            text = json.dumps(manifest, indent=1)
-            atomic_write(folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+            steps = loop.averager.steps if loop.averager is not None else []
+            _write_manifest(loop, folder, iteration, average_of=steps)
 
 
 def check(loop: Methods, model: Any) -> None:
-    """Look at what the host is about to load into ``model``, its chunks. Every rank calls it, before the host does.
+    """Look at what Megatron-LM is about to load into ``model``, its chunks. Every rank calls it.
 
     Raises:
         CheckpointError: on every rank alike: a run would be resumed from an average or with another ``completep``; or,
@@ -98,20 +92,19 @@ def check(loop: Methods, model: Any) -> None:
     """
     with raise_on_all_ranks():
         if dist.get_rank() == 0 and (found := _to_load(loop.options())) is not None:
-            root, iteration, finetune = found
+            root, iteration, weights_alone = found
             path = folder_of(root, iteration) / MANIFEST
             manifest = _read(path, path.read_text("utf-8")) if path.is_file() else None
-            if finetune:
+            if weights_alone:
                 _check_weights(loop, manifest, path, model[0])
             else:
                 _check_run(loop, manifest, path)
 
 
 def _to_load(options: Any) -> tuple[Path, int, bool] | None:
-    """Where the host will find which iteration, and whether it will take the weights alone; None: it finds nothing.
+    """Where Megatron-LM will find which iteration, and whether it takes the weights alone; None: it finds nothing.
 
-    As far as can be told beforehand: a newer checkpoint that is not persistent is found by the host alone. What was
-    loaded in the end is looked at again, by `load`.
+    As far as can be told: a newer checkpoint that is not persistent it finds alone. `load` looks again, afterwards.
     """
     finetune = options.finetune or getattr(options, "freeze_all_layers", False)
     step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
@@ -124,7 +117,7 @@ def _to_load(options: Any) -> tuple[Path, int, bool] | None:
     text = tracker.read_text("utf-8").strip() if tracker.is_file() else ""
     if text == "release":  # weights alone, of no iteration
         return Path(root), 0, True
-    if not step and not text.isdigit():  # nothing, or what the host refuses
+    if not step and not text.isdigit():  # nothing, or what Megatron-LM refuses
         return None
     return Path(root), step or int(text), finetune
 
@@ -156,15 +149,9 @@ def _check_run(loop: Methods, manifest: dict[str, Any] | None, path: Path) -> No
 
 
 def _check_weights(loop: Methods, manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
-    from megatron.core.utils import unwrap_model
-
-    from ds_plugin.completep.config import CompletePConfig
-    from megatron_patches.completep.layers import forward_multipliers
-
     recipe = manifest["sections"].get("completep") if manifest is not None else None
     section = parse_section(CompletePConfig, f"{path}: completep", recipe) if recipe is not None else None
-    model = unwrap_model(chunk)
-    there, here = (forward_multipliers(model, each) for each in (section, loop.sections.completep))
+    there, here = (forward_multipliers(unwrapped(chunk), each) for each in (section, loop.sections.completep))
     if there != here:
         values = ", ".join(f"{n} x {was:g} there, x {here[n]:g} here" for n, was in there.items() if was != here[n])
         raise CheckpointError(
@@ -175,7 +162,7 @@ def _check_weights(loop: Methods, manifest: dict[str, Any] | None, path: Path, c
 
 
 def load(loop: Methods, root: Path, iteration: int) -> None:
-    """Take over the state of the iteration that the host has loaded from ``root``. Every rank calls it.
+    """Take over the state of the iteration that was loaded from ``root``. Every rank calls it.
 
     Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
 
@@ -184,8 +171,7 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
             a way that cannot go on.
     """
     options, folder = loop.options(), folder_of(root, iteration)
-    path = folder / MANIFEST
-    text = None
+    path, text = folder / MANIFEST, None
     with raise_on_all_ranks():
         if dist.get_rank() == 0 and path.is_file():
             text = path.read_text("utf-8")
@@ -196,13 +182,8 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
             saved = manifest["lengths"] if manifest is not None else None
             loop.lengths.load_state(saved, iteration=options.iteration, samples=options.consumed_train_samples)
         if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
-            window_files.load(
-                folder,
-                loop.averager,
-                save_id=manifest["save_id"],
-                saved_ranks=manifest["world_size"],
-                **_place(),
-            )
+            ranks = manifest["world_size"]
+            window_files.load(folder, loop.averager, save_id=manifest["save_id"], saved_ranks=ranks, **_place())
 
 
 def _read(path: Path, text: str) -> dict[str, Any]:
@@ -211,8 +192,7 @@ def _read(path: Path, text: str) -> dict[str, Any]:
         manifest = dict(json.loads(text))
         if manifest["format"] != FORMAT:
             raise CheckpointError(
-                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; load it with the version that "
-                "wrote it"
+                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; it needs the one that wrote it"
             )
         if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
             raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
@@ -246,7 +226,7 @@ def _parsed(loop: Methods, text: str | None, path: Path, iteration: int) -> dict
 
 
 def _forget_retired(root: Path, iteration: int) -> None:
-    """Remove what is of earlier iterations that the host has removed, as ``--save-retain-interval`` asks it to."""
+    """Remove what is of earlier iterations that Megatron-LM has removed, for ``--save-retain-interval``."""
     averages = root / AVERAGED
     for parent in (root / "ds_plugin", averages, *averages.glob("horizon_*"), *averages.glob("**/ds_plugin")):
         for folder in parent.glob("iter_*"):
@@ -263,22 +243,13 @@ def _from_rank_0(value: Any) -> Any:
 
 def _place() -> dict[str, Any]:
     """This rank's, for the files of the window."""
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state as at
 
-    return {
-        "rank": dist.get_rank(),
-        "world_size": dist.get_world_size(),
-        "coordinate": (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-        ),
-    }
+    coordinate = (at.get_tensor_model_parallel_rank(), at.get_pipeline_model_parallel_rank())
+    return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "coordinate": coordinate}
 
 
 def _sizes() -> list[int]:
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state as at
 
-    return [
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    ]
+    return [at.get_tensor_model_parallel_world_size(), at.get_pipeline_model_parallel_world_size()]

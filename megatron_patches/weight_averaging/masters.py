@@ -1,12 +1,12 @@
 """Where megatron-core's own optimizers keep this rank's fp32 master weights, and how the model is refreshed from them.
 
-`find_megatron_shards` sorts out the optimizer, one small class per kind of it. Nothing here needs DeepSpeed.
+One small class per kind of optimizer; `find_megatron_shards` picks it.
 """
 
 import importlib.metadata
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -42,14 +42,33 @@ class Master(NamedTuple):
     start: int
 
 
-class FP32Masters:
-    """FP32Optimizer: the parameters are the masters."""
+class Part:
+    """The masters of one optimizer, which has the attributes ``needs``."""
 
     layout = "replicated"
+    needs: tuple[str, ...] = ()
 
     def __init__(self, optimizer: Any):
-        _need(optimizer, "param_groups")
+        need(optimizer, *self.needs)
         self.optimizer = optimizer
+
+    def masters(self) -> Iterator[Master]:
+        raise NotImplementedError
+
+    def copy(self) -> None:
+        """Write the masters into the model's parameters, sharded: into this rank's part of them."""
+        getattr(self.optimizer, COPY)()
+
+    def _pairs(self, left: str, right: str) -> Iterator[tuple[Any, Any]]:
+        """Two lists of [group][parameter] side by side."""
+        for group, other in zip(getattr(self.optimizer, left), getattr(self.optimizer, right), strict=True):
+            yield from zip(group, other, strict=True)
+
+
+class FP32Masters(Part):
+    """FP32Optimizer: the parameters are the masters."""
+
+    needs = ("param_groups",)
 
     def masters(self) -> Iterator[Master]:
         return (Master(p, p, 0) for group in self.optimizer.param_groups for p in group["params"])
@@ -58,61 +77,46 @@ class FP32Masters:
         pass
 
 
-class Float16Masters:
+class Float16Masters(Part):
     """Float16OptimizerWithFloat16Params: whole fp32 copies beside 16-bit parameters; fp32 ones are their own."""
 
-    layout = "replicated"
-
-    def __init__(self, optimizer: Any):
-        _need(optimizer, COPY, WHOLE_16, WHOLE_MASTERS, WHOLE_32)
-        self.optimizer = optimizer
+    needs = (COPY, WHOLE_16, WHOLE_MASTERS, WHOLE_32)
 
     def masters(self) -> Iterator[Master]:
-        for p, master in _pairs(self.optimizer, WHOLE_16, WHOLE_MASTERS):
-            yield Master(p, master, 0)
-        for p, _ in _pairs(self.optimizer, WHOLE_32, WHOLE_32):
-            yield Master(p, p, 0)
-
-    def copy(self) -> None:
-        getattr(self.optimizer, COPY)()
+        for left, right in ((WHOLE_16, WHOLE_MASTERS), (WHOLE_32, WHOLE_32)):
+            yield from (Master(p, master, 0) for p, master in self._pairs(left, right))
 
 
-class ShardedMasters:
-    """DistributedOptimizer: this rank's runs of the parameters that the host's bucket layout cuts for it.
+class ShardedMasters(Part):
+    """DistributedOptimizer: this rank's runs of the parameters that megatron-core's bucket layout cuts for it.
 
-    Found by the host's lists, not by its model_param_group_index_map: where a group holds parameters of 16 and of 32
-    bits, that one confuses them.
+    Found by its lists, not by its model_param_group_index_map: where a group holds parameters of 16 and of 32 bits,
+    that one confuses them.
     """
 
     layout = "sharded"
-
-    def __init__(self, optimizer: Any):
-        _need(optimizer, COPY, RANGE, SHARDED_16, SHARDED_32, RUNS_16, RUNS_32, SHARDED_MASTERS)
-        self.optimizer = optimizer
+    needs = (COPY, RANGE, SHARDED_16, SHARDED_32, RUNS_16, RUNS_32, SHARDED_MASTERS)
 
     def _masters_16(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        return _pairs(self.optimizer, SHARDED_16, SHARDED_MASTERS)
+        return self._pairs(SHARDED_16, SHARDED_MASTERS)
 
     def masters(self) -> Iterator[Master]:
-        for pairs in (self._masters_16(), _pairs(self.optimizer, SHARDED_32, RUNS_32)):
+        for pairs in (self._masters_16(), self._pairs(SHARDED_32, RUNS_32)):
             for p, master in pairs:
                 yield Master(p, master, getattr(self.optimizer, RANGE)(p)["param"].start)
-
-    def copy(self) -> None:
-        getattr(self.optimizer, COPY)()
 
 
 class FusedMasters(ShardedMasters):
     """DistributedOptimizer with use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state.
 
-    FusedAdam writes the parameters itself in its step, so the host's copy does nothing. What it keeps under the same
-    name for an fp32 parameter is never updated: that parameter is its own master, as without this option.
+    FusedAdam writes the parameters itself in its step, and megatron-core's own copy does nothing. What it keeps under
+    the same name for an fp32 parameter is never updated: that parameter is its own master, as without this option.
     """
 
     def __init__(self, optimizer: Any):
         super().__init__(optimizer)
         self.adam = optimizer.optimizer
-        _need(self.adam, FUSED_INITIALIZE)
+        need(self.adam, FUSED_INITIALIZE)
         # The state would be made in the first step, with these very values; the averager needs the masters before.
         arguments = (False,) if FUSED_REMAINDERS in inspect.signature(self.adam.initialize_state).parameters else ()
         for group in self.adam.param_groups:
@@ -120,38 +124,50 @@ class FusedMasters(ShardedMasters):
                 if not self.adam.state[run]:
                     self.adam.initialize_state(run, *arguments)
 
-    def _state(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]:
-        for p, run in _pairs(self.optimizer, SHARDED_16, RUNS_16):
-            if FUSED_MASTER not in self.adam.state[run]:
-                raise _other_layout(f"{type(self.adam).__name__}'s state has no {FUSED_MASTER!r}")
-            yield p, run, self.adam.state[run][FUSED_MASTER]
+    def _master(self, run: torch.Tensor) -> torch.Tensor:
+        if FUSED_MASTER not in self.adam.state[run]:
+            raise _other_layout(f"{type(self.adam).__name__}'s state has no {FUSED_MASTER!r}")
+        return cast(torch.Tensor, self.adam.state[run][FUSED_MASTER])
 
     def _masters_16(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        return ((p, master) for p, _, master in self._state())
+        return ((p, self._master(run)) for p, run in self._pairs(SHARDED_16, RUNS_16))
 
     def copy(self) -> None:
-        for _, run, master in self._state():
-            run.data.copy_(master)
-
-
-Part = FP32Masters | Float16Masters | ShardedMasters
+        for _, run in self._pairs(SHARDED_16, RUNS_16):
+            run.data.copy_(self._master(run))
 
 
 class MegatronShards:
     """The `MasterShards` of a megatron-core optimizer. Made by `find_megatron_shards`.
 
-    ``models``: the chunks without their wrappers. A refresh is the host's copy from the masters and, where a
+    ``models``: the chunks without their wrappers. A refresh is megatron-core's copy from the masters and, where a
     DistributedOptimizer shards them, one `start_param_sync` of each chunk: the parameter all-gather of one step.
     """
 
-    def __init__(self, parts: Sequence[Part], chunks: Sequence[Any], models: Sequence[torch.nn.Module], layout: str):
-        self.parts, self.models, self.layout = parts, models, layout
-        self._gathered = list(chunks) if layout == "sharded" else []
+    def __init__(self, optimizer: Any, chunks: list[Any]):
+        from megatron.core.optimizer.optimizer import ChainedOptimizer
+        from megatron.core.utils import unwrap_model
+
+        self.models = unwrap_model(chunks)
+        for chunk, model in zip(chunks, self.models, strict=True):
+            _refuse_chunk(getattr(chunk, "ddp_config", None), model)
+        # By the exact type: a subclass (LayerWiseDistributedOptimizer) may keep and gather its weights in another way.
+        if chained := type(optimizer) is ChainedOptimizer:
+            need(optimizer, CHAIN)
+        members = getattr(optimizer, CHAIN) if chained else [optimizer]
+        self.parts = [_part(member) for member in members if not getattr(member, STUB, False)]
+        self.layout, *others = {part.layout for part in self.parts} or {"replicated"}
+        if others:
+            raise ConfigError(
+                "weight_averaging: the ChainedOptimizer joins a DistributedOptimizer and one that is not; give all "
+                "parameters the same kind (use_distributed_optimizer)"
+            )
+        self._gathered = chunks if self.layout == "sharded" else []
         for chunk in self._gathered:
-            _need(chunk, SYNC, *BUCKET_GROUPS)
-            for group in (g for groups in BUCKET_GROUPS for g in getattr(chunk, groups)):
-                _need(group, SYNC, IN_FLIGHT)
-        self._names = _names(models)
+            need(chunk, SYNC, *BUCKET_GROUPS)
+        for group in self._bucket_groups():
+            need(group, SYNC, IN_FLIGHT)
+        self._names = _names(self.models)
         for parameter, _, _ in self._masters():
             if id(parameter) not in self._names:
                 raise ConfigError(
@@ -175,18 +191,19 @@ class MegatronShards:
         for chunk in self._gathered:
             getattr(chunk, SYNC)(force_sync=True)
 
+    def _bucket_groups(self) -> Iterator[Any]:
+        return (group for chunk in self._gathered for groups in BUCKET_GROUPS for group in getattr(chunk, groups))
+
     def _finish_gathers(self) -> None:
         """Wait for parameter all-gathers under way (overlap_param_gather); as a rule there is none between two steps.
 
         They carry the weights of before; a sync that is asked for meanwhile would wait for them and gather nothing.
         """
-        for group in (g for chunk in self._gathered for groups in BUCKET_GROUPS for g in getattr(chunk, groups)):
+        for group in self._bucket_groups():
             if getattr(group, IN_FLIGHT) is not None:
                 getattr(group, SYNC)(force_sync=True)
 
     def fragments(self) -> list[Fragment]:
-        """As `MasterShards` says. With several chunks (virtual pipeline stages) names begin with ``model<chunk>.``;
-        names of expert-parallel parameters with ``expert_rank<rank>.``, since each such rank has its own."""
         return [
             Fragment(self._names[id(p)], tuple(p.shape), start, tensor.numel(), shard, 0)
             for shard, (p, tensor, start) in enumerate(self._masters())
@@ -201,36 +218,11 @@ def find_megatron_shards(optimizer: Any, model_chunks: Sequence[Any]) -> Megatro
 
     Raises:
         ConfigError: on every rank alike, if the optimizer is of another kind, or keeps no fp32 masters in this
-            process's device memory (CPU offload, FSDP, 16-bit masters, fp8 weights); the message names which.
+            process's device memory.
         StateError: this megatron-core lays out its optimizers in another way than the tested ones.
     """
     with raise_on_all_ranks():
-        return _find(optimizer, list(model_chunks))
-
-
-def _find(optimizer: Any, chunks: list[Any]) -> MegatronShards:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-    from megatron.core.utils import unwrap_model
-
-    models = unwrap_model(chunks)
-    for chunk in chunks:
-        _refuse_chunk(chunk)
-    for model in models:
-        _refuse_parameters(model)
-    # By the exact type: a subclass (LayerWiseDistributedOptimizer) may keep and gather its weights in another way.
-    if type(optimizer) is ChainedOptimizer:
-        _need(optimizer, CHAIN)
-        members = list(getattr(optimizer, CHAIN))
-    else:
-        members = [optimizer]
-    parts = [_part(member) for member in members if not getattr(member, STUB, False)]
-    layouts = {part.layout for part in parts}
-    if len(layouts) > 1:
-        raise ConfigError(
-            "weight_averaging: the ChainedOptimizer joins a DistributedOptimizer and one that is not; give all "
-            "parameters the same kind (use_distributed_optimizer)"
-        )
-    return MegatronShards(parts, chunks, models, layouts.pop() if layouts else "replicated")
+        return MegatronShards(optimizer, list(model_chunks))
 
 
 def _part(optimizer: Any) -> Part:
@@ -251,12 +243,12 @@ def _part(optimizer: Any) -> Part:
         )
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         raise ConfigError(
-            "weight_averaging: optimizer_cpu_offload (HybridDeviceOptimizer) moves masters between two devices while "
-            "it steps; set optimizer_cpu_offload to False (leave out --optimizer-cpu-offload)"
+            "weight_averaging: optimizer_cpu_offload moves masters between two devices while the optimizer steps; set "
+            "it to False (leave out --optimizer-cpu-offload)"
         )
     if kind is not ShardedMasters:
         return kind(optimizer)
-    _need(optimizer.config, PRECISION_AWARE)
+    need(optimizer.config, PRECISION_AWARE)
     if not getattr(optimizer.config, PRECISION_AWARE):
         return ShardedMasters(optimizer)
     if optimizer.config.main_params_dtype is not torch.float32:
@@ -266,30 +258,25 @@ def _part(optimizer: Any) -> Part:
         )
     if getattr(optimizer.optimizer, FUSED_REMAINDERS, False):
         raise ConfigError(
-            "weight_averaging: store_param_remainders keeps only the low 16 bits of each master, the bf16 parameter "
-            "being the others; set OptimizerConfig.store_param_remainders to False"
+            "weight_averaging: store_param_remainders keeps only the low 16 bits of each master; set "
+            "OptimizerConfig.store_param_remainders to False"
         )
     return FusedMasters(optimizer)
 
 
-def _refuse_chunk(chunk: Any) -> None:
-    config = getattr(chunk, "ddp_config", None)
-    if getattr(config, "use_megatron_fsdp", False):
+def _refuse_chunk(ddp_config: Any, model: torch.nn.Module) -> None:
+    if getattr(ddp_config, "use_megatron_fsdp", False):
         raise ConfigError(
             "weight_averaging: use_megatron_fsdp keeps the masters in its own buffers; use the DistributedOptimizer "
             "instead (use_megatron_fsdp False, use_distributed_optimizer True)"
         )
-    if (instances := getattr(config, "num_distributed_optimizer_instances", 1)) != 1:
+    if (instances := getattr(ddp_config, "num_distributed_optimizer_instances", 1)) != 1:
         raise ConfigError(
-            f"weight_averaging: num_distributed_optimizer_instances is {instances}: masters are sharded within an "
-            "instance and repeated over instances, which is not tested; set it to 1"
+            f"weight_averaging: num_distributed_optimizer_instances is {instances}, with which averaging is not "
+            "tested; set it to 1"
         )
-
-
-def _refuse_parameters(model: torch.nn.Module) -> None:
-    """fp8, fp4 and FSDP2 weights are tensors of their own kind; an exchange could not bring them back bit for bit."""
     for name, p in model.named_parameters():
-        if type(p.data) is not torch.Tensor:
+        if type(p.data) is not torch.Tensor:  # of which an exchange could not bring back the bits
             raise ConfigError(
                 f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}; averaging needs plain fp32, bf16 "
                 "or fp16 parameters: leave out fp8_param_gather, fp4_param_gather and torch's FSDP2"
@@ -297,13 +284,16 @@ def _refuse_parameters(model: torch.nn.Module) -> None:
 
 
 def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """A parameter's id -> its name, unique on all ranks that have the same tensor- and pipeline-parallel rank."""
+    """A parameter's id -> its name, unique on all ranks that have the same tensor- and pipeline-parallel rank.
+
+    With several chunks (virtual pipeline stages) names begin with ``model<chunk>.``, those of expert-parallel
+    parameters, of which each such rank has its own, with ``expert_rank<rank>.``.
+    """
     found = {}
     for chunk, model in enumerate(models):
         prefix = f"model{chunk}." if len(models) > 1 else ""
         for name, p in model.named_parameters():
-            # megatron-core's own mark of an expert's parameter, which its data-parallel group does not share
-            expert = "" if getattr(p, "allreduce", True) else _expert_prefix()
+            expert = "" if getattr(p, "allreduce", True) else _expert_prefix()  # megatron-core's own mark
             found[id(p)] = expert + prefix + plain_name(name)
     return found
 
@@ -311,11 +301,8 @@ def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
 def _expert_prefix() -> str:
     from megatron.core import parallel_state
 
-    experts, dense = (
-        parallel_state.get_expert_tensor_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    if experts != dense:
+    experts = parallel_state.get_expert_tensor_parallel_world_size()
+    if experts != (dense := parallel_state.get_tensor_model_parallel_world_size()):
         raise ConfigError(
             f"weight_averaging: expert_tensor_parallel_size is {experts}, tensor_model_parallel_size {dense}; with "
             "experts, averaging needs the two to be equal"
@@ -325,16 +312,11 @@ def _expert_prefix() -> str:
     return f"expert_rank{parallel_state.get_expert_model_parallel_rank()}."
 
 
-def _pairs(optimizer: Any, left: str, right: str) -> Iterator[tuple[Any, Any]]:
-    """Two lists of [group][parameter] side by side."""
-    for group, other in zip(getattr(optimizer, left), getattr(optimizer, right), strict=True):
-        yield from zip(group, other, strict=True)
-
-
-def _need(owner: Any, *names: str) -> None:
+def need(owner: Any, *names: str) -> None:
+    """Raise StateError if an object or a module of megatron-core's lacks an attribute."""
     for name in names:
         if not hasattr(owner, name):
-            raise _other_layout(f"{type(owner).__name__} has no attribute {name!r}")
+            raise _other_layout(f"{getattr(owner, '__name__', type(owner).__name__)} has no attribute {name!r}")
 
 
 def _other_layout(what: str) -> StateError:

@@ -121,7 +121,7 @@ def _boundary_by_hand():
             engine.set_gradient_accumulation_boundary(micro == 1)
             engine.backward(engine(*plain.micro_batch(2 * step + micro)))
             if micro == 0:
-                with pytest.raises(StateError, match="accumulation window"), plugin.averaged_weights():
+                with pytest.raises(StateError, match="accumulation step"), plugin.averaged_weights():
                     pass
         engine.step()
         if plugin.has_average:
@@ -358,7 +358,7 @@ def _refusals(tmp_path):
         attempt("detach", lambda: ds_plugin.detach(engine))
     loss = engine(*plain.micro_batch(0))
     engine.backward(loss)
-    engine.step()  # the first half of an accumulation window
+    engine.step()  # the first half of an accumulation step
     attempt("mid-window", lambda: plugin.averaged_weights().__enter__())
     return messages
 
@@ -367,5 +367,5 @@ def test_steps_and_saves_are_refused_while_swapped(workers, tmp_path):
     for messages in workers(2).run(_refusals, str(tmp_path)):
         for name in ("backward", "step", "save", "load", "detach"):
             assert "while the averaged weights are swapped in" in messages[name], messages
-        assert "accumulation window" in messages["mid-window"]
+        assert "accumulation step" in messages["mid-window"]
     assert not (tmp_path / "swapped").exists()

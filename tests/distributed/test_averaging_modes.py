@@ -288,4 +288,4 @@ def test_restarts_that_make_no_sense_are_refused(workers):
         assert "'half'" in messages["moments"]
         assert "no horizon 3" in messages["horizon"]
         assert "another read of the average while" in messages["swapped"]
-        assert "accumulation window" in messages["window"]
+        assert "accumulation step" in messages["window"]

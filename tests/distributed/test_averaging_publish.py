@@ -309,10 +309,10 @@ def _checkpoint(zero, precision, folder):
         with pytest.raises(error) as caught:
             function()
         said.append(str(caught.value))
-    host, plugin._host_save_checkpoint = plugin._host_save_checkpoint, lambda *a, **k: 1 / 0
+    own, plugin._own["save_checkpoint"] = plugin._own["save_checkpoint"], lambda *a, **k: 1 / 0
     with pytest.raises(ZeroDivisionError):
         plugin.save_averaged_checkpoint(folder, "b")
-    plugin._host_save_checkpoint = host
+    plugin._own["save_checkpoint"] = own
     changed += _different(reference.full_parameters(engine), before) + _different(_masters(engine), masters)
     assert not plugin.averager.swapped
     plain.train(engine, 1)
@@ -324,7 +324,7 @@ def _averages(folder):
 
 
 def _beside(folder, mode):
-    """Saved before there is an average, with one, once more under the same tag, and within an accumulation window.
+    """Saved before there is an average, with one, once more under the same tag, and within an accumulation step.
 
     The second save under the tag ends in a failure before the new average is whole: the earlier one is as it was. Then
     in a kill between the renames: the earlier one lies whole under another name.
@@ -360,7 +360,7 @@ def _beside(folder, mode):
     engine.save_checkpoint(folder, tag="c")  # of which there is no average any more
     _trained(engine)
     engine.backward(engine(*plain.micro_batch(0)))
-    with pytest.raises(StateError, match="between optimizer steps only"):
+    with pytest.raises(StateError, match="between optimizer steps"):
         engine.save_checkpoint(folder, tag="b")
     return early, before, expected
 

@@ -139,7 +139,7 @@ def _guards(zero):
 def test_the_guards_see_it(workers, zero):
     for said, (untried, tried) in workers(2).run(_guards, zero):
         assert "engine.backward() while" in said[0] and "forward pass again" in said[1], said
-        assert "within an accumulation window" in said[2]
+        assert "within an accumulation step" in said[2]
         assert untried == tried and untried[0] != untried[2]
 
 

@@ -1,16 +1,13 @@
 """The benchmark of CompleteP's cost runs, and its memory figure sees what it should. Times are for a quiet machine."""
 
 import json
-import runpy
-from pathlib import Path
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_completep.py"
+from tests import harness
 
 
 def _run(out, *arguments):
-    main = runpy.run_path(str(BENCHMARK))["main"]
     small = ["--width", "64", "--depth", "2", "--length", "32", "--batch", "2", "--rounds", "4"]
-    return main([*small, *arguments, "--out", out])
+    return harness.benchmark("bench_completep").main([*small, *arguments, "--out", out])
 
 
 def test_variants_are_measured_side_by_side(workers, tmp_path):
@@ -34,14 +31,14 @@ def _peaks(scaled_before):
 
     if not scaled_before:
         layers.scale_before = lambda layer, multiplier: None
-    benchmark = runpy.run_path(str(BENCHMARK))
+    benchmark = harness.benchmark("bench_completep")
     trial.start_host()
     size = argparse.Namespace(width=64, depth=4, length=32, batch=4, dropout=0.0, fused=False, llama=False)
     peaks = []
     for variant in ("unpatched", "forward"):
-        step = benchmark["build"](variant, size)
+        step = benchmark.build(variant, size)
         step()
-        peaks.append(benchmark["peak_memory"](step))
+        peaks.append(benchmark.peak_memory(step))
     return peaks
 
 

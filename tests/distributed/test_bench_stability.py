@@ -11,12 +11,12 @@ from tests import harness
 def _sweep(out, text, cache):
     """Every arm for 10 full-length batches, and a second time from the files; the rows as plain values."""
     bench = harness.benchmark("stability")
-    bench.small_runs.prepare_process()
+    bench.common.start()
     scale = bench.Scale(tokens=10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
     sweep = bench.Sweep(Path(out), scale, Path(cache), workers=1)
-    settings = [bench.Setting(4, 1e-2, 1, arm) for arm in bench.ARMS]
+    settings = [bench.Setting(arm, 4, 1e-2, 1) for arm in bench.ARMS]
     for setting in settings:
-        sweep._keep(*bench.train(setting, scale, Path(cache)))
+        sweep.keep(*bench.train(setting, scale, Path(cache)))
     again = bench.Sweep(Path(out), scale, Path(cache), workers=1)
     again.train(settings)  # nothing is missing: it would take a pool of processes
     assert again.runs == sweep.runs

@@ -296,7 +296,7 @@ def _wrong_mode():
 def test_weights_of_the_other_mode_are_refused(workers):
     """Also those of which it is not known: a section that does not say ``residual`` is another one on each host."""
     folded, forward, *unsaid = workers(1).run(_wrong_mode)[0]
-    assert all("depends on the host" in message and 'write "residual"' in message for message in unsaid)
+    assert all("depends on the framework" in message and 'write "residual"' in message for message in unsaid)
     assert 'trained with "folded"; fold() takes those of "forward"' in folded
     assert 'trained with "forward"; unfold() takes those of "folded"' in forward
 

@@ -368,7 +368,7 @@ def _chunks():
     engine = make(3)
     plain.train(engine, 2)
     whole = [value.item() for value in adam_variance(EngineReadings(engine))]
-    loss_statistics._CHUNK_HOST = 7
+    loss_statistics._CHUNK_CPU = 7
     return whole, [value.item() for value in adam_variance(EngineReadings(engine))]
 
 

@@ -97,7 +97,7 @@ def _gathered():
 def test_a_miniature(workers, tmp_path):
     assert workers(1).run(_run, str(tmp_path / "found.json")) == [0]
     described = json.loads((tmp_path / "found.json").read_text())
-    assert set(described["versions"]) == {"python", "torch", "deepspeed", "megatron-core"}
+    assert set(described["versions"]) >= {"python", "torch", "deepspeed", "megatron-core"}
     found = described["found"]
     assert described["broken"] == harness.benchmark("bench_averager").broken(found)
     memory, step = found["memory"], found["step"]

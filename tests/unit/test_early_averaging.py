@@ -13,7 +13,7 @@ from tests import harness
 def _miniature(out, text, cache):
     """Every run of a miniature, published, and what it takes to compare runs with and without averagers watching."""
     bench = harness.benchmark("early_averaging")
-    bench.small_runs.prepare_process()
+    bench.common.start()
     plan, out, cache = replace(bench.SMOKE, data=text), Path(out), Path(cache)
     settings = bench.settings_of(plan, [1]) + bench.spiked(plan, [1])
     points = bench.sweep(settings, plan, cache, out / "curves.csv")
@@ -28,7 +28,7 @@ def _watched(text, cache):
     learning rates of the last; and what the plain means of the masters after steps 4 and 6, and 4 to 10, evaluate to.
     """
     bench = harness.benchmark("early_averaging")
-    bench.small_runs.prepare_process()
+    bench.common.start()
     plan, cache = replace(bench.SMOKE, data=text), Path(cache)
     constant = bench.Setting("constant", 1e-2, 1)
     unwatched = replace(plan, regimes={"constant": replace(plan.regimes["constant"], averages={})})

@@ -14,9 +14,8 @@ from ds_plugin.weight_averaging.state.fragments import WRAPPERS
 def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
     """Write ``config.json``, and ``generation_config.json`` where the model generates, as `save_pretrained` does.
 
-    Nothing is written for a model that is not transformers' (a PEFT wrapper among them: its names are not those that
-    ``from_pretrained`` looks for). ``dtype``: of the floating-point tensors; None: the widest of the parameters, in
-    which a reader's copies keep their bits. The model's own configuration stays as it is.
+    Nothing for a model that is not transformers' (nor for a PEFT wrapper, which has other names). ``dtype``: of the
+    floating-point tensors; None: the widest of the parameters, in which a reader's copies keep their bits.
 
     Raises:
         ConfigError: transformers refuses to save the configuration.

@@ -1,7 +1,7 @@
 """Which files a model is published as, where in them each rank's elements belong, and who writes what. All of it pure.
 
-The header of a safetensors file says where every tensor's bytes are; names, shapes and dtypes make the header. So ranks
-that agree on those can write into one file side by side without another word.
+Names, shapes and dtypes make the header of a safetensors file, which says where every tensor's bytes are. So ranks that
+agree on those can write into one file side by side.
 """
 
 import json
@@ -16,16 +16,13 @@ import torch
 from ds_plugin.core.errors import StateError
 from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
 
-# -- the files -------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the model as it is published: whole.
 
-    ``aliases``: other names of the same, tied, tensor. It is written once, as Hugging Face's and safetensors' own
-    writers do; their loaders tie the names again, and refuse none. The header's metadata maps alias to name, as
-    ``safetensors.torch.save_model`` has it.
+    ``aliases``: other names of the same, tied, tensor. It is written once; loaders tie the names again. The header's
+    metadata maps alias to name, as ``safetensors.torch.save_model`` has it.
     """
 
     name: str
@@ -76,11 +73,8 @@ def _plan_file(name: str, entries: list[Entry]) -> File:
     offsets, end = {}, 0
     for entry in sorted(entries, key=lambda e: -e.dtype.itemsize):  # each then begins at a multiple of its item's size
         offsets[entry.name], end = end, end + entry.nbytes
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": entry.shape,
-            "data_offsets": [offsets[entry.name], end],
-        }
+        place = [offsets[entry.name], end]
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
@@ -98,8 +92,7 @@ def index_of(files: Sequence[File]) -> str:
 class Cut:
     """Where a tensor-parallel rank's slice lies in the whole tensor, both flat (row-major).
 
-    The slice is a sequence of blocks of ``block`` elements; the whole one takes a block from every rank in turn, so
-    block b of this rank is block ``b * ranks + rank`` there. With one rank the slice is the whole.
+    The slice is a sequence of blocks of ``block`` elements; the whole tensor takes one from every rank in turn.
     """
 
     block: int
@@ -119,7 +112,7 @@ def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: i
     """The whole tensor's shape, and the `Cut`, of a slice of ``shape`` that is cut along ``dim``.
 
     ``stride``: of how many tensors, laid end to end along ``dim`` and each cut by itself, the slice consists (the two
-    halves of a gated unit; 1 otherwise). Each gives one block for every index of the dimensions before ``dim``.
+    halves of a gated unit; 1 otherwise).
 
     Raises:
         StateError: there is no such dimension, or it does not consist of ``stride`` equal parts.
@@ -130,24 +123,21 @@ def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: i
     return whole, Cut(shape[dim] // stride * math.prod(shape[dim + 1 :]), rank, ranks)
 
 
-# -- who writes what -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Row:
-    """A tensor of a rank's model. ``cut``: over tensor-parallel ranks; ``divided``: by ZeRO 3."""
+    """A tensor of a rank's model, and by what it is sharded."""
 
     entry: Entry
-    cut: bool = False
-    divided: bool = False
+    tp_sharded: bool = False
+    zero3_sharded: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
     """What a rank tells the others.
 
-    ``rows`` are alike on all ranks of a place - a pipeline stage and tensor-parallel rank - so only the first of them
-    gives them. ``averaged``: how many elements of each row's tensor are in this rank's share of the average.
+    ``place``: pipeline stage and tensor-parallel rank, whose first rank gives the ``rows``: all others have the same.
+    ``averaged``: how many elements of each row's tensor are in this rank's share of the average.
     """
 
     place: tuple[int, int]
@@ -158,28 +148,22 @@ class Report:
 def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple[list[Entry], list[tuple[int, bool]]]:
     """All tensors of the model, and what ``rank`` writes: ``(row, whether of the average)``.
 
-    A name that several stages have is a tied tensor, of the lowest of them, and begins with ``tied``; what tensor
-    parallelism does not cut is written by its first rank, and what data parallelism does not divide by the first of
-    its ranks.
+    A name that several stages have is a tied tensor, of the lowest of them, and begins with ``tied``. What is sharded
+    by nothing is written by the first tensor- and the first data-parallel rank.
 
     Raises:
         StateError: places differ about a tensor, or an averaged one is not held exactly once.
     """
-    rows: dict[tuple[int, int], tuple[Row, ...]] = {}
-    for report in reports:
-        if report.rows is not None:
-            rows[report.place] = report.rows
-    owners: dict[str, int] = {}
-    entries: dict[str, Entry] = {}
+    rows = {report.place: report.rows for report in reports if report.rows is not None}
+    owners: dict[str, tuple[int, Entry]] = {}
     for place in sorted(rows):
         for row, other in zip_longest(rows[place], rows[place[0], 0]):
-            if row is None or other is None or (row.entry.name, row.cut) != (other.entry.name, other.cut):
+            if not (row and other) or (row.entry.name, row.tp_sharded) != (other.entry.name, other.tp_sharded):
                 name = (row or other).entry.name
                 raise StateError(
                     f"publish: {name} is not the same on all tensor-parallel ranks; build one model on all"
                 )
-            known = entries.setdefault(row.entry.name, row.entry)
-            owner = owners.setdefault(known.name, place[0])
+            owner, known = owners.setdefault(row.entry.name, (place[0], row.entry))
             if owner != place[0] and not known.name.startswith(tied):
                 raise StateError(
                     f"publish: pipeline stages {owner} and {place[0]} both have a {known.name}, which is not "
@@ -192,20 +176,21 @@ def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple
                     "parallelism cuts the attributes tensor_model_parallel and partition_dim"
                 )
 
-    here = reports[rank].place
+    here, mine = reports[rank].place, []
     peers = [report for report in reports if report.place == here]
-    first, ranks, mine = peers[0] is reports[rank], 1 + max(tensor_rank for _, tensor_rank in rows), []
+    ranks = 1 + max(tensor_rank for _, tensor_rank in rows)
     for i, row in enumerate(rows[here]):
-        if owners[row.entry.name] != here[0] or (here[1] and not row.cut):
+        if owners[row.entry.name][0] != here[0] or (here[1] and not row.tp_sharded):
             continue
         found = [report.averaged[i] for report in peers]
         averaged = any(found)
-        held, needed = sum(found) if layout == "sharded" else found[0], row.entry.numel // (ranks if row.cut else 1)
+        held = sum(found) if layout == "sharded" else found[0]
+        needed = row.entry.numel // (ranks if row.tp_sharded else 1)
         if averaged and held != needed:
             raise StateError(
                 f"publish: the data-parallel ranks hold {held} elements of {row.entry.name} in their averages where "
                 f"{needed} are needed; this way to shard the optimizer (MiCS, experts) is not known"
             )
-        if first or (layout == "sharded" if averaged else row.divided):
+        if peers[0] is reports[rank] or (layout == "sharded" if averaged else row.zero3_sharded):
             mine.append((i, averaged))
-    return list(entries.values()), mine
+    return [entry for _, entry in owners.values()], mine

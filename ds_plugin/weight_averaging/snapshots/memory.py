@@ -1,4 +1,4 @@
-"""The host memory and disk that averaging takes, worked out and compared with what there is before any is allocated."""
+"""The CPU memory and disk that averaging takes, worked out and compared with what there is before any is allocated."""
 
 import os
 import shutil
@@ -13,33 +13,23 @@ import torch.distributed as dist
 
 from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
 
-_ALIGNED = 64  # bytes
-_TOGETHER = 256
+_ALIGNED = 64  # bytes: a line of the cache, where a tensor of any dtype can begin in an allocation
+_TOGETHER = 256  # tensors in one allocation, at most: to try all splits of n takes n^2 / 2 steps
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on this rank, and on its node all ranks together; what the node had available."""
+    """Bytes that this rank takes, and all ``ranks`` of its node; what the node had available."""
 
     rank: int
     node: int
     available: int
-    ranks: int  # of this node
-    what: str  # "host memory", or "files in" a folder
+    ranks: int
+    what: str  # "CPU memory", or "files in" a folder
 
     def __str__(self) -> str:
         on_node = f", {size(self.node)} for the {self.ranks} ranks of this node" if self.ranks > 1 else ""
         return f"{size(self.rank)} of {self.what} on this rank{on_node} ({size(self.available)} available)"
-
-
-def needed(masters: Sequence[torch.Tensor], copies: int, *, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of ``copies`` copies of the masters."""
-    return copies * dtype.itemsize * sum(t.numel() for t in masters)
-
-
-def aligned(nbytes: int) -> int:
-    """Up to where the next buffer can begin in an allocation, of whichever dtype: a line of the cache."""
-    return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
 def rounded(nbytes: int) -> int:
@@ -52,15 +42,14 @@ def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
 
     ``counts``: elements of each tensor of a buffer.
     """
-    return [aligned(dtype.itemsize * count) for dtype in dtypes for count in counts]
+    return [-(-dtype.itemsize * count // _ALIGNED) * _ALIGNED for dtype in dtypes for count in counts]
 
 
 def batches(sizes: Sequence[int]) -> list[int]:
     """How many tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
 
-    Six equal ones that are just above a power of two take 2 times their size one by one, 1.33 times in one allocation;
-    four take 1.5 times as one and three, 2 times in one. (At most `_TOGETHER` are tried: all splits of n take n^2 / 2
-    steps, and without ZeRO each parameter is a tensor.)
+    Six equal ones just above a power of two take 2 times their size one by one, 1.33 times in one allocation; four take
+    1.5 times as one and three, 2 times in one.
     """
     ends = [0, *accumulate(sizes)]
     fewest, starts = [0], [0]  # of the first n tensors: the bytes they take, and where their last allocation begins
@@ -85,12 +74,10 @@ def pinned(sizes: Sequence[int]) -> int:
 def reserve(rank_bytes: int, remedy: str) -> Memory:
     """Compare what all ranks of each node need with the memory the node has. Every rank calls it, before it allocates.
 
-    A container's own limit is not seen, only the machine's memory.
-
     Raises:
-        ConfigError: on every rank alike, when some node has too little.
+        ConfigError: on every rank alike, when some node has too little (a container's own limit is not seen).
     """
-    return _compared(rank_bytes, psutil.virtual_memory().available, "host memory", remedy)
+    return _compared(rank_bytes, psutil.virtual_memory().available, "CPU memory", remedy)
 
 
 def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
@@ -120,15 +107,13 @@ def _compared(rank_bytes: int, available: int, what: str, remedy: str) -> Memory
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         reports = [mine] * dist.get_world_size()
         dist.all_gather_object(reports, mine)
-    nodes: dict[str, list[tuple[str, int, int]]] = {}
-    for report in reports:
-        nodes.setdefault(report[0], []).append(report)
-    for name, ranks in nodes.items():
-        node, available = sum(r[1] for r in ranks), min(r[2] for r in ranks)
-        if node > available:
+    nodes = {}
+    for name in dict.fromkeys(name for name, _, _ in reports):
+        taken, free = zip(*(numbers for node, *numbers in reports if node == name), strict=True)
+        nodes[name] = found = Memory(rank_bytes, sum(taken), min(free), len(taken), what)
+        if found.node > found.available:
             raise ConfigError(
-                f"weight_averaging: the {len(ranks)} rank(s) on {name} need {size(node)} of {what}, "
-                f"{size(available)} are available; {remedy}"
+                f"weight_averaging: the {found.ranks} rank(s) on {name} need {size(found.node)} of {what}, "
+                f"{size(found.available)} are available; {remedy}"
             )
-    here = nodes[mine[0]]
-    return Memory(rank_bytes, sum(r[1] for r in here), min(r[2] for r in here), len(here), what)
+    return nodes[mine[0]]

@@ -7,9 +7,7 @@ What happens on which stream, for a snapshot after optimizer step n::
     worker                                                      (thread) wait for done, then fold the snapshot in
 
 Both fences are between streams, on the device. Without the first, the copy could begin before step n has ended;
-without the second, step n + 1 could overwrite what is not copied yet.
-
-All of it goes by torch's names for any accelerator; on one that has no streams copies are blocking ones.
+without the second, step n + 1 could overwrite what is not copied yet. The names are torch's for any accelerator.
 """
 
 import functools
@@ -31,7 +29,7 @@ _LOOK = 0.001
 
 
 class Streams:
-    """What `SnapshotStager` uses of an accelerator, of whatever kind."""
+    """What `SnapshotStager` uses of an accelerator."""
 
     Stream, Event = torch.Stream, torch.Event
     current_stream = staticmethod(torch.accelerator.current_stream)
@@ -41,12 +39,10 @@ class Streams:
 class SnapshotStager:
     """One copy under way at a time, and a thread that goes on with what it brought.
 
-    Lifetimes. The sources are the masters, which the framework allocates once - ZeRO 3's sub-groups, too - and changes
-    in its optimizer step. A reference to each is held until its copy has ended, so that one the framework lets go
-    meanwhile (moved to CPU memory between steps, say) is not given to someone else by the allocator while it is read;
-    that takes the place of ``record_stream``. It does not help against a change in place: whoever changes masters other
-    than in a step that `wait_before_step` was called for must `drain` first. The targets are pinned, or the copy would
-    block.
+    A reference to each source is held until its copy has ended, so that the allocator gives none to someone else while
+    it is read (the framework may move masters to CPU memory between steps); that takes the place of ``record_stream``.
+    It does not help against a change in place: whoever changes masters other than in a step that `wait_before_step` was
+    called for must `drain` first. The targets are pinned, or the copy would block.
 
     ``streams``: `Streams`, or what has its names.
     """
@@ -55,8 +51,7 @@ class SnapshotStager:
         self._device, self._streams = device, streams
         self._side = streams.Stream(device=device)
         self._stepped, self._done = streams.Event(device=device), streams.Event(device=device)
-        # Which device is current is each thread's own: one that has not said so is on the first, and would open a
-        # context there from every rank.
+        # a thread that has not said which device is its own is on the first, and would open a context there
         self._worker = ThreadPoolExecutor(
             1, thread_name_prefix="weight_averaging", initializer=streams.set_device_index, initargs=(device,)
         )
@@ -67,7 +62,7 @@ class SnapshotStager:
         """Copy ``src``, as the training stream will have left it, to ``dst``; returns at once.
 
         ``then`` is called in the worker thread when all of it has arrived. A source in CPU memory is copied before
-        this returns. Waits for the previous ``then``, and raises what it raised.
+        this returns. `drain` comes first.
 
         Raises:
             StateError: there was no `wait_before_step` since the last copy, which a step may have torn.
@@ -88,9 +83,9 @@ class SnapshotStager:
         self._job = self._worker.submit(self._finish, src, then)
 
     def wait_before_step(self) -> None:
-        """Have the training stream wait for the copy, if there is one: call it before a step that writes the sources.
+        """Have the training stream, not the CPU, wait for the copy: call it before a step that writes the sources.
 
-        The CPU does not wait. Raises what the last ``then`` raised, if it has ended.
+        Raises what the last ``then`` raised, if it has ended.
         """
         if self._fence_due:
             self._fence_due = False
@@ -99,7 +94,7 @@ class SnapshotStager:
             self.drain()
 
     def drain(self) -> None:
-        """Wait until the last copy has arrived and its ``then`` has ended; raises what that raised."""
+        """Wait until the last ``then`` has ended; raises what it raised."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
@@ -119,16 +114,13 @@ class SnapshotStager:
 
 
 def copies_from(tensors: Tensors) -> SnapshotStager | None:
-    """`SnapshotStager` for tensors that are in an accelerator's memory, some or all of them.
-
-    None if none is, or the accelerator has no streams.
-    """
+    """A `SnapshotStager` where some of the tensors are in the memory of an accelerator that has streams."""
     return next((SnapshotStager(t.device) for t in tensors if has_streams(t.device.type)), None)
 
 
 @functools.cache
 def has_streams(kind: str) -> bool:
-    """Whether tensors on this kind of device can be copied from behind the training's back. Says so once if not."""
+    """Whether this kind of device has streams to copy on. Says so once if an accelerator has none."""
     if kind == "cpu":
         return False
     current = torch.accelerator.current_accelerator()

@@ -26,8 +26,8 @@ class Storage:
     """Buffers of this rank's shape, each a list of contiguous CPU tensors with the masters' shapes.
 
     `allocate` gives the modes' buffers, which lie where ``storage`` says. `spare` is the one that masters are copied
-    to, and weights exchanged with: always in memory. Pinned is only what masters on an accelerator with streams need
-    pinned, or their copies would block the training; offloaded masters need nothing so.
+    to, and weights exchanged with: always in memory. Memory is pinned only where the masters are on an accelerator with
+    streams: their copies would block the training otherwise.
     """
 
     def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor]):
@@ -39,7 +39,7 @@ class Storage:
         self._pinned: Iterator[Tensors] = iter(())
 
     def reserve(self, dtypes: Sequence[torch.dtype], smaller: str) -> tuple[Memory, Memory | None]:
-        """What one buffer of each of ``dtypes`` and the spare one take: host memory, and disk if there are files.
+        """What one buffer of each of ``dtypes`` and the spare one take: CPU memory, and disk if there are files.
 
         Every rank calls it. `allocate` is called for each of ``dtypes`` next, and `spare` last. ``smaller``: the remedy
         to name if there is too little.
@@ -51,7 +51,7 @@ class Storage:
         held[self._kept_in] += dtypes
         held[self._spare_in].append(torch.float32)
         self._pinned = self._pin(held["pinned"])
-        in_memory = memory.pinned(self._pieces(held["pinned"]))
+        in_memory = memory.pinned(self._sizes(held["pinned"]))
         in_memory += sum(self._nbytes(dtype) for dtype in held["memory"])
         if self._kept_in != "files":
             return memory.reserve(in_memory, f'{smaller}, or "storage": "files"'), None
@@ -61,7 +61,6 @@ class Storage:
         return memory.reserve(in_memory, "use more ranks under ZeRO, or fewer on a node"), files
 
     def spare(self) -> Tensors:
-        """An fp32 buffer in memory."""
         return next(self._pinned) if self._spare_in == "pinned" else self._in_memory(torch.float32)
 
     def verdict(self) -> torch.Tensor:
@@ -69,22 +68,18 @@ class Storage:
         return torch.empty(8, dtype=torch.uint8, device="cpu", pin_memory=self._spare_in == "pinned")
 
     def allocate(self, dtype: torch.dtype) -> Tensors:
-        """A buffer of the kind asked for; its contents are undefined.
-
-        Raises:
-            ConfigError: the disk has no room for it.
-        """
+        """A buffer, of undefined contents. Raises ConfigError if the disk has no room for it."""
         if self._kept_in == "files":
             return self._in_a_file(dtype)
         return next(self._pinned) if self._kept_in == "pinned" else self._in_memory(dtype)
 
     def _nbytes(self, dtype: torch.dtype) -> int:
-        return memory.needed(self._masters, 1, dtype=dtype)
+        return dtype.itemsize * sum(t.numel() for t in self._masters)
 
     def _in_memory(self, dtype: torch.dtype) -> Tensors:
         return [_empty(t.shape, dtype) for t in self._masters]
 
-    def _pieces(self, dtypes: Sequence[torch.dtype]) -> list[int]:
+    def _sizes(self, dtypes: Sequence[torch.dtype]) -> list[int]:
         return memory.pieces([t.numel() for t in self._masters], dtypes)
 
     def _pin(self, dtypes: Sequence[torch.dtype]) -> Iterator[Tensors]:
@@ -94,19 +89,13 @@ class Storage:
             yield list(islice(tensors, len(self._masters)))
 
     def _pinned_tensors(self, dtypes: Sequence[torch.dtype]) -> Iterator[torch.Tensor]:
-        sizes = self._pieces(dtypes)
+        sizes = self._sizes(dtypes)
         left = zip(itertools.product(dtypes, self._masters), sizes, strict=True)
         for count in memory.batches(sizes):
             batch = list(islice(left, count))
             whole = torch.empty(sum(size for _, size in batch), dtype=torch.uint8, device="cpu", pin_memory=True)
             for ((dtype, master), _), part in zip(batch, whole.split([size for _, size in batch]), strict=True):
                 yield part[: dtype.itemsize * master.numel()].view(dtype).view(master.shape)
-
-    def _cut(self, held: torch.Tensor, dtype: torch.dtype) -> Tensors:
-        """The masters' shapes, one after another, in the bytes of ``held``."""
-        flat = held[: self._nbytes(dtype)].view(dtype)
-        parts = flat.split([t.numel() for t in self._masters])
-        return [part.view(t.shape) for part, t in zip(parts, self._masters, strict=True)]
 
     def _in_a_file(self, dtype: torch.dtype) -> Tensors:
         """One file, which has no name: its room returns when the tensors go, or the process, however it ends.
@@ -127,14 +116,12 @@ class Storage:
                 f"weight_averaging.storage_path: no file of {memory.size(nbytes)} could be made in {self._path!r} "
                 f"({error.strerror}); make room there, or write another folder"
             ) from None
-        return self._cut(torch.frombuffer(mapping, dtype=torch.uint8), dtype)
+        parts = torch.frombuffer(mapping, dtype=dtype).split([t.numel() for t in self._masters])
+        return [part.view(t.shape) for part, t in zip(parts, self._masters, strict=True)]
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in CPU memory; a large one in huge pages where the kernel has some left.
-
-    Each snapshot sweeps over buffers of gigabytes: with small pages a core spends a part of that in looking them up.
-    """
+    """A tensor in CPU memory; a large one in huge pages where there are some, which are quicker to look up."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LARGE:
         return torch.empty(shape, dtype=dtype, device="cpu")

@@ -1,13 +1,12 @@
-"""What averaging holds, on disk: one safetensors file per rank, beside the host's checkpoint. Never a pickle.
+"""What averaging holds, on disk: one safetensors file per rank, in the framework's checkpoint. Never a pickle.
 
 A file holds the mode's buffers as flat tensors, ``<what>.<shard>``; its metadata says which parameters' elements they
 are, and the rank's coordinate in the model. On the layout it was saved with a rank reads its own file; on another one
 it reads from all files of its coordinate the pieces it needs (`reshard`).
 
-What is checked: every file's metadata carries its own SHA-256, tested by every rank that reads from the file, and one
-SHA-256 for each tensor, tested in full by one rank for each file, also when all ranks read only pieces. All ranks call
-`load` within `raise_on_all_ranks`, so that what one of them finds ends all. A file that changes between test and read
-is not noticed.
+The metadata carries its own SHA-256, tested by every rank that reads from the file, and one for each tensor, tested in
+full by one rank for each file, also when all ranks read only pieces. All ranks call `load` within `raise_on_all_ranks`,
+so that what one of them finds ends all.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ from ds_plugin.core.errors import CheckpointError
 from ds_plugin.core.files import atomic_write
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.modes import Saved, Whole
 from ds_plugin.weight_averaging.state import fragments
 from ds_plugin.weight_averaging.state.fragments import Fragment
-from ds_plugin.weight_averaging.state.reshard import READ_ELEMENTS, REMEDY, Resharded, Source, damage, plan
+from ds_plugin.weight_averaging.state.reshard import READ_ELEMENTS, REMEDY, Resharded, damage, plan
 
 FORMAT = "3"
 
-#: what of the configuration cannot change in a mode
+#: the settings of each mode that cannot change
 _FIXED = {"sliding": ("deltas",), "block": ("window",), "ema": ("horizons",)}
 
 
@@ -55,14 +54,14 @@ def save(
 
     Args:
         save_id: marks the files of one save.
-        coordinate: tensor-parallel rank, pipeline stage and what else tells apart ranks that hold other weights under
-            the same names; ranks of one coordinate share out (or replicate) the same weights.
+        coordinate: tensor-parallel rank and pipeline stage: ranks of one coordinate share out (or replicate) the same
+            weights, others hold other weights under the same names.
 
     Raises:
         StateError: the framework lays out its shards in a way that is not known, or in another than at first.
     """
-    shards, laid_out = averager.masters(), averager.shards.fragments()
-    fragments.check(laid_out, shards)
+    laid_out = averager.shards.fragments()
+    fragments.check(laid_out, averager.masters())
     tensors = {name: tensor.view(-1) for name, tensor in averager.mode.tensors().items()}
     config = averager.config
     metadata = {
@@ -75,8 +74,7 @@ def save(
         "state": json.dumps(averager.mode.state()),
         "coordinate": json.dumps(list(coordinate)),
         "layout": averager.shards.layout,
-        "shapes": json.dumps([list(shard.shape) for shard in shards]),
-        "fragments": json.dumps([[f.name, f.shape, f.start, f.count, f.shard, f.offset] for f in laid_out]),
+        "fragments": json.dumps([astuple(fragment) for fragment in laid_out]),
         "sha256": json.dumps({name: _digest(tensor, tensor.numel()) for name, tensor in tensors.items()}),
     }
     metadata["metadata_sha256"] = _seal(metadata)
@@ -95,11 +93,10 @@ def load(
 ) -> None:
     """Read this rank's share back, on the ranks and the layout it was saved with or on others.
 
-    It goes straight into the averager's buffers, a piece at a time.
+    It goes straight into the averager's buffers, a piece at a time. Tensor and pipeline parallelism must be the save's.
 
     Args:
         save_id: that of the save to load.
-        coordinate: as in `save`. The sizes of tensor and pipeline parallelism must be those of the save.
         saved_ranks: how many ranks saved; this run's ``world_size`` if not given.
 
     Raises:
@@ -120,26 +117,31 @@ def load(
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 return _Share(path, file, rank=saved_rank, world_size=saved_ranks, save_id=save_id)
 
-        shapes = [shard.shape for shard in averager.masters()]
-        own = share(rank) if world_size == saved_ranks else None
-        held: Saved
-        if own is not None and own.fits(coordinate, shapes, averager.shards.fragments()):
-            compare(own.saved, averager.config, own.path)
-            held = Whole(own.whole(shapes))
+        laid_out = averager.shards.fragments()
+        fragments.check(laid_out, averager.masters())
+        if world_size == saved_ranks and share(rank).holds(coordinate, laid_out):
+            mine = tested = [share(rank)]
         else:
             files = [share(saved_rank) for saved_rank in range(saved_ranks)]
-            own, held = _reshard(files, averager, rank=rank, world_size=world_size, coordinate=coordinate)
+            mine, tested = _of_coordinate(files, coordinate), files[rank::world_size]
+        first = mine[0]
+        compare(first.saved, averager.config, first.path)
+        for file in tested:
+            file.verify()
+        if first.found["layout"] == "replicated":  # each of them holds everything; not all ranks need read the same
+            mine = [mine[rank % len(mine)]]
+        pieces = plan(laid_out, [(file.path, file.fragments) for file in mine])
+        dtypes = {what: dtype for file in mine for what, dtype in file.dtypes().items()}
         try:
-            averager.mode.load(own.state, held)
+            averager.mode.load(first.state, Resharded(pieces, {file.path: file.file for file in mine}, dtypes))
         except KeyError as error:
-            raise CheckpointError(f"weight_averaging: {own.path} is damaged (it has no {error}); {REMEDY}") from None
+            raise CheckpointError(f"weight_averaging: {first.path} is damaged (it has no {error}); {REMEDY}") from None
 
 
 def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path) -> None:
     """Compare a saved section (or as much of it as a rank's file has; none if averaging was off) with this run's.
 
-    A sliding window may become larger or smaller; a sum of 5 snapshots cannot become one of 3, and differences in bf16
-    cannot become whole snapshots.
+    A sliding window may change its size; a sum of 5 snapshots cannot become one of 3, nor bf16 differences whole ones.
 
     Raises:
         CheckpointError: the mode differs, or what cannot change within it.
@@ -153,7 +155,7 @@ def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path)
 
 
 class _Share:
-    """One rank's file, open: what it says of itself, checked against what the reader expects of it."""
+    """One rank's file, open; ``expected``: what it must say of itself."""
 
     def __init__(self, path: Path, file: Any, **expected: Any):
         found = file.metadata() or {}
@@ -176,31 +178,20 @@ class _Share:
         self.coordinate = json.loads(found["coordinate"])
 
     @functools.cached_property
-    def shapes(self) -> list[torch.Size]:
-        return [torch.Size(shape) for shape in json.loads(self.found["shapes"])]
-
-    @functools.cached_property
     def fragments(self) -> list[Fragment]:
         return [Fragment(name, tuple(shape), *numbers) for name, shape, *numbers in json.loads(self.found["fragments"])]
 
-    def fits(self, coordinate: Sequence[int], shapes: Sequence[torch.Size], laid_out: Sequence[Fragment]) -> bool:
-        """Whether a rank with these shards can take the file as it is."""
-        return self.coordinate == list(coordinate) and self.shapes == shapes and self.fragments == laid_out
-
-    def whole(self, shapes: Sequence[torch.Size]) -> dict[str, torch.Tensor]:
-        """All of the file, in the shards' shapes, tested."""
-        self.verify()
-        return {name: self.file.get_tensor(name).view(shapes[_shard(name)]) for name in self.file.keys()}
+    def holds(self, coordinate: Sequence[int], laid_out: Sequence[Fragment]) -> bool:
+        """Whether a rank with this layout needs this file alone."""
+        return self.coordinate == list(coordinate) and self.fragments == laid_out
 
     def verify(self) -> None:
         """Read all of the file, a piece at a time, and compare it with the hashes it was saved with."""
         with damage(self.path):
             hashes = json.loads(self.found["sha256"])
-            names, wrong = list(self.file.keys()), hashes.keys() ^ set(self.file.keys())
-            for name in names if not wrong else ():
-                stored = self.file.get_slice(name)
-                if _digest(stored, *stored.get_shape()) != hashes[name]:
-                    wrong.add(name)
+            found = {name: self.file.get_slice(name) for name in self.file.keys()}
+            wrong = hashes.keys() ^ found.keys()
+            wrong = wrong or {n for n, stored in found.items() if _digest(stored, *stored.get_shape()) != hashes[n]}
             if wrong:
                 raise ValueError(f"its contents are not those that were saved: {min(wrong)}")
 
@@ -210,39 +201,23 @@ class _Share:
             return {name.rpartition(".")[0]: self.file.get_slice(name)[0:0].dtype for name in self.file.keys()}
 
 
-def _reshard(
-    files: Sequence[_Share], averager: WeightAverager, *, rank: int, world_size: int, coordinate: Sequence[int]
-) -> tuple[_Share, Resharded]:
-    """The window of ``files`` as this rank's shards, and one of the files it is read from."""
-    mine = [file for file in files if file.coordinate == list(coordinate)]
-    if not mine:
+def _of_coordinate(files: Sequence[_Share], coordinate: Sequence[int]) -> list[_Share]:
+    """Those that ranks of this coordinate saved; they hold the same snapshots."""
+    found = [file for file in files if file.coordinate == list(coordinate)]
+    if not found:
         known = sorted({tuple(file.coordinate) for file in files})
         raise CheckpointError(
             f"weight_averaging: {files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage "
             f"{list(coordinate)}, only {', '.join(map(str, map(list, known)))}; resume with the tensor and pipeline "
             "parallelism it was saved with"
         )
-    compare(mine[0].saved, averager.config, mine[0].path)
-    for file in files[rank::world_size]:
-        file.verify()
-    for file in mine:
-        if (file.saved, file.state) != (mine[0].saved, mine[0].state):
+    for file in found:
+        if (file.saved, file.state) != (found[0].saved, found[0].state):
             raise CheckpointError(
-                f"weight_averaging: {file.path} and {mine[0].path} hold other snapshots ({file.found['state']} and "
-                f"{mine[0].found['state']}); {REMEDY}"
+                f"weight_averaging: {file.path} and {found[0].path} hold other snapshots ({file.found['state']} and "
+                f"{found[0].found['state']}); {REMEDY}"
             )
-    if mine[0].found["layout"] == "replicated":  # each of them holds everything; not all ranks need read the same
-        mine = [mine[rank % len(mine)]]
-    shards, laid_out = averager.shards.tensors(), averager.shards.fragments()
-    fragments.check(laid_out, shards)
-    pieces = plan(laid_out, [Source(file.path, file.fragments) for file in mine])
-    dtypes = {what: dtype for file in mine for what, dtype in file.dtypes().items()}
-    opened = {file.path: file.file for file in mine}
-    return mine[0], Resharded(pieces, [shard.shape for shard in shards], dtypes, opened.__getitem__)
-
-
-def _shard(name: str) -> int:
-    return int(name.rpartition(".")[2])
+    return found
 
 
 def _seal(metadata: Mapping[str, str]) -> str:

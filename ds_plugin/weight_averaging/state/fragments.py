@@ -1,4 +1,4 @@
-"""Which parameters' elements lie where in a rank's shards: what resharding and publishing need to know of a host."""
+"""Which parameters' elements lie where in a rank's shards: what resharding and publishing need to know."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name in the model as it was before torch wrapped it or parts of it: the one that others load it by."""
+    """A tensor's name as it was before torch wrapped the model or parts of it: the one that others load it by."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -45,9 +45,9 @@ def plain_names(model: torch.nn.Module) -> dict[int, str]:
 class Fragment:
     """A run of one parameter's elements within one shard, both seen flat (row-major).
 
-    ``name`` is the model's own and ``shape`` the whole parameter's, on this tensor- and pipeline-parallel rank (before
-    data-parallel sharding). Elements ``start`` to ``start + count`` of it lie from ``offset`` on in
-    ``MasterShards.tensors()[shard]``. What no fragment covers is padding.
+    ``shape``: the whole parameter's, on this tensor- and pipeline-parallel rank (before data-parallel sharding).
+    Elements ``start`` to ``start + count`` of it lie from ``offset`` on in ``MasterShards.tensors()[shard]``. What no
+    fragment covers is padding.
     """
 
     name: str
@@ -67,7 +67,7 @@ def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None
     """Every fragment lies within its shard and its parameter, and no two overlap in a shard.
 
     Raises:
-        StateError: one does not: the host is not laid out as this package knows it.
+        StateError: one does not: the framework lays out its shards in another way than this package knows.
     """
     ends = [0] * len(shards)
     for f in sorted(fragments, key=lambda f: (f.shard, f.offset)):
@@ -76,6 +76,6 @@ def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None
         if not fits or f.offset < ends[f.shard]:
             raise StateError(
                 f"weight_averaging: {f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps "
-                "another parameter; this version of the host lays out its shards in another way than the tested ones"
+                "another parameter; this framework's version lays out its shards in another way than the tested ones"
             )
         ends[f.shard] = f.offset + f.count

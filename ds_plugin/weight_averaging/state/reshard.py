@@ -1,11 +1,10 @@
-"""A saved window on other ranks: which elements of which rank's file go where, and reading just those.
+"""A saved window on other ranks: `plan` says which elements of which file go where, `Resharded` reads just those.
 
-A file holds flat shards and says which parameters' elements they are (`fragments`), and so do the shards of the rank
-that reads. `plan` brings the two together; `Resharded` reads by the plan, never more than a piece at a time.
+Files and ranks hold flat shards, and say which parameters' elements they are (`fragments`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 
 from ds_plugin.core.errors import CheckpointError
-from ds_plugin.weight_averaging.modes import Saved
 from ds_plugin.weight_averaging.state.fragments import Fragment
 
 #: elements read at a time: 16 MiB of fp32
@@ -23,21 +21,16 @@ READ_ELEMENTS = 4 * 1024 * 1024
 REMEDY = "restore the file, or resume from another checkpoint (--tag)"
 
 
+Source = tuple[Path, Sequence[Fragment]]  # a saved file, and what lies where in its shards
+
+
 @contextlib.contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """What goes wrong while ``path`` is read, as a `CheckpointError` that names it."""
+    """Name the file in what goes wrong while it is read."""
     try:
         yield
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise CheckpointError(f"weight_averaging: {path} is damaged ({error}); {REMEDY}") from None
-
-
-@dataclass(frozen=True)
-class Source:
-    """One saved file and what lies where in its shards."""
-
-    path: Path
-    fragments: Sequence[Fragment]
 
 
 @dataclass(frozen=True)
@@ -55,15 +48,13 @@ class Piece:
 def plan(targets: Sequence[Fragment], sources: Sequence[Source]) -> list[Piece]:
     """The pieces of ``sources`` that make up ``targets``, each of whose elements lies in exactly one source.
 
-    Sources that hold the same elements (replicas) are the caller's to choose one of.
-
     Raises:
         CheckpointError: a parameter has another shape, or an element of it lies in no source, or in two.
     """
     saved: dict[str, list[tuple[Fragment, Path]]] = {}
-    for source in sources:
-        for fragment in source.fragments:
-            saved.setdefault(fragment.name, []).append((fragment, source.path))
+    for path, fragments in sources:
+        for fragment in fragments:
+            saved.setdefault(fragment.name, []).append((fragment, path))
     for parts in saved.values():
         parts.sort(key=lambda part: part[0].start)
     return [piece for target in targets for piece in _pieces(target, saved.get(target.name, []), sources)]
@@ -89,73 +80,58 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
             )
         if first > at:
             break
-        yield Piece(
-            path,
-            part.shard,
-            part.offset + first - part.start,
-            target.shard,
-            target.offset + first - target.start,
-            last - first,
-        )
+        there, here = part.offset + first - part.start, target.offset + first - target.start
+        yield Piece(path, part.shard, there, target.shard, here, last - first)
         at, previous = last, path
     if at < end:
-        files = f"{sources[0].path} to {sources[-1].path.name}" if sources else "the files"
+        files = f"{sources[0][0]} to {sources[-1][0].name}" if sources else "the files"
         raise CheckpointError(
             f"weight_averaging: element {at} of parameter {target.name} {list(target.shape)} is in none of {files}; "
             "resume with the model, tensor and pipeline parallelism it was saved with"
         )
 
 
-class Resharded(Saved):
-    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads.
+class Resharded:
+    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads, by the `plan` of its fragments.
 
-    Their dtypes are the files'; what no piece covers (padding) is zero.
+    ``files``: the ``safe_open`` of each path. ``dtypes``: of each ``<what>`` in them.
     """
 
-    def __init__(
-        self,
-        pieces: Sequence[Piece],
-        shapes: Sequence[torch.Size],
-        dtypes: Mapping[str, torch.dtype],
-        opened: Callable[[Path], Any],
-    ):
-        """
-        Args:
-            pieces: `plan` of this rank's fragments.
-            shapes: those of this rank's shards.
-            dtypes: of each ``<what>`` in the files.
-            opened: gives a file's ``safe_open``.
-        """
-        self._pieces = [[p for p in pieces if p.shard == shard] for shard in range(len(shapes))]
-        self._shapes, self._dtypes, self._opened = shapes, dtypes, opened
+    def __init__(self, pieces: Sequence[Piece], files: Mapping[Path, Any], dtypes: Mapping[str, torch.dtype]):
+        self._files, self._dtypes = files, dtypes
+        self._pieces: dict[int, list[Piece]] = {}  # by shard
+        for piece in pieces:
+            self._pieces.setdefault(piece.shard, []).append(piece)
 
-    def shape(self, name: str) -> torch.Size:
-        what, shard = self._split(name)
-        for piece in self._pieces[shard]:
+    def _find(self, name: str) -> tuple[str, list[Piece]]:
+        what, _, shard = name.rpartition(".")
+        if what not in self._dtypes:
+            raise KeyError(name)
+        return what, self._pieces.get(int(shard), [])
+
+    def check(self, name: str) -> None:
+        """What can be refused is refused here, before anything is read.
+
+        Raises:
+            KeyError: the files have no such tensor.
+            CheckpointError: a file holds less of it than it says, or another dtype than the others.
+        """
+        what, pieces = self._find(name)
+        for piece in pieces:
             with damage(piece.path):
-                source = self._source(what, piece)
+                source = self._files[piece.path].get_slice(f"{what}.{piece.source}")
                 if source[0:0].dtype != self._dtypes[what] or source.get_shape()[0] < piece.start + piece.count:
                     raise ValueError(f"{what}.{piece.source} is not of the type or size the files say")
-        return self._shapes[shard]
 
     def read_(self, name: str, out: torch.Tensor) -> None:
-        what, shard = self._split(name)
-        flat, pieces = out.view(-1), self._pieces[shard]
+        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero."""
+        what, pieces = self._find(name)
+        flat = out.view(-1)
         if sum(piece.count for piece in pieces) < flat.numel():
             flat.zero_()
         for piece in pieces:
             with damage(piece.path):
-                source = self._source(what, piece)
-                for done in range(0, piece.count, READ_ELEMENTS):
-                    count = min(READ_ELEMENTS, piece.count - done)
-                    values = source[piece.start + done : piece.start + done + count]
-                    flat[piece.offset + done : piece.offset + done + count] = values
-
-    def _split(self, name: str) -> tuple[str, int]:
-        what, _, shard = name.rpartition(".")
-        if what not in self._dtypes or not 0 <= int(shard) < len(self._shapes):
-            raise KeyError(name)
-        return what, int(shard)
-
-    def _source(self, what: str, piece: Piece) -> Any:
-        return self._opened(piece.path).get_slice(f"{what}.{piece.source}")
+                source = self._files[piece.path].get_slice(f"{what}.{piece.source}")
+                for i, values in enumerate(flat[piece.offset :][: piece.count].split(READ_ELEMENTS)):
+                    first = piece.start + i * READ_ELEMENTS
+                    values.copy_(source[first : first + len(values)])

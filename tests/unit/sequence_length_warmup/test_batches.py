@@ -1,4 +1,4 @@
-"""Cutting a stretch out of a micro-batch, by name and nested; the mask of fragments; lengthening for the preflight."""
+"""Cutting a span out of a micro-batch, by name and nested; the mask of fragments; lengthening for the preflight."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ LABELS = TOKENS + 1
 POSITIONS = torch.arange(6).expand(2, -1)
 
 
-def test_a_stretch_of_named_arguments():
+def test_a_span_of_named_arguments():
     mask = torch.arange(36).view(1, 1, 6, 6)
     batch = {"tokens": TOKENS, "labels": LABELS, "position_ids": POSITIONS, "attention_mask": mask, "scale": 2}
     cut, before, after = cut_batch(batch, 3, 2, full=6, exact=True)
@@ -41,7 +41,7 @@ def test_positions_that_restart_with_a_document_stay():
         assert one.tolist() == cut["position_ids"].tolist() and several["position_ids"].is_contiguous()
 
 
-def test_a_stretch_of_a_pipelines_micro_batch():
+def test_a_span_of_a_pipelines_micro_batch():
     weights = torch.ones(2, 6)
     batch = ((POSITIONS[:1], TOKENS, POSITIONS, torch.ones(2, 1, 6, 6)), [LABELS, weights, torch.tensor([1, 2])])
     cut, before, after = cut_batch(batch, 2, 4, full=6, exact=True, micro_batch=2)
@@ -78,11 +78,11 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
         bool((leaves(empty)[0].value == 0).all())
     stub = SimpleNamespace(
         step=0, carries=True, micro_batches=1, open_windows=[],
-        full=6, samples={"micro_batch": 2}, stretch=TokenSpan(0, 0, 2), count=lambda *counted: None,
+        full=6, samples={"micro_batch": 2}, span=TokenSpan(0, 0, 2), count=lambda *counted: None,
     )  # fmt: skip
     read = Batches(stub, lambda n: itertools.repeat(empty))
     for step, offset in enumerate((0, 2, 4)):
-        stub.step, stub.stretch = step, TokenSpan(step, offset, 2)
+        stub.step, stub.span = step, TokenSpan(step, offset, 2)
         found = leaves(next(read))
         assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 

@@ -1,4 +1,4 @@
-"""The carry mode's order: every token of every window once, even stretches, nothing after a sample's end."""
+"""The carry mode's order: every token of every window once, even spanes, nothing after a sample's end."""
 
 import json
 
@@ -15,15 +15,15 @@ def order(interleave=1, full=64, multiple_of=8):
 def run(order, lengths):
     found = []
     for length in lengths:
-        stretch = order.peek(length)
-        assert order.peek(length) == stretch  # asking does not change the answer
-        order.advance(stretch)
-        found.append((stretch.window, stretch.offset, stretch.length))
+        span = order.peek(length)
+        assert order.peek(length) == span  # asking does not change the answer
+        order.advance(span)
+        found.append((span.window, span.offset, span.length))
     return found
 
 
 def test_one_window_at_a_time():
-    # 64 in stretches of at most 16; then of at most 24: three even ones, 64/3 = 21.3 -> 24, 40/2 = 20 -> 24, 16;
+    # 64 in spanes of at most 16; then of at most 24: three even ones, 64/3 = 21.3 -> 24, 40/2 = 20 -> 24, 16;
     # then of at most 56: two of 32
     assert run(order(), [16] * 4 + [24] * 3 + [56] * 2 + [64]) == [
         (0, 0, 16), (0, 16, 16), (0, 32, 16), (0, 48, 16),
@@ -49,13 +49,13 @@ def test_every_token_once(interleave, full, multiple):
     lengths = [min(full, multiple * (1 + step // 7)) for step in range(300)]
     seen = {}
     for length in lengths:
-        stretch = carry.peek(length)
-        assert 0 < stretch.length <= max(length, full if length == full else 0)
-        assert stretch.length % multiple == 0
-        for token in range(stretch.offset, stretch.end):
-            assert (stretch.window, token) not in seen
-            seen[stretch.window, token] = True
-        carry.advance(stretch)
+        span = carry.peek(length)
+        assert 0 < span.length <= max(length, full if length == full else 0)
+        assert span.length % multiple == 0
+        for token in range(span.offset, span.end):
+            assert (span.window, token) not in seen
+            seen[span.window, token] = True
+        carry.advance(span)
         assert len(carry.open) <= interleave
         assert len(seen) + carry.carried == carry.windows_read * full
     assert not carry.open  # the warmup is over

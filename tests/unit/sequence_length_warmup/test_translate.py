@@ -360,7 +360,7 @@ def test_command_writes_the_new_file(old_file, tmp_path, capsys):
         (json.dumps(legacy(linear(schedule_type="custom"))), ["schedule_type", "got 'custom'", "module:function"]),
         (json.dumps({"sequence_length_warmup": {**OURS, "strt_length": 8}}), ["strt_length", '"start_length"']),
         ("{", ["old.json", "not JSON"]),
-        (b"\xff\xfe", ["old.json", "not UTF-8"]),
+        (b"\xff\xfe", ["old.json", "not JSON", "utf-8"]),
         (None, ["old.json", "cannot be read"]),
     ],
 )

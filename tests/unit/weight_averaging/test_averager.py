@@ -432,7 +432,7 @@ def test_memory_is_worked_out_and_allocated(changes, copies, monkeypatch):
     del allocated[:]
     averager = make(host, **changes)
     assert averager.memory.rank == copies * 22 * 4 == sum(t.nbytes for t in allocated)
-    assert f"{averager.memory.rank / 1e6:.1f} MB of host memory on this rank" in averager.describe()
+    assert f"{averager.memory.rank / 1e6:.1f} MB of CPU memory on this rank" in averager.describe()
 
 
 def test_pinned_memory_is_rounded_up():

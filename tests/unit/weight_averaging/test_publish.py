@@ -102,8 +102,8 @@ def test_slices_make_the_tensor_that_concatenation_makes():
             cut_along((4, 6, 2), dim, stride, 0, 2)
 
 
-def _row(name, numel=4, cut=False, divided=False):
-    return Row(Entry(name, torch.float32, (numel,)), cut, divided)
+def _row(name, numel=4, tp_sharded=False, zero3_sharded=False):
+    return Row(Entry(name, torch.float32, (numel,)), tp_sharded, zero3_sharded)
 
 
 def _writes(reports, layout):
@@ -113,7 +113,7 @@ def _writes(reports, layout):
 
 
 def test_who_writes_what_under_data_parallelism():
-    rows = (_row("a"), _row("frozen"), _row("part", divided=True))
+    rows = (_row("a"), _row("frozen"), _row("part", zero3_sharded=True))
     reports = [Report((0, 0), rows, (1, 0, 0)), Report((0, 0), None, (3, 0, 0))]
     assert _writes(reports, "sharded") == (
         ["a", "frozen", "part"],
@@ -124,8 +124,8 @@ def test_who_writes_what_under_data_parallelism():
 
 
 def test_who_writes_what_of_stages_and_slices():
-    first = (_row("tied_modules.e", 8, cut=True), _row("0.a"))
-    second = (_row("1.b", 8, cut=True), _row("tied_modules.e", 8, cut=True))
+    first = (_row("tied_modules.e", 8, tp_sharded=True), _row("0.a"))
+    second = (_row("1.b", 8, tp_sharded=True), _row("tied_modules.e", 8, tp_sharded=True))
     reports = [
         Report((0, 0), first, (4, 4)),
         Report((0, 1), first, (4, 4)),
@@ -143,7 +143,10 @@ REFUSED = [
     ([((0, 0), (_row("a"),), (4,)), ((0, 0), None, (4,))], "hold 8 elements of a"),
     ([((0, 0), (_row("a"),), (4,)), ((1, 0), (_row("a"),), (4,))], "stages 0 and 1 both have a a, which is not tied"),
     ([((0, 0), (_row("a"),), (4,)), ((0, 1), (_row("a", 8),), (8,))], r"a is .* \[4\] on one rank and .* \[8\]"),
-    ([((0, 0), (_row("a", cut=True),), (2,)), ((0, 1), (_row("b"),), (4,))], "not the same on all tensor-parallel"),
+    (
+        [((0, 0), (_row("a", tp_sharded=True),), (2,)), ((0, 1), (_row("b"),), (4,))],
+        "not the same on all tensor-parallel",
+    ),
     ([((0, 0), (_row("a"), _row("b")), (4, 4)), ((0, 1), (_row("a"),), (4,))], "b is not the same"),
 ]
 
@@ -189,7 +192,7 @@ class Whole:
 def host():
     """An engine of one rank without torch.distributed, its averager, and the average by hand."""
     torch.manual_seed(0)
-    engine = SimpleNamespace(module=Tied(), mpu=None, autotp_size=lambda: 1)
+    engine = SimpleNamespace(module=Tied(), mpu=None, autotp_size=lambda: 1, has_moe_layers=False)
     shards = Whole(engine.module)
     averager = WeightAverager(WeightAveragingConfig(enabled=True, window=2, interval=1), shards)
     expected = {name: torch.zeros_like(p) for name, p in shards.parameters.items()}

@@ -64,7 +64,7 @@ def average(kind, snapshots):
     """One list of averaged tensors of a list of snapshots, by the functions of `window`."""
     out = [torch.empty_like(t) for t in snapshots[0]]
     if kind == "mean":
-        window.mean_(out, snapshots)
+        window.weighted_mean_(out, snapshots, [1.0] * len(snapshots))
     elif kind == "weighted":
         window.weighted_mean_(out, snapshots, WEIGHTS)
     elif kind == "sum":
@@ -178,11 +178,10 @@ def test_equal_weights_are_the_mean_whatever_their_size(scale):
     """5e-324 is the smallest number of fp64, 1.8e308 its largest; fp32 holds neither of them, nor 1e39."""
     torch.manual_seed(2)
     snapshots = [torch.randn(100) for _ in range(3)]
-    out = [torch.empty(100)]
-    window.mean_(out, [[s] for s in snapshots])
+    mean = sum(snapshots) / 3
     assert window.normalised([scale] * 3) == [1 / 3] * 3
-    assert torch.equal(weighted(snapshots, [scale] * 3), out[0])
-    assert torch.equal(weighted([*snapshots, torch.full((100,), math.inf)], [scale] * 3 + [0.0]), out[0])
+    assert torch.equal(weighted(snapshots, [scale] * 3), mean)
+    assert torch.equal(weighted([*snapshots, torch.full((100,), math.inf)], [scale] * 3 + [0.0]), mean)
     assert torch.equal(weighted([torch.ones(5)] * 3, [scale] * 3), torch.ones(5))
 
 
@@ -236,7 +235,7 @@ def test_extreme_values_are_torchs_and_silent():
     out = torch.empty(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        window.mean_([out], [[s] for s in snapshots])
+        window.weighted_mean_([out], [[s] for s in snapshots], [1.0, 1.0])
     expected = (snapshots[0] + snapshots[1]) / 2
     assert torch.equal(out[:3].view(torch.int32), expected[:3].view(torch.int32))
     assert out[0] == inf and out[1] != 0 and out[3].isnan() and out[4] == inf

@@ -1,4 +1,7 @@
-"""CompleteP around the building of a model, in one line: ``with building("config.json"): model = GPTModel(...)``."""
+"""CompleteP around the building of a model, in one line: ``with building("config.json"): model = GPTModel(...)``.
+
+Not called building.py: a package holds a module that was imported under its name, in place of the function.
+"""
 
 import contextlib
 import weakref
@@ -18,7 +21,7 @@ GPT_MODEL_INIT = "megatron.core.models.gpt.gpt_model.GPTModel.__init__"
 def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> Patch:
     """A patch of ``GPTModel.__init__``: what is built while it is on is scaled, and its config handed to ``built``.
 
-    In place: a training loop sets what it wants done (reducing gradients, too) on the config that it gave.
+    The config itself is changed: a training loop sets what it wants done (reducing gradients, too) on what it gave.
     """
 
     def build(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,34 @@
+"""A figure of a sweep: panels side by side, in a file that is whole or not there."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.core.files import atomic_write
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+
+
+@contextlib.contextmanager
+def panels(path: Path, rows: int, columns: int, *, title: str | None = None, **settings: Any) -> Iterator[Any]:
+    """The axes, an array of rows and columns, to draw on; written to ``path`` when the block ends.
+
+    ``settings``: of pyplot's ``subplots``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, **settings)
+    try:
+        yield axes
+        for axis in axes.flat:
+            axis.grid(alpha=0.25)
+        if title is not None:
+            figure.suptitle(title)
+        figure.tight_layout()
+        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    finally:
+        pyplot.close(figure)
