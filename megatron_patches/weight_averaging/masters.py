@@ -1,12 +1,12 @@
 """Where megatron-core's own optimizers keep this rank's fp32 master weights, and how the model is refreshed from them.
 
-One small class per kind of optimizer; `find_megatron_shards` picks it.
+`find_megatron_shards` picks, for each optimizer of a chain, the function below that knows its kind.
 """
 
 import importlib.metadata
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,99 +42,92 @@ class Master(NamedTuple):
     start: int
 
 
-class Part:
-    """The masters of one optimizer, which has the attributes ``needs``."""
+class Part(NamedTuple):
+    """One optimizer's masters as they are now, and what writes them into the model's parameters, as `COPY` does."""
 
-    layout = "replicated"
-    needs: tuple[str, ...] = ()
-
-    def __init__(self, optimizer: Any):
-        need(optimizer, *self.needs)
-        self.optimizer = optimizer
-
-    def masters(self) -> Iterator[Master]:
-        raise NotImplementedError
-
-    def copy(self) -> None:
-        """Write the masters into the model's parameters, sharded: into this rank's part of them."""
-        getattr(self.optimizer, COPY)()
-
-    def _pairs(self, left: str, right: str) -> Iterator[tuple[Any, Any]]:
-        """Two lists of [group][parameter] side by side."""
-        for group, other in zip(getattr(self.optimizer, left), getattr(self.optimizer, right), strict=True):
-            yield from zip(group, other, strict=True)
+    layout: str
+    masters: Callable[[], Iterator[Master]]
+    copy: Callable[[], object]
 
 
-class FP32Masters(Part):
+def _fp32(optimizer: Any) -> Part:
     """FP32Optimizer: the parameters are the masters."""
+    need(optimizer, "param_groups")
 
-    needs = ("param_groups",)
+    def masters() -> Iterator[Master]:
+        return (Master(p, p, 0) for group in optimizer.param_groups for p in group["params"])
 
-    def masters(self) -> Iterator[Master]:
-        return (Master(p, p, 0) for group in self.optimizer.param_groups for p in group["params"])
-
-    def copy(self) -> None:
-        pass
+    return Part("replicated", masters, lambda: None)
 
 
-class Float16Masters(Part):
+def _float16(optimizer: Any) -> Part:
     """Float16OptimizerWithFloat16Params: whole fp32 copies beside 16-bit parameters; fp32 ones are their own."""
+    need(optimizer, COPY, WHOLE_16, WHOLE_MASTERS, WHOLE_32)
 
-    needs = (COPY, WHOLE_16, WHOLE_MASTERS, WHOLE_32)
-
-    def masters(self) -> Iterator[Master]:
+    def masters() -> Iterator[Master]:
         for left, right in ((WHOLE_16, WHOLE_MASTERS), (WHOLE_32, WHOLE_32)):
-            yield from (Master(p, master, 0) for p, master in self._pairs(left, right))
+            yield from (Master(p, master, 0) for p, master in _pairs(optimizer, left, right))
+
+    return Part("replicated", masters, getattr(optimizer, COPY))
 
 
-class ShardedMasters(Part):
+def _sharded(optimizer: Any) -> Part:
     """DistributedOptimizer: this rank's runs of the parameters that megatron-core's bucket layout cuts for it.
 
     Found by its lists, not by its model_param_group_index_map: where a group holds parameters of 16 and of 32 bits,
     that one confuses them.
     """
+    need(optimizer, COPY, RANGE, SHARDED_16, SHARDED_32, RUNS_16, RUNS_32, SHARDED_MASTERS)
+    need(optimizer.config, PRECISION_AWARE)
+    fused, copy = getattr(optimizer.config, PRECISION_AWARE), getattr(optimizer, COPY)
+    if fused:
+        _prepare_fused(optimizer)
 
-    layout = "sharded"
-    needs = (COPY, RANGE, SHARDED_16, SHARDED_32, RUNS_16, RUNS_32, SHARDED_MASTERS)
+    def masters_16() -> Iterator[tuple[Any, torch.Tensor]]:
+        if not fused:
+            return _pairs(optimizer, SHARDED_16, SHARDED_MASTERS)
+        state = optimizer.optimizer.state
+        return ((p, state[run][FUSED_MASTER]) for p, run in _pairs(optimizer, SHARDED_16, RUNS_16))
 
-    def _masters_16(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        return self._pairs(SHARDED_16, SHARDED_MASTERS)
-
-    def masters(self) -> Iterator[Master]:
-        for pairs in (self._masters_16(), self._pairs(SHARDED_32, RUNS_32)):
+    def masters() -> Iterator[Master]:
+        for pairs in (masters_16(), _pairs(optimizer, SHARDED_32, RUNS_32)):
             for p, master in pairs:
-                yield Master(p, master, getattr(self.optimizer, RANGE)(p)["param"].start)
+                yield Master(p, master, getattr(optimizer, RANGE)(p)["param"].start)
+
+    def copy_fused() -> None:  # FusedAdam writes the parameters itself in its step; megatron-core's copy does nothing
+        for _, run in _pairs(optimizer, SHARDED_16, RUNS_16):
+            run.data.copy_(optimizer.optimizer.state[run][FUSED_MASTER])
+
+    return Part("sharded", masters, copy_fused if fused else copy)
 
 
-class FusedMasters(ShardedMasters):
-    """DistributedOptimizer with use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state.
+def _prepare_fused(optimizer: Any) -> None:
+    """use_precision_aware_optimizer: the masters of 16-bit parameters are FusedAdam's state, made here if need be.
 
-    FusedAdam writes the parameters itself in its step, and megatron-core's own copy does nothing. What it keeps under
-    the same name for an fp32 parameter is never updated: that parameter is its own master, as without this option.
+    What it keeps under that name for an fp32 parameter is never updated: that one is its own master, as ever.
     """
+    adam, dtype = optimizer.optimizer, optimizer.config.main_params_dtype
+    if dtype is not torch.float32:
+        raise ConfigError(f"weight_averaging: main_params_dtype is {dtype}; give --main-params-dtype fp32")
+    if getattr(adam, FUSED_REMAINDERS, False):
+        raise ConfigError(
+            "weight_averaging: store_param_remainders keeps only the low 16 bits of each master; set it to False"
+        )
+    need(adam, FUSED_INITIALIZE)
+    initialize = getattr(adam, FUSED_INITIALIZE)
+    # The first step would make the state, with these very values; the averager needs the masters before.
+    arguments = (False,) if FUSED_REMAINDERS in inspect.signature(initialize).parameters else ()
+    for run in (run for group in adam.param_groups for run in group["params"] if not adam.state[run]):
+        initialize(run, *arguments)
+    for _, run in _pairs(optimizer, SHARDED_16, RUNS_16):
+        if FUSED_MASTER not in adam.state[run]:
+            raise _other_layout(f"{type(adam).__name__}'s state has no {FUSED_MASTER!r}")
 
-    def __init__(self, optimizer: Any):
-        super().__init__(optimizer)
-        self.adam = optimizer.optimizer
-        need(self.adam, FUSED_INITIALIZE)
-        # The state would be made in the first step, with these very values; the averager needs the masters before.
-        arguments = (False,) if FUSED_REMAINDERS in inspect.signature(self.adam.initialize_state).parameters else ()
-        for group in self.adam.param_groups:
-            for run in group["params"]:
-                if not self.adam.state[run]:
-                    self.adam.initialize_state(run, *arguments)
 
-    def _master(self, run: torch.Tensor) -> torch.Tensor:
-        if FUSED_MASTER not in self.adam.state[run]:
-            raise _other_layout(f"{type(self.adam).__name__}'s state has no {FUSED_MASTER!r}")
-        return cast(torch.Tensor, self.adam.state[run][FUSED_MASTER])
-
-    def _masters_16(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-        return ((p, self._master(run)) for p, run in self._pairs(SHARDED_16, RUNS_16))
-
-    def copy(self) -> None:
-        for _, run in self._pairs(SHARDED_16, RUNS_16):
-            run.data.copy_(self._master(run))
+def _pairs(optimizer: Any, left: str, right: str) -> Iterator[tuple[Any, Any]]:
+    """Two lists of [group][parameter] side by side."""
+    for group, other in zip(getattr(optimizer, left), getattr(optimizer, right), strict=True):
+        yield from zip(group, other, strict=True)
 
 
 class MegatronShards:
@@ -159,8 +152,7 @@ class MegatronShards:
         self.layout, *others = {part.layout for part in self.parts} or {"replicated"}
         if others:
             raise ConfigError(
-                "weight_averaging: the ChainedOptimizer joins a DistributedOptimizer and one that is not; give all "
-                "parameters the same kind (use_distributed_optimizer)"
+                "weight_averaging: the ChainedOptimizer joins a DistributedOptimizer and one that is not; use one kind"
             )
         self._gathered = chunks if self.layout == "sharded" else []
         for chunk in self._gathered:
@@ -168,12 +160,11 @@ class MegatronShards:
         for group in self._bucket_groups():
             need(group, SYNC, IN_FLIGHT)
         self._names = _names(self.models)
-        for parameter, _, _ in self._masters():
-            if id(parameter) not in self._names:
-                raise ConfigError(
-                    f"weight_averaging: the optimizer trains a parameter of shape {tuple(parameter.shape)} that is in "
-                    "none of the model chunks; give all chunks that the optimizer was made for"
-                )
+        if strange := [tuple(m.parameter.shape) for m in self._masters() if id(m.parameter) not in self._names]:
+            raise ConfigError(
+                f"weight_averaging: the optimizer trains a parameter of shape {strange[0]} that is in none of the "
+                "model chunks; give all that it was made for"
+            )
 
     def _masters(self) -> Iterator[Master]:
         return (master for part in self.parts for master in part.masters())
@@ -195,10 +186,8 @@ class MegatronShards:
         return (group for chunk in self._gathered for groups in BUCKET_GROUPS for group in getattr(chunk, groups))
 
     def _finish_gathers(self) -> None:
-        """Wait for parameter all-gathers under way (overlap_param_gather); as a rule there is none between two steps.
-
-        They carry the weights of before; a sync that is asked for meanwhile would wait for them and gather nothing.
-        """
+        """Wait for all-gathers under way (overlap_param_gather), which carry the weights of before: a sync that is
+        asked for meanwhile would wait for them and gather nothing. As a rule there is none between two steps."""
         for group in self._bucket_groups():
             if getattr(group, IN_FLIGHT) is not None:
                 getattr(group, SYNC)(force_sync=True)
@@ -211,14 +200,11 @@ class MegatronShards:
 
 
 def find_megatron_shards(optimizer: Any, model_chunks: Sequence[Any]) -> MegatronShards:
-    """The `MasterShards` of an optimizer that `get_megatron_optimizer` made. Every rank calls it, before training.
+    """The `MasterShards` of an optimizer that `get_megatron_optimizer` made for these ``model_chunks``, in this order,
+    each in its DistributedDataParallel wrapper. Every rank calls it, before training.
 
-    model_chunks: what the optimizer was made for, in that order: this rank's part of the model (one for each virtual
-        pipeline stage), in its DistributedDataParallel wrapper.
-
-    Raises:
-        ConfigError: on every rank alike, if the optimizer is of another kind, or keeps no fp32 masters in this
-            process's device memory.
+    Raises, on every rank alike:
+        ConfigError: the optimizer is of another kind, or keeps no fp32 masters in this process's device memory.
         StateError: this megatron-core lays out its optimizers in another way than the tested ones.
     """
     with raise_on_all_ranks():
@@ -230,65 +216,37 @@ def _part(optimizer: Any) -> Part:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    kinds: dict[type, type[Part]] = {
-        FP32Optimizer: FP32Masters,
-        Float16OptimizerWithFloat16Params: Float16Masters,
-        DistributedOptimizer: ShardedMasters,
-    }
-    kind = kinds.get(type(optimizer))
-    if kind is None:
+    kinds = {FP32Optimizer: _fp32, Float16OptimizerWithFloat16Params: _float16, DistributedOptimizer: _sharded}
+    if (kind := kinds.get(type(optimizer))) is None:
         raise ConfigError(
             f"weight_averaging: {type(optimizer).__module__}.{type(optimizer).__name__} is not supported; use one of "
             f"{', '.join(k.__name__ for k in kinds)}, or a ChainedOptimizer of them"
         )
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         raise ConfigError(
-            "weight_averaging: optimizer_cpu_offload moves masters between two devices while the optimizer steps; set "
-            "it to False (leave out --optimizer-cpu-offload)"
+            "weight_averaging: with optimizer_cpu_offload masters lie on two devices; leave out --optimizer-cpu-offload"
         )
-    if kind is not ShardedMasters:
-        return kind(optimizer)
-    need(optimizer.config, PRECISION_AWARE)
-    if not getattr(optimizer.config, PRECISION_AWARE):
-        return ShardedMasters(optimizer)
-    if optimizer.config.main_params_dtype is not torch.float32:
-        raise ConfigError(
-            f"weight_averaging: main_params_dtype is {optimizer.config.main_params_dtype}; averaging needs fp32 "
-            "masters: set it to torch.float32 (--main-params-dtype fp32)"
-        )
-    if getattr(optimizer.optimizer, FUSED_REMAINDERS, False):
-        raise ConfigError(
-            "weight_averaging: store_param_remainders keeps only the low 16 bits of each master; set "
-            "OptimizerConfig.store_param_remainders to False"
-        )
-    return FusedMasters(optimizer)
+    return kind(optimizer)
 
 
 def _refuse_chunk(ddp_config: Any, model: torch.nn.Module) -> None:
     if getattr(ddp_config, "use_megatron_fsdp", False):
-        raise ConfigError(
-            "weight_averaging: use_megatron_fsdp keeps the masters in its own buffers; use the DistributedOptimizer "
-            "instead (use_megatron_fsdp False, use_distributed_optimizer True)"
-        )
+        raise ConfigError("weight_averaging: use_megatron_fsdp is on; use the distributed optimizer in its place")
     if (instances := getattr(ddp_config, "num_distributed_optimizer_instances", 1)) != 1:
         raise ConfigError(
-            f"weight_averaging: num_distributed_optimizer_instances is {instances}, with which averaging is not "
-            "tested; set it to 1"
+            f"weight_averaging: num_distributed_optimizer_instances is {instances}, which is not tested; set it to 1"
         )
     for name, p in model.named_parameters():
         if type(p.data) is not torch.Tensor:  # of which an exchange could not bring back the bits
             raise ConfigError(
-                f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}; averaging needs plain fp32, bf16 "
-                "or fp16 parameters: leave out fp8_param_gather, fp4_param_gather and torch's FSDP2"
+                f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}, no plain tensor; leave out "
+                "fp8_param_gather, fp4_param_gather and torch's FSDP2"
             )
 
 
 def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """A parameter's id -> its name, unique on all ranks that have the same tensor- and pipeline-parallel rank.
-
-    With several chunks (virtual pipeline stages) names begin with ``model<chunk>.``, those of expert-parallel
-    parameters, of which each such rank has its own, with ``expert_rank<rank>.``.
-    """
+    """A parameter's id -> its name, unique on all ranks of one tensor- and pipeline-parallel rank: it begins with the
+    chunk where there are several (virtual pipeline stages), and with the rank where that has experts of its own."""
     found = {}
     for chunk, model in enumerate(models):
         prefix = f"model{chunk}." if len(models) > 1 else ""
@@ -304,12 +262,10 @@ def _expert_prefix() -> str:
     experts = parallel_state.get_expert_tensor_parallel_world_size()
     if experts != (dense := parallel_state.get_tensor_model_parallel_world_size()):
         raise ConfigError(
-            f"weight_averaging: expert_tensor_parallel_size is {experts}, tensor_model_parallel_size {dense}; with "
-            "experts, averaging needs the two to be equal"
+            f"weight_averaging: expert_tensor_parallel_size is {experts}; write tensor_model_parallel_size, {dense}"
         )
-    if parallel_state.get_expert_model_parallel_world_size() == 1:
-        return ""
-    return f"expert_rank{parallel_state.get_expert_model_parallel_rank()}."
+    alone = parallel_state.get_expert_model_parallel_world_size() == 1
+    return "" if alone else f"expert_rank{parallel_state.get_expert_model_parallel_rank()}."
 
 
 def need(owner: Any, *names: str) -> None:
@@ -320,8 +276,6 @@ def need(owner: Any, *names: str) -> None:
 
 
 def _other_layout(what: str) -> StateError:
-    version = importlib.metadata.version("megatron-core")
     return StateError(
-        f"megatron-core {version}: {what}, which this package needs (read in 0.16.1 and 0.19.2); install a "
-        "megatron-core version from this package's tested range"
+        f"megatron-core {importlib.metadata.version('megatron-core')}: {what}, which is needed; use a tested version"
     )

@@ -1,10 +1,9 @@
 """Publish the average from a megatron-core run: an ordinary torch_dist checkpoint of the model, for any TP and PP."""
 
-import contextlib
 import os
 import queue
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ def publish_torch_dist(
     ``horizon``: which of the averages, in mode ema. Returns the folder.
 
     Raises:
-        StateError: there is no snapshot yet, no such horizon, the average is already swapped in, or the averager is
-            another model's.
+        StateError: as `WeightAverager.read` does, or the averager is another model's.
         CheckpointError: the folder exists, or cannot be written.
     """
     folder = Path(folder)
@@ -65,14 +63,14 @@ def _models_of(averager: WeightAverager, model_chunks: Sequence[Any]) -> list[An
     models, shards = unwrap_model(list(model_chunks)), averager.shards
     if not isinstance(shards, MegatronShards) or [id(m) for m in models] != [id(m) for m in shards.models]:
         raise StateError(
-            "weight_averaging: the averager is not that of these model chunks; give publish_torch_dist the chunks that "
-            "find_megatron_shards was given"
+            "weight_averaging: the averager is not that of these model chunks; give those that find_megatron_shards got"
         )
     return models
 
 
 def _save(models: list[Any], averager: WeightAverager, horizon: int | None, folder: Path) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import CheckpointException
 
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
@@ -80,27 +78,14 @@ def _save(models: list[Any], averager: WeightAverager, horizon: int | None, fold
     state: dict[str, Any] = {name: model.sharded_state_dict() for name, model in zip(names, models, strict=True)}
     state["weight_averaging"] = {"mode": averager.config.mode, "steps": steps, "horizon": horizon}
     state["iteration"], state["checkpoint_version"] = steps[-1], 3.0
-    with _results_in_this_process():
+    need(filesystem_async, RESULTS_QUEUE)
+    # This save is synchronous: its results can stay in this process's memory. megatron-core's own queue is of a server
+    # process that imports the main script again: one without ``if __name__ == "__main__"`` would never come back.
+    with replaced(filesystem_async, RESULTS_QUEUE, queue.Queue()):
         try:
             dist_checkpointing.save(state, str(folder))
         except (OSError, CheckpointException) as error:
-            raise CheckpointError(
-                f"weight_averaging: {folder} cannot be written ({error}); make room, or publish to another folder"
-            ) from error
-
-
-@contextlib.contextmanager
-def _results_in_this_process() -> Iterator[None]:
-    """Have a save, which is synchronous, hand its results over in this process's memory.
-
-    megatron-core's queue for them is one for other processes, as its asynchronous saves need. It starts a server that
-    imports the main script again, so a script without ``if __name__ == "__main__"`` never comes back.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    need(filesystem_async, RESULTS_QUEUE)
-    with replaced(filesystem_async, RESULTS_QUEUE, queue.Queue()):
-        yield
+            raise CheckpointError(f"weight_averaging: {folder} cannot be written ({error}); make room") from error
 
 
 def _make(folder: Path, partial: Path) -> None:
@@ -123,7 +108,4 @@ def _put_in_place(partial: Path, folder: Path) -> None:
         os.rename(partial, folder)
         sync_folder(folder.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"weight_averaging: {partial} could not be put in place as {folder} ({error}); rename it by hand, it is "
-            "complete"
-        ) from None
+        raise CheckpointError(f"weight_averaging: {partial} is complete, rename it to {folder} ({error})") from None
