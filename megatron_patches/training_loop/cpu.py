@@ -1,8 +1,5 @@
-"""What Megatron-LM's scripts ask for at their start, on a machine without a GPU.
-
-Beyond `megatron_on_cpu`, which is for the library: CUDA's compiler for old fused kernels, triton for an inference
-feature, and a build of the data index helpers, which the installed megatron-core brings along.
-"""
+"""What Megatron-LM's scripts ask for at their start, on a machine without a GPU, beyond `megatron_on_cpu`: CUDA's
+compiler for old fused kernels, triton for an inference feature, and a build of the data index helpers."""
 
 import contextlib
 import importlib
@@ -18,44 +15,24 @@ from ds_plugin.core.patch import Patch
 from megatron_patches import megatron_on_cpu
 
 _NEEDS_TRITON = "megatron.core.transformer.custom_layers.batch_invariant_kernels"
-_HELPERS = "megatron.core.datasets.helpers_cpp"
-_COMPILE = "megatron.core.datasets.utils.compile_helpers"
+_DATASETS = "megatron.core.datasets"
+_COMPILE = f"{_DATASETS}.utils.compile_helpers"
 _FUSED = "megatron.legacy.fused_kernels.load"
 
 
 def enable() -> None:
     """Make a Megatron-LM checkout's training scripts start without a GPU. Its folder is importable already."""
-    megatron_on_cpu.enable(pretend_cuda=True)
     if importlib.util.find_spec("triton") is None and _NEEDS_TRITON not in sys.modules:
         sys.modules[_NEEDS_TRITON] = _WithoutTriton(_NEEDS_TRITON)
-    if (helpers := _installed_helpers()) is not None:
-        _load(_HELPERS, helpers)
-        _never(_COMPILE, "the index helpers are built already")
+    megatron_on_cpu.enable(pretend_cuda=True)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        folder = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core/datasets")))
+        if any(folder.glob("helpers_cpp*.so")):  # else the checkout builds its own
+            importlib.import_module(_DATASETS).__path__.append(str(folder))
+            Patch(_COMPILE, lambda *args, **kwargs: None, reason="the index helpers are built already").apply()
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec(_FUSED.rpartition(".")[0]) is not None:
-            _never(_FUSED, "fused kernels need CUDA's compiler")
-
-
-def _never(target: str, reason: str) -> None:
-    Patch(target, lambda *args, **kwargs: None, reason=reason).apply()
-
-
-def _installed_helpers() -> Path | None:
-    """The helpers that the installed package has built; None: the checkout builds its own."""
-    try:
-        folder = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core/datasets")))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next(folder.glob("helpers_cpp*.so"), None)
-
-
-def _load(name: str, path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[name] = module
-    setattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+            Patch(_FUSED, lambda *args, **kwargs: None, reason="fused kernels need CUDA's compiler").apply()
 
 
 class _WithoutTriton(ModuleType):
@@ -64,8 +41,8 @@ class _WithoutTriton(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return (lambda: False) if name.startswith("is_") else _unavailable
+        return (lambda: False) if name.startswith("is_") else self._unavailable
 
-
-def _unavailable(*args: Any, **kwargs: Any) -> None:
-    raise ConfigError("batch-invariant kernels need triton, which is not installed; train without them")
+    @staticmethod
+    def _unavailable(*args: Any, **kwargs: Any) -> None:
+        raise ConfigError("batch-invariant kernels need triton, which is not installed; train without them")

@@ -405,8 +405,8 @@ def test_initialize_parallel_names_what_is_wrong(workers, what, words):
 FRESH = """
 import sys
 from megatron_patches import megatron_on_cpu
-megatron_on_cpu.enable()
 assert not any(name.split(".")[0] == "megatron" for name in sys.modules)
+megatron_on_cpu.enable()
 import torch
 from megatron.core.tensor_parallel import random as tracker_module
 tracker = tracker_module.CudaRNGStatesTracker()
