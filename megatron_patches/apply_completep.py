@@ -4,11 +4,12 @@
     ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
     megatron_patches.revert()
 
-Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`, which use
-megatron-core's extension points. An optimizer that is not built by ``get_megatron_optimizer`` is not reached from here.
+Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`. An optimizer that
+is not built by ``get_megatron_optimizer`` is not reached from here.
 """
 
 import contextlib
+import inspect
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,9 @@ def apply_completep(section: CompletePConfig) -> None:
 
     A section that does not say ``residual`` is folded. The config that a model is built from is changed itself, so that
     the model holds the very object that the script goes on to use; when the construction fails it is as before.
+    `megatron_patches.revert()` undoes it, on the configs too; models that were built can still be trained.
 
-    `megatron_patches.revert()` undoes it, in every module that holds one of megatron-core's names and on the configs;
-    models that were built can still be trained.
-
-    Raises:
-        StateError: another section is in force.
-        PluginError: this megatron-core lacks a symbol that has to be rebound; nothing is changed.
+    Raises StateError: another section is in force; PluginError, with nothing changed: megatron-core lacks a symbol.
     """
     global _applied
     section = section.on_megatron()
@@ -52,10 +49,7 @@ def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:
     if before is None or not any(patch.applied for patch in before[1]):
         return False
     if before[0] != asked:
-        raise StateError(
-            f"megatron_patches.apply: {before[0]!r} is in force, {asked!r} was asked for; one configuration holds in a "
-            "process, call megatron_patches.revert() between two"
-        )
+        raise StateError(f"one configuration holds in a process: revert() {before[0]!r} before {asked!r}")
     return True
 
 
@@ -84,25 +78,17 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
             if (found := config()) is not None:
                 give_back(found, models_live=True)
 
-    def get_megatron_optimizer(
-        config: Any,
-        model_chunks: Any,
-        config_overrides: Any = None,
-        use_gloo_process_groups: bool = True,
-        **kwargs: Any,
-    ) -> Any:
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
         from megatron.core import optimizer as stock
 
-        kwargs["use_gloo_process_groups"] = use_gloo_process_groups
         if not optimizer.applied:  # a module imported in the meantime may have kept this function
-            return stock.get_megatron_optimizer(config, model_chunks, config_overrides, **kwargs)
+            return stock.get_megatron_optimizer(*args, **kwargs)
+        given = inspect.signature(optimizer.original).bind(*args, **kwargs).arguments
+        config, chunks, overrides = given.pop("config"), given.pop("model_chunks"), given.pop("config_overrides", None)
         # the standard ones, which Megatron-LM's training loop always gives, say nothing that the recipe does not
-        if config_overrides and config_overrides != stock.get_standard_config_overrides(config):
-            raise ConfigError(
-                f"completep: the script gives get_megatron_optimizer config_overrides of its own, "
-                f"{list(config_overrides)}; the recipe sets the same quantities for every parameter, remove them"
-            )
-        return build_optimizer(config, model_chunks, section, get_optimizer=optimizer.original, **kwargs)
+        if overrides and overrides != stock.get_standard_config_overrides(config):
+            raise ConfigError(f"completep: remove the config_overrides {list(overrides)}; the recipe sets the same")
+        return build_optimizer(config, chunks, section, get_optimizer=optimizer.original, **given)
 
     def build_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
         scheduler.original(self, *args, **kwargs)
@@ -112,22 +98,16 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     # model's groups. A class stays the same object, whoever holds it.
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
     model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
-    language_model = Patch(
-        "megatron.core.models.common.language_module.language_module.LanguageModule.__init__",
-        build_language_model,
-        reason="completep: other models are refused",
+    language_model = _patch(
+        "models.common.language_module.language_module.LanguageModule.__init__", build_language_model, "other models"
     )
-    optimizer = Patch(
-        "megatron.core.optimizer.get_megatron_optimizer",
-        get_megatron_optimizer,
-        reason="completep: param groups",
-        prefixes=everywhere,
+    optimizer = _patch("optimizer.get_megatron_optimizer", get_megatron_optimizer, "param groups", prefixes=everywhere)
+    scheduler = _patch(
+        "optimizer_param_scheduler.OptimizerParamScheduler.__init__", build_scheduler, "warmup starts at 0"
     )
-    scheduler = Patch(
-        "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.__init__",
-        build_scheduler,
-        reason="completep: warmup starts at 0",
-    )
-    fields = "completep: fields of the models' configs"
-    given = Switch("TransformerConfig objects", lambda: None, give_configs_back, reason=fields)
+    given = Switch("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
     return model, language_model, optimizer, scheduler, given
+
+
+def _patch(symbol: str, replacement: Any, reason: str, **where: Any) -> Patch:
+    return Patch(f"megatron.core.{symbol}", replacement, reason=f"completep: {reason}", **where)

@@ -19,10 +19,7 @@ GPT_MODEL_INIT = "megatron.core.models.gpt.gpt_model.GPTModel.__init__"
 
 
 def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> Patch:
-    """A patch of ``GPTModel.__init__``: what is built while it is on is scaled, and its config handed to ``built``.
-
-    The config itself is changed: a training loop sets what it wants done (reducing gradients, too) on what it gave.
-    """
+    """A patch of ``GPTModel.__init__``: what is built while it is on is scaled, and its config handed to ``built``."""
 
     def build(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
         with prepared(config, transformer_layer_spec, section) as scaled_spec:
@@ -41,19 +38,14 @@ def building(source: str | Path | Mapping[str, Any] | CompletePConfig | None) ->
     ``source``: the JSON file or what is in it, or its ``completep`` section; without one, or with the method off, the
     block builds what it would have built. The given TransformerConfig is changed itself: the model holds that object.
 
-    Raises:
-        ConfigError: as `prepare` and `finish` do.
-        StateError: ``megatron_patches.apply`` is in force already; or no GPTModel was built in the block.
+    Raises ConfigError as these two do; StateError: a recipe is in force already, or no GPTModel was built in the block.
     """
     section = source if isinstance(source, CompletePConfig | None) else split_config(source)[1].completep
     if section is None:
         yield None
         return
     if any(patch.name == GPT_MODEL_INIT for patch in active()):
-        raise StateError(
-            "completep.building: a recipe is in force for every GPTModel already, by megatron_patches.apply or an "
-            "outer block; use one of them"
-        )
+        raise StateError("completep.building: a recipe is in force for every GPTModel already; use one of them")
     built: list[weakref.ref[Any]] = []
     patch = scaled_builds(section, lambda config: built.append(weakref.ref(config)))
     patch.apply()
@@ -62,7 +54,4 @@ def building(source: str | Path | Mapping[str, Any] | CompletePConfig | None) ->
     finally:
         patch.revert()
     if not built:
-        raise StateError(
-            "completep.building: no megatron-core GPTModel was built in the block, and nothing is scaled; build the "
-            "model inside it (of a DeepSpeed pipeline, use prepare and finish)"
-        )
+        raise StateError("completep.building: no megatron-core GPTModel was built in the block; build one inside it")

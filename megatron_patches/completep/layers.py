@@ -1,12 +1,9 @@
 """CompleteP in the model: init, residual branches, attention scale and logits of a megatron-core GPTModel.
 
-`prepare` uses megatron-core's own extension points before the model is built (config fields and the layer spec), on a
-copy; `prepared` does so on the very config that a script builds its model from. `finish` does to the built model what
-they do not reach. Both change nothing at the base model's size, bit for bit, but the output projections' init:
-megatron's default divides it by sqrt(2 x layers), Table 1 does not.
-
-Residual branches and logits are multiplied in the forward pass (``"residual": "forward"``), or their multipliers are
-folded into the weights (``"folded"``), which leaves modules and forward pass megatron-core's own.
+`prepare` uses megatron-core's extension points before the model is built (config fields and the layer spec), on a copy;
+`prepared` does so on the very config that a script builds its model from. `finish` does to the built model what they do
+not reach. At the base model's size nothing changes, bit for bit, but the output projections' init: megatron's default
+divides it by sqrt(2 x layers), Table 1 does not.
 """
 
 import contextlib
@@ -34,13 +31,17 @@ _DRAWN = {
     "embedding_init_method": Role.EMBEDDING,
 }
 _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
-#: on an init method that is ours: the base model's std, which a config without a mark (by ``dataclasses.replace`` of a
-#: prepared one) must not scale twice
+#: on an init method of ours: the base model's std, not to be scaled twice (``dataclasses.replace`` drops the mark)
 _BASE_STD = "completep_base_std"
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
-_FIELDS = (*_DRAWN, "softmax_scale", "pipeline_dtype")
-_READ_LATER = ("pipeline_dtype",)  # of those, while the model trains; the others while it is built
+#: fields that set one of our quantities another way, or add residual streams, or parameters without a role
+_UNSUPPORTED = """
+    num_moe_experts multi_latent_attention mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
+    heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
+    experimental_attention_variant linear_attention_freq
+"""
+_READ_LATER = ("pipeline_dtype",)  # of the fields that are set, while the model trains; the others while it is built
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
@@ -50,8 +51,7 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     The std's of the config's init methods are the base model's. The model holds the returned config: what a training
     loop sets on it (``finalize_model_grads_func``, ...) belongs there.
 
-    Raises:
-        ConfigError: the config asks for something the rules do not cover or that sets the same quantity another way.
+    Raises ConfigError: it asks for what the rules do not cover, or what sets the same quantity another way.
     """
     if section is None:
         return config, layer_spec
@@ -65,31 +65,27 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
 def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator[Any]:
     """`prepare` on the given TransformerConfig itself, since who gave it goes on to use it; yields the layer spec.
 
-    A config that is prepared already is so anew, from the values that it had before: it may be that of several models
-    or virtual stages, and have another size by now. When the block fails, it is left as it was.
-    """
+    One that is prepared already is so anew, from the values before: several models or stages may share it, and its size
+    may have changed. When the block fails, it is left as it was."""
     check_config(config)
     before = dict(vars(config))
     try:
         stds = base_stds(config)  # before: what is ours knows it, whatever depth the given ones were made for
         give_back(config)
-        _refuse_unsupported(config, section)
+        _refuse_unsupported(config)
         scaled_spec = _scaled_spec(config, layer_spec, section)
         values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
         vars(config).update({**values, MARK: Prepared(section, fields)})
         yield scaled_spec
     except BaseException:
-        for name in (MARK, *_FIELDS):
-            vars(config).pop(name, None)
-            if name in before:
-                vars(config)[name] = before[name]
+        vars(config).pop(MARK, None)
+        vars(config).update(before)
         raise
 
 
 def give_back(config: Any, *, models_live: bool = False) -> None:
-    """Take back what `prepared` has set on a config, where it still holds; ``models_live``: but for what models that
-    were built from it still read."""
+    """Take back what `prepared` has set on a config, where it still holds; ``models_live``: but for what they read."""
     done: Prepared | None = vars(config).pop(MARK, None)
     for name, (given, ours) in (done.fields if done is not None else {}).items():
         if getattr(config, name) == ours and not (models_live and name in _READ_LATER):
@@ -97,7 +93,6 @@ def give_back(config: Any, *, models_live: bool = False) -> None:
 
 
 def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]) -> dict[str, Any]:
-    """The fields to set, a subset of `_FIELDS`; ``stds``: the given config's `base_stds`."""
     ratios = ratios_of(config, section)
     fields: dict[str, Any] = {}
     for name, role in _DRAWN.items():
@@ -126,11 +121,8 @@ def _scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
 
 
 def base_stds(config: Any) -> dict[str, float]:
-    """The std of each of a TransformerConfig's init methods, as the base model's.
-
-    megatron-core gives the output projections std / sqrt(2 x layers), which Table 1 has not: there it is
-    ``init_method``'s, unless the config says another. Raises ConfigError for what is no plain normal distribution.
-    """
+    """The std of each of a TransformerConfig's init methods, as the base model's: of the output projections
+    ``init_method``'s in place of megatron-core's std / sqrt(2 x layers), unless the config says another."""
     stds = {name: _std(name, getattr(config, name)) for name in _DRAWN}
     given, plain = stds["output_layer_init_method"], stds["init_method"]
     by_depth = [std / math.sqrt(2 * config.num_layers) for std in (plain, config.init_method_std)]
@@ -146,8 +138,8 @@ def _std(name: str, method: Any) -> float:
     plain = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
     if not plain or settings.keys() != {"mean", "std"} or settings["mean"] != 0:
         raise ConfigError(
-            f"completep: TransformerConfig.{name} is {method!r}; the rules scale normal distributions around 0: write "
-            "init_method_std, or give functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
+            f"completep: TransformerConfig.{name} is {method!r}, which cannot be scaled; write init_method_std, or "
+            "functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
         )
     return float(settings["std"])
 
@@ -164,40 +156,29 @@ def _check_layer(layer: Any, section: CompletePConfig) -> None:
     if not hasattr(layer, "submodules"):
         raise ConfigError(f"completep: the layer spec is {layer!r}, which names no submodules; give a ModuleSpec")
     check_mask(layer)
-    kind = type(layer.submodules).__name__
+    kind = f"completep: the layer spec {type(layer.submodules).__name__}"
     for name in _ADDS:
         if not hasattr(layer.submodules, name):
-            raise ConfigError(
-                f"completep: the layer spec {kind} has no {name!r}, where residual branches are added; use a GPT "
-                "transformer layer spec (local or TransformerEngine), not Mamba's or a hybrid one"
-            )
+            raise ConfigError(f"{kind} has no {name!r}, where residual branches are added; use a GPT layer's")
         add = getattr(layer.submodules, name)
         if section.residual == "forward" and scaled_add(add, 1.0) is None:
-            raise ConfigError(
-                f"completep: the layer spec {kind} has a {name} of its own, {add!r}, which the forward mode would "
-                'replace by its own; leave it at get_bias_dropout_add, or write "residual": "folded"'
-            )
+            raise ConfigError(f'{kind} has a {name} of its own, {add!r}; remove it, or write "residual": "folded"')
     cross = getattr(layer.submodules, "cross_attention", None)
     cross = getattr(cross, "module", cross)
     if cross is not None and not issubclass(cross, IdentityOp):
-        raise ConfigError(
-            f"completep: the layer spec {kind} has cross-attention {cross.__name__!r}, which Table 1 does not cover; "
-            "use a decoder-only GPT layer spec"
-        )
+        raise ConfigError(f"{kind} has cross-attention {cross.__name__!r}; use a decoder-only GPT layer spec")
 
 
 def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, Role]:
     """Complete a model, or a pipeline's stage, once: unembedding init and logits. Returns the role of every parameter.
 
     It scales weights as they were drawn: call it right after the model is built, before any are loaded. A second call
-    changes nothing, nor does one without a section (the method is off), which returns no roles.
+    changes nothing, nor does one without a section (the method is off), which returns no roles. From then on no
+    optimizer steps on its gradients until param groups are built by role (`param_groups.await_groups`).
 
-    From then on no optimizer steps on its gradients until param groups are built by role (`param_groups.await_groups`).
-
-    Raises:
-        ConfigError: the model is of another kind, was not built from `prepare`'s config, has a parameter without a
-            role, is wrapped in something that may have copied its weights (torch.compile has not), or was built inside
-            ``deepspeed.zero.Init`` or on the meta device.
+    Raises ConfigError: the model is of another kind, was not built from `prepare`'s config, has a parameter without a
+    role, is wrapped in something that may have copied its weights (torch.compile has not), or was built inside
+    ``deepspeed.zero.Init`` or on the meta device.
     """
     if section is None:
         return {}
@@ -206,45 +187,31 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     if hasattr(gpt, MARK):
         return roles
     for name, p in gpt.named_parameters():
-        if hasattr(p, "ds_id"):
-            raise ConfigError(
-                "completep: the model was built inside deepspeed.zero.Init, where its weights cannot be scaled; build "
-                "it outside, deepspeed.initialize partitions it for ZeRO 3"
-            )
-        if p.is_meta:
-            raise ConfigError(
-                f"completep: parameter {name!r} has no values yet (device meta), so its init cannot be scaled; build "
-                "the model without init_model_with_meta_device"
-            )
+        if hasattr(p, "ds_id") or p.is_meta:
+            where = "on device meta" if p.is_meta else "inside deepspeed.zero.Init, which ZeRO 3 does not need"
+            raise ConfigError(f"completep: {name!r} was built {where}; its init cannot be scaled, build it outside")
     ratios, tied = ratios_of(gpt.config, section), is_tied(gpt)
     if section.residual == "folded":
         check_gains(gpt.config, tied=tied)
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
-            scale = _init_scale(roles[name], section, ratios)
-            if scale != 1.0:
+            if (scale := _init_scale(roles[name], section, ratios)) != 1.0:
                 parameter.mul_(scale)
-    layers = list(gpt.decoder.layers)
-    if section.residual == "forward":
-        logits = rules.logit_multiplier(ratios, section.recipe, tied=tied)
-        if logits != 1.0 and (output_layer := getattr(gpt, "output_layer", None)) is not None:
-            output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
-        branch = rules.residual_multiplier(ratios, section.recipe)
-        if branch != 1.0 and layers:
-            scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
-    if gpt.config.softmax_scale is not None:
-        for layer in layers:
-            setattr(layer.self_attention, _INFERENCE_SCALE, gpt.config.softmax_scale)
+    layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
+    if (logits := multipliers["logits"]) != 1.0 and (output_layer := getattr(gpt, "output_layer", None)) is not None:
+        output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
+    if (branch := multipliers["residual branches"]) != 1.0 and layers:
+        scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
+    for layer in layers if gpt.config.softmax_scale is not None else []:
+        setattr(layer.self_attention, _INFERENCE_SCALE, gpt.config.softmax_scale)
     await_groups(gpt)
     setattr(gpt, MARK, section)
     return roles
 
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
-    """What a parameter is multiplied by as it was drawn. No random numbers, so tensor-parallel ranks stay in step.
-
-    An untied output layer is drawn with init_method, which is the hidden matrices' here, and norms start at one.
-    """
+    """What a parameter is multiplied by as it was drawn: no random numbers, so tensor-parallel ranks stay in step."""
+    # an untied output layer is drawn with init_method, which is the hidden matrices' here; norms start at one
     if role is Role.UNEMBEDDING:
         return section.multipliers(role, ratios).init_std / section.multipliers(Role.HIDDEN, ratios).init_std
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
@@ -264,25 +231,7 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
     return found
 
 
-def _refuse_unsupported(config: Any, section: CompletePConfig) -> None:
-    """Refuse what sets one of our quantities another way, or adds parameters without a role."""
-    refused = {
-        "num_moe_experts": None,
-        "multi_latent_attention": False,
-        "mtp_num_layers": None,
-        "apply_query_key_layer_scaling": False,
-        "use_mup": False,
-        "softmax_scale": None,
-        "heterogeneous_block_specs": False,
-        "inference_fuse_tp_communication": False,  # adds residuals in kernels of its own
-        "enable_hyper_connections": False,  # residual streams of another kind
-        "is_hybrid_model": False,  # Mamba layers
-        "experimental_attention_variant": None,
-        "linear_attention_freq": None,
-    }
-    for name, plain in refused.items():
-        value = getattr(config, name, plain)
-        if value not in (plain, None):
-            raise ConfigError(
-                f"completep: TransformerConfig.{name} is {value!r}, which cannot be combined; leave it at {plain!r}"
-            )
+def _refuse_unsupported(config: Any) -> None:
+    for name in _UNSUPPORTED.split():
+        if value := getattr(config, name, None):
+            raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}, which is not covered; leave it off")

@@ -6,11 +6,6 @@ The multiplier rides on the addition's own kernel, and where megatron-core fuses
 compiler fuses this. The sum has the residual's dtype, also with an fp32 residual stream under 16-bit layers
 (``fp32_residual_connection``), which megatron-core 0.16's own function rounds down: at alpha = 1 a branch is a 1/L-th
 of the stream, and 16 bits would lose it.
-
-Unfused, the backward pass has one multiplication more, which makes a tensor of its own: beside the backward pass of the
-MLP's second matrix, the step's peak in the last layer, one activation more. There `scale_before` multiplies what enters
-that matrix instead, four times as many elements, for the same sum; below the last layer memory has been freed by then,
-and the addition is the cheaper place.
 """
 
 import functools
@@ -19,16 +14,22 @@ from typing import Any
 
 import torch
 
-BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+WithBias = tuple[torch.Tensor, torch.Tensor | None]
+BiasDropoutAdd = Callable[[WithBias, torch.Tensor, float], torch.Tensor]
 
 
-def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], BiasDropoutAdd]:
-    """A value for a layer spec's bias-dropout-add whose branch is multiplied before it is added.
+def scaled_bias_dropout_add(of_branch: float, of_bias: float = 1.0) -> Callable[[bool, bool], BiasDropoutAdd]:
+    """A value for a layer spec's bias-dropout-add whose branch, or its bias alone, is multiplied before it is added.
 
     It is called as ``value(training, fused)((x, bias), residual, prob)`` with x and residual [sequence, batch, hidden],
     bias [hidden] or None; the result has residual's shape and dtype.
     """
-    return _bias_dropout_add(of_bias=1.0, of_branch=multiplier)
+
+    def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
+        function = _fused(training) if fused else (_train if training else _evaluate)
+        return functools.partial(function, of_bias=of_bias, of_branch=of_branch)
+
+    return get_bias_dropout_add
 
 
 def scaled_add(add: Any, multiplier: float) -> Any:
@@ -46,15 +47,16 @@ def scaled_add(add: Any, multiplier: float) -> Any:
 def scale_before(layer: Any, multiplier: float) -> None:
     """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it.
 
-    Where the MLP is not the plain one (a fused one need not call its matrix as a module) the layer stays as it was: the
-    sum is the same either way.
+    The sum is the same. After it, unfused, the backward pass has one more product, a tensor of its own: in the last
+    layer, beside the matrix's backward pass, the step's peak. In the layers below memory has been freed by then, and
+    the addition is the cheaper place: before the matrix there are four times as many elements.
     """
     from megatron.core.transformer.mlp import MLP
 
-    if type(layer.mlp) is not MLP:
+    if type(layer.mlp) is not MLP:  # a fused one need not call its matrix as a module
         return
     layer.mlp.linear_fc2.register_forward_pre_hook(functools.partial(scale_input, multiplier=multiplier))
-    layer.mlp_bda = _bias_dropout_add(of_bias=multiplier, of_branch=1.0)
+    layer.mlp_bda = scaled_bias_dropout_add(1.0, of_bias=multiplier)
 
 
 def scaled_before(layer: Any) -> float:
@@ -68,41 +70,24 @@ def scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: f
     return (args[0] * multiplier, *args[1:])
 
 
-def _bias_dropout_add(*, of_bias: float, of_branch: float) -> Callable[[bool, bool], BiasDropoutAdd]:
-    def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
-        function = _fused(training) if fused else (_train if training else _evaluate)
-        return functools.partial(function, of_bias=of_bias, of_branch=of_branch)
-
-    return get_bias_dropout_add
-
-
-WithBias = tuple[torch.Tensor, torch.Tensor | None]
-
-
-# two functions, since torch.compile keeps a limited number of variants of each
-def _train(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
-    return _add(x[0], x[1], residual, prob, True, of_bias, of_branch)
-
-
-def _evaluate(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
-    return _add(x[0], x[1], residual, prob, False, of_bias, of_branch)
-
-
 def _add(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor,
-    prob: float,
-    training: bool,
-    of_bias: float,
-    of_branch: float,
+    x_with_bias: WithBias, residual: torch.Tensor, prob: float, training: bool, of_bias: float, of_branch: float
 ) -> torch.Tensor:
-    if x.dtype != residual.dtype:
-        x = x.to(residual.dtype)
+    x, bias = x_with_bias
+    x = x.to(residual.dtype)
     if bias is not None:
         x = torch.add(x, bias, alpha=of_bias)
     x = torch.nn.functional.dropout(x, p=prob, training=training)
     return torch.add(residual, x, alpha=of_branch)
+
+
+# two functions, since torch.compile keeps a limited number of variants of each
+def _train(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
+    return _add(x, residual, prob, True, of_bias, of_branch)
+
+
+def _evaluate(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, of_branch: float) -> torch.Tensor:
+    return _add(x, residual, prob, False, of_bias, of_branch)
 
 
 @functools.cache
@@ -110,5 +95,4 @@ def _fused(training: bool) -> Callable[..., torch.Tensor]:
     """Compiled once in a process, by the compiler that megatron-core uses for its own."""
     from megatron.core.jit import jit_fuser
 
-    compiled: Callable[..., torch.Tensor] = jit_fuser(_train if training else _evaluate)
-    return compiled
+    return jit_fuser(_train if training else _evaluate)  # type: ignore[no-any-return]

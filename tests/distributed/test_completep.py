@@ -496,7 +496,7 @@ EXPECTED = {
     "multi_latent_attention": ["multi_latent_attention", "True"],
     "mtp_num_layers": ["mtp_num_layers", "1"],
     "softmax_scale": ["softmax_scale", "0.1"],
-    "use_mup": ["use_mup", "True", "leave it at False"],
+    "use_mup": ["use_mup", "True", "leave it off"],
     "is_hybrid_model": ["is_hybrid_model"],
     "inference_fuse_tp_communication": ["inference_fuse_tp_communication"],
     "apply_query_key_layer_scaling": ["apply_query_key_layer_scaling"],

@@ -639,8 +639,8 @@ import sys
 import megatron_patches
 assert not {"torch", "megatron"} & set(sys.modules), "importing the package must be cheap"
 from megatron_patches import megatron_on_cpu
-megatron_on_cpu.enable()
 assert "megatron" not in sys.modules
+megatron_on_cpu.enable()
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 mended = DistributedOptimizer.state_dict
 assert mended.__module__ == "megatron_patches.megatron_on_cpu", mended
