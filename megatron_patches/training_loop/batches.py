@@ -11,25 +11,19 @@ from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
 #: entries of a micro-batch; other tensors are refused
 _KNOWN = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "dataset_id")
+_SECTION, _NAMES = "sequence_length_warmup", ", ".join(_KNOWN)
 
 
 def cut(batch: Any, length: int) -> dict[str, Any]:
     """The first ``length`` positions of every sample of a micro-batch, contiguous, as broadcasts need them.
-
-    Raises:
-        DataError: an entry is not known, so that it is not known what to cut, or a sample is shorter.
-    """
+    Raises DataError for an entry that is not known, so that it is not known what to cut, and for shorter samples."""
     if not isinstance(batch, Mapping):
-        raise DataError(
-            f"sequence_length_warmup: the training data are {type(batch).__name__} objects; give dictionaries with "
-            f"{', '.join(_KNOWN)}, as Megatron-LM's datasets do"
-        )
+        raise DataError(f"{_SECTION}: the data are {type(batch).__name__} objects; give dictionaries, {_NAMES}")
     for name, value in batch.items():
         if torch.is_tensor(value) and name not in _KNOWN:
             raise DataError(
-                f"sequence_length_warmup: the training data hold {name!r} of shape {list(value.shape)}; which of its "
-                f"dimensions are positions is known of {', '.join(_KNOWN)} only; packed samples (--sft, THD) have no "
-                "length to shorten: train them without sequence_length_warmup"
+                f"{_SECTION}: the data hold {name!r} of shape {list(value.shape)}, known are {_NAMES}; leave it out, "
+                "train packed samples (--sft, THD) without sequence_length_warmup"
             )
     try:
         found, _, tokens = cut_batch(batch, length)
@@ -37,18 +31,14 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
         raise DataError(str(error)) from None
     rows, own = batch["tokens"].shape
     if tokens < rows * length:  # the loop gives its models one shape
-        raise DataError(
-            f"sequence_length_warmup: tokens has {own} positions, {length} are to be trained; give samples of "
-            "--seq-length positions"
-        )
+        raise DataError(f"{_SECTION}: tokens has {own} positions, {length} are to be trained; give samples as long")
     return dict(found)
 
 
 class Cut(Iterator[Any]):
-    """The batches of ``source``, cut to the length of the iteration that asks for them."""
+    """The batches of ``source``, cut to ``length()`` tokens of a sample, asked for each batch anew."""
 
     def __init__(self, source: Iterator[Any], length: Callable[[], int]):
-        """``length()``: tokens of a sample now."""
         self._source, self._length = source, length
         self._ahead: list[Any] = []
 
@@ -72,9 +62,7 @@ class Replay(Iterator[Any]):
 
     def __init__(self, source: Iterator[Any]):
         self._source = source
-        self._recording = False
-        self._kept: list[Any] = []
-        self._again: Iterator[Any] = iter(())
+        self.forget()
 
     def __next__(self) -> Any:
         for batch in self._again:
@@ -96,14 +84,13 @@ class Replay(Iterator[Any]):
 
     def forget(self) -> None:
         """Go on with the source, and drop what was kept."""
-        self._recording, self._kept, self._again = False, [], iter(())
+        self._kept: list[Any] = []
+        self.replay()
 
 
 def _sharing(batch: Any, before: Any) -> Any:
-    """The batch; entries equal to those of the batch before are the same tensors, so that they are kept once.
-
-    Attention masks are length x length for each sample and mostly the same in all batches: gigabytes in an evaluation.
-    """
+    """The batch; entries equal to those of the batch before are the same tensors, kept once: attention masks are
+    length x length for each sample and mostly the same in all batches, gigabytes in an evaluation."""
     if not (isinstance(batch, Mapping) and isinstance(before, Mapping)):
         return batch
 

@@ -15,14 +15,12 @@ class Lengths:
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, full: int, layout_multiple: int):
         """``full``: ``--seq-length``. ``layout_multiple``: how many equal parts the layout cuts a sample into.
-
-        Raises:
-            ConfigError: the section does not fit the run, or asks for what this loop does not offer.
-        """
+        Raises ConfigError: the section does not fit the run, or asks for what this loop does not offer."""
+        elsewhere = "is not supported in Megatron-LM's training loop, only with DeepSpeed"
         for name, offered, why in (
             ("end_length", full, f"is not --seq-length {full}"),
-            ("mode", "truncate", "is not supported in Megatron-LM's training loop, only with DeepSpeed"),
-            ("pacing", "schedule", "is not supported in Megatron-LM's training loop, only with DeepSpeed"),
+            ("mode", "truncate", elsewhere),
+            ("pacing", "schedule", elsewhere),
         ):
             if (given := getattr(config, name)) != offered:
                 raise ConfigError(f"sequence_length_warmup.{name}: {given!r} {why}; write {offered!r}")
@@ -44,9 +42,7 @@ class Lengths:
 
     def increment(self, samples: int, length: int) -> int:
         """By how many samples of full length the learning rate's schedule moves on, for ``length`` tokens of each.
-
-        Megatron-LM counts that schedule in samples, as integers; what is left over is not lost.
-        """
+        Megatron-LM counts it in samples, as integers; what is left over is not lost."""
         return (self.trained + samples * length) // self.full - self.trained // self.full
 
     def describe(self, *, batch: int, iterations: int) -> str:
@@ -64,20 +60,15 @@ class Lengths:
 
     def load_state(self, state: dict[str, Any] | None, *, iteration: int, samples: int) -> None:
         """Take over a saved state. None: ``iteration`` iterations were trained at full length, of ``samples`` in all.
-
-        Raises:
-            CheckpointError: it was saved under another schedule.
-        """
+        Raises CheckpointError: it was saved under another schedule."""
         if state is None:
             self.iterations, self.trained = iteration, samples * self.full
             return
+        saved = {**state, "section": {name: v for name, v in state["section"].items() if name not in _FREE}}
         for name, value in self._fixed().items():
-            there = state.get(name)
-            if isinstance(there, dict):
-                there = {field: said for field, said in there.items() if field not in _FREE}
-            if there != value:
+            if saved[name] != value:
                 raise CheckpointError(
-                    f"sequence_length_warmup: the checkpoint was trained with {name} {there!r}, this run has "
+                    f"sequence_length_warmup: the checkpoint was trained with {name} {saved[name]!r}, this run has "
                     f"{value!r}; give the same section and layout"
                 )
         self.iterations, self.trained = state["iterations"], state["trained"]

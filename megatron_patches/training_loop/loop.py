@@ -19,7 +19,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
+from ds_plugin.core.replaced import replaced
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.finite import finite_everywhere
 from megatron_patches.training_loop import preflight, state
@@ -40,15 +41,11 @@ Stock = Callable[..., Any]  # Megatron-LM's own function
 _SAMPLES = "consumed samples:"  # in the line that Megatron-LM prints of an iteration
 
 
-class Loop:
+class Loop(state.Methods):
     """Holds the methods' state; made before the script runs."""
 
     def __init__(self, sections: PluginConfig, get_args: Callable[[], Any]):
-        """``get_args``: Megatron-LM's own; there are no arguments before the script has read them."""
-        self.sections = sections
-        self.lengths: Lengths | None = None
-        self.averager: WeightAverager | None = None
-        self.options = get_args
+        super().__init__(sections, get_args)
         self._ready = False  # model, optimizer and state are there
         self._last = 0  # length of the iteration that ran last
         self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
@@ -58,18 +55,26 @@ class Loop:
 
     def setup_model_and_optimizer(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """Raises ConfigError for what a method cannot go with, before the model is built, on every rank."""
-        options = self.options()
+        options, section = self.options(), self.sections.sequence_length_warmup
         with raise_on_all_ranks():
             check_options(self.sections, options)
-            if (section := self.sections.sequence_length_warmup) is not None:
+            if section is not None:
                 self.lengths = Lengths(section, full=options.seq_length, layout_multiple=layout_multiple(options))
                 self._last = options.seq_length
         model, optimizer, scheduler = stock(*args, **kwargs)
         if self.sections.weight_averaging is not None and optimizer is not None:
             self.averager = WeightAverager(self.sections.weight_averaging, find_megatron_shards(optimizer, model))
-            self._wait_before_steps(optimizer, self.averager)
-        if self.lengths is not None and scheduler is not None and self.lengths.config.learning_rate.by == "tokens":
-            self._count_by_tokens(scheduler, self.lengths)
+            averager, take_step = self.averager, optimizer.step
+
+            def after_the_copy(*args: Any, **kwargs: Any) -> Any:
+                averager.before_step()
+                return take_step(*args, **kwargs)
+
+            optimizer.step = after_the_copy
+        lengths = self.lengths
+        if lengths is not None and scheduler is not None and lengths.config.learning_rate.by == "tokens":
+            step = scheduler.step
+            scheduler.step = lambda increment: step(increment=lengths.increment(increment, self._last))
         if self._loaded is not None:
             state.load(self, *self._loaded)
         self._ready = True
@@ -79,11 +84,10 @@ class Loop:
 
     def load_checkpoint(self, stock: Stock, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse what no run can go on from, and remember what was loaded: our state follows when it has a place."""
-        options = self.options()
         state.check(self, model)
         found = stock(model, *args, **kwargs)
-        if (iteration := found[0]) > 0 and not options.finetune:
-            self._loaded = (Path(options.load), iteration)
+        if (iteration := found[0]) > 0 and not self.options().finetune:
+            self._loaded = (Path(self.options().load), iteration)
         return found
 
     def build_train_valid_test_data_iterators(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
@@ -107,10 +111,9 @@ class Loop:
             lines.append(self.lengths.describe(batch=options.global_batch_size, iterations=options.train_iters))
         if self.averager is not None:
             lines.append(self.averager.describe())
-        if (recipe := self.sections.completep) is not None:
-            where = "folded into the weights" if recipe.residual == "folded" else "in the forward pass"
-            base = f"base {recipe.base_width} x {recipe.base_depth}"
-            lines.append(f"completep: recipe {recipe.recipe}, {base}, multipliers {where}")
+        if (c := self.sections.completep) is not None:
+            where = "folded into the weights" if c.residual == "folded" else "in the forward pass"
+            lines.append(f"completep: recipe {c.recipe}, base {c.base_width} x {c.base_depth}, multipliers {where}")
         return lines
 
     def train_step(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
@@ -130,39 +133,24 @@ class Loop:
         return result
 
     def _after_step(self, *, applied: bool, norm: float | None) -> None:
-        options = self.options()
+        options, averager = self.options(), self.averager
         if self.lengths is not None:
             self.lengths.booked(_samples(options), self._last, applied)
         iteration = options.curr_iteration + 1
-        if self.averager is not None and applied and self.averager.due(iteration):
-            self.averager.snapshot(iteration, finite=self._is_finite(self.averager, norm))
-
-    def _is_finite(self, averager: WeightAverager, norm: float | None) -> bool:
-        """All ranks have the same norm. Without one the masters are looked at, and all ranks told."""
-        if norm is not None:
-            return math.isfinite(norm)
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        return finite_everywhere(averager.shards.tensors(), device)
-
-    @staticmethod
-    def _wait_before_steps(optimizer: Any, averager: WeightAverager) -> None:
-        step = optimizer.step
-
-        def after_the_copy(*args: Any, **kwargs: Any) -> Any:
-            averager.before_step()
-            return step(*args, **kwargs)
-
-        optimizer.step = after_the_copy
-
-    def _count_by_tokens(self, scheduler: Any, lengths: Lengths) -> None:
-        step = scheduler.step
-        scheduler.step = lambda increment: step(increment=lengths.increment(increment, self._last))
+        if averager is not None and applied and averager.due(iteration):
+            if norm is not None:  # all ranks have the same
+                finite: Any = math.isfinite(norm)
+            else:  # the masters are looked at, and all ranks told
+                device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+                finite = finite_everywhere(averager.shards.tensors(), device)
+            averager.snapshot(iteration, finite=finite)
 
     def _at_length(self, length: float) -> contextlib.AbstractContextManager[None]:
-        return _set(self.options(), seq_length=length) if self.lengths is not None else contextlib.nullcontext()
+        off = self.lengths is None
+        return contextlib.nullcontext() if off else replaced(self.options(), "seq_length", length)
 
     def num_floating_point_operations(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """Of the iteration that ran last, at its length."""
+        """At the length of the iteration that ran last."""
         with self._at_length(self._last):
             return stock(*args, **kwargs)
 
@@ -179,7 +167,7 @@ class Loop:
         """The iteration's line says the length, and the tokens trained so far."""
         before, mark, after = str(message).partition(_SAMPLES)
         count, bar, rest = after.partition("|")
-        if self.lengths is not None and mark and bar:
+        if self.lengths is not None and bar:
             said = f" sequence length: {self._last:5d} | trained tokens: {self.lengths.trained:14d} |"
             message = f"{before}{mark}{count}{bar}{said}{rest}"
         return stock(message)
@@ -188,22 +176,20 @@ class Loop:
         """Megatron-LM's evaluation, and once more with each average in place, on the same batches."""
         if self.averager is None or not (steps := self.averager.steps):
             return stock(prefix, *args, **kwargs)
-        options = self.options()
         for source in self._validation:
             source.record()
         result = stock(prefix, *args, **kwargs)
-        consumed = options.consumed_valid_samples
-        for horizon in _horizons(self.averager):
-            for source in self._validation:
-                source.replay()
-            over = f", horizon {horizon}" if horizon else ""
-            self._mark = f", averaged{over}"
-            with self.averager.averaged_weights(horizon):
-                stock(f"{prefix} | average of steps {steps[0]} to {steps[-1]}{over}", *args, **kwargs)
-        self._mark = ""
+        options = self.options()
+        with replaced(options, "consumed_valid_samples", options.consumed_valid_samples):
+            for horizon in self.averager.config.horizons or (None,):
+                for source in self._validation:
+                    source.replay()
+                over = f", horizon {horizon}" if horizon else ""
+                said = f"{prefix} | average of steps {steps[0]} to {steps[-1]}{over}"
+                with replaced(self, "_mark", f", averaged{over}"), self.averager.averaged_weights(horizon):
+                    stock(said, *args, **kwargs)
         for source in self._validation:
             source.forget()
-        options.consumed_valid_samples = consumed
         return result
 
     def get_tensorboard_writer(self, stock: Stock) -> Any:
@@ -232,16 +218,15 @@ class Loop:
             if name in call.arguments:
                 call.arguments[name] = None
         # earlier ones are removed with the run's: Megatron-LM would do it in a thread that reads args.save later
-        without = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
-        for horizon in _horizons(averager):
+        changed = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
+        for horizon in averager.config.horizons or (None,):
             root = state.root_of_average(Path(options.save), horizon)
             state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
-            with averager.averaged_weights(horizon), _set(options, save=str(root), **without):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(averager.averaged_weights(horizon))
+                for name, value in {**changed, "save": str(root)}.items():
+                    stack.enter_context(replaced(options, name, value))
                 stock(*call.args, **call.kwargs)
-
-
-def _horizons(averager: WeightAverager) -> Sequence[int | None]:
-    return averager.config.horizons or [None]
 
 
 class _Marked:
@@ -260,17 +245,6 @@ class _Marked:
         return getattr(self._writer, name)
 
 
-@contextlib.contextmanager
-def _set(options: Any, **values: Any) -> Iterator[None]:
-    """Options with other values for a while."""
-    before = {name: getattr(options, name, None) for name in values}
-    vars(options).update(values)
-    try:
-        yield
-    finally:
-        vars(options).update(before)
-
-
 def _samples(options: Any) -> int:
     """Of one iteration, over all ranks."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -286,8 +260,5 @@ def _each(iterators: Any) -> list[Any]:
     if iterators is None:
         return []
     if not hasattr(iterators, "iterable"):
-        raise ConfigError(
-            f"Megatron-LM's data iterator {type(iterators).__name__} has no 'iterable' to wrap, as tested versions "
-            "have; train without sequence_length_warmup and weight_averaging"
-        )
+        raise ConfigError(f"Megatron-LM's {type(iterators).__name__} has no 'iterable' to wrap; use a tested version")
     return [iterators]

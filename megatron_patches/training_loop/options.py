@@ -75,21 +75,15 @@ def check_options(sections: PluginConfig, options: Any) -> None:
         for option, why in ((option, why) for why, listed in _REFUSED[name].items() for option in listed.split()):
             value = getattr(options, option, None)
             if value not in (*_FINE.get(option, ()), None, False):
-                raise ConfigError(
-                    f"{name}: --{option.replace('_', '-')} {value} does not go together with it: {why}; leave one of "
-                    "the two out"
-                )
+                given = f"{name}: --{option.replace('_', '-')} {value}"
+                raise ConfigError(f"{given} does not go together with it: {why}; leave one of the two out")
     if averaging is not None and averaging.restart is not None:
-        raise ConfigError(
-            "weight_averaging.restart: not supported in Megatron-LM's training loop; remove it, or train with DeepSpeed"
-        )
+        raise ConfigError("weight_averaging.restart: not supported in Megatron-LM's training loop; remove it")
 
 
 def layout_multiple(options: Any) -> int:
-    """The number of equal parts that the layout cuts each sample into.
-
-    Sequence parallelism: one for each tensor-parallel rank; context parallelism: two for each of its ranks.
-    """
+    """The number of equal parts that the layout cuts each sample into: with sequence parallelism one for each
+    tensor-parallel rank, with context parallelism two for each of its ranks."""
     tensor = options.tensor_model_parallel_size if options.sequence_parallel else 1
     context = options.context_parallel_size
     return math.lcm(tensor * context, 2 * context if context > 1 else 1)

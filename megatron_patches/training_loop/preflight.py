@@ -1,8 +1,5 @@
 """An iteration's forward and backward passes at full length before the first short one, so that an out-of-memory shows
-at once, and not when the warmup has come so far.
-
-They are Megatron-LM's own: its schedule, its micro-batches, its reduction of gradients. The optimizer does not step.
-"""
+at once: Megatron-LM's own, by its schedule, with its reduction of gradients. The optimizer does not step."""
 
 import contextlib
 import functools
@@ -17,7 +14,8 @@ import torch.distributed as dist
 
 from ds_plugin.core.errors import PluginError
 from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
-from megatron_patches import megatron_on_cpu
+from ds_plugin.core.replaced import replaced
+from megatron_patches.megatron_on_cpu import on_cpu
 from megatron_patches.training_loop.batches import cut
 
 TrainStep = Callable[..., Any]
@@ -39,11 +37,9 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
 
     They train on the next micro-batch, which is read ahead, and with room taken for the optimizer's state. Gradients,
     buffers, random streams and sums for the log are put back: the run that follows is bit for bit the run without them.
-    Rank 0 prints how it went.
 
-    Raises:
-        PluginError: the step, or its passes, are called in another way than in the tested versions.
-        torch.OutOfMemoryError: with a note that names the remedies.
+    Raises PluginError: the step, or its passes, are called in another way than in the tested versions;
+    torch.OutOfMemoryError, with a note that names the remedies.
     """
     if (why := left_out(options)) is not None:
         _print(f"none at {length} tokens, since {why}")
@@ -64,7 +60,8 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             known = getattr(options, "optimizer", "adam") == "adam"
-            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(_device())}")
+            device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+            _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(device)}")
         return passes(**settings)
 
     call.arguments["forward_backward_func"] = with_preflight
@@ -83,8 +80,7 @@ def left_out(options: Any) -> str | None:
 
 def repeated(iterators: Any, length: int) -> Any:
     """In place of the loop's iterators (one, a list for virtual stages, None where none is read): their next
-    micro-batch, without end, at ``length`` tokens; each time another dictionary, since forward steps write into them.
-    """
+    micro-batch, without end, at ``length`` tokens; each time another dictionary, since forward steps write into it."""
     if isinstance(iterators, list):
         return [repeated(each, length) for each in iterators]
     if iterators is None:
@@ -98,10 +94,9 @@ def adams_state(optimizer: Any) -> list[torch.Tensor]:
     other optimizers, and for state that is kept in CPU memory."""
     if hasattr(optimizer, "chained_optimizers"):
         return [tensor for single in optimizer.chained_optimizers for tensor in adams_state(single)]
-    config = optimizer.config
-    if config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False) or optimizer.optimizer is None:
+    config, inner = optimizer.config, optimizer.optimizer
+    if config.optimizer != "adam" or getattr(config, "optimizer_cpu_offload", False) or inner is None:
         return []
-    inner = optimizer.optimizer
 
     def kinds(parameter: torch.Tensor) -> list[torch.dtype]:
         found = [getattr(config, name, torch.float32) for name in ("exp_avg_dtype", "exp_avg_sq_dtype")]
@@ -117,19 +112,10 @@ def adams_state(optimizer: Any) -> list[torch.Tensor]:
 def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
     """Megatron-LM at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
     machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
-    before = options.seq_length, config.timers
-    options.seq_length, config.timers = length, None
-    machine.validate_result = lambda *args, **kwargs: None  # of this object: it would keep the largest values
-    try:
+    quiet = replaced(machine, "validate_result", lambda *args, **kwargs: None)  # it would keep the largest values
+    with replaced(options, "seq_length", length), replaced(config, "timers", None), quiet:
         yield
-    finally:
-        options.seq_length, config.timers = before
-        del machine.validate_result
-    forget_sums(options)
-
-
-def forget_sums(options: Any) -> None:
-    """Take back what layers have summed up for the log, in which there was nothing before."""
+    # what layers have summed up for the log, in which there was nothing before
     if getattr(options, "num_experts", None):
         importlib.import_module("megatron.core.transformer.moe.moe_utils").clear_aux_losses_tracker()
     if getattr(options, "mtp_num_layers", None):
@@ -137,11 +123,6 @@ def forget_sums(options: Any) -> None:
         for value in prediction.MTPLossLoggingHelper.tracker.values():  # by names that differ between versions
             if torch.is_tensor(value):
                 value.zero_()
-
-
-def _device() -> torch.device:
-    on_cpu = megatron_on_cpu.enabled() or not torch.cuda.is_available()
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
 
 def _print(said: str) -> None:
@@ -153,5 +134,5 @@ def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None
     if lacking := [name for name in names if name not in given]:
         raise PluginError(
             f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}; use a "
-            'version this plugin was tested with (core 0.16 or 0.20), or write "preflight": false'
+            'tested version (core 0.16 to 0.20), or write "preflight": false'
         )

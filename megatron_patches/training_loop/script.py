@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,22 +73,17 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(error: PluginError) -> None:
-    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it.
-
-    The launcher ends the other ranks as soon as one is gone, so they let rank 0 speak first.
-    """
+    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)
+        time.sleep(OTHERS_WAIT_SECONDS)  # the launcher ends all ranks as soon as one is gone; the first speaks first
     if rank == "0" or not error.on_every_rank:
         print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:
-    """The script, its own arguments, and the sections of the plugin's file.
-
-    Raises ConfigError: there is no such script, or the file is missing, wrong or given twice.
-    """
+    """The script, its own arguments, and the sections of the plugin's file. Raises ConfigError: there is no such
+    script, or the file is missing, wrong or given twice."""
     script = Path(arguments[0])
     if not script.is_file():
         raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
@@ -118,27 +113,23 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
     """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
 
     A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
-    apply to Megatron-LM's own training loop, ``megatron.training``: `install`. None changes nothing. Raises as these
-    two functions do, and ConfigError for a file that cannot be read or is wrong.
+    apply to Megatron-LM's own training loop: `install`. None changes nothing. Raises as these two functions do, and
+    ConfigError for a file that cannot be read or is wrong.
     """
-    if isinstance(section, (str, Path)):
-        section = PluginConfig.from_dict(load_json(section))
-    if isinstance(section, PluginConfig):
-        install(section)
-    elif section is not None:
+    if isinstance(section, CompletePConfig):
         apply_completep(section)
+    elif section is not None:
+        install(section if isinstance(section, PluginConfig) else PluginConfig.from_dict(load_json(section)))
 
 
 def install(sections: PluginConfig) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
 
-    `megatron_patches.revert()` undoes it. Where another loop trains, nothing that is wrapped is called: the first step
-    of any optimizer is refused as long as the loop has not been set up.
+    `megatron_patches.revert()` undoes it. Another loop calls nothing that is wrapped: the first step of any optimizer
+    is refused as long as Megatron-LM's has not been set up.
 
-    Raises, with nothing changed:
-        StateError: other sections are in force.
-        ConfigError: another training loop is imported, or Megatron-LM's is not there.
-        PluginError: this Megatron-LM lacks one of the names.
+    Raises, with nothing changed, StateError: other sections are in force; ConfigError: another training loop is
+    imported, or Megatron-LM's is not there; PluginError: it lacks one of the names.
     """
     global _installed
     if sections == PluginConfig():
@@ -154,13 +145,7 @@ def install(sections: PluginConfig) -> None:
     from megatron_patches.training_loop.loop import Loop
 
     loop, guard = Loop(sections, training.get_args), _first_step()
-
-    def set_up(*args: Any, **kwargs: Any) -> Any:
-        guard.revert()
-        return loop.setup_model_and_optimizer(*args, **kwargs)
-
-    methods = {name: getattr(loop, name) for name in WRAPPED} | {"setup_model_and_optimizer": set_up}
-    patches: list[Change] = [guard, *(_wrapped(name, method) for name, method in methods.items())]
+    patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
     with all_or_none(patches):
         if sections.completep is not None:
             apply_completep(sections.completep)
@@ -172,23 +157,16 @@ def _training() -> ModuleType:
     try:
         training = importlib.import_module(TRAINING)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{TRAINING} cannot be imported ({error}); give the script of a Megatron-LM checkout, beside its "
-            "megatron/training, and install what it needs"
-        ) from None
-    lacking = [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]
-    if lacking:
+        raise ConfigError(f"{TRAINING}: {error}; give the script of a Megatron-LM checkout and its needs") from None
+    if lacking := [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]:
         version = importlib.import_module("megatron.core").__version__
-        raise PluginError(
-            f"{TRAINING} of Megatron-LM with core {version} ({training.__file__}) has no {', '.join(lacking)}; use a "
-            "version this plugin was tested with (core 0.16 or 0.20)"
-        )
+        raise PluginError(f"{training.__file__} of core {version} has no {', '.join(lacking)}; use core 0.16 to 0.20")
     return training
 
 
 _REMEDY = (
-    "a file, or all its sections, work in the loop of a Megatron-LM checkout (pretrain() of megatron.training); in any "
-    "other give the completep section alone, megatron_patches.apply(section)"
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
+    "the completep section alone, megatron_patches.apply(section)"
 )
 
 
@@ -201,7 +179,7 @@ def _first_step() -> Switch:
     def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
         raise StateError(
             f"megatron_patches.apply: {type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer, "
-            f"where the methods come in, was not called: another loop would train without them; {_REMEDY}"
+            f"where the methods come in, was not called; {_REMEDY}"
         )
 
     return Switch(
@@ -212,10 +190,12 @@ def _first_step() -> Switch:
     )
 
 
-def _wrapped(name: str, method: Any) -> Patch:
+def _wrapped(name: str, method: Callable[..., Any], guard: Change) -> Patch:
     def call(*args: Any, **kwargs: Any) -> Any:
         if not patch.applied:  # a module imported in the meantime may have kept this function
             return getattr(importlib.import_module(TRAINING), name)(*args, **kwargs)
+        if name == "setup_model_and_optimizer":
+            guard.revert()  # it is Megatron-LM's loop that trains
         return method(patch.original, *args, **kwargs)
 
     patch = Patch(f"{TRAINING}.{name}", call, reason="the methods in the training loop")

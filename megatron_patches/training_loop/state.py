@@ -9,8 +9,9 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,21 +30,25 @@ from megatron_patches.training_loop.lengths import Lengths
 FORMAT = 2
 AVERAGED = "averaged"
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
+_WITHOUT = (
+    "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full length, and "
+    "the averaging window starts empty."
+)
+
+
+@dataclass
+class Methods:
+    """The methods in one training loop; None: off."""
+
+    sections: PluginConfig
+    options: Callable[[], Any]  # Megatron-LM's ``get_args``: there are none before the script has read them
+    lengths: Lengths | None = None
+    averager: WeightAverager | None = None
 
 
 def folder_of(root: Path, iteration: int) -> Path:
     """Where the state of an iteration lies."""
     return root / "ds_plugin" / f"iter_{iteration:07d}"
-
-
-class Methods(Protocol):
-    """The methods in one training loop; None: off."""
-
-    sections: PluginConfig
-    lengths: Lengths | None
-    averager: WeightAverager | None
-
-    options: Callable[[], Any]  # Megatron-LM's
 
 
 def save(loop: Methods, root: Path, iteration: int) -> None:
@@ -58,14 +63,29 @@ def save(loop: Methods, root: Path, iteration: int) -> None:
         if dist.get_rank() == 0:
             lengths = loop.lengths.state() if loop.lengths is not None else None
             place = {"world_size": dist.get_world_size(), "model_parallel": _sizes()}
-            _write_manifest(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
+            _write(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
             if getattr(loop.options(), "save_retain_interval", None) is not None:
                 _forget_retired(root, iteration)
 
 
-def _write_manifest(loop: Methods, folder: Path, iteration: int, **entries: Any) -> None:
+def _write(loop: Methods, folder: Path, iteration: int, **entries: Any) -> None:
     manifest = {"format": FORMAT, "iteration": iteration, "sections": loop.sections.to_dict(), **entries}
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A manifest, or None: there is none. Raises CheckpointError for one that is damaged or of another version."""
+    if not path.is_file():
+        return None
+    try:
+        manifest = dict(json.loads(path.read_text("utf-8")))
+        found, _, _ = manifest["format"], manifest["iteration"], dict(manifest["sections"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}; use the one that wrote it")
+    return manifest
 
 
 def root_of_average(root: Path, horizon: int | None) -> Path:
@@ -76,36 +96,27 @@ def root_of_average(root: Path, horizon: int | None) -> Path:
 def mark_average(loop: Methods, root: Path, iteration: int) -> None:
     """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
     with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            folder = folder_of(root, iteration)
-            folder.mkdir(parents=True, exist_ok=True)
-            steps = loop.averager.steps if loop.averager is not None else []
-            _write_manifest(loop, folder, iteration, average_of=steps)
+        if dist.get_rank() == 0 and loop.averager is not None:
+            _write(loop, folder_of(root, iteration), iteration, average_of=loop.averager.steps)
 
 
 def check(loop: Methods, model: Any) -> None:
-    """Look at what Megatron-LM is about to load into ``model``, its chunks. Every rank calls it.
-
-    Raises:
-        CheckpointError: on every rank alike: a run would be resumed from an average or with another ``completep``; or,
-            with ``--finetune``, weights would get another forward pass than they were trained in.
-    """
+    """Look at what Megatron-LM is about to load into ``model``, its chunks. Every rank calls it, and has the same
+    CheckpointError: a run would be resumed from an average or with another ``completep``; or, with ``--finetune``,
+    weights would get another forward pass than they were trained in."""
     with raise_on_all_ranks():
         if dist.get_rank() == 0 and (found := _to_load(loop.options())) is not None:
             root, iteration, weights_alone = found
             path = folder_of(root, iteration) / MANIFEST
-            manifest = _read(path, path.read_text("utf-8")) if path.is_file() else None
             if weights_alone:
-                _check_weights(loop, manifest, path, model[0])
+                _check_weights(loop, path, model[0])
             else:
-                _check_run(loop, manifest, path)
+                _resumable(loop, path, iteration)
 
 
 def _to_load(options: Any) -> tuple[Path, int, bool] | None:
     """Where Megatron-LM will find which iteration, and whether it takes the weights alone; None: it finds nothing.
-
-    As far as can be told: a newer checkpoint that is not persistent it finds alone. `load` looks again, afterwards.
-    """
+    As far as can be told: a newer checkpoint that is not persistent it finds alone. `load` looks again, afterwards."""
     finetune = options.finetune or getattr(options, "freeze_all_layers", False)
     step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
     root = options.load
@@ -122,42 +133,48 @@ def _to_load(options: Any) -> tuple[Path, int, bool] | None:
     return Path(root), step or int(text), finetune
 
 
-def _check_run(loop: Methods, manifest: dict[str, Any] | None, path: Path) -> None:
-    section = loop.sections.completep
+def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | None:
+    """What ``path`` holds. Raises CheckpointError for what no run of these sections and sizes is resumed from."""
+    manifest, section = _read(path), loop.sections.completep
     if manifest is None:
         if section is not None:
             raise CheckpointError(
-                f"{path} is missing: a checkpoint of a run without this plugin, whose weights belong to another "
-                'parametrization; resume without "completep", or start a new run'
+                f'{path} is missing: a checkpoint of a run without this plugin; leave out "completep", or start anew'
             )
-        return
+        return None
     if steps := manifest.get("average_of"):
         raise CheckpointError(
-            f"{path} is of the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state; give "
-            "--finetune to start from its weights, or resume from the run's own --save folder"
+            f"{path} is the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state; give --finetune"
         )
-    recipe = manifest["sections"].get("completep")
-    if (recipe is None) != (section is None):
-        ours = loop.sections.to_dict().get("completep")
-        raise CheckpointError(
-            f"{path}: trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}; give the "
-            "same section"
-        )
-    if section is not None and (different := section.differences(recipe)):
+    recipe, asked = (sections.get("completep") for sections in (manifest["sections"], loop.sections.to_dict()))
+    different = [("completep", recipe, asked)] if recipe != asked else []
+    if section is not None and recipe is not None:
+        different = section.differences(recipe)
+    if different:
         values = ", ".join(f"{name} {json.dumps(was)} there, {json.dumps(now)} here" for name, was, now in different)
         raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
+    if manifest["iteration"] != iteration:
+        raise CheckpointError(f"{path} is of iteration {manifest['iteration']}, not {iteration}; restore the file")
+    averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
+    if averages and (sizes := manifest["model_parallel"]) != _sizes():
+        raise CheckpointError(
+            f"{path}: the window is of tensor and pipeline sizes {sizes}, this run has {_sizes()}; load with the same, "
+            'or write "enabled": false in weight_averaging'
+        )
+    return manifest
 
 
-def _check_weights(loop: Methods, manifest: dict[str, Any] | None, path: Path, chunk: Any) -> None:
+def _check_weights(loop: Methods, path: Path, chunk: Any) -> None:
+    manifest = _read(path)
     recipe = manifest["sections"].get("completep") if manifest is not None else None
     section = parse_section(CompletePConfig, f"{path}: completep", recipe) if recipe is not None else None
     there, here = (forward_multipliers(unwrapped(chunk), each) for each in (section, loop.sections.completep))
     if there != here:
         values = ", ".join(f"{n} x {was:g} there, x {here[n]:g} here" for n, was in there.items() if was != here[n])
+        stock = " (the file is missing: weights of a run without this plugin)" if manifest is None else ""
         raise CheckpointError(
-            f"{path}: --finetune would take weights into another forward pass than they were trained in: {values}; "
-            'give the same completep section, or fold() weights of the forward mode and write "residual": "folded"'
-            f"{' (the file is missing: weights of a run without this plugin)' if manifest is None else ''}"
+            f"{path}: --finetune would take weights into another forward pass than their own: {values}; give the same "
+            f'completep section, or fold() the weights and write "residual": "folded"{stock}'
         )
 
 
@@ -165,64 +182,22 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
     """Take over the state of the iteration that was loaded from ``root``. Every rank calls it.
 
     Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
-
-    Raises:
-        CheckpointError: on every rank alike: a file is missing, damaged or of another run, or a section has changed in
-            a way that cannot go on.
+    Raises CheckpointError, on every rank alike: a file is missing, damaged or of another run, or of other sections.
     """
-    options, folder = loop.options(), folder_of(root, iteration)
-    path, text = folder / MANIFEST, None
+    folder, manifest = folder_of(root, iteration), None
     with raise_on_all_ranks():
-        if dist.get_rank() == 0 and path.is_file():
-            text = path.read_text("utf-8")
-    text = _from_rank_0(text)  # one rank reads, so that all see the same
+        if dist.get_rank() == 0:  # one rank reads, so that all see the same
+            manifest = _resumable(loop, folder / MANIFEST, iteration)
+            if manifest is None:
+                logging.getLogger("ds_plugin").warning(_WITHOUT, folder / MANIFEST)
+    manifest = _from_rank_0(manifest)
     with raise_on_all_ranks():
-        manifest = _parsed(loop, text, path, iteration)
         if loop.lengths is not None:
-            saved = manifest["lengths"] if manifest is not None else None
+            saved, options = manifest and manifest["lengths"], loop.options()
             loop.lengths.load_state(saved, iteration=options.iteration, samples=options.consumed_train_samples)
         if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
-            ranks = manifest["world_size"]
-            window_files.load(folder, loop.averager, save_id=manifest["save_id"], saved_ranks=ranks, **_place())
-
-
-def _read(path: Path, text: str) -> dict[str, Any]:
-    """A manifest of this version. Raises CheckpointError."""
-    try:
-        manifest = dict(json.loads(text))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}; it needs the one that wrote it"
-            )
-        if not isinstance(manifest["iteration"], int) or not isinstance(manifest["sections"], dict):
-            raise TypeError(f"iteration {manifest['iteration']!r}, sections {manifest['sections']!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
-    return manifest
-
-
-def _parsed(loop: Methods, text: str | None, path: Path, iteration: int) -> dict[str, Any] | None:
-    manifest = _read(path, text) if text is not None else None
-    _check_run(loop, manifest, path)
-    if manifest is None:
-        if dist.get_rank() == 0:
-            logging.getLogger("ds_plugin").warning(
-                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
-                "length, and the averaging window starts empty.",
-                path,
-            )
-        return None
-    if manifest["iteration"] != iteration:
-        raise CheckpointError(
-            f"{path} is of iteration {manifest['iteration']}, Megatron-LM loaded {iteration}; restore the file"
-        )
-    averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
-    if averages and manifest["model_parallel"] != _sizes():
-        raise CheckpointError(
-            f"{path}: the averaging window was saved with tensor and pipeline sizes {manifest['model_parallel']}, this "
-            f'run has {_sizes()}; load with the same, or write "enabled": false in weight_averaging'
-        )
-    return manifest
+            save_id, ranks = manifest["save_id"], manifest["world_size"]
+            window_files.load(folder, loop.averager, save_id=save_id, saved_ranks=ranks, **_place())
 
 
 def _forget_retired(root: Path, iteration: int) -> None:
