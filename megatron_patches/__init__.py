@@ -1,8 +1,7 @@
-"""The NVIDIA Megatron side of the plugin.
+"""The NVIDIA Megatron side of the plugin; importing it imports neither megatron, deepspeed nor torch.
 
-Importing it imports neither megatron, deepspeed nor torch. `apply(section)` gives a script that builds its own model
-and optimizer the CompleteP recipe, `apply("methods.json")` gives Megatron-LM's training loop all three methods;
-`active()` lists every change that the plugin has made in this process, `revert()` undoes them all.
+`apply(section)` gives a script that builds its own model and optimizer the CompleteP recipe, `apply("methods.json")`
+gives Megatron-LM's training loop all three methods; `active()` lists every change that is on, `revert()` undoes them.
 """
 
 from typing import TYPE_CHECKING, Any

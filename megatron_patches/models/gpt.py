@@ -20,22 +20,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ds_plugin.core.errors import ConfigError, StateError
+from ds_plugin.core.settings_model import SectionConfig
 from megatron_patches import megatron_on_cpu
 
-# A multiple that every usual tensor-parallel size divides, so that the size of the model does not depend on it.
-VOCAB_MULTIPLE = 64
+VOCAB_MULTIPLE = 64  # every usual tensor-parallel size divides it: the model's size does not depend on that
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# megatron adds up to 2718 + tensor_parallel to the seed, and numpy takes 32 bits.
-_MAX_SEED = 2**31 - 1
+_MAX_SEED = 2**31 - 1  # megatron adds up to 2718 + tensor_parallel, and numpy takes 32 bits
 
 
-class GPTConfig(BaseModel):
+class GPTConfig(SectionConfig):
     """The shape of a decoder-only transformer and how it is cut. Unknown keys and wrong types are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     num_layers: int = Field(ge=1, description="transformer layers")
     hidden_size: int = Field(ge=1, description="width of the residual stream")
@@ -57,12 +54,12 @@ class GPTConfig(BaseModel):
     @property
     def query_groups(self) -> int:
         """Key/value heads."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+        return self.num_query_groups or self.num_attention_heads
 
     @property
     def ffn_size(self) -> int:
         """Width of the MLP."""
-        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+        return self.ffn_hidden_size or 4 * self.hidden_size
 
     @property
     def model_ranks(self) -> int:
@@ -82,14 +79,11 @@ class GPTConfig(BaseModel):
             ("pipeline_parallel", self.pipeline_parallel, "num_layers", self.num_layers),
         ):
             if total % value:
-                raise ValueError(
-                    f"{name} = {value} does not divide {of} = {total}; set {name} to a divisor of {total} or change "
-                    f"{of}"
-                )
+                raise ValueError(f"{name} = {value} does not divide {of} = {total}; write a divisor of {total}")
         if self.position_embedding == "rope" and (head := self.hidden_size // heads) % 2:
             raise ValueError(
-                f"position_embedding='rope' needs an even head size, got hidden_size / num_attention_heads = {head}; "
-                "change num_attention_heads or use position_embedding='learned'"
+                f"position_embedding='rope' needs an even head size, not hidden_size / num_attention_heads = {head}; "
+                "write another, or position_embedding='learned'"
             )
         return self
 
@@ -100,9 +94,8 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     torch.distributed must be initialised, with gloo on a CPU. Seeds `random`, numpy, torch and megatron's random number
     tracker, whose model-parallel stream differs per rank. Again with the same sizes, it only seeds.
 
-    Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when
-    tensor_parallel x pipeline_parallel does not divide the number of ranks, the seed is out of range, or there is
-    neither a GPU nor `megatron_on_cpu.enable()`.
+    Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when the sizes
+    do not divide the number of ranks, the seed is out of range, or there is neither a GPU nor `megatron_on_cpu`.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -112,15 +105,11 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
         raise ConfigError("megatron-core found no GPU; call megatron_patches.megatron_on_cpu.enable() to run here")
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError(f"seed = {seed} is out of range; use 0 to {_MAX_SEED}")
-    if dist.get_world_size() % cfg.model_ranks:
-        sizes = {"tensor_parallel": cfg.tensor_parallel}
+    if (ranks := dist.get_world_size()) % cfg.model_ranks:
+        name, value = "tensor_parallel", str(cfg.tensor_parallel)
         if cfg.pipeline_parallel > 1:
-            sizes["pipeline_parallel"] = cfg.pipeline_parallel
-        name, value = " x ".join(sizes), " x ".join(map(str, sizes.values()))
-        raise ConfigError(
-            f"{name} = {value} does not divide the {dist.get_world_size()} ranks of this job; "
-            f"start a multiple of {name} ranks or lower it"
-        )
+            name, value = f"{name} x pipeline_parallel", f"{value} x {cfg.pipeline_parallel}"
+        raise ConfigError(f"{name} = {value} does not divide the {ranks} ranks of this job; start a multiple of it")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(cfg.tensor_parallel, cfg.pipeline_parallel)
     _check_groups(cfg)
@@ -131,12 +120,10 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
 
 
 def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
-    """The megatron-core TransformerConfig of `cfg` with parameters of `dtype`: float32, bfloat16 or float16, or
-    ConfigError is raised.
+    """The megatron-core TransformerConfig of `cfg` with float32, bfloat16 or float16 parameters; else ConfigError.
 
     On the CPU, weights are cut from one full weight drawn alike on every rank, so a model starts the same whatever
-    tensor_parallel is; on a GPU each rank draws its own part. The config leaves pipeline_parallel at 1: the stages are
-    DeepSpeed's (`pipeline_gpt`).
+    tensor_parallel is; on a GPU each rank draws its own part. It knows no stages: they are DeepSpeed's.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -158,7 +145,7 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
         attention_softmax_in_fp32=True,
         init_method_std=cfg.init_std,
         tensor_model_parallel_size=cfg.tensor_parallel,
-        use_cpu_initialization=_on_cpu(),
+        use_cpu_initialization=megatron_on_cpu.on_cpu(),
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
@@ -171,12 +158,11 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
 
 
 def layer_spec(cfg: GPTConfig) -> Any:
-    """The ModuleSpec of one layer, new on every call: Transformer Engine's with a GPU and that package, otherwise
-    megatron's own."""
+    """The ModuleSpec of one layer, new on every call: Transformer Engine's with a GPU and that package."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     # megatron's own answer: a package that is there but fails to import does not count.
-    if gpt_layer_specs.HAVE_TE and not _on_cpu():
+    if gpt_layer_specs.HAVE_TE and not megatron_on_cpu.on_cpu():
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=cfg.qk_norm)
     # Without the argument, apex's LayerNorm would be chosen for RMSNorm.
     return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization, qk_layernorm=cfg.qk_norm)
@@ -191,19 +177,15 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
     """A megatron-core GPTModel with parameters of `config.params_dtype`, vocabulary padded by `padded_vocab_size`.
 
-    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since.
-
-    Raises StateError when the process groups do not fit `cfg`; ConfigError for a vocabulary below 1, pipeline_parallel
-    above 1, and inside deepspeed.zero.Init, which cuts position embeddings before megatron initialises them.
+    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since. Raises as
+    `check_build`, and ConfigError for pipeline_parallel above 1, and inside deepspeed.zero.Init, which cuts position
+    embeddings before megatron initialises them.
     """
     from megatron.core.models.gpt import GPTModel
 
     check_build(cfg, vocab_size)
     if cfg.pipeline_parallel > 1:
-        raise ConfigError(
-            f"pipeline_parallel = {cfg.pipeline_parallel}: a GPTModel is not cut into DeepSpeed's stages; use "
-            "megatron_patches.models.pipeline_gpt.build_pipeline"
-        )
+        raise ConfigError("pipeline_parallel > 1 needs megatron_patches.models.pipeline_gpt.build_pipeline")
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -213,10 +195,7 @@ def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
         position_embedding_type="learned_absolute" if cfg.position_embedding == "learned" else "rope",
     )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ConfigError(
-            "build_gpt was called inside deepspeed.zero.Init, where megatron cannot initialise its position "
-            "embeddings; build the model outside it, deepspeed.initialize partitions it for ZeRO-3"
-        )
+        raise ConfigError("build_gpt was called inside deepspeed.zero.Init; call it outside it, also for ZeRO-3")
     return in_one_dtype(model, config)
 
 
@@ -231,12 +210,11 @@ _MPU = ("get_tensor_model_parallel_", "get_pipeline_model_parallel_", "get_data_
 
 
 class DeepSpeedMPU:
-    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`.
+    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`: ``get_X_group``, ``get_X_rank`` and
+    ``get_X_world_size`` are megatron's for X tensor_model_parallel, pipeline_model_parallel and data_parallel.
 
-    ``get_X_group``, ``get_X_rank`` and ``get_X_world_size`` are megatron's for X tensor_model_parallel,
-    pipeline_model_parallel and data_parallel. "model_parallel" is DeepSpeed's old word for the first; megatron's own of
-    that name spans the pipeline too. Sequence parallel methods are left out on purpose: DeepSpeed takes their
-    presence for its Ulysses mode. A PipelineModule brings its own mpu to the engine, of the same ranks.
+    "model_parallel" is DeepSpeed's old word for the first; megatron's own of that name spans the pipeline too. Sequence
+    parallel methods are left out: DeepSpeed takes their presence for its Ulysses mode. A PipelineModule brings its own.
     """
 
     def __init__(self) -> None:
@@ -257,11 +235,6 @@ class DeepSpeedMPU:
         return dist.get_process_group_ranks(self._state.get_data_parallel_group())
 
 
-def _on_cpu() -> bool:
-    # megatron_on_cpu may pretend that there is a GPU.
-    return megatron_on_cpu.enabled() or not torch.cuda.is_available()
-
-
 def check_build(cfg: GPTConfig, vocab_size: int) -> None:
     """Raises StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
     _check_groups(cfg)
@@ -280,6 +253,6 @@ def _check_groups(cfg: GPTConfig) -> None:
     for name, size in found.items():
         if size != (asked := getattr(cfg, name)):
             raise StateError(
-                f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value "
-                "per process, or parallel_state.destroy_model_parallel() between two"
+                f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value, "
+                "or parallel_state.destroy_model_parallel() between two"
             )

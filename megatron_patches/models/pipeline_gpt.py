@@ -83,8 +83,7 @@ class FinalNorm(torch.nn.Module):
 class Output(torch.nn.Module):
     """[length, batch, width] -> logits [length, batch, this rank's part of the vocabulary].
 
-    ``tied``: by a copy of the word embedding, which DeepSpeed keeps equal to the first stage's: it sets it at the start
-    and adds the gradients of the two at every step.
+    ``tied``: by a copy of the word embedding; DeepSpeed makes it the first stage's and adds the gradients of the two.
     """
 
     def __init__(self, config: Any, rows: int, tied: bool):
@@ -94,14 +93,8 @@ class Output(torch.nn.Module):
         if tied:
             words = VocabParallelEmbedding(rows, config.hidden_size, init_method=config.init_method, config=config)
             self.embedding = ModuleDict({"word_embeddings": words})
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
-            rows,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            skip_weight_param_allocation=tied,
-        )
+        settings: Any = {"config": config, "init_method": config.init_method, "skip_weight_param_allocation": tied}
+        self.output_layer = ColumnParallelLinear(config.hidden_size, rows, bias=False, **settings)
         self.tied = tied
 
     def forward(self, stream: torch.Tensor) -> Any:
@@ -129,7 +122,7 @@ class PipelineGPT(PipelineModule):
             super().__init__(specs, topology=topology, loss_fn=mean_loss, partition_method=f"type:^{Layer.__name__}$")
         self.config = config
         parts = [part for part in self.modules() if isinstance(part, (Embedding, Layer, FinalNorm, Output))]
-        self._gpt = (StageOfGPT(parts, config, tied),)  # in a tuple: not to be found as a submodule under other names
+        self._gpt = (StageOfGPT(parts, config, tied),)  # in a tuple: no submodule, with other names
 
     @property
     def gpt(self) -> "StageOfGPT":
@@ -138,9 +131,8 @@ class PipelineGPT(PipelineModule):
 
 
 class StageOfGPT(torch.nn.Module):
-    """A stage's modules as a GPTModel has them, where it has them: embedding, decoder.layers, decoder.final_layernorm,
-    output_layer. For reading and for CompleteP, not for a forward pass.
-    """
+    """A stage's modules where a GPTModel has them: embedding, decoder.layers, decoder.final_layernorm, output_layer.
+    For reading and for CompleteP, not for a forward pass."""
 
     def __init__(self, parts: Sequence[torch.nn.Module], config: Any, tied: bool):
         super().__init__()
@@ -165,17 +157,13 @@ class _Layers(torch.nn.Module):
 
 
 def build_pipeline(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> PipelineGPT:
-    """This rank's stage, of ``num_layers / pipeline_parallel`` layers, with parameters of ``config.params_dtype``.
+    """This rank's stage, of ``num_layers / pipeline_parallel`` layers, with parameters of ``config.params_dtype``; the
+    first also has the embeddings, the last the final norm and the output layer. Every rank of the job calls it.
 
-    The first stage also has the embeddings, the last one the final norm and the output layer. ``config``, ``spec``: as
-    for `gpt.build_gpt`. Every rank of the job calls it.
+    ``config``, ``spec``: as for `gpt.build_gpt`, and weights are those that it would draw from the same seed: a stage
+    draws, and drops, those of the stages before it as well.
 
-    Weights are those that `gpt.build_gpt` would draw from the same seed: the layers are drawn in its order, and a
-    stage draws, and drops, those of the stages before it as well.
-
-    Raises:
-        StateError: the process groups do not fit ``cfg``.
-        ConfigError: a vocabulary below 1, or a norm on queries and keys with tensor parallelism.
+    Raises as `check_build`, and ConfigError for a norm on queries and keys with tensor parallelism.
     """
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
     from megatron.core import parallel_state
@@ -183,18 +171,14 @@ def build_pipeline(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> P
     check_build(cfg, vocab_size)
     if cfg.qk_norm and cfg.tensor_parallel > 1:
         raise ConfigError(
-            f"qk_norm with tensor_parallel = {cfg.tensor_parallel}: each rank sees the gradients of its own heads "
-            "only, and DeepSpeed does not sum them, so the norms on queries and keys would drift apart; use "
+            f"qk_norm with tensor_parallel = {cfg.tensor_parallel}: DeepSpeed does not sum these norms' gradients; use "
             "tensor_parallel 1, or no qk_norm"
         )
     # ranks in the order pipe, data, tensor, from the slowest to the fastest, as megatron's groups have them
-    topology = PipeModelDataParallelTopology(
-        num_pp=cfg.pipeline_parallel, num_mp=cfg.tensor_parallel, num_dp=parallel_state.get_data_parallel_world_size()
-    )
-    model: PipelineGPT = in_one_dtype(
-        PipelineGPT(_specs(cfg, vocab_size, config, spec), config, cfg.tie_embeddings, topology), config
-    )
-    return model
+    data = parallel_state.get_data_parallel_world_size()
+    topology = PipeModelDataParallelTopology(cfg.pipeline_parallel, cfg.tensor_parallel, data)
+    model = PipelineGPT(_specs(cfg, vocab_size, config, spec), config, cfg.tie_embeddings, topology)
+    return in_one_dtype(model, config)  # type: ignore[no-any-return]
 
 
 def _specs(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> list[LayerSpec]:
@@ -203,29 +187,18 @@ def _specs(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> list[Laye
     rows = padded_vocab_size(vocab_size, cfg.tensor_parallel)
     rotary = None
     if cfg.position_embedding == "rope":  # one table of angles for all layers, as a GPTModel has it; no parameters
-        rotary = RotaryEmbedding(
-            config.kv_channels,
-            1.0,
-            rotary_interleaved=config.rotary_interleaved,
-            use_cpu_initialization=config.use_cpu_initialization,
-        )
+        settings: Any = {name: getattr(config, name) for name in ("rotary_interleaved", "use_cpu_initialization")}
+        rotary = RotaryEmbedding(config.kv_channels, 1.0, **settings)
     tied = functools.partial(TiedLayerSpec, _TIED, tied_weight_attr=[_WORDS])
     end: Any = tied if cfg.tie_embeddings else LayerSpec
-    return _drawn_in_turn(
-        [
-            end(Embedding, config, cfg, rows),
-            *(LayerSpec(Layer, config, spec, index, rotary) for index in range(cfg.num_layers)),
-            LayerSpec(FinalNorm, config),
-            end(Output, config, rows, cfg.tie_embeddings),
-        ]
-    )
+    layers = [LayerSpec(Layer, config, spec, index, rotary) for index in range(cfg.num_layers)]
+    output = end(Output, config, rows, cfg.tie_embeddings)
+    return _drawn_in_turn([end(Embedding, config, cfg, rows), *layers, LayerSpec(FinalNorm, config), output])
 
 
 def _drawn_in_turn(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """The same specs; the first one that is built on a rank builds, and drops, all before it.
-
-    Random numbers are then taken as if one rank built the whole model.
-    """
+    """The same specs; the first one that is built on a rank builds, and drops, all before it: random numbers are taken
+    as if one rank built the whole model."""
     waiting = list(specs)
 
     def build(spec: LayerSpec, log: bool = False) -> Any:

@@ -1,11 +1,9 @@
-"""Where megatron-core's own optimizers keep this rank's fp32 master weights, and how the model is refreshed from them.
-
-`find_megatron_shards` picks, for each optimizer of a chain, the function below that knows its kind.
-"""
+"""Where megatron-core's optimizers keep this rank's fp32 master weights, and how the model is refreshed from them."""
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +15,12 @@ from ds_plugin.weight_averaging.state.fragments import Fragment, plain_name
 CHAIN = "chained_optimizers"
 STUB = "is_stub_optimizer"  # nothing to train on this rank
 COPY = "_copy_main_params_to_model_params"  # masters -> the model's parameters (sharded: into this rank's part)
-# Float16OptimizerWithFloat16Params, whole tensors: [group][parameter]; 16-bit parameters beside their masters
-WHOLE_16, WHOLE_MASTERS, WHOLE_32 = "float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups"
-# DistributedOptimizer, [group][parameter]: whole parameters, this rank's run of each, and the masters of those runs
-SHARDED_16, SHARDED_32 = "model_float16_groups", "model_fp32_groups"
-RUNS_16, RUNS_32 = "shard_float16_groups", "shard_fp32_groups"  # views of the parameters; the fp32 ones are masters
-SHARDED_MASTERS = "shard_fp32_from_float16_groups"
+# lists of [group][parameter], parameters and their masters: Float16OptimizerWithFloat16Params, whole;
+WHOLE = (("float16_groups", "fp32_from_float16_groups"), ("fp32_from_fp32_groups", "fp32_from_fp32_groups"))
+# DistributedOptimizer, the masters of this rank's run of each: of fp32 parameters they are views
+RUNS_16 = "shard_float16_groups"  # views of the 16-bit ones
+SHARDED_32 = ("model_fp32_groups", "shard_fp32_groups")
+SHARDED = (("model_float16_groups", "shard_fp32_from_float16_groups"), SHARDED_32)
 RANGE = "_get_model_param_range_map"  # (parameter) -> {"param": Range within the parameter, ...}
 PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"  # of its config: the masters are FusedAdam's state
 # Transformer Engine's FusedAdam, where it holds the masters
@@ -42,100 +40,73 @@ class Master(NamedTuple):
     start: int
 
 
-class Part(NamedTuple):
-    """One optimizer's masters as they are now, and what writes them into the model's parameters, as `COPY` does."""
+class Part:
+    """The masters of one optimizer. ``lists``: names of its lists of parameters, and of their masters.
 
-    layout: str
-    masters: Callable[[], Iterator[Master]]
-    copy: Callable[[], object]
-
-
-def _fp32(optimizer: Any) -> Part:
-    """FP32Optimizer: the parameters are the masters."""
-    need(optimizer, "param_groups")
-
-    def masters() -> Iterator[Master]:
-        return (Master(p, p, 0) for group in optimizer.param_groups for p in group["params"])
-
-    return Part("replicated", masters, lambda: None)
-
-
-def _float16(optimizer: Any) -> Part:
-    """Float16OptimizerWithFloat16Params: whole fp32 copies beside 16-bit parameters; fp32 ones are their own."""
-    need(optimizer, COPY, WHOLE_16, WHOLE_MASTERS, WHOLE_32)
-
-    def masters() -> Iterator[Master]:
-        for left, right in ((WHOLE_16, WHOLE_MASTERS), (WHOLE_32, WHOLE_32)):
-            yield from (Master(p, master, 0) for p, master in _pairs(optimizer, left, right))
-
-    return Part("replicated", masters, getattr(optimizer, COPY))
-
-
-def _sharded(optimizer: Any) -> Part:
-    """DistributedOptimizer: this rank's runs of the parameters that megatron-core's bucket layout cuts for it.
-
-    Found by its lists, not by its model_param_group_index_map: where a group holds parameters of 16 and of 32 bits,
-    that one confuses them.
+    Found by these lists, not by a DistributedOptimizer's model_param_group_index_map: where a group holds parameters of
+    16 and of 32 bits, that one confuses them.
     """
-    need(optimizer, COPY, RANGE, SHARDED_16, SHARDED_32, RUNS_16, RUNS_32, SHARDED_MASTERS)
-    need(optimizer.config, PRECISION_AWARE)
-    fused, copy = getattr(optimizer.config, PRECISION_AWARE), getattr(optimizer, COPY)
-    if fused:
-        _prepare_fused(optimizer)
 
-    def masters_16() -> Iterator[tuple[Any, torch.Tensor]]:
-        if not fused:
-            return _pairs(optimizer, SHARDED_16, SHARDED_MASTERS)
-        state = optimizer.optimizer.state
-        return ((p, state[run][FUSED_MASTER]) for p, run in _pairs(optimizer, SHARDED_16, RUNS_16))
+    def __init__(self, optimizer: Any, layout: str, lists: Sequence[tuple[str, str]]):
+        self.optimizer, self.layout, self.lists = optimizer, layout, lists
+        need(optimizer, *(name for pair in lists for name in pair), *([COPY] if lists else ["param_groups"]))
+        if layout == "sharded":
+            need(optimizer, RANGE)
 
-    def masters() -> Iterator[Master]:
-        for pairs in (masters_16(), _pairs(optimizer, SHARDED_32, RUNS_32)):
-            for p, master in pairs:
-                yield Master(p, master, getattr(optimizer, RANGE)(p)["param"].start)
+    def masters(self) -> Iterator[Master]:
+        if not self.lists:  # FP32Optimizer: the parameters are the masters
+            yield from (Master(p, p, 0) for group in self.optimizer.param_groups for p in group["params"])
+        for pair in self.lists:
+            for p, master in self._pairs(*pair):
+                start = getattr(self.optimizer, RANGE)(p)["param"].start if self.layout == "sharded" else 0
+                yield Master(p, master, start)
 
-    def copy_fused() -> None:  # FusedAdam writes the parameters itself in its step; megatron-core's copy does nothing
-        for _, run in _pairs(optimizer, SHARDED_16, RUNS_16):
-            run.data.copy_(optimizer.optimizer.state[run][FUSED_MASTER])
+    def copy(self) -> None:
+        """Write the masters into the model's parameters, sharded: into this rank's part of them."""
+        if self.lists:
+            getattr(self.optimizer, COPY)()
 
-    return Part("sharded", masters, copy_fused if fused else copy)
+    def _pairs(self, left: str, right: str) -> Iterator[tuple[Any, Any]]:
+        for group, other in zip(getattr(self.optimizer, left), getattr(self.optimizer, right), strict=True):
+            yield from zip(group, other, strict=True)
 
 
-def _prepare_fused(optimizer: Any) -> None:
-    """use_precision_aware_optimizer: the masters of 16-bit parameters are FusedAdam's state, made here if need be.
+class FusedPart(Part):
+    """DistributedOptimizer with use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state.
 
-    What it keeps under that name for an fp32 parameter is never updated: that one is its own master, as ever.
+    FusedAdam writes the parameters itself in its step, and megatron-core's own copy does nothing. What it keeps under
+    the same name for an fp32 parameter is never updated: that parameter is its own master, as without this option.
     """
-    adam, dtype = optimizer.optimizer, optimizer.config.main_params_dtype
-    if dtype is not torch.float32:
-        raise ConfigError(f"weight_averaging: main_params_dtype is {dtype}; give --main-params-dtype fp32")
-    if getattr(adam, FUSED_REMAINDERS, False):
-        raise ConfigError(
-            "weight_averaging: store_param_remainders keeps only the low 16 bits of each master; set it to False"
-        )
-    need(adam, FUSED_INITIALIZE)
-    initialize = getattr(adam, FUSED_INITIALIZE)
-    # The first step would make the state, with these very values; the averager needs the masters before.
-    arguments = (False,) if FUSED_REMAINDERS in inspect.signature(initialize).parameters else ()
-    for run in (run for group in adam.param_groups for run in group["params"] if not adam.state[run]):
-        initialize(run, *arguments)
-    for _, run in _pairs(optimizer, SHARDED_16, RUNS_16):
-        if FUSED_MASTER not in adam.state[run]:
-            raise _other_layout(f"{type(adam).__name__}'s state has no {FUSED_MASTER!r}")
 
+    def __init__(self, optimizer: Any):
+        super().__init__(optimizer, "sharded", ((SHARDED[0][0], RUNS_16), SHARDED_32))
+        self.adam, dtype = optimizer.optimizer, optimizer.config.main_params_dtype
+        if dtype is not torch.float32:
+            raise ConfigError(f"weight_averaging: main_params_dtype is {dtype}; give --main-params-dtype fp32")
+        if getattr(self.adam, FUSED_REMAINDERS, False):
+            raise ConfigError("weight_averaging: store_param_remainders keeps half of each master; set it to False")
+        need(self.adam, FUSED_INITIALIZE)
+        initialize = getattr(self.adam, FUSED_INITIALIZE)
+        # The first step would make the state, with these very values; the averager needs the masters before.
+        arguments = (False,) if FUSED_REMAINDERS in inspect.signature(initialize).parameters else ()
+        for run in (run for group in self.adam.param_groups for run in group["params"] if not self.adam.state[run]):
+            initialize(run, *arguments)
+        for run in itertools.chain.from_iterable(getattr(optimizer, RUNS_16)):
+            if FUSED_MASTER not in self.adam.state[run]:
+                raise _other_layout(f"{type(self.adam).__name__}'s state has no {FUSED_MASTER!r}")
 
-def _pairs(optimizer: Any, left: str, right: str) -> Iterator[tuple[Any, Any]]:
-    """Two lists of [group][parameter] side by side."""
-    for group, other in zip(getattr(optimizer, left), getattr(optimizer, right), strict=True):
-        yield from zip(group, other, strict=True)
+    def _pairs(self, left: str, right: str) -> Iterator[tuple[Any, Any]]:
+        for p, run in super()._pairs(left, right):
+            yield p, self.adam.state[run][FUSED_MASTER] if right == RUNS_16 else run
+
+    def copy(self) -> None:
+        for run in itertools.chain.from_iterable(getattr(self.optimizer, RUNS_16)):
+            run.data.copy_(self.adam.state[run][FUSED_MASTER])
 
 
 class MegatronShards:
-    """The `MasterShards` of a megatron-core optimizer. Made by `find_megatron_shards`.
-
-    ``models``: the chunks without their wrappers. A refresh is megatron-core's copy from the masters and, where a
-    DistributedOptimizer shards them, one `start_param_sync` of each chunk: the parameter all-gather of one step.
-    """
+    """The `MasterShards` of a megatron-core optimizer. A refresh is its copy from the masters and, where they are
+    sharded, the parameter all-gather of one step. ``models``: the chunks without their wrappers."""
 
     def __init__(self, optimizer: Any, chunks: list[Any]):
         from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -145,15 +116,14 @@ class MegatronShards:
         for chunk, model in zip(chunks, self.models, strict=True):
             _refuse_chunk(getattr(chunk, "ddp_config", None), model)
         # By the exact type: a subclass (LayerWiseDistributedOptimizer) may keep and gather its weights in another way.
-        if chained := type(optimizer) is ChainedOptimizer:
+        members = [optimizer]
+        if type(optimizer) is ChainedOptimizer:
             need(optimizer, CHAIN)
-        members = getattr(optimizer, CHAIN) if chained else [optimizer]
+            members = getattr(optimizer, CHAIN)
         self.parts = [_part(member) for member in members if not getattr(member, STUB, False)]
         self.layout, *others = {part.layout for part in self.parts} or {"replicated"}
         if others:
-            raise ConfigError(
-                "weight_averaging: the ChainedOptimizer joins a DistributedOptimizer and one that is not; use one kind"
-            )
+            raise ConfigError("weight_averaging: the chain joins a DistributedOptimizer and one that is not; use one")
         self._gathered = chunks if self.layout == "sharded" else []
         for chunk in self._gathered:
             need(chunk, SYNC, *BUCKET_GROUPS)
@@ -162,8 +132,7 @@ class MegatronShards:
         self._names = _names(self.models)
         if strange := [tuple(m.parameter.shape) for m in self._masters() if id(m.parameter) not in self._names]:
             raise ConfigError(
-                f"weight_averaging: the optimizer trains a parameter of shape {strange[0]} that is in none of the "
-                "model chunks; give all that it was made for"
+                f"weight_averaging: the optimizer trains one of shape {strange[0]} that is in none of the model chunks"
             )
 
     def _masters(self) -> Iterator[Master]:
@@ -203,9 +172,8 @@ def find_megatron_shards(optimizer: Any, model_chunks: Sequence[Any]) -> Megatro
     """The `MasterShards` of an optimizer that `get_megatron_optimizer` made for these ``model_chunks``, in this order,
     each in its DistributedDataParallel wrapper. Every rank calls it, before training.
 
-    Raises, on every rank alike:
-        ConfigError: the optimizer is of another kind, or keeps no fp32 masters in this process's device memory.
-        StateError: this megatron-core lays out its optimizers in another way than the tested ones.
+    Raises, on every rank alike, ConfigError: the optimizer is of another kind, or keeps no fp32 masters in this
+    process's device memory; StateError: it lays them out in another way than the tested versions do.
     """
     with raise_on_all_ranks():
         return MegatronShards(optimizer, list(model_chunks))
@@ -216,31 +184,32 @@ def _part(optimizer: Any) -> Part:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    kinds = {FP32Optimizer: _fp32, Float16OptimizerWithFloat16Params: _float16, DistributedOptimizer: _sharded}
+    kinds: dict[type, tuple[str, Any]] = {
+        FP32Optimizer: ("replicated", ()),
+        Float16OptimizerWithFloat16Params: ("replicated", WHOLE),
+        DistributedOptimizer: ("sharded", SHARDED),
+    }
     if (kind := kinds.get(type(optimizer))) is None:
-        raise ConfigError(
-            f"weight_averaging: {type(optimizer).__module__}.{type(optimizer).__name__} is not supported; use one of "
-            f"{', '.join(k.__name__ for k in kinds)}, or a ChainedOptimizer of them"
-        )
+        known = ", ".join(k.__name__ for k in kinds)
+        raise ConfigError(f"weight_averaging: {type(optimizer).__name__} is not supported; use one of {known}")
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
-        raise ConfigError(
-            "weight_averaging: with optimizer_cpu_offload masters lie on two devices; leave out --optimizer-cpu-offload"
-        )
-    return kind(optimizer)
+        raise ConfigError("weight_averaging: masters must not lie on two devices; leave out --optimizer-cpu-offload")
+    if kind[0] == "sharded":
+        need(optimizer.config, PRECISION_AWARE)
+        if getattr(optimizer.config, PRECISION_AWARE):
+            return FusedPart(optimizer)
+    return Part(optimizer, *kind)
 
 
 def _refuse_chunk(ddp_config: Any, model: torch.nn.Module) -> None:
     if getattr(ddp_config, "use_megatron_fsdp", False):
         raise ConfigError("weight_averaging: use_megatron_fsdp is on; use the distributed optimizer in its place")
     if (instances := getattr(ddp_config, "num_distributed_optimizer_instances", 1)) != 1:
-        raise ConfigError(
-            f"weight_averaging: num_distributed_optimizer_instances is {instances}, which is not tested; set it to 1"
-        )
+        raise ConfigError(f"weight_averaging: num_distributed_optimizer_instances is {instances}; set it to 1")
     for name, p in model.named_parameters():
         if type(p.data) is not torch.Tensor:  # of which an exchange could not bring back the bits
             raise ConfigError(
-                f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}, no plain tensor; leave out "
-                "fp8_param_gather, fp4_param_gather and torch's FSDP2"
+                f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}; leave out FSDP2, fp8, fp4 gather"
             )
 
 
@@ -257,15 +226,13 @@ def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
 
 
 def _expert_prefix() -> str:
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state as at
 
-    experts = parallel_state.get_expert_tensor_parallel_world_size()
-    if experts != (dense := parallel_state.get_tensor_model_parallel_world_size()):
-        raise ConfigError(
-            f"weight_averaging: expert_tensor_parallel_size is {experts}; write tensor_model_parallel_size, {dense}"
-        )
-    alone = parallel_state.get_expert_model_parallel_world_size() == 1
-    return "" if alone else f"expert_rank{parallel_state.get_expert_model_parallel_rank()}."
+    size, dense = at.get_expert_tensor_parallel_world_size(), at.get_tensor_model_parallel_world_size()
+    if size != dense:
+        raise ConfigError(f"weight_averaging: expert_tensor_parallel_size is {size}; make it {dense}, the other one")
+    alone = at.get_expert_model_parallel_world_size() == 1
+    return "" if alone else f"expert_rank{at.get_expert_model_parallel_rank()}."
 
 
 def need(owner: Any, *names: str) -> None:

@@ -1,9 +1,10 @@
 """Publish the average from a megatron-core run: an ordinary torch_dist checkpoint of the model, for any TP and PP."""
 
+import contextlib
 import os
 import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,46 +33,53 @@ def publish_torch_dist(
     dict, which `dist_checkpointing.load` reads at any tensor- and pipeline-parallel size; ``weight_averaging``, the
     steps that were averaged; ``iteration``, the latest of them; ``checkpoint_version`` 3.0. No optimizer state.
 
-    ``horizon``: which of the averages, in mode ema. Returns the folder.
-
-    Raises:
-        StateError: as `WeightAverager.read` does, or the averager is another model's.
-        CheckpointError: the folder exists, or cannot be written.
+    ``horizon``: which of the averages, in mode ema. Returns the folder. Raises StateError as `WeightAverager.read`, and
+    for another model's averager; CheckpointError: the folder exists, or cannot be written.
     """
+    from megatron.core.utils import unwrap_model
+
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    with raise_on_all_ranks():
-        models = _models_of(averager, model_chunks)
+    with raise_on_all_ranks(), _writing(partial):
+        models, shards = unwrap_model(list(model_chunks)), averager.shards
+        if not isinstance(shards, MegatronShards) or [id(m) for m in models] != [id(m) for m in shards.models]:
+            raise StateError("weight_averaging: the averager is not that of these model chunks; give its own")
         if dist.get_rank() == 0:
-            _make(folder, partial)
+            if folder.exists():
+                raise CheckpointError(f"weight_averaging: {folder} exists; publish to another one, or remove it")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     try:
-        with averager.averaged_weights(horizon):
+        with averager.averaged_weights(horizon), _writing(partial):
             _save(models, averager, horizon, partial)
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:
-            _put_in_place(partial, folder)
+    with raise_on_all_ranks(), _writing(folder):
+        if dist.get_rank() == 0:  # after a crash there is all of it, or nothing of that name
+            for path in partial.iterdir():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            sync_folder(partial)
+            os.rename(partial, folder)
+            sync_folder(folder.parent)
     return folder
 
 
-def _models_of(averager: WeightAverager, model_chunks: Sequence[Any]) -> list[Any]:
-    from megatron.core.utils import unwrap_model
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint import CheckpointException
 
-    models, shards = unwrap_model(list(model_chunks)), averager.shards
-    if not isinstance(shards, MegatronShards) or [id(m) for m in models] != [id(m) for m in shards.models]:
-        raise StateError(
-            "weight_averaging: the averager is not that of these model chunks; give those that find_megatron_shards got"
-        )
-    return models
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        raise CheckpointError(f"weight_averaging: {folder} cannot be written ({error}); make room there") from error
 
 
 def _save(models: list[Any], averager: WeightAverager, horizon: int | None, folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from torch.distributed.checkpoint import CheckpointException
 
     names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
     steps = list(averager.steps)
@@ -82,30 +90,4 @@ def _save(models: list[Any], averager: WeightAverager, horizon: int | None, fold
     # This save is synchronous: its results can stay in this process's memory. megatron-core's own queue is of a server
     # process that imports the main script again: one without ``if __name__ == "__main__"`` would never come back.
     with replaced(filesystem_async, RESULTS_QUEUE, queue.Queue()):
-        try:
-            dist_checkpointing.save(state, str(folder))
-        except (OSError, CheckpointException) as error:
-            raise CheckpointError(f"weight_averaging: {folder} cannot be written ({error}); make room") from error
-
-
-def _make(folder: Path, partial: Path) -> None:
-    if folder.exists():
-        raise CheckpointError(f"weight_averaging: {folder} exists; publish to another folder, or remove that one")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"weight_averaging: cannot make {partial} ({error}); give a folder to write to") from None
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Flush every file, then give the folder its name; after a crash there is all of it, or nothing of that name."""
-    try:
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        os.rename(partial, folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"weight_averaging: {partial} is complete, rename it to {folder} ({error})") from None
+        dist_checkpointing.save(state, str(folder))
