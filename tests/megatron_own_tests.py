@@ -267,6 +267,7 @@ def install_idle(called: list[str]) -> Callable[[], None]:
     from ds_plugin.config import PluginConfig
     from ds_plugin.core import patch
     from megatron_patches import apply_completep
+    from megatron_patches.completep import build
     from megatron_patches.training_loop import script
     from megatron_patches.training_loop.loop import Loop
 
@@ -282,7 +283,8 @@ def install_idle(called: list[str]) -> Callable[[], None]:
 
         return call
 
-    for owner, names in ((Loop, script.WRAPPED), (apply_completep, ("prepare", "build_optimizer", "check_scheduler"))):
+    ours_of = {Loop: script.WRAPPED, build: ("prepared",), apply_completep: ("build_optimizer", "check_scheduler")}
+    for owner, names in ours_of.items():
         for name in names:
             setattr(owner, name, noted(name, getattr(owner, name)))
     given = sections(enabled=True)
@@ -290,7 +292,7 @@ def install_idle(called: list[str]) -> Callable[[], None]:
     before = len(megatron_patches.active())
     megatron_patches.apply(dataclasses.replace(PluginConfig.from_dict(given), completep=recipe))
     ours = patch._REGISTRY[before:]
-    assert len(ours) == len(script.WRAPPED) + 3
+    assert len(ours) == len(script.WRAPPED) + 6
 
     def revert() -> None:
         for change in reversed(ours):

@@ -253,7 +253,8 @@ def _optimized(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Mapping[str
     if hasattr(optimizer, _SHARD_INDEX):
         yield from ((p, groups[index]) for p, (index, _) in getattr(optimizer, _SHARD_INDEX).items())
         return
-    half, full = (getattr(optimizer, name, None) for name in (_HALF_GROUPS, _FULL_GROUPS))
+    half: Any = getattr(optimizer, _HALF_GROUPS, None)
+    full: Any = getattr(optimizer, _FULL_GROUPS, None)
     for i, group in enumerate(groups):
         members = group["params"] if half is None else [*half[i], *full[i]]
         yield from ((p, group) for p in members)

@@ -112,7 +112,7 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
         raise ConfigError(f"{name} = {value} does not divide the {ranks} ranks of this job; start a multiple of it")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(cfg.tensor_parallel, cfg.pipeline_parallel)
-    _check_groups(cfg)
+    check_build(cfg)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -235,14 +235,8 @@ class DeepSpeedMPU:
         return dist.get_process_group_ranks(self._state.get_data_parallel_group())
 
 
-def check_build(cfg: GPTConfig, vocab_size: int) -> None:
+def check_build(cfg: GPTConfig, vocab_size: int = 1) -> None:
     """Raises StateError where the process groups do not fit `cfg`, ConfigError for a vocabulary below 1."""
-    _check_groups(cfg)
-    if vocab_size < 1:
-        raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")
-
-
-def _check_groups(cfg: GPTConfig) -> None:
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -256,3 +250,5 @@ def _check_groups(cfg: GPTConfig) -> None:
                 f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value, "
                 "or parallel_state.destroy_model_parallel() between two"
             )
+    if vocab_size < 1:
+        raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")

@@ -79,7 +79,7 @@ class Loop(state.Methods):
             state.load(self, *self._loaded)
         self._ready = True
         if dist.get_rank() == 0:
-            print("\n".join(self.describe()), flush=True)
+            print("\n".join(self._describe()), flush=True)
         return model, optimizer, scheduler
 
     def load_checkpoint(self, stock: Stock, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ class Loop(state.Methods):
                     self._validation.append(iterator.iterable)
         return train, valid, test
 
-    def describe(self) -> list[str]:
+    def _describe(self) -> list[str]:
         """One line for each method that is on."""
         options, lines = self.options(), []
         if self.lengths is not None:

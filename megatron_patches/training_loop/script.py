@@ -16,30 +16,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch, Switch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
+from megatron_patches.training_loop.loop import Loop
 
 FLAG = "--ds-plugin-config"
 OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
 TRAINING = "megatron.training.training"
-#: what the loop calls by name in its own module, and `loop.Loop` wraps
-WRAPPED = (
-    "setup_model_and_optimizer",
-    "load_checkpoint",
-    "build_train_valid_test_data_iterators",
-    "train_step",
-    "num_floating_point_operations",
-    "training_log",
-    "compute_throughputs_and_append_to_progress_log",
-    "evaluate_and_print_results",
-    "get_tensorboard_writer",
-    "get_wandb_writer",
-    "save_checkpoint",
-    "print_rank_last",
-)
+#: what the loop calls by name in its own module
+WRAPPED = tuple(name for name in vars(Loop) if not name.startswith("_"))
 #: training loops of their own over megatron-core, each by a module that is there where it runs
 OTHER_LOOPS = {
     "megatron.bridge.training.train": "Megatron-Bridge",
@@ -97,8 +88,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginCon
 
 def prepare_host(script: Path) -> None:
     """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
-    import torch
-
     if (folder := str(script.parent)) not in sys.path:
         sys.path.insert(0, folder)
     if not torch.cuda.is_available():
@@ -142,8 +131,6 @@ def install(sections: PluginConfig) -> None:
         if module in sys.modules:
             raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
     training = _training()
-    from megatron_patches.training_loop.loop import Loop
-
     loop, guard = Loop(sections, training.get_args), _first_step()
     patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
     with all_or_none(patches):
@@ -172,8 +159,6 @@ _REMEDY = (
 
 def _first_step() -> Switch:
     """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
     hooks: list[Any] = []
 
     def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -36,7 +36,7 @@ _WITHOUT = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Methods:
     """The methods in one training loop; None: off."""
 
