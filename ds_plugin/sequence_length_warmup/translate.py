@@ -16,11 +16,11 @@ from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import SectionConfig, parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
-OURS = "sequence_length_warmup"
-LEGACY = "curriculum_learning"
+OURS, LEGACY = "sequence_length_warmup", "curriculum_learning"
 BLOCK = "data_efficiency.data_sampling.curriculum_learning"
-#: metrics that stand for the length, by the names Megatron-DeepSpeed gave them, and our mode for each
-METRICS = {"seqlen": "truncate", "seqlen_truncate": "truncate", "seqlen_reshape": "carry"}
+#: metrics that stand for the length, by the names Megatron-DeepSpeed gave them, and our settings for each
+METRICS: dict[str, dict[str, str]] = {"seqlen": {}, "seqlen_truncate": {}, "seqlen_reshape": {"mode": "carry"}}
+_RESHAPED = "; reshape trained a sample's pieces as more rows of one step, carry trains them in later steps"
 
 # 3e4 is a float to JSON and a fine number of steps to DeepSpeed.
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v), Field(ge=1)]
@@ -31,9 +31,7 @@ class _Curriculum(SectionConfig):
 
     min_difficulty: Whole = Field(description="the first length in tokens, e.g. 8")
     max_difficulty: Whole = Field(description="the full length in tokens, e.g. 1024")
-    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete"] = Field(
-        description='"fixed_linear", "fixed_root" or "fixed_discrete"'
-    )
+    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete"] = Field(description='e.g. "fixed_linear"')
     schedule_config: dict[str, Any] = {}
     difficulty_type: Literal["value"] = "value"  # a percentile ranks samples and says no length
     clustering_type: str = "single_cluster"
@@ -65,55 +63,43 @@ _KINDS: dict[str, type[SectionConfig]] = {"fixed_linear": _Linear, "fixed_root":
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A config in which our section stands for DeepSpeed's, and one note for each section that was translated.
-
-    ``config`` itself is never changed. Without notes the result equals it.
+    """A copy in which our section stands for DeepSpeed's, and one note for each section that was translated.
 
     Raises:
         ConfigError: a curriculum of lengths that cannot be ours, two sections that set the length, or dynamic batching
             together with the warmup.
     """
     new, notes = copy.deepcopy(dict(config)), []
-    legacy = new.pop(LEGACY, None)
-    legacy_on = legacy.get("enabled", False) is not False if isinstance(legacy, dict) else legacy is not None
-    if LEGACY in config and not legacy_on:
+    removed, sampling = new.pop(LEGACY, None), object_at(new, "data_efficiency", "data_sampling")
+    removed_on = removed.get("enabled", False) is not False if isinstance(removed, dict) else removed is not None
+    if LEGACY in config and not removed_on:
         notes.append(f"{LEGACY} is off and left out: DeepSpeed 0.19.8 refuses the key, even with the value null")
-    efficiency = _at(new, "data_efficiency")
-    sampling = _at(efficiency, "data_sampling")
-    block = _at(sampling, LEGACY)
-    metrics = list(_at(block, "curriculum_metrics"))
-    switched = all(switches.get("enabled") for switches in (efficiency, sampling, block))
+    block = object_at(sampling, LEGACY)
+    metrics = object_at(block, "curriculum_metrics")
+    switched = all(part.get("enabled") for part in (object_at(new, "data_efficiency"), sampling, block))
     metric = next((name for name in metrics if name in METRICS and switched), None)  # others choose samples
-    ours_on = _at(new, OURS).get("enabled") or (OURS in new and (legacy_on or metric))
+    ours_on = object_at(new, OURS).get("enabled") or (OURS in new and (removed_on or metric))
     # the block's switch alone turns DeepSpeed's sampler on, whatever "enabled" says above it
-    given = {OURS: ours_on, LEGACY: legacy_on, BLOCK: block.get("enabled")}
-    names = [name for name, present in given.items() if present]
-    if len(names) > 1:
-        raise ConfigError(
-            f'{names[1]}: "enabled": true, and {names[0]} is given too: both set the length (or the samples) of a '
-            "step; remove one of the two"
-        )
-    for other in metrics:
-        if metric is not None and other != metric:
-            raise ConfigError(
-                f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which becomes {OURS} and turns DeepSpeed's "
-                "sampler off; remove one of the two"
-            )
-    if legacy_on or metric is not None:
-        path, raw, remark = LEGACY, legacy, "the model gets shortened batches and no argument curriculum_seqlen"
-        if metric is not None:
-            path, raw = f"{BLOCK}.curriculum_metrics.{metric}", sampling.pop(LEGACY)["curriculum_metrics"][metric]
-            remark = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
-        new[OURS] = _section(path, raw, _Legacy if metric is None else _Curriculum)
-        if metric is not None and METRICS[metric] == "carry":
-            new[OURS]["mode"] = "carry"
-            remark += "; reshape trained a sample's pieces as more rows of one step, carry trains them in later steps"
-        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
-    if _at(new, OURS).get("enabled") and _at(sampling, "dynamic_batching").get("enabled"):
-        raise ConfigError(
-            f"data_efficiency.data_sampling.dynamic_batching.enabled: True changes the batch size, and {OURS} the "
-            'length: do not ramp both; write "enabled": false in one of them'
-        )
+    given = [name for name, on in ((OURS, ours_on), (LEGACY, removed_on), (BLOCK, block.get("enabled"))) if on]
+    if len(given) > 1:
+        said = "both set the length (or the samples) of a step; remove one of the two"
+        raise ConfigError(f'{given[1]}: "enabled": true, and {given[0]} is given too: {said}')
+    if metric is not None and len(metrics) > 1:
+        other = next(name for name in metrics if name != metric)
+        said = f"becomes {OURS} and turns DeepSpeed's sampler off; remove one of the two"
+        raise ConfigError(f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which {said}")
+    if metric is not None:
+        path, ours = f"{BLOCK}.curriculum_metrics.{metric}", METRICS[metric]
+        new[OURS] = _section(path, sampling.pop(LEGACY)["curriculum_metrics"][metric], _Curriculum) | ours
+        remark = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
+        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}{_RESHAPED if ours else ""}')
+    elif removed_on:
+        new[OURS] = _section(LEGACY, removed, _Legacy)
+        remark = "the model gets shortened batches and no argument curriculum_seqlen"
+        notes.append(f'{LEGACY} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
+    if object_at(new, OURS).get("enabled") and object_at(sampling, "dynamic_batching").get("enabled"):
+        said = f'changes the batch size, and {OURS} the length: do not ramp both; write "enabled": false in one of them'
+        raise ConfigError(f"data_efficiency.data_sampling.dynamic_batching.enabled: True {said}")
     return new, notes
 
 
@@ -136,14 +122,14 @@ def _section(path: str, raw: Any, model: type[_Curriculum]) -> dict[str, Any]:
             section |= {"root_degree": schedule.root_degree} if isinstance(schedule, _Root) else {}
         parse_section(SequenceLengthWarmupConfig, OURS, section)
     except ConfigError as error:
-        raise ConfigError(
-            f'{path} is read as "{OURS}": {error}; or write that section in its place, which takes functions, too, '
-            '"schedule": "package.module:function"'
-        ) from None
+        remedy = 'write that section in its place, which takes functions, too, "schedule": "package.module:function"'
+        raise ConfigError(f'{path} is read as "{OURS}": {error}; or {remedy}') from None
     return section
 
 
-def _at(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The object under ``key``; an empty one if it is absent or no object (which is for its owner to refuse)."""
-    found = config.get(key)
+def object_at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """The object under nested keys; an empty one where there is none (what else is there, its owner refuses)."""
+    found: Any = config
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
     return found if isinstance(found, dict) else {}
