@@ -1,7 +1,7 @@
 """A recipe for a number of ranks, read and validated as the framework that it is for would have it.
 
-A file with a ``megatron`` section is for Megatron-LM's scripts: the section holds their options by name, without the
-dashes, and is read as the ``model``, ``training``, ``optimizer`` and ``scheduler`` that the other recipes have.
+A ``megatron`` section holds the options of Megatron-LM's scripts by name, without dashes. It is read as the ``model``,
+``training``, ``optimizer`` and ``scheduler`` that the other recipes have.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from ds_plugin.config import PluginConfig, load_json, split_config
+from ds_plugin.core.arguments import MOST
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import nearest, parse_section
 from ds_plugin.deepspeed_engine import json_check
@@ -24,8 +25,8 @@ from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 MEGATRON = "megatron"
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_Size = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
-_Rate = Annotated[float, Field(ge=0, description="a number, 0 or more")]
+_Size = Annotated[int, Field(ge=1, le=MOST, description="a whole number, 1 or more")]
+_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number, 0 or more")]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class _Training(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    steps: int = Field(0, ge=0)
-    tokens: _Size | None = None
+    steps: int = Field(0, ge=0, le=MOST)
+    tokens: int | None = Field(None, ge=1, le=10**18)
 
 
 class _Options(BaseModel):
@@ -63,7 +64,7 @@ class _Options(BaseModel):
     global_batch_size: _Size
     train_iters: _Size
     vocab_size: _Size
-    lr: float = Field(gt=0, description="a number above 0")
+    lr: float = Field(gt=0, allow_inf_nan=False, description="a number above 0")
     weight_decay: _Rate
     min_lr: _Rate = 0.0
     lr_warmup_iters: _Rate | None = None
@@ -80,9 +81,6 @@ def read_job(
     Raises:
         ConfigError: the recipe is wrong, or its sizes do not divide the ranks or one another.
     """
-    for name, value in (("--world-size", ranks), ("--ranks-per-node", per_node)):
-        if value < 1:
-            raise ConfigError(f"{name}: {value} is not a number of ranks; write 1 or more")
     config, options = load_json(source), {}
     named = "the config" if isinstance(source, Mapping) else str(source)
     if MEGATRON in config:
@@ -115,9 +113,9 @@ def read_job(
     elif methods.weight_averaging is not None:
         refuse_nvme(deepspeed)
     scheduler = _schedule(methods, options, model)
-    vocab = vocab_size if vocab_size is not None else options.get("vocab-size", 0)
-    if vocab < 1:
-        raise ConfigError(f"--vocab-size: {vocab_size or 'missing'}; write the tokenizer's, e.g. 50257, 256 for bytes")
+    vocab = vocab_size or options.get("vocab-size")
+    if vocab is None:
+        raise ConfigError("--vocab-size: missing; write the tokenizer's, e.g. 50257, 256 for bytes")
     multiple = options.get("make-vocab-size-divisible-by", 128) * layout.tensor
     padded = -(-vocab // multiple) * multiple if options else padded_vocab_size(vocab, layout.tensor)
     steps = _steps(training, scheduler, batch, model.seq_length)
@@ -147,7 +145,6 @@ def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:
 
 
 def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule | None:
-    """The warmup's, of full length. Raises ConfigError for what the framework's training would refuse."""
     section, full = methods.sequence_length_warmup, model.seq_length
     if section is None:
         return None
@@ -166,22 +163,19 @@ def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfi
 
 def _steps(section: Any, scheduler: LengthSchedule | None, batch: int, full: int) -> int:
     training = parse_section(_Training, "training", section)
-    if training.tokens is None:
-        if not training.steps:
-            hint = _hint("steps", set(section) - {"steps"}, "write the optimizer steps in all, e.g. 300, or tokens")
-            raise ConfigError(f"training.steps: missing; {hint}")
-        return training.steps
-    needed = -(-training.tokens // (batch * full))
-    if scheduler is not None:
-        needed = plan(scheduler, batch, tokens=training.tokens).steps
-    return min(training.steps or needed, needed)
+    if training.tokens is not None:
+        plain = -(-training.tokens // (batch * full))
+        needed = plain if scheduler is None else plan(scheduler, batch, tokens=training.tokens).steps
+        return min(training.steps or needed, needed)
+    if not training.steps:
+        hint = _hint("steps", set(section) - {"steps"}, "write the optimizer steps in all, e.g. 300, or tokens")
+        raise ConfigError(f"training.steps: missing; {hint}")
+    return training.steps
 
 
 def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron-LM's options in the words of the other recipes."""
-    if not isinstance(given, Mapping):
-        raise ConfigError(f'"{MEGATRON}" must be a JSON object of Megatron-LM\'s options, got {given!r}')
-    for name in given:
+    for name in given if isinstance(given, Mapping) else ():
         if name.startswith("-") or "_" in name:
             raise ConfigError(f'{MEGATRON}.{name}: write the option as "{name.strip("-").replace("_", "-")}"')
     for name in ("model", "training", "optimizer", "scheduler", "train_batch_size"):

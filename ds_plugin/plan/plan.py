@@ -8,16 +8,15 @@ import argparse
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ds_plugin.core.arguments import count, new_file, positive
 from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.files import write_text
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from ds_plugin.plan.costs import Rates
     from ds_plugin.plan.inputs import Job
-
-_RATES = {"link": "bytes/s to CPU memory", "flops": "operations/s, as achieved"}
 
 
 def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
@@ -28,14 +27,17 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     model, layout, params = job.model, job.layout, job.deepspeed["optimizer"].get("params", {})
     zero = job.deepspeed.get("zero_optimization") or {}
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-    whole = costs.parameters(model, job.padded_vocab, costs.Layout(1))
     held = costs.parameters(model, job.padded_vocab, layout)
     masters = -(-held // (layout.data * layout.context)) if zero.get("stage", 0) else held
     tokens = job.batch * model.seq_length
     found: dict[str, Any] = {
         "recipe": f"{job.source}, {'Megatron-LM' if job.options else 'DeepSpeed'}",
         "layout": {**asdict(layout), "data": layout.data},
-        "parameters": {"all": whole, "of a rank": held, "fp32 masters": masters},
+        "parameters": {
+            "all": costs.parameters(model, job.padded_vocab, costs.Layout(1)),
+            "of a rank": held,
+            "fp32 masters": masters,
+        },
         "batch": {"samples": job.batch, "tokens": tokens, "micro-batch": job.micro_batch},
         **_lengths(job),
         "lr": params.get("lr"),
@@ -59,17 +61,16 @@ def _lengths(job: "Job") -> dict[str, Any]:
     """The lengths by step, the tokens they come to, and the step from which the learning rate is at its peak."""
     from ds_plugin.sequence_length_warmup.plan import Plan, walk
 
-    full = job.batch * job.model.seq_length
+    full, section = job.batch * job.model.seq_length, job.methods.sequence_length_warmup
     now, whole = Plan(0, 0, 0), Plan(job.steps, job.steps * full, job.steps * full, job.model.seq_length)
     rise = ((job.deepspeed.get("scheduler") or {}).get("params") or {}).get("warmup_num_steps")
-    rise = rise if isinstance(rise, (int, float)) and rise > 0 else None
-    section = job.methods.sequence_length_warmup
+    rise = rise if isinstance(rise, (int, float)) and rise > 0 else math.inf
     by_tokens = section is not None and section.learning_rate.by == "tokens"
     lengths, peak = [], None
     for then in [whole] if job.scheduler is None else walk(job.scheduler, job.batch, steps=job.steps):
         if then.length != now.length:
             lengths.append({"length": then.length, "from_step": now.steps + 1, "from_token": now.trained + 1})
-        if rise is not None and peak is None and (then.trained / full if by_tokens else then.steps) >= rise:
+        if peak is None and (then.trained / full if by_tokens else then.steps) >= rise:
             a_step = (then.trained - now.trained) // (then.steps - now.steps)
             peak = now.steps + math.ceil((rise * full - now.trained) / a_step) if by_tokens else math.ceil(rise)
         now = then
@@ -82,13 +83,12 @@ def _averaging(job: "Job", config: Any, masters: int, pinned: bool, peak: int | 
     from ds_plugin.plan import costs
 
     in_memory, in_files = costs.averaging(config, masters, pinned=pinned)
-    exact, _ = costs.averaging(config, masters, pinned=False)
     first = -(-max(1, config.start_step) // config.interval) * config.interval
-    reach = config.window * config.interval if config.mode != "ema" else max(config.horizons or [0]) * config.interval
+    reach = config.interval * (config.window if config.mode != "ema" else max(config.horizons or [0]))
     found: dict[str, Any] = {
         "snapshot bytes": 4 * masters,
         "memory bytes": in_memory,
-        "bytes before pinning": exact,
+        "bytes before pinning": costs.averaging(config, masters, pinned=False)[0],
         "node memory bytes": in_memory * min(job.layout.ranks, job.layout.per_node),
         "file bytes": in_files,
         "first snapshot": first,
@@ -129,39 +129,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``ds-plugin plan``."""
     add = parser.add_argument
     add("--config", "--deepspeed_config", dest="config", required=True, metavar="FILE", help="a recipe, as in configs/")
-    add("--world-size", type=int, required=True, metavar="N", help="ranks, all nodes together")
-    add("--ranks-per-node", type=int, default=8, metavar="N")
-    add("--vocab-size", type=int, metavar="N", help="of a recipe for DeepSpeed: 256 for bytes")
+    add("--world-size", type=count, required=True, metavar="N", help="ranks, all nodes together")
+    add("--ranks-per-node", type=count, default=8, metavar="N")
+    add("--vocab-size", type=count, metavar="N", help="of a recipe for DeepSpeed: 256 for bytes")
     add("--device", choices=("gpu", "cpu"), default="gpu", help="what the ranks train on (default gpu)")
-    for name, what in _RATES.items():
-        add(f"--{name}", type=float, help=f"of the device: {what}")
-    add("--json", type=Path, metavar="FILE", help="write the plan here, too")
+    add("--link", type=positive, help="of the device: bytes/s to CPU memory")
+    add("--flops", type=positive, help="of the device: operations/s, as achieved")
+    add("--json", type=new_file, metavar="FILE", help="write the plan here, too")
     add("--arguments", action="store_true", help="print a Megatron-LM recipe's command line instead")
 
 
 def command(args: argparse.Namespace) -> int:
     """Print the plan. Raises ConfigError when it cannot be made."""
-    from ds_plugin.deepspeed_engine import startup
-
-    startup.quiet()
-    from ds_plugin.core.files import write_text
     from ds_plugin.plan import costs, inputs
 
-    given = {name: getattr(args, name) for name in _RATES if getattr(args, name) is not None}
-    for name, value in given.items():
-        if not value > 0:
-            raise ConfigError(f"--{name}: {value} is not a rate; write a number above 0")
     job = inputs.read_job(args.config, args.world_size, per_node=args.ranks_per_node, vocab_size=args.vocab_size)
     if args.arguments:
         if not job.options:
             raise ConfigError(f'--arguments: {args.config} has no "megatron" section; it is a recipe for DeepSpeed')
         print(" ".join(inputs.arguments(job.options)))
         return 0
+    given = {name: value for name in ("link", "flops") if (value := getattr(args, name)) is not None}
     found = make(job, replace(costs.RATES[args.device], **given), pinned=args.device == "gpu")
     if args.json is not None:
-        try:
-            write_text(args.json, json.dumps(found, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(f"--json {str(args.json)!r} cannot be written: {error.strerror}") from None
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
     print(text(found))
     return 0

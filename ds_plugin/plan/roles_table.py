@@ -32,8 +32,6 @@ _DRAWN = (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
 def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     """The table for the ``model``, ``completep`` and ``optimizer`` sections of a config, as aligned text.
 
-    The minimum learning rate is what the ``scheduler`` section decays to; "-" where it cannot be told.
-
     Raises:
         ConfigError: a section is missing or wrong.
     """
@@ -42,10 +40,9 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     if section is None:
         raise ConfigError('completep: not enabled in this file; write "completep": {"enabled": true, ...}')
     if "model" not in config:
-        known = 'write {"num_layers": ..., "hidden_size": ..., ...} of the model to train'
-        if "megatron" in config:
-            known = "a recipe of Megatron-LM's options has its table in ds-plugin plan --config FILE --world-size N"
-        raise ConfigError(f"model: missing; {known}")
+        remedy = 'write {"num_layers": ..., "hidden_size": ..., ...} of the model to train'
+        table_is_in = "a recipe of Megatron-LM's options has its table in ds-plugin plan --config FILE --world-size N"
+        raise ConfigError(f"model: missing; {table_is_in if 'megatron' in config else remedy}")
     model = parse_section(GPTConfig, "model", config["model"])
     params = (config.get("optimizer") or {}).get("params") or {}
     return "\n".join(table(model, section, params, config.get("scheduler") or {}))
@@ -70,17 +67,11 @@ def _bases(model: GPTConfig, params: Mapping[str, Any]) -> dict[str, float]:
 
 def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
     """The smallest learning rate after warmup over the largest, or None when the scheduler is not one known here."""
-    params = scheduler.get("params") or {}
-    match scheduler.get("type"):
-        case None | "WarmupLR":
-            return 1.0
-        case "WarmupDecayLR":
-            least, most = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", 0.001)
-            numbers = isinstance(least, (int, float)) and isinstance(most, (int, float))
-            return least / most if numbers else None  # lists, one value for each group
-        case "WarmupCosineLR":
-            return params.get("cos_min_ratio", 0.0001)
-    return None
+    params, kind = scheduler.get("params") or {}, scheduler.get("type")
+    if kind == "WarmupDecayLR":
+        least, most = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr", 0.001)
+        return None if isinstance(least, list) or isinstance(most, list) else least / most  # one for each group
+    return {None: 1.0, "WarmupLR": 1.0, "WarmupCosineLR": params.get("cos_min_ratio", 0.0001)}.get(kind)
 
 
 def table(

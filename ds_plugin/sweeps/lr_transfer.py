@@ -1,30 +1,26 @@
 """Learning-rate transfer: does the best learning rate of the base model stay the best at every width and depth?"""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ds_plugin.completep.rules import Recipe
 from ds_plugin.sweeps import figure, processes, trial
 from ds_plugin.sweeps.text import Text
-from ds_plugin.sweeps.trial import Base, Shape
+from ds_plugin.sweeps.trial import Base, Seeded, Shape
 
 #: the loss of a run is the mean over this share of its last steps, which smooths the noise of single batches
 TAIL = 0.1
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Seeded):
     """One training run: its mean loss in nats per token over the last steps; infinite when it diverged."""
 
-    recipe: Recipe
-    width: int
-    depth: int
-    seed: int
     lr: float
     loss: float
 
@@ -36,9 +32,8 @@ def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float, text: T
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     for step in range(1, steps + 1):
-        factor = schedule(step, steps)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
+            group["lr"] = peak * schedule(step, steps)
         losses.append(trial.step(model, optimizer, next(batches), base.clip))
         if not math.isfinite(losses[-1]):
             return Run(shape.recipe, shape.width, shape.depth, seed, lr, math.inf)
@@ -58,45 +53,39 @@ def sweep(
     rates: Sequence[float],
     seeds: Sequence[int],
     steps: int,
-    text: Text | None = None,
-    workers: int = 1,
-    known: Iterable[Run] = (),
-    progress: Callable[[str], None] = lambda text: None,
-    keep: Callable[[list[Run]], None] = lambda runs: None,
+    text: Text,
+    workers: int,
+    known: Iterable[Run],
+    keep: Callable[[list[Run], str], None],
 ) -> list[Run]:
-    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs after each, to save them.
+    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs, and a line, after each.
 
     Known runs that are not asked for stay in the result, so that a grid can be widened where a minimum is at its edge.
     A run that two recipes share (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed
     come first, so that an interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
     """
     wanted = [(shape, lr, seed) for seed in seeds for shape in shapes for lr in rates]
-    done: dict[tuple[Shape, float, int], Run] = {}
-    kept = {(Shape(r.recipe, r.width, r.depth), r.lr, r.seed): r for r in known}
-    for (shape, lr, seed), run in kept.items():
-        done[shape.same_as(base), lr, seed] = run
     jobs = list(dict.fromkeys((shape.same_as(base), lr, seed) for shape, lr, seed in wanted))
+    kept = {(run.shape, run.lr, run.seed): run for run in known}
+    losses = {(shape.same_as(base), lr, seed): run.loss for (shape, lr, seed), run in kept.items()}
 
     def runs() -> list[Run]:
         for shape, lr, seed in wanted:
-            if (run := done.get((shape.same_as(base), lr, seed))) is not None:
-                kept[shape, lr, seed] = replace(run, recipe=shape.recipe)
-        return sorted(kept.values(), key=lambda r: (r.recipe, r.width, r.depth, r.seed, r.lr))
+            if (loss := losses.get((shape.same_as(base), lr, seed))) is not None:
+                kept[shape, lr, seed] = Run(shape.recipe, shape.width, shape.depth, seed, lr, loss)
+        return sorted(kept.values(), key=dataclasses.astuple)
 
-    missing = [job for job in jobs if job not in done]
+    missing = [job for job in jobs if job not in losses]
     one = functools.partial(_train, base=base, steps=steps, text=text)
     finished = ((job, one(job)) for job in missing) if workers == 1 else processes.results(one, missing, workers)
     for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
-        done[job] = run
-        keep(runs())
-        progress(
-            f"[{number}/{len(jobs)}] {run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} "
-            f"seed {run.seed}: loss {run.loss:.4f}"
-        )
+        losses[job] = run.loss
+        said = f"{run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} seed {run.seed}"
+        keep(runs(), f"[{number}/{len(jobs)}] {said}: loss {run.loss:.4f}")
     return runs()
 
 
-def _train(job: tuple[Shape, float, int], *, base: Base, steps: int, text: Text | None) -> Run:
+def _train(job: tuple[Shape, float, int], *, base: Base, steps: int, text: Text) -> Run:
     shape, lr, seed = job
     return train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
 
@@ -105,7 +94,7 @@ def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
     """Mean loss over seeds by shape and learning rate."""
     found: dict[Shape, dict[float, list[float]]] = {}
     for run in runs:
-        found.setdefault(Shape(run.recipe, run.width, run.depth), {}).setdefault(run.lr, []).append(run.loss)
+        found.setdefault(run.shape, {}).setdefault(run.lr, []).append(run.loss)
     return {shape: {lr: mean(losses) for lr, losses in sorted(curve.items())} for shape, curve in found.items()}
 
 
@@ -134,7 +123,7 @@ def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
         chosen = _best(found[origin])
         for shape in shapes:
             curve, best = found[shape], _best(found[shape])
-            cost = curve[chosen] / curve[best] - 1
+            cost = curve.get(chosen, math.nan) / curve[best] - 1  # a known shape may lack a rate
             results.append(Transfer(shape, best, curve[best], math.log2(best / chosen), cost))
     return results
 
@@ -155,9 +144,9 @@ def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
                 axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
                 axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
             axis.set_xscale("log", base=2)
-            axis.set_ylim(floor * 0.98, floor * 1.35)
-            axis.set_xlabel("base learning rate")
-            axis.set_title(recipe, fontsize=11)
+            axis.set(xlabel="base learning rate", title=recipe)
+            if math.isfinite(floor):  # not everything diverged
+                axis.set_ylim(floor * 0.98, floor * 1.35)
         axes[0][0].set_ylabel("training loss (nats per byte)")
         axes[0][0].legend(frameon=False, title="width x depth")
 

@@ -1,5 +1,6 @@
 """Text for the sweeps: bytes as they lie on disk, or the tokens of a Megatron dataset."""
 
+import importlib.util
 import json
 import sysconfig
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from ds_plugin.core.errors import DataError
 
 STDLIB = "stdlib"
+#: of the standard library; long enough for a handful of steps
+_MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
 
 
 @dataclass(frozen=True)
@@ -30,31 +33,39 @@ class Text:
         return torch.from_numpy(np.concatenate([np.fromfile(path, self.dtype) for path in self.files]))
 
 
-def find(source: str) -> Text:
+def modules() -> Text:
+    """Text that every Python has and that needs no preparation."""
+    specs = [importlib.util.find_spec(name) for name in _MODULES]
+    files = tuple(Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None)
+    return Text("modules", files, "uint8", 256, sum(path.stat().st_size for path in files))
+
+
+def find(source: str, least: int) -> Text:
     """``source``: "stdlib" (the modules of the Python standard library), a text file, a folder of them, or the prefix
     of a Megatron dataset, with its vocabulary's size in PREFIX.json, as ``launch_scripts/pretrain_gpt.py`` leaves it.
 
     Raises:
-        DataError: there is nothing of that name, it is empty, or the dataset does not say its vocabulary's size.
+        DataError: it does not hold ``least`` tokens, or the dataset does not say its vocabulary's size.
     """
+    dtype, vocab, root = np.dtype("uint8"), 256, Path(source)
     if Path(f"{source}.idx").is_file() and Path(f"{source}.bin").is_file():
-        return _dataset(Path(source))
-    root = Path(sysconfig.get_path("stdlib")) if source == STDLIB else Path(source)
-    if root.is_dir():
-        pattern = "*.py" if source == STDLIB else "*"
-        files = [p for p in sorted(root.glob(pattern) if source == STDLIB else root.rglob(pattern)) if p.is_file()]
+        dtype, vocab = _kind_of_dataset(source)
+        files = [Path(f"{source}.bin")]
+    elif source == STDLIB:
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     else:
-        files = [root] if root.is_file() else []
-    files = [path for path in files if path.stat().st_size]
-    if not files:
+        files = sorted(root.rglob("*")) if root.is_dir() else [root]
+    files = [path for path in files if path.is_file() and path.stat().st_size]
+    tokens = sum(path.stat().st_size for path in files) // dtype.itemsize
+    if tokens < least:
         raise DataError(
-            f"--data: {source!r} holds no text; give a text file, a folder of text files, the prefix of a Megatron "
-            f"dataset (PREFIX.bin with PREFIX.idx), or {STDLIB!r}"
+            f"--data: {source!r} holds {tokens} tokens of text where {least} are needed; give a text file, a folder of "
+            f"text files, the prefix of a Megatron dataset (PREFIX.bin with PREFIX.idx), or {STDLIB!r}"
         )
-    return Text(source, tuple(files), "uint8", 256, sum(path.stat().st_size for path in files))
+    return Text(source, tuple(files), dtype.name, vocab, tokens)
 
 
-def _dataset(prefix: Path) -> Text:
+def _kind_of_dataset(prefix: str) -> tuple[np.dtype, int]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
@@ -63,6 +74,4 @@ def _dataset(prefix: Path) -> Text:
         raise DataError(
             f'--data: {prefix}.json does not say the size of the vocabulary ({error}); write {{"vocab_size": N}} there'
         ) from None
-    dtype = np.dtype(IndexedDataset(str(prefix)).index.dtype)
-    path = Path(f"{prefix}.bin")
-    return Text(str(prefix), (path,), dtype.name, vocab, path.stat().st_size // dtype.itemsize)
+    return np.dtype(IndexedDataset(prefix).index.dtype), vocab

@@ -1,9 +1,7 @@
 """One small training run of a megatron-core GPT under a recipe, in this process: what the sweeps are made of."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +12,12 @@ from ds_plugin.completep.config import WITHOUT_EFFECT, CompletePConfig
 from ds_plugin.completep.model import ratios_of
 from ds_plugin.completep.param_groups import build_param_groups
 from ds_plugin.completep.rules import Recipe
-from ds_plugin.sweeps.text import Text
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import parse_section
+from ds_plugin.sweeps.text import Text, modules
 from megatron_patches import megatron_on_cpu
 from megatron_patches.completep.layers import finish, prepare
 from megatron_patches.models import gpt
-
-#: text that every Python has; long enough for a handful of steps
-_MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,18 @@ class Shape:
         return Shape(plain, self.width, self.depth)
 
 
+@dataclass(frozen=True)
+class Seeded(Shape):
+    """What was found in a run of a shape from one seed on."""
+
+    seed: int
+
+    @property
+    def shape(self) -> Shape:
+        """Whose run it was."""
+        return Shape(self.recipe, self.width, self.depth)
+
+
 def start_host() -> None:
     """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
     if not torch.cuda.is_available():
@@ -71,14 +80,21 @@ def start_host() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
-    """A fresh fp32 model, and a function from the base learning rate to its AdamW."""
+def settings(shape: Shape, base: Base) -> tuple[CompletePConfig, gpt.GPTConfig]:
+    """The recipe and the model. Raises ConfigError when they do not fit."""
+    if shape.width % base.head_dim:
+        raise ConfigError(f"width {shape.width} is not divisible by --head-dim {base.head_dim}; write a multiple of it")
     bases = {"base_width": base.width, "base_depth": base.depth, "base_head_dim": base.head_dim, "alpha": base.alpha}
     kept = {name: value for name, value in bases.items() if name not in WITHOUT_EFFECT[shape.recipe]}
-    section = CompletePConfig.model_validate({"enabled": True, "recipe": shape.recipe, **kept})
-    heads = shape.width // base.head_dim
-    model_shape = {"num_layers": shape.depth, "hidden_size": shape.width, "num_attention_heads": heads}
-    cfg = gpt.GPTConfig.model_validate({**model_shape, "seq_length": base.length, "init_std": base.init_std})
+    section = parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept})
+    sizes = {"num_attention_heads": shape.width // base.head_dim, "seq_length": base.length, "init_std": base.init_std}
+    model = {"num_layers": shape.depth, "hidden_size": shape.width, **sizes}
+    return section, parse_section(gpt.GPTConfig, "model", model)
+
+
+def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
+    """A fresh fp32 model, and a function from the base learning rate to its AdamW. Raises as `settings`."""
+    section, cfg = settings(shape, base)
     gpt.initialize_parallel(cfg, seed)
     config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
     model = gpt.build_gpt(cfg, base.vocab, config, spec)
@@ -94,11 +110,8 @@ def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callabl
 
 
 def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (tokens, labels), [batch, length] int64, from random places of a text.
-
-    Without ``text``: the bytes of some modules of the standard library, which need no preparation.
-    """
-    data = _bytes_of_modules() if text is None else text.read()
+    """Endless (tokens, labels), [batch, length] int64, from random places of a text (None: `modules`)."""
+    data = (text or modules()).read()
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(0, len(data) - base.length - 1, (base.batch,), generator=generator)
@@ -122,9 +135,3 @@ def loss_of(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
     tokens, labels = (t.to(device) for t in batch)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     return model(tokens, positions, None, labels=labels).mean()
-
-
-def _bytes_of_modules() -> torch.Tensor:
-    specs = [importlib.util.find_spec(name) for name in _MODULES]
-    text = b"".join(Path(spec.origin).read_bytes() for spec in specs if spec is not None and spec.origin is not None)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.config import load_json, split_config
+from ds_plugin.core.arguments import above, checked, count, existing_file, new_folder, several
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.files import write_text
-from ds_plugin.sequence_length_warmup.translate import translate
+from ds_plugin.sequence_length_warmup.translate import object_at, translate
 from ds_plugin.tune.trial import MULTIPLES, Trial, watched
 
 EVALUATIONS = 20  # of a whole trial, five of them in its first quarter
@@ -62,7 +63,7 @@ def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, l
         raise ConfigError('sequence_length_warmup: absent or not enabled; write "enabled": true and the other fields')
     if section.schedule == "discrete":
         raise ConfigError('sequence_length_warmup.schedule: "discrete" has no duration to search; write "linear"')
-    rise = ((config.get("scheduler") or {}).get("params") or {}).get("warmup_num_steps")
+    rise, of_run = object_at(config, "scheduler", "params").get("warmup_num_steps"), object_at(config, "training")
     known = MULTIPLES * rise if isinstance(rise, int) and section.learning_rate.by == "steps" else None
     if not (wanted := args.steps or known):
         raise ConfigError(
@@ -73,7 +74,7 @@ def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, l
     starts = args.start_lengths or [shortest << n for n in range(32) if shortest << n < section.end_length]
     if not starts or starts[-1] > section.end_length:
         raise ConfigError(f"--start-lengths: {starts} are not lengths of at most end_length {section.end_length}")
-    return min(wanted, config.get("training", {}).get("steps") or sys.maxsize), starts
+    return min(wanted, of_run.get("steps") or sys.maxsize), starts
 
 
 def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
@@ -84,35 +85,32 @@ def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
     return config
 
 
-def _rising(text: str) -> list[int]:
-    if min(values := sorted({int(part) for part in text.split(",")})) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return values
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``ds-plugin tune-warmup``."""
     add = parser.add_argument
-    add("--script", type=Path, required=True, help="takes --deepspeed_config FILE --runs FOLDER --name NAME and writes "
-        "FOLDER/NAME/metrics.csv with the columns step, train_loss and eval_loss")  # fmt: skip
+
+    def rising(text: str) -> list[int]:
+        return sorted(set(several(count)(text)))
+
+    launcher = checked(shlex.split, bool, "a command")
+    what = "takes --deepspeed_config FILE --runs FOLDER --name NAME and writes FOLDER/NAME/metrics.csv with the columns"
+    add("--script", type=existing_file, required=True, help=f"{what} step, train_loss and eval_loss")
     add("--config", "--deepspeed_config", dest="config", type=Path, required=True, help="the JSON to tune; not changed")
-    add("--out", type=Path, default=Path("runs/tune"), help="trials, trials.json, the tuned JSON (default runs/tune)")
-    add("--start-lengths", type=_rising, help="candidates, as 64,128 (default 8,16,32,... below the full length)")
-    add("--durations", type=_rising, required=True, help="candidates in the JSON's unit, as 500,1000,1500,2000")
-    add("--steps", type=int, help=f"optimizer steps of a trial (default {MULTIPLES}x the learning rate's warmup)")
-    add("--threshold", type=float, default=1.3, help="a perplexity above this times the best so far (default 1.3)")
-    add("--launcher", default="deepspeed", help='with options, as "torchrun --nproc_per_node 2" (default deepspeed)')
+    out = Path("runs/tune")
+    add("--out", type=new_folder, default=out, help=f"trials, trials.json, the tuned JSON (default {out})")
+    add("--start-lengths", type=rising, help="candidates, as 64,128 (default 8,16,32,... below the full length)")
+    add("--durations", type=rising, required=True, help="candidates in the JSON's unit, as 500,1000,1500,2000")
+    add("--steps", type=count, help=f"optimizer steps of a trial (default {MULTIPLES}x the learning rate's warmup)")
+    add("--threshold", type=above(1), default=1.3, help="a perplexity above this times the best so far (default 1.3)")
+    add("--launcher", type=launcher, default="deepspeed", help='as "torchrun --nproc_per_node 2" (default deepspeed)')
     add("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to the script, as -- --data TEXT")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable, 130 on Ctrl-C."""
+    """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial's processes are ended too
     try:
         return _tune(args)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the trials that are finished", file=sys.stderr)
-        return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -121,34 +119,29 @@ def _tune(args: argparse.Namespace) -> int:
     config = translate(load_json(args.config))[0]
     steps, starts = candidates(config, args)
     target, record = args.out / args.config.name, args.out / "trials.json"
-    if not args.script.is_file():
-        raise ConfigError(f"--script: '{args.script}' does not exist; give the training script")
     if target.resolve() == args.config.resolve():
         raise ConfigError(f"--out: '{args.out}' is the folder of {args.config}, which must not change; give another")
-    if args.threshold <= 1:
-        raise ConfigError(f"--threshold: {args.threshold} is not above 1; write e.g. 1.3")
     args.out.mkdir(parents=True, exist_ok=True)
     interval = max(1, steps // EVALUATIONS)
     steps -= steps % interval  # the last one is evaluated
     settings = [tuned(config, 8, 1), str(args.script), args.launcher, args.arguments, args.threshold, steps]
     found = load_json(record) if record.exists() else {"settings": settings, "trials": []}
-    if found["settings"] != settings:
+    if found.get("settings") != settings:
         raise ConfigError(f"--out: '{record}' is of a search with other settings; give another folder")
+    known = {(old["start_length"], old["duration"]): Trial(**old) for old in found["trials"]}
 
     def run(start: int, duration: int) -> Trial:
-        for trial in (Trial(**known) for known in found["trials"]):
-            if (trial.start_length, trial.duration) == (start, duration):
-                print(f"{trial} - known from {record}", flush=True)
-                return trial
+        if (start, duration) in known:
+            print(f"{known[start, duration]} - known from {record}", flush=True)
+            return known[start, duration]
         folder = args.out / f"start{start}_duration{duration}"
         shutil.rmtree(folder, ignore_errors=True)  # of a trial that was interrupted
         folder.mkdir()
         _write(folder / "config.json", _of_trial(tuned(config, start, duration), interval))
         # Ours come last, so that they win over the same flags among the user's.
         flags = ["--deepspeed_config", str(folder / "config.json"), "--runs", str(args.out), "--name", folder.name]
-        started = [*shlex.split(args.launcher), str(args.script), *args.arguments, *flags]
-        judged = watched(started, folder, steps, args.threshold)
-        trial = Trial(start, duration, *judged[:2], steps, *judged[2:])
+        started = [*args.launcher, str(args.script), *args.arguments, *flags]
+        trial = Trial(start, duration, steps, *watched(started, folder, steps, args.threshold))
         found["trials"].append(asdict(trial))
         _write(record, found)
         print(trial, flush=True)

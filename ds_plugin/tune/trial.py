@@ -25,16 +25,13 @@ GRACE_SECONDS = 10.0  # in which a launcher ends its ranks, on other nodes too; 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a run of at most ``steps`` optimizer steps went; ``outcome`` is stable, fluctuated or diverged.
-
-    ``step``: the one that decided, the last of a stable trial. ``perplexity``: measured there, ``best``: the lowest.
-    """
+    """How a run of at most ``steps`` optimizer steps went; the last four are `judge`'s."""
 
     start_length: int
     duration: int
+    steps: int
     outcome: str
     step: int
-    steps: int
     perplexity: float
     best: float
 
@@ -51,7 +48,8 @@ class Trial:
 
 
 def judge(rows: Iterable[Mapping[str, str]], steps: int, threshold: float) -> tuple[str, int, float, float] | None:
-    """``(outcome, step, perplexity, best)`` of a run by the rows of its metrics.csv so far; None while undecided.
+    """Of a run by the rows of its metrics.csv so far: whether it is stable, has fluctuated or diverged, the step that
+    decided (the last of a stable one), the perplexity there and the lowest. None while undecided.
 
     It fluctuates where an evaluation's perplexity is above ``threshold`` times the lowest before it.
 
@@ -79,7 +77,7 @@ def judge(rows: Iterable[Mapping[str, str]], steps: int, threshold: float) -> tu
 
 
 def watched(command: Sequence[str], folder: Path, steps: int, threshold: float) -> tuple[str, int, float, float]:
-    """Run a command that writes metrics.csv into ``folder`` until it can be judged; it has ended then.
+    """Run a command that writes metrics.csv into ``folder`` until `judge` can tell; it has ended then.
 
     Raises:
         PluginError: it ended before, which says nothing about its stability.
@@ -88,11 +86,10 @@ def watched(command: Sequence[str], folder: Path, steps: int, threshold: float) 
     with _running(command, log) as process:
         while not ended:
             ended = process.poll() is not None  # before the look at the file, which then has all it wrote
-            lines = record.read_text().splitlines(keepends=True) if record.exists() else []
-            whole = lines if lines and lines[-1].endswith("\n") else lines[:-1]  # the last may be half written
-            rows = csv.DictReader(whole)
-            missing = {"step", "train_loss", "eval_loss"} - set(rows.fieldnames or ()) if whole else ()
-            if missing:
+            text = record.read_text() if record.exists() else ""
+            rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())  # the last line may be half written
+            missing = {"step", "train_loss", "eval_loss"} - set(rows.fieldnames or ())
+            if rows.fieldnames and missing:
                 raise DataError(f"'{record}' has no column {' and '.join(sorted(missing))}; the script must write it")
             if (judged := judge(rows, steps, threshold)) is not None:
                 return judged

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from ds_plugin.cli.main import main
+from ds_plugin.core.errors import DataError
 from ds_plugin.sweeps import trial
 from ds_plugin.sweeps.lr_transfer import Run, schedule, summary, train, transfer
 from ds_plugin.sweeps.records import read_records, write_records
@@ -58,6 +59,10 @@ def test_records_read_back_equal(tmp_path):
     odd = [Run("mup", 64, 2, 1, 0.1 + 0.2, math.inf), *SWEEP]
     write_records(Run, odd, tmp_path / "runs.csv")
     assert read_records(Run, tmp_path / "runs.csv") == odd
+    for text in ("recipe,width\nmup,64", "recipe,nothing\nmup,64", "recipe,width,depth,seed,lr,loss\nmup,x,2,1,1,1"):
+        (tmp_path / "runs.csv").write_text(text)
+        with pytest.raises(DataError, match="runs.csv does not hold the records of a sweep"):
+            read_records(Run, tmp_path / "runs.csv")
 
 
 def _sweep(out, exponents):

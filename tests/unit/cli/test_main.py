@@ -5,6 +5,9 @@ import json
 import pytest
 
 from ds_plugin.cli.main import framework_of, main
+from ds_plugin.sweeps import coord_check, trial
+from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
+from ds_plugin.sweeps.records import read_records
 from megatron_patches.training_loop import script
 
 
@@ -71,3 +74,66 @@ def test_the_json_is_given_by_config(tmp_path, capsys):
     path.write_text(json.dumps({"steps_per_print": 1}))
     assert main(["translate-config", "--config", str(path)]) == 0
     assert json.loads(capsys.readouterr().out) == {"steps_per_print": 1}
+
+
+WHOLE, FINITE = "is not a whole number from 1 to 2147483647", "is not a finite number above 0"
+PLAN, CHECK = "plan --config recipe.json --world-size 8", "coord-check --out out"
+TUNE, TRANSFER = "tune-warmup --script {file} --config {file}", "lr-transfer --out out"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "COMMAND"),
+        ("plann", "invalid choice: 'plann'"),
+        ("plan --config recipe.json", "--world-size"),
+        *[(f"plan --config recipe.json --world-size {n}", f"{n} {WHOLE}") for n in ("0", "-8", "8.0", "1" + "0" * 400)],
+        *[(f"{PLAN} {flag} 0", f"argument {flag}: 0 {WHOLE}") for flag in ("--ranks-per-node", "--vocab-size")],
+        *[(f"{PLAN} --link {rate}", f"argument --link: {rate} {FINITE}") for rate in ("0", "-1", "nan", "inf", "fast")],
+        (f"{PLAN} --flops 0", FINITE),
+        (f"{PLAN} --json {{folder}}", "is not a file in a folder that exists"),
+        (PLAN, "recipe.json"),
+        *[(f"{CHECK} --{name} 0", f"--{name}: 0 {WHOLE}") for name in ("seeds", "steps", "widths", "head-dim")],
+        *[(f"{CHECK} --lr {rate}", f"argument --lr: {rate} {FINITE}") for rate in ("-0.1", "nan", "inf")],
+        (f"{CHECK} --init-std nan", FINITE),
+        (f"{CHECK} --widths 64,,128", WHOLE),
+        (f"{CHECK} --recipes mup,mupp", "mupp is not one of completep, mup"),
+        (f"{CHECK} --alpha 3", "completep.alpha"),
+        (f"{CHECK} --base-width 60", "completep.base_head_dim: 16 does not divide base_width 60"),
+        ("coord-check --out {file}", "a file is in its place"),
+        *[(f"{TRANSFER} --shapes {text}", f"{text} is not WIDTHxDEPTH") for text in ("64", "0x2", "64x2x2", "64xx")],
+        (f"{TRANSFER} --exponents=-2000", "-2000 is not a whole number from -100 to 20"),
+        (f"{TRANSFER} --workers 0", WHOLE),
+        (f"{TRANSFER} --data {{file}}", "holds 3 tokens of text where 130 are needed"),
+        (f"{TRANSFER} --data nowhere", "'nowhere' holds 0 tokens"),
+        (TUNE, "--durations"),
+        (f"{TUNE} --durations 0,5", WHOLE),
+        (f"{TUNE} --durations 5 --threshold inf", "is not a finite number above 1"),
+        (f"{TUNE} --durations 5 --steps 0", WHOLE),
+        ("tune-warmup --script nowhere --config {file} --durations 5", "nowhere is not a file that exists"),
+        ("merge a b --out out --workers 0", WHOLE),
+        ("merge a b --out out --shard-gb nan", FINITE),
+    ],
+)
+def test_what_cannot_be_meant_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, line, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("abc")
+    assert main(line.format(file=tmp_path / "file", folder=tmp_path).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
+
+
+def test_an_interrupted_coordinate_check_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    def measure(shape, base, *, seed, steps, lr):
+        if shape.depth == 4:
+            raise KeyboardInterrupt
+        return [Row(shape.recipe, shape.width, shape.depth, seed, step, LAST_BLOCK, lr) for step in range(steps)]
+
+    monkeypatch.setattr(trial, "start_host", lambda: None)
+    monkeypatch.setattr(coord_check, "measure", measure)
+    given = ["--widths", "64", "--depths", "2,4", "--recipes", "mup", "--seeds", "1", "--steps", "3", "--lr", "0.5"]
+    assert main(["coord-check", *given, "--out", str(tmp_path / "new" / "out")]) == 130
+    rows = read_records(Row, tmp_path / "new" / "out" / "coord_check.csv")
+    assert rows == [Row("mup", 64, 2, 1, step, LAST_BLOCK, 0.5) for step in range(3)]
+    assert capsys.readouterr().err.startswith("interrupted: ")

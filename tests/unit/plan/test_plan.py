@@ -371,7 +371,7 @@ def test_no_half_written_plan(tmp_path, capsys):
     path.write_text(json.dumps(recipe()))
     target = tmp_path / "missing" / "plan.json"
     assert main(["plan", "--config", str(path), "--world-size", "2", "--vocab-size", "256", "--json", str(target)]) == 2
-    assert "cannot be written" in capsys.readouterr().err and not target.parent.exists()
+    assert "plan.json is not a file in a folder that exists" in capsys.readouterr().err and not target.parent.exists()
     assert main(["plan", "--config", str(path), "--world-size", "2", "--vocab-size", "256", "--arguments"]) == 2
     assert 'no "megatron" section' in capsys.readouterr().err
     assert main(["plan", "--config", str(path), "--world-size", "2"]) == 2

@@ -85,7 +85,7 @@ class Runs:
     def __call__(self, start, duration):
         self.asked.append((start, duration))
         step = self.fails(start, duration)
-        return Trial(start, duration, "stable" if step is None else "fluctuated", step or 100, 100, 9.0, 3.0)
+        return Trial(start, duration, 100, "stable" if step is None else "fluctuated", step or 100, 9.0, 3.0)
 
 
 DURATIONS = range(10, 170, 10)  # 16 of them
@@ -283,7 +283,7 @@ BY_TOKENS = {"enabled": True, "end_length": 64, "duration": {"steps": 1}}
         ("", {"sequence_length_warmup": {**BY_TOKENS, "learning_rate": {"by": "tokens"}}}, "--steps: missing"),
         ("", {"sequence_length_warmup": {"enabled": False, "end_length": 8, "duration": {"steps": 1}}}, "not enabled"),
         ("--start-lengths 128", {}, "not lengths of at most end_length 64"),
-        ("--threshold 1", {}, "--threshold: 1.0 is not above 1"),
+        ("--threshold 1", {}, "--threshold: 1 is not a finite number above 1"),
         ("--out {}", {}, "which must not change"),
         ("--launcher nowhere", {}, "'nowhere' cannot be started"),
     ],
@@ -295,7 +295,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path, tune, flags, changes, mess
 
 def test_a_script_or_a_record_that_is_not_there(tmp_path, tune):
     (tmp_path / "script.py").unlink()
-    assert "script.py' does not exist; give the training script" in tune()[2]
+    assert "script.py is not a file that exists" in tune()[2]
     (tmp_path / "script.py").write_text(SCRIPT.replace("train_loss=loss", "loss=loss").replace("train_loss,", "loss,"))
     code, _, err = tune()
     assert code == 2 and "metrics.csv" in err and "train_loss" in err
@@ -323,7 +323,7 @@ def test_ctrl_c_ends_the_trial(tmp_path, tune, monkeypatch):
 
     monkeypatch.setattr(trial_module, "judge", interrupt)
     code, _, err = tune("--- --hang")
-    assert code == 130 and "the same command goes on" in err and left(tmp_path) == []
+    assert code == 130 and "go on from there with the same command" in err and left(tmp_path) == []
 
 
 def test_termination_ends_the_trial(tmp_path):
