@@ -3,16 +3,15 @@
     batches = plugin.batches(from_micro_batch)      # from_micro_batch(n) -> iterator that begins with micro-batch n
     loss = engine(**next(batches))
 
-Needed where the engine's hook comes too late: in the carry mode, whose tails are trained later, and where each rank is
-given a part of every sample (context parallelism, Ulysses).
+Needed in the carry mode, whose tails are trained later, and where each rank is given a part of every sample (context
+parallelism, Ulysses).
 """
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from ds_plugin.core.errors import StateError
-from ds_plugin.sequence_length_warmup.carry import TokenSpan
 from ds_plugin.sequence_length_warmup.nested import leaves
 from ds_plugin.sequence_length_warmup.slicing import POSITION_NAMES, cut_batch
 from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
@@ -21,38 +20,17 @@ from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
 Source = Callable[[int], Iterator[Any]]
 
 
-class Lengths(Protocol):
-    """What the reader of micro-batches needs of a warmup: where its training stands, and what comes next."""
-
-    full: int  # length of a sample
-    samples: dict[str, Any]  # keyword arguments of `cut_batch` by which it knows the samples
-
-    @property
-    def carries(self) -> bool: ...  # whether what is cut off is trained later
-
-    @property
-    def step(self) -> int: ...  # optimizer steps so far
-
-    @property
-    def micro_batches(self) -> int: ...  # of one step, on this rank
-
-    @property
-    def span(self) -> TokenSpan: ...  # what the running step trains
-
-    @property
-    def open_windows(self) -> list[int]: ...  # of which a part is still to be trained
-
-    def count(self, read: int, trained: int) -> None: ...  # books a micro-batch's tokens
-
-
 class Batches(Iterator[Any]):
     """This rank's micro-batches, each as long as its step. Give it to `engine.train_batch`, or call ``next``.
 
-    A micro-batch is a mapping of arguments by name, or tensors nested in tuples and lists, as pipelines take them.
-    It reads on from the right place by itself after a checkpoint was loaded.
+    A micro-batch is a mapping of arguments by name, or nested tensors, as pipelines take them. After a checkpoint was
+    loaded, it reads on from the right place by itself.
     """
 
-    def __init__(self, warmup: Lengths, source: Source):
+    def __init__(self, warmup: Any, source: Source):
+        """``warmup`` has ``full``, the length of a sample, ``samples``, keyword arguments of `cut_batch`, the optimizer
+        ``step``, its ``micro_batches`` on this rank, its `TokenSpan` ``span``, ``open_windows``, of which a part is
+        still to be trained, ``carries``, whether there are any, and ``count(read, trained)`` for tokens."""
         self._warmup, self._source = warmup, source
         self._next_window = 0  # what the iterator gives next
         self._closed = False
@@ -95,10 +73,8 @@ class Batches(Iterator[Any]):
         if self._step != warmup.step:
             self._step, self._pulled = warmup.step, 0
         if self._pulled == warmup.micro_batches:
-            raise StateError(
-                f"sequence_length_warmup: micro-batch {self._pulled + 1} asked for in a step of {self._pulled}; the "
-                "length of the next step is known after this one: do not read ahead of the optimizer"
-            )
+            said = f"micro-batch {self._pulled + 1} asked for in a step of {self._pulled}, before the next has a length"
+            raise StateError(f"sequence_length_warmup: {said}; do not read ahead of the optimizer")
         batch = self._window(warmup.span.window)[self._pulled]
         self._pulled += 1
         return batch

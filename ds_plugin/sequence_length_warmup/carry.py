@@ -2,10 +2,8 @@
 
 What a step reads, its *window*, is as many full-length samples as a plain step has. A window is trained in several
 steps, each taking the same next span of all its samples, never across a sample's end; what is left is carried. Several
-windows are open at a time and take turns, so that consecutive steps do not see the same samples.
-
-The order is a function of the lengths asked for: nothing is drawn, nothing depends on a rank, and a handful of numbers
-resumes it.
+windows are open at a time and take turns, so that consecutive steps do not see the same samples. The order follows from
+the lengths asked for alone.
 """
 
 from collections import deque
@@ -31,10 +29,8 @@ class TokenSpan:
 
 
 def shifts_labels(model: torch.nn.Module) -> bool:
-    """Whether a model is given its tokens as labels and shifts them itself, as transformers' causal models do.
-
-    Told by the class's name, as transformers itself chooses a model's loss; also within wrappers.
-    """
+    """Whether a model is given its tokens as labels and shifts them itself, as transformers' causal models do: told by
+    the class's name, as transformers itself chooses a model's loss; also within wrappers."""
     return any(type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")) for module in model.modules())
 
 
@@ -44,9 +40,7 @@ class CarryOrder:
     def __init__(self, *, full: int, multiple_of: int, interleave: int):
         """``full``: length of a sample in tokens; ``interleave``: how many windows may be open at a time."""
         self.full, self.multiple_of, self.interleave = full, multiple_of, interleave
-        self.windows_read = 0
-        self.cuts = 0  # spans so far that began within their samples
-        self.open: deque[tuple[int, int]] = deque()  # (window, tokens trained of each sample), the next in turn first
+        self.load_state(None)
 
     def peek(self, length: int) -> TokenSpan:
         """The span of the step that comes next when the schedule asks for ``length``; it is never longer.
@@ -77,10 +71,11 @@ class CarryOrder:
         return sum(self.full - offset for _, offset in self.open)
 
     def state(self) -> dict[str, Any]:
-        """JSON types only."""
+        """JSON types only: windows read, spans that began within their samples, and what is open, the next in turn
+        first, as (window, tokens trained of each sample)."""
         return {"windows_read": self.windows_read, "cuts": self.cuts, "open": [list(entry) for entry in self.open]}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state; None starts afresh."""
         self.windows_read, self.cuts = (state["windows_read"], state["cuts"]) if state else (0, 0)
-        self.open = deque((window, offset) for window, offset in state["open"]) if state else deque()
+        self.open = deque((window, offset) for window, offset in (state["open"] if state else ()))

@@ -31,14 +31,15 @@ class TokenCounts:
     every step, without asking.
     """
 
-    _all: Ledger  # of all ranks, exchanged
-    _mine: Ledger  # this rank's, since
-    _open: Ledger  # this rank's, in the accumulation step that is open
-
     def __init__(self, *, replicas: int, copies: int):
         """``replicas``: ranks that read data of their own; ``copies``: ranks that read the same as each of them."""
         self.replicas, self.copies = replicas, copies
         self.start_at(0, 0)
+
+    def start_at(self, read: int, trained: int) -> None:
+        """Take steps that were made without us as so many tokens of all ranks."""
+        self.nominal, self._all = trained, Ledger(read, trained)
+        self._mine, self._open = Ledger(), Ledger()  # since the exchange; of it the accumulation step that is open
 
     def add(self, read: int, trained: int) -> None:
         """Note one micro-batch on this rank."""
@@ -55,8 +56,8 @@ class TokenCounts:
 
     def ledger(self, carried: int = 0) -> Ledger:
         """Over all ranks; exact right after an exchange. In between, the others are taken to have read since then what
-        this rank has: nothing is exchanged for it."""
-        read, trained = (n * self.replicas for n in (self._mine.read, self._mine.trained))
+        this rank has."""
+        read, trained = (n * self.replicas for n in self.mine())
         return Ledger(self._all.read + read, self._all.trained + trained, carried)
 
     def mine(self) -> Sequence[int]:
@@ -68,11 +69,6 @@ class TokenCounts:
         read, trained = (round(total) // self.copies for total in totals)
         self._all = Ledger(self._all.read + read, self._all.trained + trained)
         self._mine = Ledger()
-
-    def start_at(self, read: int, trained: int) -> None:
-        """Take steps that were made without us as so many tokens of all ranks."""
-        self.nominal, self._all = trained, Ledger(read, trained)
-        self._mine, self._open = Ledger(), Ledger()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over ``ledger`` and ``nominal`` as they were saved, right after an exchange."""

@@ -7,7 +7,7 @@ import torch
 from ds_plugin.core.errors import ConfigError
 
 _MASK = "attention_mask"  # the forward argument of a megatron-core GPT
-_OTHERWISE = 'or write "truncate" or "carry"'
+_MODE, _OTHERWISE = 'sequence_length_warmup.mode: "mask"', 'or write "truncate" or "carry"'
 
 
 def fragment_mask(full: int, length: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -20,22 +20,19 @@ def fragment_mask(full: int, length: int, device: torch.device | str | None = No
 
 
 def check_model(module: torch.nn.Module) -> None:
-    """Refuse a model that would pass over the mask.
-
-    Raises:
-        ConfigError: an attention of TransformerEngine, which takes none with a causal mask type, or a model that is
-            not megatron-core's.
-    """
+    """Raises ConfigError for a model that would pass over the mask: with an attention of TransformerEngine, which takes
+    none with a causal mask type, or one that is not megatron-core's."""
     from megatron.core.transformer.attention import Attention
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     cores = [m.core_attention for m in module.modules() if isinstance(m, Attention)]
     others = [type(core).__name__ for core in cores if not isinstance(core, DotProductAttention)]
-    config, trouble = getattr(module, "config", None), None
-    fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)  # type: ignore
+    config: Any = getattr(module, "config", None)
+    window = getattr(config, "window_size", None)
+    fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)
     if others:
         trouble = f"the core attention is {others[0]}, which takes no mask but its causal one; use the local layer spec"
-    elif window := getattr(config, "window_size", None):
+    elif window:
         trouble = f"the model's window_size is {window}, with which it drops any mask but its own; leave it out"
     elif fused:
         trouble = "the model's masked_softmax_fusion is on, which drops any mask but its own; leave it out"
@@ -44,8 +41,9 @@ def check_model(module: torch.nn.Module) -> None:
             f"{type(module).__name__} is no megatron-core GPT, so it is not known how it takes a mask; give "
             "initialize(..., shorten=function) that puts it into (args, kwargs, length)"
         )
-    if trouble is not None:
-        raise ConfigError(f'sequence_length_warmup.mode: "mask" and {trouble}, {_OTHERWISE}')
+    else:
+        return
+    raise ConfigError(f"{_MODE} and {trouble}, {_OTHERWISE}")
 
 
 class BlockDiagonalCausalMask:
@@ -54,7 +52,8 @@ class BlockDiagonalCausalMask:
     def __init__(self, names: list[str]):
         """``names``: the positional arguments of the model's forward, in order."""
         self.names = names
-        self._mask: tuple[int, int, torch.Tensor] | None = None
+        self._of: tuple[Any, ...] = ()  # what the mask was built for
+        self._mask: torch.Tensor | None = None
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
@@ -62,18 +61,14 @@ class BlockDiagonalCausalMask:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         if not torch.is_tensor(tokens) or _MASK not in self.names:
-            raise ConfigError(
-                "sequence_length_warmup.mode: \"mask\" looks for the forward arguments 'input_ids' and "
-                f"'{_MASK}'; it was given {', '.join(given)}"
-            )
+            said = f"looks for the forward arguments 'input_ids' and '{_MASK}'; it was given {', '.join(given)}"
+            raise ConfigError(f"{_MODE} {said}")
         if given.get(_MASK) is not None:
-            raise ConfigError(
-                f'sequence_length_warmup.mode: "mask" and the batch brings an {_MASK} of its own; give None (the model '
-                f"is causal), {_OTHERWISE}"
-            )
+            remedy = f"give None (the model is causal), {_OTHERWISE}"
+            raise ConfigError(f"{_MODE} and the batch brings an {_MASK} of its own; {remedy}")
         rows, full = tokens.shape
         if length < full:
-            if self._mask is None or self._mask[:2] != (full, length) or self._mask[2].device != tokens.device:
-                self._mask = (full, length, fragment_mask(full, length, tokens.device))
-            given[_MASK] = self._mask[2]
+            if self._of != (wanted := (full, length, tokens.device)):
+                self._of, self._mask = wanted, fragment_mask(*wanted)
+            given[_MASK] = self._mask
         return tuple(given.pop(name) for name in self.names[: len(args)]), given, rows * full, rows * full

@@ -33,23 +33,19 @@ def leaves(batch: Any, name: str | None = None, keys: tuple[Any, ...] = ()) -> l
 
 def rebuilt(part: Any, values: Iterator[Any]) -> Any:
     """``part`` with other leaves, in their order; a branch in which none has changed is the same object."""
-    if isinstance(part, Mapping):
-        found = {key: rebuilt(inner, values) for key, inner in part.items()}
-        if all(found[key] is inner for key, inner in part.items()):
-            return part
-        if not isinstance(part, MutableMapping):
-            return found
-        whole = copy.copy(part)  # of its own kind: users read batch.input_ids
-        for key, inner in found.items():
-            whole[key] = inner
-        return whole
-    if isinstance(part, (tuple, list)):
-        parts = [rebuilt(inner, values) for inner in part]
-        if all(new is old for new, old in zip(parts, part, strict=True)):
-            return part
-        named = hasattr(part, "_fields")  # a named tuple takes its parts one by one
-        return type(part)(*parts) if named else type(part)(parts)
-    return next(values)
+    if not isinstance(part, (Mapping, tuple, list)):
+        return next(values)
+    parts = list(part.values()) if isinstance(part, Mapping) else part
+    found = [rebuilt(inner, values) for inner in parts]
+    if all(new is old for new, old in zip(found, parts, strict=True)):
+        return part
+    if not isinstance(part, Mapping):
+        return type(part)(*found) if hasattr(part, "_fields") else type(part)(found)  # a named tuple's, one by one
+    # a copy, for its own kind: users read batch.input_ids
+    whole: Any = copy.copy(part) if isinstance(part, MutableMapping) else {}
+    for key, value in zip(part, found, strict=True):
+        whole[key] = value
+    return whole
 
 
 def describe(value: Any) -> str:

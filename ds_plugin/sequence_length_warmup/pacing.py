@@ -1,54 +1,45 @@
 """Pacing functions: which length comes at which point of the warmup. Pure; nothing here knows a framework.
 
-A position is the ordinal of what comes next: optimizer step ``global_steps + 1``, or token ``tokens trained + 1``. The
-arithmetic is in integers throughout, so that every rank and every machine computes the same length.
+The arithmetic is in integers throughout, so that every rank and every machine computes the same length.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 #: a user's schedule: (share of the duration in [0, 1], start length, end length) -> length in tokens
 Custom = Callable[[float, int, int], float]
 
 
-def linear(position: int, *, start: int, end: int, duration: int) -> int:
-    """``start + (end - start) * min(position / duration, 1)``, rounded down (arXiv 2108.06084, section 4)."""
-    return start + (end - start) * _clamped(position, duration) // duration
+def linear(done: int, *, start: int, end: int, duration: int) -> int:
+    """``start + (end - start) * done / duration``, rounded down (arXiv 2108.06084, section 4)."""
+    return start + (end - start) * done // duration
 
 
-def root(position: int, *, start: int, end: int, duration: int, degree: int) -> int:
-    """``start + (end - start) * min(position / duration, 1) ** (1 / degree)``, rounded down; grows faster at first.
+def root(done: int, *, start: int, end: int, duration: int, degree: int) -> int:
+    """``start + (end - start) * (done / duration) ** (1 / degree)``, rounded down; grows faster at first.
 
-    The largest n with ``n / (end - start) <= (position / duration) ** (1 / degree)``, found without a float.
+    The largest n with ``n / (end - start) <= (done / duration) ** (1 / degree)``, found without a float.
     """
     grows = end - start
-    reached = grows**degree * _clamped(position, duration)
-    return start + bisect_right(range(grows + 1), reached, key=lambda n: n**degree * duration) - 1
+    return start + bisect_right(range(grows + 1), grows**degree * done, key=lambda n: n**degree * duration) - 1
 
 
-def discrete(position: int, *, lengths: Sequence[int], boundaries: Sequence[int]) -> int:
-    """``lengths[i]`` up to and including position ``boundaries[i]``; the last length after the last boundary."""
-    return next((length for length, last in zip(lengths, boundaries, strict=False) if position <= last), lengths[-1])
-
-
-def custom(position: int, *, start: int, end: int, duration: int, function: Custom) -> int:
+def custom(done: int, *, start: int, end: int, duration: int, function: Custom) -> int:
     """A user's function of the share that is done, rounded down.
 
     Raises:
         ValueError: it returned something that is not a finite number.
     """
-    value = function(_clamped(position, duration) / duration, start, end)
+    value = function(done / duration, start, end)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"returned {value!r}, which is not a finite number of tokens")
     return math.floor(value)
 
 
 def floored(length: int, *, start: int, end: int, multiple_of: int) -> int:
-    """``length`` rounded down to a multiple, never below the first multiple at or above ``start``, never above ``end``.
-
-    ``end`` must be a multiple itself, or the full length would never be reached.
-    """
+    """``length`` rounded down to a multiple, at least the first multiple from ``start`` on, at most ``end``, which is a
+    multiple itself."""
     lowest = -(-start // multiple_of) * multiple_of
     return min(max(length // multiple_of * multiple_of, lowest), end)
 
@@ -58,7 +49,3 @@ def levels(*, start: int, end: int, multiple_of: int, count: int) -> list[int]:
     lowest = floored(start, start=start, end=end, multiple_of=multiple_of)
     exact = (lowest + (end - lowest) * i // (count - 1) for i in range(count))
     return sorted({floored(length, start=start, end=end, multiple_of=multiple_of) for length in exact})
-
-
-def _clamped(position: int, duration: int) -> int:
-    return min(max(position, 0), duration)

@@ -1,6 +1,7 @@
 """The length schedule: which length comes at which position of a run, as a pure function. Knows no framework."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -21,47 +22,44 @@ class LengthSchedule:
         self.config = config
         self.multiple_of = math.lcm(config.multiple_of, layout_multiple)
         if config.end_length % self.multiple_of:
+            why = f"multiple_of {config.multiple_of} and the {layout_multiple} parts of the parallel layout need it"
             raise ConfigError(
                 f"sequence_length_warmup.end_length: {config.end_length} is not divisible by {self.multiple_of}, as "
-                f"multiple_of {config.multiple_of} and the {layout_multiple} parts that the parallel layout cuts a "
-                f"sample into need it; write a multiple of {self.multiple_of}"
+                f"{why}; write a multiple of it"
             )
         self._bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
         count = config.max_distinct_lengths
         self._levels = pacing.levels(**self._bounds, count=count) if count is not None else None
         try:
-            self._function = config.function()
+            self._function: Any = config.function()
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:  # at both ends, so that a broken one is known before training starts
             self.length_at(1), self.length_at(config.duration.total)
         except Exception as error:  # a user's function may raise anything
+            what = "(share of the duration in [0, 1], start_length, end_length) -> length in tokens"
             raise ConfigError(
-                f"sequence_length_warmup.schedule: {config.schedule!r} {error}; it is called with (share of the "
-                "duration in [0, 1], start_length, end_length) and returns the length in tokens"
+                f"sequence_length_warmup.schedule: {config.schedule!r} {error}; write a function {what}"
             ) from error
 
     def length_at(self, position: int) -> int:
         """Length in tokens at a position, counted from 1 in the unit of ``duration``."""
-        c = self.config
-        span = {"start": c.start_length, "end": c.end_length, "duration": c.duration.total}
+        c, total = self.config, self.config.duration.total
+        done, span = min(max(position, 0), total), {"start": c.start_length, "end": c.end_length, "duration": total}
         if c.schedule == "linear":
-            exact = pacing.linear(position, **span)
+            exact = pacing.linear(done, **span)
         elif c.schedule == "root":
-            exact = pacing.root(position, **span, degree=c.root_degree or 2)
-        elif c.schedule == "discrete":
-            exact = pacing.discrete(position, lengths=c.lengths or [], boundaries=c.boundaries or [])
+            exact = pacing.root(done, **span, degree=c.root_degree or 2)
+        elif c.schedule == "discrete":  # each length up to and including its boundary
+            ends = zip(c.lengths or [], [*(c.boundaries or []), math.inf], strict=True)
+            exact = next(length for length, last in ends if position <= last)
         else:
-            assert self._function is not None
-            exact = pacing.custom(position, **span, function=self._function)
+            exact = pacing.custom(done, **span, function=self._function)
         length = pacing.floored(exact, **self._bounds)
         return length if self._levels is None else max(level for level in self._levels if level <= length)
 
     def lengths(self) -> list[int]:
-        """Every length the schedule takes, in rising order.
-
-        The positions asked are those of each step, or, of a duration in tokens, a sample of ten thousand of them.
-        """
+        """Every length of the schedule, rising: at each step, or at ten thousand positions of a longer duration."""
         total = self.config.duration.total
         stride = max(1, total // 10_000)
         return sorted({self.length_at(position) for position in [*range(1, total + 1, stride), total, total + 1]})
@@ -70,8 +68,7 @@ class LengthSchedule:
 def layout_multiple(module: torch.nn.Module) -> int:
     """The number of equal parts a megatron-core model's layout cuts each sample into; 1 for any other model.
 
-    Sequence parallelism scatters a sample over the tensor-parallel ranks, inside the model; context parallelism gives
-    every rank two parts of it, one from each end, to balance the causal mask.
+    One for each tensor-parallel rank under sequence parallelism, two for each rank under context parallelism.
     """
     config = getattr(module, "config", None)
     tensor = getattr(config, "tensor_model_parallel_size", 1) if getattr(config, "sequence_parallel", False) else 1

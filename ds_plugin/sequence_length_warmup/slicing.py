@@ -1,8 +1,7 @@
 """Cutting a batch to a length: which dimensions of each tensor are positions, and one cut along them.
 
-Arguments are recognised by name, as the model's ``forward`` or a data set's dictionary names them; tensors in nested
-tuples, which have no names, by their shape. What is as long as the samples and not recognised is refused, never passed
-on uncut.
+Arguments are recognised by name, as the model's ``forward`` or a data set names them; tensors in nested tuples, which
+have no names, by their shape. What is as long as the samples and not recognised is refused, never passed on uncut.
 
 A batch has one *side*, or two in an encoder-decoder, whose sources and targets have lengths of their own. Each side is
 cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such.
@@ -108,10 +107,9 @@ def cut_batch(
     exact: bool = False,
     settled: bool = False,
 ) -> Cut:
-    """At most ``length`` positions from ``offset`` on of every sample, contiguous; positions begin at 0 again.
+    """At most ``length`` positions from ``offset`` on of every sample; position ids begin at 0 again.
 
-    Contiguous, because losses call ``labels.view(-1)`` and broadcasts send a tensor's memory. What is not cut is the
-    same object as before.
+    What is cut is contiguous (losses call ``labels.view(-1)``, broadcasts send memory), the rest the same object.
 
     Args:
         batch: arguments by name, or tensors in nested mappings, tuples and lists.
@@ -135,15 +133,12 @@ def cut_batch(
         raise _not_full(full, f"{main.positions} tokens in each of its {main.rows} samples")
     if any(leaf.name in LABEL_NAMES and positions(leaf, sides) for leaf in found):  # not one label for each sample
         refuse_counts(found)
-    values = [_cut(leaf, sides, offset, length) for leaf in found]
-    return Cut(rebuilt(batch, iter(values)), main.rows * main.positions, main.rows * main.kept(offset, length))
+    cut = rebuilt(batch, (_cut(leaf, sides, offset, length) for leaf in found))
+    return Cut(cut, main.rows * main.positions, main.rows * main.kept(offset, length))
 
 
 def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
-    """The dimensions of a tensor that are positions, and of which side.
-
-    None: a dimension is as long as the samples, and whether it is positions is not known.
-    """
+    """The dimensions of a tensor that are positions, and of which side; None: one may be, and it is not known."""
     value = leaf.value
     if not torch.is_tensor(value) or not _WHOLE.isdisjoint(leaf.keys):
         return {}
@@ -199,8 +194,8 @@ def is_encoder_decoder(module: torch.nn.Module) -> bool:
 class ByName:
     """The `Shorten` of a model whose ``forward`` names its arguments; the signature is read once."""
 
-    #: Forward passes that look at what is the same in all batches: which dimension is the batch, and on a GPU whether
-    #: position ids begin anew, which waits for it (a collator that packs does so from its first batch on).
+    #: forward passes that look at what is the same in all batches: which dimension is the batch, and on a GPU, which
+    #: waits for it, whether position ids begin anew
     LOOKS = 8
 
     def __init__(self, forward: Callable[..., Any], **samples: Any):
@@ -211,10 +206,8 @@ class ByName:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
         if len(args) > len(self.names):
-            raise ConfigError(
-                f"sequence_length_warmup: forward takes its {len(args)} arguments by position (*args), so without "
-                f"names; pass them by keyword or {_SHORTEN}"
-            )
+            said = f"forward takes its {len(args)} arguments by position (*args), so without names"
+            raise ConfigError(f"sequence_length_warmup: {said}; pass them by keyword or {_SHORTEN}")
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         look = self._looks < self.LOOKS
         cut, before, after = cut_batch(given, length, settled=not look, **self._samples)
@@ -223,30 +216,13 @@ class ByName:
         return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
 
 
-def rebase_position_ids(positions: torch.Tensor) -> torch.Tensor:
-    """Position ids [..., length] of a span from within a sample, counted from the span's first token.
-
-    Where a document begins within the span, and its positions at 0 with it, they stay.
-    """
-    count = _count(positions)
-    return torch.where(positions - positions[..., :1] == count, count.to(positions.dtype), positions)
-
-
-def rebase_if_position_ids(span: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The same of integers without a name, which are positions if in the ``whole`` samples every row counts from 0.
-
-    Told where they lie: on an accelerator nobody waits for the answer.
-    """
-    return torch.where((whole == _count(whole)).all(), _count(span).to(span.dtype), span)
-
-
 def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
     """Raise the `ConfigError` for a leaf whose positions are not known."""
     side = sides.main
     raise ConfigError(
         f"sequence_length_warmup: {leaf.where!r} of shape {list(leaf.value.shape)} has a dimension as long as the "
-        f"samples in {side.name!r} ({side.positions}), and whether that is positions is not known, so it cannot be cut "
-        f"in step; rename it (known: {', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
+        f"samples in {side.name!r} ({side.positions}), and whether that is positions is not known; rename it (known: "
+        f"{', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
     )
 
 
@@ -259,21 +235,16 @@ def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
     if not candidates:
         return None
     first = min(candidates, key=lambda leaf: names.index(leaf.name or ""))
-    shape = list(first.value.shape)
-    if len(shape) > (3 if first.value.is_floating_point() else 2):
-        raise ConfigError(
-            f"sequence_length_warmup: {first.where} has the shape {shape}, and which of its dimensions are positions "
-            "is not known, as with several codebooks; give [batch, sequence] (embeddings [batch, sequence, hidden]), "
-            f"or {_SHORTEN}"
-        )
+    rows, count, *others = first.value.shape
+    if len(others) > first.value.is_floating_point():  # embeddings have one more
+        said = f"{first.where} has the shape {list(first.value.shape)}, and which dimension is positions is not known"
+        remedy = f"give [batch, sequence] (embeddings [batch, sequence, hidden]), or {_SHORTEN}"
+        raise ConfigError(f"sequence_length_warmup: {said}, as with several codebooks; {remedy}")
     for leaf in candidates:
-        if leaf.name == first.name and leaf.value.shape[1] != shape[1]:
-            raise ConfigError(
-                f"sequence_length_warmup: {first.where} has {shape[1]} positions and {leaf.where} "
-                f"{leaf.value.shape[1]}, so that it is not known how long the samples are; pad them to one length, or "
-                f"{_SHORTEN}"
-            )
-    return Side(first.where, *shape[:2])
+        if leaf.name == first.name and leaf.value.shape[1] != count:
+            said = f"{first.where} has {count} positions and {leaf.where} {leaf.value.shape[1]}"
+            raise ConfigError(f"sequence_length_warmup: {said}; pad them to one length, or {_SHORTEN}")
+    return Side(first.where, rows, count)
 
 
 def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | None) -> Side | None:
@@ -295,29 +266,26 @@ def _side_by_shape(tensors: list[Leaf], micro_batch: int | None, full: int | Non
 
 def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None:
     for side in sides.known:
-        if _is_batch((side.rows, side.positions), micro_batch):
-            continue
         # pairs of answers are whole multiples, as many samples as fit are fewer than their tokens
         more = side.rows % micro_batch == 0 or side.rows <= side.positions
-        if exact or side.positions == micro_batch or not more:
+        fits = _is_batch((side.rows, side.positions), micro_batch)
+        if not fits and (exact or side.positions == micro_batch or not more):
+            said = f"{side.name} has the shape [{side.rows}, {side.positions}, ...]"
             raise ConfigError(
-                f"sequence_length_warmup: {side.name} has the shape [{side.rows}, {side.positions}, ...], and "
-                f"train_micro_batch_size_per_gpu is {micro_batch}, so that its first dimension is not the batch; give "
-                f"[batch, sequence], write the micro-batch's size, or {_SHORTEN}"
+                f"sequence_length_warmup: {said}, and train_micro_batch_size_per_gpu is {micro_batch}, which is not "
+                f"its first dimension; give [batch, sequence], write the micro-batch's size, or {_SHORTEN}"
             )
 
 
 def _is_batch(shape: Sequence[int], micro_batch: int) -> bool:
-    """Whether it is [batch, sequence, ...]: the last batch of a data set may be smaller, where the second dimension
-    does not look like the batch."""
+    """Whether it is [batch, sequence, ...]; the last batch of a data set may be smaller."""
     return shape[0] == micro_batch or (shape[0] < micro_batch and shape[1] != micro_batch)
 
 
 def _not_full(full: int | None, found: str) -> ConfigError:
-    return ConfigError(
-        f"sequence_length_warmup.end_length: {full}, and a micro-batch was read with {found}; read samples of exactly "
-        "end_length tokens, or write that end_length"
-    )
+    said = f"{full}, and a micro-batch was read with {found}"
+    remedy = "read samples of exactly end_length tokens, or write that end_length"
+    return ConfigError(f"sequence_length_warmup.end_length: {said}; {remedy}")
 
 
 # -- which dimensions, and the cut -------------------------------------------------------------------------------------
@@ -360,10 +328,18 @@ def _cut(leaf: Leaf, sides: Sides, offset: int, length: int) -> Any:
         return value
     if offset and leaf.name in POSITION_NAMES:
         along = max(where)
-        value = rebase_position_ids(value.movedim(along, -1)).movedim(-1, along)
+        value = _rebased(value.movedim(along, -1)).movedim(-1, along)
     elif offset and leaf.name is None and value.dim() == 2 and _is_integer(value):
-        value = rebase_if_position_ids(value, leaf.value)
+        # positions if in the whole samples every row counts from 0; told where they lie: nobody waits for the answer
+        counts = (leaf.value == _count(leaf.value)).all()
+        value = torch.where(counts, _count(value).to(value.dtype), value)
     return value.contiguous()
+
+
+def _rebased(positions: torch.Tensor) -> torch.Tensor:
+    """Position ids [..., length] counted from the span's first token on; where a document begins anew, they stay."""
+    count = _count(positions)
+    return torch.where(positions - positions[..., :1] == count, count.to(positions.dtype), positions)
 
 
 def _count(like: torch.Tensor) -> torch.Tensor:

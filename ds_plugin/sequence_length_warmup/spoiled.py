@@ -23,18 +23,15 @@ def refuse_packed(found: list[Leaf]) -> None:
     """Raises ConfigError for the lengths of documents that a collator, or a model's own packing, gives with a row."""
     for leaf in found:
         if leaf.value is not None and _PACKED.match(leaf.name or ""):
-            raise ConfigError(
-                f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) describes documents that are packed "
-                f"into rows, which a prefix would cut; {_UNPACK}"
-            )
+            said = "describes documents that are packed into rows, which a prefix would cut"
+            raise ConfigError(f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) {said}; {_UNPACK}")
 
 
 def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) -> None:
     """Raises ConfigError for position ids, under one of ``names``, that begin anew within the one row there is.
 
-    So do documents that are packed into a row without padding. What a padding mask hides is not looked at; a mask of
-    another shape says itself what sees what.
-    ``look``: whether positions on a GPU may be read, which waits for it; those on the CPU always are.
+    So do documents that are packed into a row. What a padding mask hides is not looked at; a mask of another shape says
+    itself what sees what. ``look``: positions on a GPU are read too, which waits for it.
     """
     mask = next((leaf.value for leaf in found if leaf.name == "attention_mask" and leaf.value is not None), None)
     for leaf in found:
@@ -51,10 +48,8 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
             seen = mask.to(value.device) != 0
             begins = begins & seen[:, 1:] & seen[:, :-1]
         if bool(begins.any()):
-            raise ConfigError(
-                f"sequence_length_warmup: {leaf.where} {list(value.shape)} begins anew within the one row of the "
-                f"batch: documents are packed into it, which a prefix would cut; {_UNPACK}"
-            )
+            said = "begins anew within the one row of the batch: documents are packed into it, which a prefix would cut"
+            raise ConfigError(f"sequence_length_warmup: {leaf.where} {list(value.shape)} {said}; {_UNPACK}")
 
 
 def refuse_counts(found: list[Leaf]) -> None:

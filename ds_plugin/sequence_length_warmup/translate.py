@@ -1,7 +1,7 @@
 """DeepSpeed's own sequence length curricula, read as our section. Pure: a dict in, a dict out.
 
 There are two: the top-level ``curriculum_learning``, which DeepSpeed 0.19.8 refuses, and a seqlen metric of
-``data_efficiency.data_sampling.curriculum_learning``. Both count the step that comes next from 1, as ours does.
+``data_efficiency.data_sampling``. Both count the step that comes next from 1, as ours does.
 """
 
 import copy
@@ -20,6 +20,7 @@ OURS, LEGACY = "sequence_length_warmup", "curriculum_learning"
 BLOCK = "data_efficiency.data_sampling.curriculum_learning"
 #: metrics that stand for the length, by the names Megatron-DeepSpeed gave them, and our settings for each
 METRICS: dict[str, dict[str, str]] = {"seqlen": {}, "seqlen_truncate": {}, "seqlen_reshape": {"mode": "carry"}}
+_SAMPLER = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
 _RESHAPED = "; reshape trained a sample's pieces as more rows of one step, carry trains them in later steps"
 
 # 3e4 is a float to JSON and a fine number of steps to DeepSpeed.
@@ -88,15 +89,14 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         other = next(name for name in metrics if name != metric)
         said = f"becomes {OURS} and turns DeepSpeed's sampler off; remove one of the two"
         raise ConfigError(f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which {said}")
+    path, remark = LEGACY, "the model gets shortened batches and no argument curriculum_seqlen"
     if metric is not None:
-        path, ours = f"{BLOCK}.curriculum_metrics.{metric}", METRICS[metric]
-        new[OURS] = _section(path, sampling.pop(LEGACY)["curriculum_metrics"][metric], _Curriculum) | ours
-        remark = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
-        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}{_RESHAPED if ours else ""}')
+        path, remark = f"{BLOCK}.curriculum_metrics.{metric}", f"{_SAMPLER}{_RESHAPED if METRICS[metric] else ''}"
+        new[OURS] = _section(path, sampling.pop(LEGACY)["curriculum_metrics"][metric], _Curriculum) | METRICS[metric]
     elif removed_on:
-        new[OURS] = _section(LEGACY, removed, _Legacy)
-        remark = "the model gets shortened batches and no argument curriculum_seqlen"
-        notes.append(f'{LEGACY} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
+        new[OURS] = _section(path, removed, _Legacy)
+    if metric is not None or removed_on:
+        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
     if object_at(new, OURS).get("enabled") and object_at(sampling, "dynamic_batching").get("enabled"):
         said = f'changes the batch size, and {OURS} the length: do not ramp both; write "enabled": false in one of them'
         raise ConfigError(f"data_efficiency.data_sampling.dynamic_batching.enabled: True {said}")

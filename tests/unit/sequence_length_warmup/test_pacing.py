@@ -3,7 +3,6 @@
 import pytest
 
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.sequence_length_warmup import pacing
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 
@@ -30,22 +29,20 @@ TABLE = [
 ]
 
 
-def linear(position, *, start, end, duration, multiple_of):
-    length = pacing.linear(position, start=start, end=end, duration=duration)
-    return pacing.floored(length, start=start, end=end, multiple_of=multiple_of)
+def lengths_of(positions, start=8, end=64, duration=7, multiple=1, **changes):
+    given = {"start_length": start, "end_length": end, "duration": {"steps": duration}, "multiple_of": multiple}
+    schedule = LengthSchedule(config(**given, **changes))
+    return [schedule.length_at(position) for position in positions]
 
 
 @pytest.mark.parametrize(("start", "end", "duration", "multiple", "expected"), TABLE)
 def test_linear(start, end, duration, multiple, expected):
-    found = {t: linear(t, start=start, end=end, duration=duration, multiple_of=multiple) for t in expected}
-    assert found == expected
+    assert lengths_of(expected, start, end, duration, multiple) == list(expected.values())
 
 
 def test_lengths_never_fall_and_stay_in_bounds():
     for start, end, duration, multiple, _ in TABLE:
-        lengths = [
-            linear(t, start=start, end=end, duration=duration, multiple_of=multiple) for t in range(1, duration + 3)
-        ]
+        lengths = lengths_of(range(1, duration + 3), start, end, duration, multiple)
         assert lengths == sorted(lengths)
         assert all(start <= length <= end and length % multiple == 0 for length in lengths)
         assert lengths[-1] == end
@@ -79,21 +76,18 @@ def test_layout_joins_multiple_of():
 
 def test_root_is_exact():
     # 8 + 56 * sqrt(t / 16): t=1 -> 8 + 14 = 22, t=4 -> 36, t=9 -> 50, t=16 -> 64
-    found = [pacing.root(t, start=8, end=64, duration=16, degree=2) for t in (1, 4, 9, 16, 17)]
-    assert found == [22, 36, 50, 64, 64]
+    root = {"schedule": "root", "root_degree": 2}
+    assert lengths_of((1, 4, 9, 16, 17), duration=16, **root) == [22, 36, 50, 64, 64]
     # 56 * (t / 27) ** (1/3): t=1 -> 18.67, t=8 -> 37.3, t=27 -> 56; in floats 27 ** (1/3) is 3.0000000000000004 or less
-    assert [pacing.root(t, start=8, end=64, duration=27, degree=3) for t in (0, 1, 8, 27)] == [8, 26, 45, 64]
+    assert lengths_of((0, 1, 8, 27), duration=27, **root | {"root_degree": 3}) == [8, 26, 45, 64]
     # degree 1 is the linear schedule
-    for t in range(40):
-        span = {"start": 8, "end": 256, "duration": 37}
-        assert pacing.root(t, **span, degree=1) == pacing.linear(t, **span)
+    span = {"end": 256, "duration": 37}
+    assert lengths_of(range(40), **span, **root | {"root_degree": 1}) == lengths_of(range(40), **span)
 
 
 def test_discrete():
-    lengths, boundaries = [8, 32, 64], [5, 10]
-    assert [pacing.discrete(t, lengths=lengths, boundaries=boundaries) for t in (1, 5, 6, 10, 11, 99)] == [
-        8, 8, 32, 32, 64, 64,
-    ]  # fmt: skip
+    given = {"schedule": "discrete", "lengths": [8, 32, 64], "boundaries": [5, 10]}
+    assert lengths_of((1, 5, 6, 10, 11, 99), duration=10, **given) == [8, 8, 32, 32, 64, 64]
 
 
 def squared(share, start, end):
