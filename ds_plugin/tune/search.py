@@ -1,7 +1,7 @@
 """Finds the warmup's start length and duration with short runs: the tuning recipe of arXiv 2108.06084.
 
-A trial is the beginning of the real run, with its samples and learning rates. It ends after the first few multiples of
-the learning rate's warmup, or at the first evaluation whose perplexity fluctuates significantly.
+A trial is the beginning of the real run. It ends after the first few multiples of the learning rate's warmup, or at the
+first evaluation whose perplexity fluctuates significantly.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def search(
     """The trial of the smallest stable start length at its longest stable duration; None when nothing is stable.
 
     A start length is stable when its run with the ``provisional`` duration (the nearest of ``durations`` at or below)
-    passes the very beginning. Where no duration is stable with it either, the next one is tried. Stability is taken to
-    end somewhere: at most ``2 + log2(len(durations))`` runs for each start length; both lists rise.
+    passes the very beginning. Where no duration is stable with it either, the next one is tried. Both lists rise; at
+    most ``2 + log2(len(durations))`` runs for each start length.
     """
     run = functools.cache(run)
     first = max(0, bisect_right(durations, provisional) - 1)
@@ -53,28 +53,24 @@ def search(
 
 
 def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, list[int]]:
-    """The steps of a trial and the start lengths to try: the flags, or what this JSON tells.
-
-    Raises:
-        ConfigError: there is nothing to search, or it does not tell.
-    """
+    """The steps of a trial and the start lengths to try: the flags, or what this JSON tells. Raises ConfigError where
+    there is nothing to search, or it does not tell."""
     section = split_config(config)[1].sequence_length_warmup
     if section is None:
         raise ConfigError('sequence_length_warmup: absent or not enabled; write "enabled": true and the other fields')
     if section.schedule == "discrete":
         raise ConfigError('sequence_length_warmup.schedule: "discrete" has no duration to search; write "linear"')
-    rise, of_run = object_at(config, "scheduler", "params").get("warmup_num_steps"), object_at(config, "training")
-    known = MULTIPLES * rise if isinstance(rise, int) and section.learning_rate.by == "steps" else None
-    if not (wanted := args.steps or known):
-        raise ConfigError(
-            "--steps: missing, and not told by scheduler.params.warmup_num_steps with a learning rate by steps; give "
-            "the optimizer steps of a trial, four times as many as the learning rate's warmup takes"
-        )
+    rise = object_at(config, "scheduler", "params").get("warmup_num_steps")
+    known = isinstance(rise, int) and rise > 0 and section.learning_rate.by == "steps"
+    if not (wanted := args.steps or (MULTIPLES * rise if known else 0)):
+        told = "missing, and not told by scheduler.params.warmup_num_steps with a learning rate by steps"
+        raise ConfigError(f"--steps: {told}; give {MULTIPLES} times as many as the learning rate's warmup takes")
     shortest = -(-8 // section.multiple_of) * section.multiple_of
     starts = args.start_lengths or [shortest << n for n in range(32) if shortest << n < section.end_length]
     if not starts or starts[-1] > section.end_length:
         raise ConfigError(f"--start-lengths: {starts} are not lengths of at most end_length {section.end_length}")
-    return min(wanted, of_run.get("steps") or sys.maxsize), starts
+    most = object_at(config, "training").get("steps")
+    return min(wanted, most) if isinstance(most, int) and most > 0 else wanted, starts
 
 
 def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
@@ -151,9 +147,8 @@ def _tune(args: argparse.Namespace) -> int:
     provisional = steps if in_steps else args.durations[len(args.durations) // 2]
     best = search(run, start_lengths=starts, durations=args.durations, provisional=provisional)
     if best is None:
-        said = f"no start length of {starts} is stable with any duration that was tried"
         remedy = "lower the learning rate, lengthen its warmup, or give larger --start-lengths"
-        print(f"error: {said}: {remedy}", file=sys.stderr)
+        print(f"error: no start length of {starts} is stable with any duration tried: {remedy}", file=sys.stderr)
         return 1
     _write(target, tuned(config, best.start_length, best.duration))
     print(f"start_length {best.start_length}, duration {best.duration}: {target}")
@@ -162,7 +157,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _of_trial(config: dict[str, Any], interval: int) -> dict[str, Any]:
     """The JSON of a trial. The run's own number of steps stays: schedules and the order of samples depend on it."""
-    config = {key: value for key, value in config.items() if key != "weight_averaging"}
+    config.pop("weight_averaging", None)
     if "training" in config:  # a script of one's own may have another place for them
         config["training"] |= {"eval_interval": interval, "save_interval": sys.maxsize}
     split_config(config)  # refuses what the methods would, before anything is started

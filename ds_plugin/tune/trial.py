@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -94,11 +95,9 @@ def watched(command: Sequence[str], folder: Path, steps: int, threshold: float) 
             if (judged := judge(rows, steps, threshold)) is not None:
                 return judged
             time.sleep(POLL_SECONDS)
+    said = f"the trial's script ended with exit code {process.returncode} before step {steps}; its command"
     end = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
-    raise PluginError(
-        f"the trial's script ended with exit code {process.returncode} before step {steps}; its command:\n"
-        f"{shlex.join(command)}\nthe end of {log}:\n{end}"
-    )
+    raise PluginError(f"{said}:\n{shlex.join(command)}\nthe end of {log}:\n{end}")
 
 
 @contextlib.contextmanager
@@ -109,10 +108,9 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
     modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": modules, "PATH": programs}
     with open(log, "wb") as out:
+        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
         try:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
-            )
+            process = subprocess.Popen(command, env=env, **given)
         except OSError as error:
             raise ConfigError(f"--launcher: {command[0]!r} cannot be started ({error.strerror})") from None
     try:
@@ -121,8 +119,10 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
         # The group, as a local deepspeed launcher passes no signal on; the tree, as torchrun's ranks have own groups.
         tree: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            os.killpg(process.pid, signal.SIGSTOP)  # nothing is started while we look
             tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
             os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGCONT)
         _, left = psutil.wait_procs(tree, GRACE_SECONDS)
         for member in left:
             member.kill()

@@ -280,6 +280,8 @@ BY_TOKENS = {"enabled": True, "end_length": 64, "duration": {"steps": 1}}
     ("flags", "changes", "message"),
     [
         ("", {"scheduler": {}}, "--steps: missing"),
+        ("", {"scheduler": 5}, "--steps: missing"),
+        ("", {"scheduler": {"params": {"warmup_num_steps": -5}}}, "--steps: missing"),
         ("", {"sequence_length_warmup": {**BY_TOKENS, "learning_rate": {"by": "tokens"}}}, "--steps: missing"),
         ("", {"sequence_length_warmup": {"enabled": False, "end_length": 8, "duration": {"steps": 1}}}, "not enabled"),
         ("--start-lengths 128", {}, "not lengths of at most end_length 64"),
