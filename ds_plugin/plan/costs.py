@@ -63,7 +63,7 @@ def averaging(config: WeightAveragingConfig, masters: int, *, pinned: bool) -> t
     """Bytes that averaging takes on a rank with so many fp32 master elements: in CPU memory, and in files.
 
     ``pinned``: the masters are on a GPU, and torch rounds what it pins up to a power of two. This is then the most: a
-    run packs the copies of its param groups, smaller pieces, which wastes less or as much.
+    run packs smaller pieces, the copies of its param groups.
     """
     kept, spare = modes.buffers(config), [torch.float32]  # the average is computed into the spare one
     together, other = ([*kept, *spare], []) if config.storage == "pinned" else (spare, kept)

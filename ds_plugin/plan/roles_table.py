@@ -49,10 +49,7 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
 
 
 def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What each role of this model gets, in numbers: init std, learning rate, weight decay and eps.
-
-    ``params``: of the base model's AdamW, as DeepSpeed's ``optimizer.params``.
-    """
+    """What each role gets: init std, learning rate, weight decay, eps; ``params``: DeepSpeed's ``optimizer.params``."""
     return {
         role.value: {name: base * getattr(m, name) for name, base in _bases(model, params).items()}
         for role, m in _multipliers(model, section).items()
@@ -84,10 +81,9 @@ def table(
     ratios = section.ratios(model.hidden_size, model.num_layers)
     head = model.hidden_size // model.num_attention_heads
     scale = rules.attention_scale(head, section.base_head_dim or head, section.recipe)
-    yield (
-        f"recipe {section.recipe}, alpha {section.alpha:g}: width {model.hidden_size} / {section.base_width} = m_N "
-        f"{ratios.m_N:g}, depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
-    )
+    width = f"width {model.hidden_size} / {section.base_width} = m_N {ratios.m_N:g}"
+    depth = f"depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
+    yield f"recipe {section.recipe}, alpha {section.alpha:g}: {width}, {depth}"
     branch = rules.residual_multiplier(ratios, section.recipe)
     logits = rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings)
     where = ", both folded into the weights" if section.residual == "folded" else ""
@@ -105,10 +101,8 @@ def table(
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     yield "(x n): the base model's value times n; init of norms: gains / biases"
-    change = section.multipliers(Role.HIDDEN, ratios).one_minus_beta
-    if change != 1.0:
-        betas = params.get("betas", (0.9, 0.999))
-        scaled = ", ".join(f"{beta:.6g}" for beta in scaled_betas(betas, change))
+    if (change := section.multipliers(Role.HIDDEN, ratios).one_minus_beta) != 1.0:
+        scaled = ", ".join(f"{beta:.6g}" for beta in scaled_betas(params.get("betas", (0.9, 0.999)), change))
         yield f"betas {scaled} for every role: 1 - beta (x {change:g})"
 
 
