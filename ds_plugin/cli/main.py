@@ -91,23 +91,20 @@ def framework_of(path: Path) -> str:
     """
     try:
         tree = ast.parse(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"run: {str(path)!r} cannot be read: {error.strerror}; give the script's path") from None
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"run: {str(path)!r} is not a Python script: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"run: {str(path)!r} cannot be read as a Python script: {error}") from None
     named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     packages = {name.partition(".")[0] for name in named}
     if "megatron" in packages:
         return "megatron"
+    said = f"imports no framework whose scripts run here; say --framework {' or '.join(FRAMEWORKS)}"
     if "deepspeed" in packages or "ds_plugin" in packages:
-        raise ConfigError(
-            f"run: {str(path)!r} is a script of DeepSpeed, which needs one line: ds_plugin.initialize(...) in place of "
+        said = (
+            "is a script of DeepSpeed, which needs one line: ds_plugin.initialize(...) in place of "
             "deepspeed.initialize(...); then start it with the deepspeed launcher"
         )
-    raise ConfigError(
-        f"run: {str(path)!r} imports no framework whose scripts run here; say --framework {' or '.join(FRAMEWORKS)}"
-    )
+    raise ConfigError(f"run: {str(path)!r} {said}")
 
 
 def merge_checkpoints(args: argparse.Namespace) -> int:

@@ -60,9 +60,9 @@ def sweep(
 ) -> list[Run]:
     """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs, and a line, after each.
 
-    Known runs that are not asked for stay in the result, so that a grid can be widened where a minimum is at its edge.
-    A run that two recipes share (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed
-    come first, so that an interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
+    Known runs that are not asked for stay in the result: a grid may be widened. A run that two recipes share
+    (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed come first, so that an
+    interrupted sweep shows whole curves. ``workers``: processes that train at the same time.
     """
     wanted = [(shape, lr, seed) for seed in seeds for shape in shapes for lr in rates]
     jobs = list(dict.fromkeys((shape.same_as(base), lr, seed) for shape, lr, seed in wanted))

@@ -49,8 +49,7 @@ class Shape:
     def same_as(self, base: Base) -> "Shape":
         """The plainest recipe that makes the same training run of this width and depth, bit for bit.
 
-        At the base's width `mup` scales nothing, nor does `completep` at the base's depth beyond what `mup` does: a
-        sweep need not train such a model twice.
+        At the base's width `mup` scales nothing, nor does `completep` at the base's depth beyond what `mup` does.
         """
         if self.recipe == "completed_p":
             return self

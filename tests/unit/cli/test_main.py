@@ -37,8 +37,8 @@ def test_whose_script_it_is_can_be_said(tmp_path, started):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "cannot be read"),
-        ("def", "is not a Python script"),
+        (None, "cannot be read as a Python script: [Errno 2]"),
+        ("def", "cannot be read as a Python script: invalid syntax"),
         ("import deepspeed", "ds_plugin.initialize"),
         ("import torch", "--framework megatron"),
     ],
