@@ -77,5 +77,7 @@ class CarryOrder:
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state; None starts afresh."""
-        self.windows_read, self.cuts = (state["windows_read"], state["cuts"]) if state else (0, 0)
-        self.open = deque((window, offset) for window, offset in (state["open"] if state else ()))
+        state = state or {"windows_read": 0, "cuts": 0, "open": ()}
+        self.windows_read: int = state["windows_read"]
+        self.cuts: int = state["cuts"]
+        self.open = deque((window, offset) for window, offset in state["open"])

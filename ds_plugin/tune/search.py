@@ -60,7 +60,7 @@ def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, l
         raise ConfigError('sequence_length_warmup: absent or not enabled; write "enabled": true and the other fields')
     if section.schedule == "discrete":
         raise ConfigError('sequence_length_warmup.schedule: "discrete" has no duration to search; write "linear"')
-    rise = object_at(config, "scheduler", "params").get("warmup_num_steps")
+    rise: Any = object_at(config, "scheduler", "params").get("warmup_num_steps")
     known = isinstance(rise, int) and rise > 0 and section.learning_rate.by == "steps"
     if not (wanted := args.steps or (MULTIPLES * rise if known else 0)):
         told = "missing, and not told by scheduler.params.warmup_num_steps with a learning rate by steps"
