@@ -113,7 +113,7 @@ class SequenceLengthWarmup:
         return done + 1 - self.held
 
     @property
-    def carries(self) -> bool:  # this and the next three: see `batches.Lengths`
+    def carries(self) -> bool:  # this and the next three: see `Batches`
         return self.order is not None
 
     @property
