@@ -38,10 +38,7 @@ def rounded(nbytes: int) -> int:
 
 
 def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Bytes of the tensors of one buffer for each of ``dtypes``, each up to where the next can begin.
-
-    ``counts``: elements of each tensor of a buffer.
-    """
+    """Bytes of the tensors, of ``counts`` elements, of a buffer for each dtype, each up to where the next can begin."""
     return [-(-dtype.itemsize * count // _ALIGNED) * _ALIGNED for dtype in dtypes for count in counts]
 
 
@@ -73,19 +70,13 @@ def pinned(sizes: Sequence[int]) -> int:
 
 def reserve(rank_bytes: int, remedy: str) -> Memory:
     """Compare what all ranks of each node need with the memory the node has. Every rank calls it, before it allocates.
-
-    Raises:
-        ConfigError: on every rank alike, when some node has too little (a container's own limit is not seen).
-    """
+    Raises ConfigError, on every rank alike: some node has too little (a container's own limit is not seen)."""
     return _compared(rank_bytes, psutil.virtual_memory().available, "CPU memory", remedy)
 
 
 def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
     """`reserve` for files in ``folder``, which every node has; a folder that nodes share is counted for each alone.
-
-    Raises:
-        ConfigError: on every rank alike, when the folder cannot be written to, or some node has too little disk there.
-    """
+    Raises ConfigError where it cannot be written to, too."""
     with raise_on_all_ranks():
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise ConfigError(
@@ -103,9 +94,8 @@ def size(count: int) -> str:
 
 def _compared(rank_bytes: int, available: int, what: str, remedy: str) -> Memory:
     mine = (socket.gethostname(), rank_bytes, available)
-    reports = [mine]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        reports = [mine] * dist.get_world_size()
+    reports = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(reports) > 1:
         dist.all_gather_object(reports, mine)
     nodes = {}
     for name in dict.fromkeys(name for name, _, _ in reports):
