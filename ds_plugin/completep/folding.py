@@ -112,17 +112,17 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
 def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> None:
     """Refuse weights of another mode, by what they say; or else by what their config and the section say."""
     if marked := _marks(weights).get("residual"):
-        said, are = [marked], "are"
+        said, are = [marked], 'are "%s" already'
     else:
         sections = [applied_section(config), section if "residual" in section.model_fields_set else None]
-        said, are = [each.residual for each in sections if each is not None], "were trained with"
+        said, are = [each.residual for each in sections if each is not None], 'were trained with "%s"'
     if not said:
         raise ConfigError(
             "completep.residual: not said, and its default depends on the framework: folded in Megatron-LM's scripts, "
             'forward with DeepSpeed; write "residual" into the section that is given with these weights'
         )
     if other := next((trained for trained in said if trained != mode), None):
-        raise ConfigError(f'completep.residual: these weights {are} "{other}"; {function}() takes those of "{mode}"')
+        raise ConfigError(f'completep.residual: these weights {are % other}; {function}() takes those of "{mode}"')
 
 
 def _tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -39,7 +39,7 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
     check_model(model)
     roles = checked_roles(model, section)
     if not hasattr(model, MARK):
-        remedy = "call megatron_patches.completep.finish(model, section) once it is built, before weights are loaded"
+        remedy = "call megatron_patches.completep.finish(model, section) on it as built, before any weights are loaded"
         raise ConfigError(f"completep: the model is not finished; {remedy}")
     return roles
 

@@ -40,7 +40,14 @@ class Exchange:
         self._to(0)
 
     def _to(self, count: int) -> None:
-        self._settle()
+        done, piece, begun = self._state
+        if begun:  # a piece was under way: back as it was; what a copy that failed was to write is taken as lost
+            left, right, kept = self._pieces[piece]
+            if begun == 2:
+                right.copy_(left)
+                self._state = (done, piece, 1)
+            left.copy_(kept)
+            self._state = (done, 0, 0)
         while (done := self._state[0]) != count:
             piece, then = (done, done + 1) if done < count else (done - 1, done - 1)
             left, right, kept = self._pieces[piece]
@@ -50,17 +57,6 @@ class Exchange:
             self._state = (done, piece, 2)
             right.copy_(kept)
             self._state = (then, 0, 0)
-
-    def _settle(self) -> None:
-        """Put a piece that was under way back as it was. What a copy that failed was to write is taken as lost."""
-        done, piece, begun = self._state
-        if begun:
-            left, right, kept = self._pieces[piece]
-            if begun == 2:
-                right.copy_(left)
-                self._state = (done, piece, 1)
-            left.copy_(kept)
-            self._state = (done, 0, 0)
 
 
 def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
