@@ -5,7 +5,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import psutil
 import torch
@@ -42,8 +42,8 @@ def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
     return [-(-dtype.itemsize * count // _ALIGNED) * _ALIGNED for dtype in dtypes for count in counts]
 
 
-def batches(sizes: Sequence[int]) -> list[int]:
-    """How many tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
+def batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Which tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
 
     Six equal ones just above a power of two take 2 times their size one by one, 1.33 times in one allocation; four take
     1.5 times as one and three, 2 times in one.
@@ -55,17 +55,16 @@ def batches(sizes: Sequence[int]) -> list[int]:
         taken, start = min((fewest[start] + rounded(ends[end] - ends[start]), start) for start in tried)
         fewest.append(taken)
         starts.append(start)
-    counts, end = [], len(sizes)
+    found, end = [], len(sizes)
     while end:
-        counts.append(end - starts[end])
+        found.append(list(sizes[starts[end] : end]))
         end = starts[end]
-    return counts[::-1]
+    return found[::-1]
 
 
 def pinned(sizes: Sequence[int]) -> int:
     """Bytes that tensors of ``sizes`` bytes take, pinned in `batches`."""
-    left = iter(sizes)
-    return sum(rounded(sum(islice(left, count))) for count in batches(sizes))
+    return sum(rounded(sum(batch)) for batch in batches(sizes))
 
 
 def reserve(rank_bytes: int, remedy: str) -> Memory:

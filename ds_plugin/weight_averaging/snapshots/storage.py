@@ -1,12 +1,13 @@
 """Where the snapshots lie: in pinned or plain CPU memory, or in files that are mapped into memory."""
 
 import contextlib
+import itertools
 import math
 import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import islice, product
+from itertools import islice
 
 import torch
 
@@ -48,9 +49,14 @@ class Storage:
 
     def allocate(self) -> tuple[list[Tensors], Tensors]:
         """The buffers and the spare one, of undefined contents. Raises ConfigError if the disk has no room for them."""
-        pinned = self._pinned()
-        make = {"pinned": lambda _: next(pinned), "memory": self._in_memory, "files": self._in_a_file}
-        *kept, spare = [make[kind](dtype) for kind, dtype in self._wanted]
+        pinned = self._pinned_tensors(self._dtypes("pinned"))
+
+        def make(kind: str, dtype: torch.dtype) -> Tensors:
+            if kind == "pinned":
+                return list(islice(pinned, len(self._masters)))
+            return self._in_a_file(dtype) if kind == "files" else self._in_memory(dtype)
+
+        *kept, spare = itertools.starmap(make, self._wanted)
         return kept, spare
 
     def verdict(self) -> torch.Tensor:
@@ -69,19 +75,12 @@ class Storage:
     def _sizes(self, dtypes: Sequence[torch.dtype]) -> list[int]:
         return memory.pieces([t.numel() for t in self._masters], dtypes)
 
-    def _pinned(self) -> Iterator[Tensors]:
-        """The pinned buffers, their tensors several to an allocation where that wastes less."""
-        dtypes = self._dtypes("pinned")
-        tensors = self._pinned_tensors(dtypes)
-        for _ in dtypes:
-            yield list(islice(tensors, len(self._masters)))
-
     def _pinned_tensors(self, dtypes: Sequence[torch.dtype]) -> Iterator[torch.Tensor]:
-        sizes, left = self._sizes(dtypes), product(dtypes, self._masters)
-        for count in memory.batches(sizes):
-            batch, sizes = sizes[:count], sizes[count:]
+        """Those of a buffer of each dtype, several to an allocation where that wastes less."""
+        left = itertools.product(dtypes, self._masters)
+        for batch in memory.batches(self._sizes(dtypes)):
             whole = torch.empty(sum(batch), dtype=torch.uint8, device="cpu", pin_memory=True)
-            for part, (dtype, master) in zip(whole.split(batch), islice(left, count), strict=True):
+            for part, (dtype, master) in zip(whole.split(batch), islice(left, len(batch)), strict=True):
                 yield part[: dtype.itemsize * master.numel()].view(dtype).view(master.shape)
 
     def _in_a_file(self, dtype: torch.dtype) -> Tensors:

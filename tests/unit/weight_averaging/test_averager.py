@@ -466,21 +466,25 @@ def test_a_restart_replaces_the_weights_and_forgets(changes):
     assert same(read(averager, host), named(history[6]))
 
 
+def to_reset(optimizer):
+    engine = SimpleNamespace(optimizer=optimizer)
+    return restart.to_reset(readings.optimizers(engine), torch.device("cpu"), keep=False)
+
+
 def test_moments_start_again():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], amsgrad=True)
     parameter.grad = torch.ones(3)
     optimizer.step()
-    engine = SimpleNamespace(optimizer=optimizer)
     state = optimizer.state[parameter]
-    restart.zero_(restart.moments(readings.optimizers(engine)))
+    restart.zero_(to_reset(optimizer))
     assert len(state) == 4 and all(not value.any() for value in state.values())
     state["step"] = 5  # as DeepSpeed's own Adams count
-    restart.zero_(restart.moments(readings.optimizers(engine)))
+    restart.zero_(to_reset(optimizer))
     assert state["step"] == 0
     state["worker_error"] = torch.ones(3)
     with pytest.raises(StateError, match="worker_error.*moments='keep'"):
-        restart.moments(readings.optimizers(engine))
+        to_reset(optimizer)
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ def test_files_are_saved_and_resumed(tmp_path):
 )
 def test_buffers_are_pinned_so_that_least_is_rounded_up(sizes, counts, taken):
     assert memory.pinned(sizes) == taken
-    assert memory.batches(sizes) == counts
+    assert [len(batch) for batch in memory.batches(sizes)] == counts
+    assert sum(memory.batches(sizes), start=[]) == sizes
 
     def fewest(left):  # every way to put them into allocations
         return min((memory.rounded(sum(left[:n])) + fewest(left[n:]) for n in range(1, len(left) + 1)), default=0)
