@@ -169,6 +169,10 @@ class StabilityMonitor:
     too, at a pass over its state each; raises StateError where the framework keeps that in a way not known.
     """
 
+    #: of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
+    _ratios: list[tuple[float | None, float | None]]
+    _closed: int  # steps whose losses have not: their slots come first, the one after them is open
+
     def __init__(
         self,
         readings: Readings,
@@ -242,9 +246,8 @@ class StabilityMonitor:
         state = state or {"loss_ratio": None, "with_l1": [], "with_max": [], "ratios": []}
         self.loss_ratio = LossRatio(state["loss_ratio"])
         self.with_l1, self.with_max = Correlation(*state["with_l1"]), Correlation(*state["with_max"])
-        # of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
-        self._ratios: list[tuple[float | None, float | None]] = [(ratio, beyond) for ratio, beyond in state["ratios"]]
-        n, self._closed = self.interval, 0  # the steps whose losses have not have the first slots; the next is open
+        self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
+        n, self._closed = self.interval, 0
         self._lengths, self._counts = [0] * n, [0] * n  # tokens of a sample; micro-batches with a mean
         # of the finite means: their sum, the sum of their squares, how many they are
         self._booked = torch.zeros(3, n, dtype=torch.float64, device=self.readings.device)

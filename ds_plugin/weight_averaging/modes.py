@@ -213,7 +213,8 @@ def make(config: WeightAveragingConfig, kept: Sequence[Tensors]) -> Mode:
     """The mode that ``config`` asks for, upon its `buffers`."""
     if config.deltas == "bf16":
         return SlidingDeltas(config, kept)
-    return {"sliding": Sliding, "block": Block, "ema": Ema}[config.mode](config, kept)
+    kinds: dict[str, type[Mode]] = {"sliding": Sliding, "block": Block, "ema": Ema}
+    return kinds[config.mode](config, kept)
 
 
 def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:

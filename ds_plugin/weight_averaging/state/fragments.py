@@ -25,7 +25,8 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def plain_names(model: torch.nn.Module) -> dict[int, str]:
     """A parameter's id -> its first name, plain. Raises ConfigError: two parameters have the same then."""
-    found, owners = {}, {}
+    found: dict[int, str] = {}
+    owners: dict[str, str] = {}
     for name, parameter in unwrapped(model).named_parameters():
         plain = found[id(parameter)] = plain_name(name)
         if (other := owners.setdefault(plain, name)) != name:
