@@ -75,7 +75,7 @@ MUTATIONS = {
     ),
     "seal of a window's file": Mutation(
         f"{_AVERAGING}/state/files.py",
-        'if found["metadata_sha256"] != _seal(found):',
+        'if found["header_sha256"] != _seal(found["header"]):',
         "if False:",
         f"{_UNIT}/weight_averaging/test_reshard.py::test_files_that_were_changed_are_named",
     ),

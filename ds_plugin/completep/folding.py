@@ -1,20 +1,20 @@
 """Weights of the two residual modes into each other.
 
 A model trained in the forward mode needs its multipliers wherever it is used; `fold` writes them into the weights, and
-the result is an ordinary GPT that any code for its architecture runs. A model trained in the folded mode is one
-already; `unfold` gives the plain weights of Table 1, as the forward mode would have trained them.
+the result is an ordinary GPT that any code for its architecture runs, as one trained in the folded mode is. `unfold`
+gives the plain weights of Table 1, as the forward mode would have trained them.
 
 Both keep the attention scale out: where the head size differs from the base's, run the model with the softmax_scale
-that `prepare` set (`rules.attention_scale`), or give the weights to `fold_attention`, which writes it into the queries
-too. Such weights are for use elsewhere, not for training: queries share a matrix with keys and values.
+that `prepare` set (`rules.attention_scale`), or give the weights to `fold_attention`, for use elsewhere and not for
+training: queries share a matrix with keys and values.
 
 What these functions return says so itself, in the ``_metadata`` that torch gives a ``state_dict()`` and keeps through
-``torch.save`` and ``torch.load``: the same is not done to it twice. Other formats lose that, as a plain dict does.
+``torch.save``, so that the same is not done to it twice. Other formats lose that, as a plain dict does.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,13 +37,11 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     that are no tensors are passed on. ``config``: its TransformerConfig, from `prepare` or not. ``tied``: whether the
     output layer is the word embedding. Tensors keep their dtypes; those that do not change are not copied.
 
-    Raises:
-        ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
-            section does not say ``residual``); a name has no role; or the final norm's gains, which the multiplier of
-            a tied output layer goes into, are 1 + weight.
+    Raises ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
+    section does not say ``residual``); a name has no role; or as `check_gains` does.
     """
     _refuse_unless("forward", "fold", weights, config, section)
-    return _scaled(weights, config, section, tied, inverse=False)
+    return _scaled(weights, config, section, tied)
 
 
 def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
@@ -55,24 +53,20 @@ def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *,
 def load_plain(
     model: torch.nn.Module, weights: Mapping[str, Any], section: CompletePConfig, *, strict: bool = True
 ) -> None:
-    """Load the plain weights of Table 1 (the forward mode's, or `unfold`'s) into a finished model of either mode.
+    """Load the plain weights of Table 1 (the forward mode's, or `unfold`'s) into a finished model of either mode,
+    folded on the way where it is folded; ``load_state_dict`` would take them as folded ones. ``weights``: of this
+    tensor-parallel shard and pipeline stage; ``strict``: as ``load_state_dict``'s.
 
-    In the folded mode they are folded on the way; ``load_state_dict`` would take them as folded ones. ``weights``: of
-    this tensor-parallel shard and pipeline stage; ``strict``: as ``load_state_dict``'s.
-
-    Raises:
-        ConfigError: the model is not finished, the weights are folded already, or a name has no role.
+    Raises ConfigError: the model is not finished, the weights are folded already, or a name has no role.
     """
     model = unwrapped(model)
     finished_roles(model, section)
     marks = _marks(weights)
     if marks.get("residual", "forward") != "forward" or "attention" in marks:
-        raise ConfigError(
-            f"completep: load_plain() takes the plain weights of Table 1, and these are {marks}; load folded ones with "
-            "load_state_dict, into a model of the folded mode"
-        )
+        remedy = "load folded ones with load_state_dict, into a model of the folded mode"
+        raise ConfigError(f"completep: load_plain() takes the plain weights, Table 1's, these are {marks}; {remedy}")
     if section.residual == "folded":
-        weights = _scaled(weights, model.config, section, is_tied(model), inverse=False)
+        weights = _scaled(weights, model.config, section, is_tied(model))
     model.load_state_dict(weights, strict=strict)
 
 
@@ -80,12 +74,10 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     """Weights, of either mode, whose attention is the usual one: q.k over the square root of the head size.
 
     ``weights``, ``config``: as `fold`'s; give it that one's result for a model without any multiplier. Query rows are
-    multiplied (with ``qk_layernorm``, the gains and biases of the queries' norm); where the head size is the base's,
-    nothing changes.
+    multiplied (with ``qk_layernorm``, the gains and biases of the queries' norm), unless the head size is the base's.
 
-    Raises:
-        ConfigError: it was done already; query rows cannot be told apart (gates, a part of a query group); or a norm
-            without gains, or with gains of 1 + weight, would undo it.
+    Raises ConfigError: it was done already; query rows cannot be told apart (gates, a part of a query group); or a norm
+    without gains, or with gains of 1 + weight, would undo it.
     """
     head = config.kv_channels
     if "attention" in _marks(weights):
@@ -102,19 +94,15 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
         if getattr(config, name, False):
             raise ConfigError(f"completep: TransformerConfig.{name} is True: {why}; run the model with softmax_scale")
     queries = config.num_attention_heads // config.num_query_groups * head
+    rows = queries + 2 * head  # of each group: its queries, a key and a value
     scaled = _marked(weights, attention="queries")
-    for name, value in weights.items():
-        if not _is_weight(name, value):
-            continue
+    for name, value in _tensors(weights):
         if ".self_attention.q_layernorm." in name:
             scaled[name] = value * scale
         elif not normed and name.endswith(_QKV):
-            rows = queries + 2 * head  # of each group: its queries, a key and a value
             if value.shape[0] % rows:
-                raise ConfigError(
-                    f"completep: {name} has {value.shape[0]} rows, which are not whole query groups of {rows}; give "
-                    "the weights of fewer tensor-parallel ranks"
-                )
+                what = f"{name} has {value.shape[0]} rows, which are not whole query groups of {rows}"
+                raise ConfigError(f"completep: {what}; give the weights of fewer tensor-parallel ranks")
             groups = value.clone().view(-1, rows, *value.shape[1:])
             groups[:, :queries] *= scale
             scaled[name] = groups.view_as(value)
@@ -122,40 +110,37 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
 
 
 def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> None:
-    """Refuse weights of another mode, by what they, their config and the section say."""
-    takes = f'{function}() takes those of "{mode}"'
-    if (marked := _marks(weights).get("residual")) is not None:
-        if marked != mode:
-            raise ConfigError(f'completep.residual: these weights are "{marked}" already; {takes}')
-        return
-    applied = applied_section(config)
-    said = [applied.residual] if applied is not None else []
-    if "residual" in section.model_fields_set:
-        said.append(section.residual)
+    """Refuse weights of another mode, by what they say; or else by what their config and the section say."""
+    if marked := _marks(weights).get("residual"):
+        said, are = [marked], 'are "%s" already'
+    else:
+        sections = [applied_section(config), section if "residual" in section.model_fields_set else None]
+        said, are = [each.residual for each in sections if each is not None], 'were trained with "%s"'
     if not said:
         raise ConfigError(
             "completep.residual: not said, and its default depends on the framework: folded in Megatron-LM's scripts, "
             'forward with DeepSpeed; write "residual" into the section that is given with these weights'
         )
     if other := next((trained for trained in said if trained != mode), None):
-        raise ConfigError(f'completep.residual: these weights were trained with "{other}"; {takes}')
+        raise ConfigError(f'completep.residual: these weights {are % other}; {function}() takes those of "{mode}"')
 
 
-def _is_weight(name: str, value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+def _tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+            yield name, value
 
 
 def _scaled(
-    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, inverse: bool
+    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, inverse: bool = False
 ) -> dict[str, Any]:
     check_gains(config, tied=tied)
     ratios = ratios_of(config, section)
     scaled = _marked(weights, residual="forward" if inverse else "folded")
-    for name, value in weights.items():
-        if _is_weight(name, value):
-            scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
-            if scale != 1.0:
-                scaled[name] = value / scale if inverse else value * scale
+    for name, value in _tensors(weights):
+        scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
+        if scale != 1.0:
+            scaled[name] = value / scale if inverse else value * scale
     return scaled
 
 

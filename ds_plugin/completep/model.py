@@ -1,7 +1,5 @@
-"""What a model that CompleteP has scaled says of itself: its section, its ratios, the role of each parameter.
-
-`megatron_patches.completep` leaves the marks on a model and its config; all that comes later reads them here.
-"""
+"""What a model that CompleteP has scaled says of itself, by the marks that `megatron_patches.completep` leaves on it
+and its config: its section, its ratios, the role of each parameter."""
 
 from typing import Any, NamedTuple
 
@@ -31,26 +29,23 @@ class Prepared(NamedTuple):
 
 def applied_section(config: Any) -> CompletePConfig | None:
     """The section that a TransformerConfig was prepared with; None: it is not `prepare`'s."""
-    done: Prepared | None = getattr(config, MARK, None)
-    return done.section if done is not None else None
+    return getattr(getattr(config, MARK, None), "section", None)
 
 
 def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    """The role of every parameter of a model that `finish` has been called on, by its name there; it may be wrapped.
-    Raises ConfigError: it is not finished, or as `finish` does."""
+    """The roles of a model that `finish` has been called on, by the parameters' names there; it may be wrapped. Raises
+    ConfigError: it is not finished, or as `finish` does."""
     model = unwrapped(model)
     check_model(model)
     roles = checked_roles(model, section)
     if not hasattr(model, MARK):
-        raise ConfigError(
-            "completep: the model is not finished; call megatron_patches.completep.finish(model, section) right after "
-            "it is built, before any weights are loaded"
-        )
+        remedy = "call megatron_patches.completep.finish(model, section) on it as built, before any weights are loaded"
+        raise ConfigError(f"completep: the model is not finished; {remedy}")
     return roles
 
 
 def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    """The role of every parameter of a model, finished or not. Raises ConfigError: it was built without the section."""
+    """The roles of a model, finished or not. Raises ConfigError: it was built without the section."""
     built_with = getattr(model, MARK, None) or applied_section(getattr(model, "config", None))
     if built_with != section:
         found = "without it" if built_with is None else f"with {_short(built_with)}"
@@ -68,23 +63,19 @@ def is_tied(model: torch.nn.Module) -> bool:
 
 
 def check_gains(config: Any, *, tied: bool) -> None:
-    """Refuse to fold the logits' multiplier into gains that do not hold it. Raises ConfigError."""
+    """Raises ConfigError: the final norm's gains, which a tied output layer's multiplier goes into, are 1 + weight."""
     if tied and getattr(config, "layernorm_zero_centered_gamma", False):
         raise ConfigError(
-            "completep: TransformerConfig.layernorm_zero_centered_gamma is True and the embeddings are tied: nothing "
-            "can be folded into the final norm's gains, which are 1 + weight; leave it False, untie the embeddings, or "
-            'write "residual": "forward"'
+            "completep: TransformerConfig.layernorm_zero_centered_gamma is True: nothing folds into the final norm's "
+            'gains, 1 + weight; leave it False, untie the embeddings, or write "residual": "forward"'
         )
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
     """The ratios and the multipliers of the forward pass in one line."""
-    ratios = ratios_of(model.config, section)
-    folded = ", folded into the weights" if section.residual == "folded" else ""
-    return (
-        f"CompleteP: recipe {section.recipe}, alpha {ratios.alpha:g}, m_N {ratios.m_N:g}, m_L {ratios.m_L:g}; "
-        f"residual branches x {rules.residual_multiplier(ratios, section.recipe):g}{folded}"
-    )
+    r, folded = ratios_of(model.config, section), ", folded into the weights" if section.residual == "folded" else ""
+    branches = f"residual branches x {rules.residual_multiplier(r, section.recipe):g}{folded}"
+    return f"CompleteP: recipe {section.recipe}, alpha {r.alpha:g}, m_N {r.m_N:g}, m_L {r.m_L:g}; {branches}"
 
 
 def _short(section: CompletePConfig) -> str:

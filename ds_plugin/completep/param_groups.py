@@ -15,9 +15,7 @@ from ds_plugin.completep.rules import Multipliers, Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import ConfigError, StateError
 
-#: a learning rate or decay this small moves no weight
-_NOTHING = 1e-14
-
+_NOTHING = 1e-14  # a learning rate or decay this small moves no weight
 #: finished models that no optimizer knows the roles of, and what ends their watch
 _awaited: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.finalize[Any, Any]]" = weakref.WeakKeyDictionary()
 
@@ -33,15 +31,12 @@ def build_param_groups(
     eps: float,
     betas: Sequence[float] = (0.9, 0.999),
 ) -> list[dict[str, Any]]:
-    """Groups for any torch-style optimizer: ``params``, ``role`` and `group_settings`, in the order of `Role`.
-
-    The embeddings come first: their multipliers are 1, so the first group's learning rate, which frameworks log, is the
-    base model's. Parameters that do not require gradients are left out; roles without parameters make no group.
-    """
+    """Groups for any torch-style optimizer: ``params``, ``role`` and `group_settings`, in the order of `Role`: the
+    embeddings come first, since their multipliers are 1, and frameworks log the first group's learning rate. Parameters
+    that do not require gradients are left out; roles without parameters make no group."""
     groups, model = [], unwrapped(model)
     for role in Role:
-        params = [p for name, p in model.named_parameters() if roles[name] is role and p.requires_grad]
-        if params:
+        if params := [p for name, p in model.named_parameters() if roles[name] is role and p.requires_grad]:
             row = section.multipliers(role, ratios)
             settings = group_settings(row, lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
             groups.append({"params": params, "role": role.value, **settings})
@@ -52,17 +47,10 @@ def build_param_groups(
 def group_settings(
     row: Multipliers, *, lr: float, weight_decay: float, eps: float, betas: Sequence[float]
 ) -> dict[str, Any]:
-    """``lr, lr_scale, weight_decay, eps``, and ``betas`` where the recipe changes them, from the base model's values.
-
-    ``lr_scale`` is for loops that write the rate themselves: ``group["lr"] = lr * group["lr_scale"]``. Raises as
-    `scaled_betas` does.
-    """
-    settings: dict[str, Any] = {
-        "lr": lr * row.lr,
-        "lr_scale": row.lr,
-        "weight_decay": weight_decay * row.weight_decay,
-        "eps": eps * row.eps,
-    }
+    """From the base model's values: ``lr, lr_scale, weight_decay, eps``, and ``betas`` where the recipe changes them,
+    which raises as `scaled_betas` does. ``lr_scale``: for loops that write the rate themselves: ``lr * lr_scale``."""
+    settings: dict[str, Any] = {"lr": lr * row.lr, "lr_scale": row.lr}
+    settings |= {"weight_decay": weight_decay * row.weight_decay, "eps": eps * row.eps}
     if row.one_minus_beta != 1.0:
         settings["betas"] = scaled_betas(betas, row.one_minus_beta)
     return settings
@@ -72,18 +60,14 @@ def scaled_betas(betas: Sequence[float], one_minus_beta: float) -> tuple[float, 
     """AdamW's betas with 1 - beta multiplied. Raises ConfigError: one is above 1, where a moment would not average."""
     scaled = tuple(1 - (1 - beta) * one_minus_beta for beta in betas)
     if min(scaled) < 0:
-        raise ConfigError(
-            f"completep: batch_ratio / token_ratio = {one_minus_beta:g} times 1 - beta of betas {list(betas)} is above "
-            "1; write larger betas, or check the two ratios"
-        )
+        what = f"batch_ratio / token_ratio = {one_minus_beta:g} times 1 - beta of betas {list(betas)} is above 1"
+        raise ConfigError(f"completep: {what}; write larger betas, or check the two ratios")
     return scaled
 
 
 def await_groups(model: torch.nn.Module) -> None:
     """Until `groups_built`, refuse an optimizer's step once gradients have reached the model: it has not been told the
-    roles. One that holds only other models' own parameters, as of a probe on this one, may step. Nothing is left on a
-    step's path when the groups are built.
-    """
+    roles. One that holds only other models' own parameters, as of a probe on this one, may step."""
     watching: list[Any] = []  # the hook on every optimizer's step, once there is a gradient
 
     def gradient_came(gradient: torch.Tensor) -> None:
@@ -113,22 +97,19 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         return
     raise StateError(
         f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
-        "optimizer was built with its roles' param groups: it would train with the base model's rates, decays and eps; "
-        "build the optimizer by megatron_patches.completep.optimizer.build_optimizer or ds_plugin.initialize, or give "
-        "any other the groups of megatron_patches.completep.build_param_groups"
+        "optimizer was built with its roles' param groups; build it by megatron_patches.completep.optimizer."
+        "build_optimizer or ds_plugin.initialize, or on the groups of megatron_patches.completep.build_param_groups"
     )
 
 
 def check_rates(
     groups: Sequence[Mapping[str, Any]], roles: Sequence[str], rows: Mapping[str, Multipliers], *, written_by: str
 ) -> None:
-    """Refuse a step whose groups' learning rates or weight decays are not in the ratios of their roles.
+    """Raises ConfigError for a step whose groups' learning rates or weight decays are not in the ratios of their roles;
+    ``written_by`` says who has written them.
 
     ``roles``: each group's; ``rows``: each role's multipliers. Whatever all groups share is the schedule's to set, zero
     too. Rates in tensors on a device cannot be read without waiting for it: it is said once that they are not checked.
-
-    Raises:
-        ConfigError: naming role, rates found and expected, and ``written_by``.
     """
     for name in ("lr", "weight_decay"):
         found = [group[name] for group in groups]
@@ -161,7 +142,5 @@ def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int
 
 @functools.cache
 def _say_unread(name: str) -> None:
-    told = (
-        "completep: the param groups hold %s in tensors on a device: whether they keep the roles' ratios is not checked"
-    )
+    told = "completep: the param groups hold %s in tensors on a device: that it keeps the roles' ratios is not checked"
     logging.getLogger("ds_plugin").warning(told, name)

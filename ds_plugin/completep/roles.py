@@ -1,8 +1,6 @@
-"""Which row of Table 1 each parameter of a megatron-core GPTModel belongs to, by name.
-
-Covers the local and TransformerEngine layers (TE folds the norm before a linear into it: ``layer_norm_weight``). A name
-that matches nothing is an error: a parameter trained by the wrong rule would show as nothing but a worse model.
-"""
+"""Which row of Table 1 each parameter of a megatron-core GPTModel belongs to, by name, with local or TransformerEngine
+layers (TE folds the norm before a linear into it: ``layer_norm_weight``). A name that matches nothing is an error: a
+parameter trained by the wrong rule would show as nothing but a worse model."""
 
 import re
 
@@ -25,14 +23,11 @@ _BRANCH_OUT = re.compile(rf"{_LAYER}(self_attention\.linear_proj|mlp\.linear_fc2
 
 
 def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
-    """The role of a parameter by its name inside the GPTModel.
+    """The role of a parameter by its name inside the GPTModel; layers may be wrapped by torch.compile.
 
     ``folded``: multipliers are folded into the weights, so that those which carry one have roles of their own.
-    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it. A layer may be one
-    that torch.compile has wrapped.
-
-    Raises:
-        ConfigError: the name is not one of a dense GPT's.
+    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it. Raises ConfigError:
+    the name is not one of a dense GPT's.
     """
     name = name.replace("_orig_mod.", "")
     if folded and (found := _BRANCH_OUT.fullmatch(name)):

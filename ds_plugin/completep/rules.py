@@ -1,7 +1,7 @@
 """Table 1 of CompleteP (Dey et al., arXiv 2505.01618) as pure functions of (role, m_N, m_L, alpha), and its relatives.
 
 m_N is the width ratio, hidden size / base hidden size; m_L the depth ratio, layers / base layers. Every multiplier
-applies to the base model's value: init standard deviation s, learning rate eta, weight decay lambda, AdamW epsilon.
+applies to the base model's value.
 
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Recipe = Literal["completep", "mup", "standard", "completed_p"]
+EpsScope = Literal["table", "all"]
 
 
 class Role(enum.Enum):
@@ -38,7 +39,7 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True)
 class Ratios:
-    """How the model and its training differ from the base's. Ratios below 1 (a smaller model) are fine."""
+    """How the model and its training differ from the base's; below 1 for smaller ones."""
 
     m_N: float
     m_L: float
@@ -67,18 +68,10 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
 
 
 def multipliers(
-    role: Role,
-    ratios: Ratios,
-    *,
-    recipe: Recipe = "completep",
-    eps_scope: Literal["table", "all"] = "table",
-    folded: bool = False,
+    role: Role, ratios: Ratios, *, recipe: Recipe = "completep", eps_scope: EpsScope = "table", folded: bool = False
 ) -> Multipliers:
-    """One row of the recipe's table; ``folded``: with `fold_factor` in it.
-
-    ``eps_scope="all"`` gives every role the block's epsilon, as the paper's reference code does; the table states the
-    rule for block parameters only. An ``init_std`` of 1 on a norm or bias is vacuous: they start at ones and zeros.
-    """
+    """One row of the recipe's table; ``folded``: with `fold_factor` in it. ``eps_scope="all"`` gives every role the
+    block's epsilon, as the paper's reference code does; the table states the rule for block parameters only."""
     reacted = effective(recipe, ratios)
     row = _table_1(role, reacted, eps_scope)
     if recipe == "completed_p":
@@ -90,10 +83,8 @@ def multipliers(
 
 
 def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:
-    """What folded mode multiplies a role's weights by, in place of an output in the forward pass; 1 for most.
-
-    The gradients are 1/c of those of the forward mode: a norm over all of them must weigh these by c.
-    """
+    """What folded mode multiplies a role's weights by, in place of an output in the forward pass; 1 for most. Gradients
+    are 1/c of the forward mode's: a norm over all of them must weigh these by c."""
     if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS):
         return residual_multiplier(ratios, recipe)
     if role in (Role.UNEMBEDDING, Role.LOGIT_NORM):
@@ -101,7 +92,7 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
     return 1.0
 
 
-def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
+def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     m_N, m_L, alpha = ratios.m_N, ratios.m_L, ratios.alpha
     block_lr, block_eps = m_L ** (alpha - 1), 1 / (m_N * m_L**alpha)
     other_eps = block_eps if eps_scope == "all" else 1.0
@@ -116,13 +107,11 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: Literal["table", "all"]) -> 
             return Multipliers(1, block_lr, 0, block_eps)
 
 
-def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: Literal["table", "all"]) -> Multipliers:
+def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     """Complete(d)P on top of a row of Table 1."""
     init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
-    if eps_scope == "table" and role is Role.EMBEDDING:
-        eps = 1 / ratios.m_N
-    if eps_scope == "table" and role is Role.QK_NORM:
-        eps = ratios.m_L**-ratios.alpha
+    if eps_scope == "table":
+        eps = {Role.EMBEDDING: 1 / ratios.m_N, Role.QK_NORM: ratios.m_L**-ratios.alpha}.get(role, eps)
     if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
         init_std, lr, weight_decay = init_std / ratios.m_N, lr / ratios.m_N, weight_decay * ratios.m_N
     batch = math.sqrt(ratios.m_B / ratios.m_D)

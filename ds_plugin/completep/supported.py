@@ -1,7 +1,5 @@
-"""Which models the rules cover, what may be around one, and how anything else is called in an error.
-
-Classes are told by their names, so that nothing is imported for it.
-"""
+"""Which models the rules cover, what may be around one, and how anything else is called in an error. Classes are told
+by their names, so that nothing is imported for it."""
 
 from typing import Any
 
@@ -20,10 +18,10 @@ _ENCODERS = ("padding", "no_mask")  # attention masks that hide no later token
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile, DistributedDataParallel, Float16Module or a DeepSpeed engine; or itself."""
     while not _is_a(model, *_GPT):
-        inside = (getattr(model, name, None) for name in _INSIDE)
-        if (inner := next((found for found in inside if isinstance(found, torch.nn.Module)), None)) is None:
+        inside = [found for name in _INSIDE if isinstance(found := getattr(model, name, None), torch.nn.Module)]
+        if not inside:
             break
-        model = inner
+        model = inside[0]
     return model
 
 
@@ -35,9 +33,8 @@ def bare_model(model: Any) -> Any:
     while model is not bare and isinstance(getattr(model, _COMPILED, None), torch.nn.Module):
         model = getattr(model, _COMPILED)
     if model is not bare:
-        raise ConfigError(
-            f"completep: given {label(model)} around {label(bare)}; give the model itself, before it is wrapped"
-        )
+        what = f"{label(model)} around {label(bare)}"
+        raise ConfigError(f"completep: given {what}; give the model itself, before it is wrapped")
     return bare
 
 
@@ -47,16 +44,15 @@ def gpt_of(model: Any) -> Any:
 
 
 def is_foreign_pipeline(model: Any) -> bool:
-    """Whether this is a model for DeepSpeed's pipeline that was not cut from a GPTModel by name."""
+    """Whether this is another model for DeepSpeed's pipeline."""
     return _is_a(model, "PipelineModule") and not _is_a(model, _PIPELINE)
 
 
 def check_model(model: Any) -> None:
-    """Raises ConfigError for a model of another kind, by the name of its class."""
+    """Raises ConfigError for a model of another kind."""
     if not _is_a(model, *_GPT):
-        raise ConfigError(
-            f"completep: this is {label(model)}; supported are {MODELS}; build one of them, or leave the section out"
-        )
+        remedy = f"supported are {MODELS}; build one of them, or leave the section out"
+        raise ConfigError(f"completep: this is {label(model)}; {remedy}")
 
 
 def check_config(config: Any) -> None:
@@ -72,10 +68,8 @@ def check_mask(layer: Any) -> None:
     """Raises ConfigError for a layer spec whose tokens see later ones, as an encoder's do."""
     params = getattr(getattr(layer.submodules, "self_attention", None), "params", None) or {}
     if (name := getattr(params.get("attn_mask_type"), "name", None)) in _ENCODERS:
-        raise ConfigError(
-            f"completep: the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5; use a "
-            "decoder-only GPT layer spec"
-        )
+        what = f"the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5"
+        raise ConfigError(f"completep: {what}; use a decoder-only GPT layer spec")
 
 
 def label(thing: Any) -> str:

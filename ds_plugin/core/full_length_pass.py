@@ -1,7 +1,6 @@
-"""The passes of one step at full length before the first short one, so that an out-of-memory shows at once.
+"""The passes of one step at full length before the first short one: an out-of-memory shows at once, not hours later.
 
-A warmup's first steps are small: without this, the first step that does not fit comes hours later. The passes are the
-framework's own, with room held for what the optimizer's first step will keep; what they leave behind is put back.
+The passes are the framework's own, with room held for what the optimizer's first step will keep.
 """
 
 import contextlib
@@ -30,30 +29,41 @@ def full_length_pass(
     modules: Iterable[torch.nn.Module], room: Callable[[], list[torch.Tensor]], *, length: int, means: str
 ) -> Iterator[None]:
     """Around the passes at ``length`` tokens, on every rank: ``room()`` is held, and the modules' buffers and this
-    rank's random streams are afterwards what they were. All ranks go on, or none.
-
-    Raises:
-        torch.OutOfMemoryError: with a note that says where it came from and by which ``means`` a step fits. Nothing
-            that was made in the block is kept.
-    """
-    with ending_together(), _remedy(length, means), _untouched(modules):
-        held = room()
+    rank's random streams are afterwards what they were. All ranks go on, or none. Raises torch.OutOfMemoryError with a
+    note that says where it came from and by which ``means`` a step fits; nothing made in the block is kept."""
+    held: list[torch.Tensor] = []
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with ending_together():
+        streams = rng.capture()
         try:
+            # by named_buffers: in Megatron's DDP, "buffers" is a list
+            buffers += [(buffer, buffer.clone()) for module in modules for _, buffer in module.named_buffers()]
+            held += room()
             yield
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # they would keep the activations while the error is known
+            error.add_note(
+                f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, "
+                f'as at the end of the warmup; use {means}, or write "preflight": false to find out then'
+            )
+            raise
         finally:
             held.clear()  # an error's traceback would keep it
+            rng.restore(streams)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
 
 
 def state_to_come(
     parameters: Iterable[torch.Tensor], kinds: Callable[[torch.Tensor], Sequence[torch.dtype]]
 ) -> list[torch.Tensor]:
-    """Tensors as large as the state that an optimizer makes in its first step on these master weights, each where its
-    master is: one of each of ``kinds(master)``. Their contents are not set."""
+    """Empty tensors as large as what an optimizer's first step makes for its masters: one of each ``kinds(master)``."""
     return [torch.empty_like(each, dtype=kind) for each in parameters for kind in kinds(each)]
 
 
 def peak(device: torch.device) -> str:
-    """The fullest accelerator's, from the process's start on; every rank calls it. Nothing on a CPU."""
+    """The fullest accelerator's memory, since the process began; every rank calls it. Nothing on a CPU."""
     if device.type == "cpu":
         return ""
     torch.accelerator.empty_cache()  # the run's own tensors do not go into the pieces of what is no longer needed
@@ -68,12 +78,9 @@ def peak(device: torch.device) -> str:
 def ending_together() -> Iterator[None]:
     """All ranks leave the block, or all of them end with the error of the one that failed in it.
 
-    In the block ranks wait in collectives that one that has failed never joins, for half an hour, and no exception
-    reaches a thread that waits there. So each rank looks into the process group's store from another thread, and where
-    it finds an error, prints it and ends the process.
-
-    Raises:
-        StateError: another rank has failed, which a collective has told by an error of its own.
+    The others wait in collectives that it never joins, for half an hour, and no exception reaches a thread that waits
+    there. So each rank looks into the process group's store from another thread, and where it finds an error, prints it
+    and ends the process. Raises StateError: a collective has told by an error of its own that another rank failed.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -112,30 +119,3 @@ def _word(store: dist.Store) -> str | None:
         return store.get(_FAILED).decode() if store.check([_FAILED]) else None
     except RuntimeError:
         return "the rank that kept the process group's store has ended"
-
-
-@contextlib.contextmanager
-def _remedy(length: int, means: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # they would keep the activations for as long as the error is known
-        error.add_note(
-            f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, and "
-            f'neither will training at the end of the warmup; use {means}, or write "preflight": false to find out then'
-        )
-        raise
-
-
-@contextlib.contextmanager
-def _untouched(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    streams = rng.capture()
-    # by named_buffers: in Megatron's DDP, "buffers" is a list
-    buffers = [(buffer, buffer.clone()) for module in modules for _, buffer in module.named_buffers()]
-    try:
-        yield
-    finally:
-        rng.restore(streams)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

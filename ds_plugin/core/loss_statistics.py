@@ -1,7 +1,7 @@
 """The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance.
 
-Between two reports they cost a few operations on a scalar on the device per micro-batch: no sync, no collective. For a
-report all ranks exchange one small vector; where the variance is asked for, each reads its own shard of Adam's state.
+They cost a few operations on a scalar on the device per micro-batch: no sync, no collective. For a report all ranks
+exchange one small vector; where the variance is asked for, each reads its own shard of Adam's state.
 """
 
 import math
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from ds_plugin.core.errors import StateError
 
 THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
-# Elements of Adam's state that are read at a time. On a CPU 1 MB of temporary memory, which stays in the cache: 16 MB
-# come anew from the system, and take up to three times as long. On an accelerator 16 MB, for few kernels.
+# Elements of Adam's state that are read at a time: on a CPU 1 MB, which stays in the cache (16 MB, new from the system,
+# take up to three times as long); on an accelerator 16 MB, for few kernels.
 _CHUNK_CPU, _CHUNK_DEVICE = 2**18, 2**22
 _ERRORS = 2.0  # standard errors that a ratio must stand out by before anything is done about it
 _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a rank without such state
@@ -29,12 +29,11 @@ class LossRatio:
     The lowest is looked for among the steps that were not longer: a longer context makes a lower loss, and a short step
     after a long one, as the carry mode has them, is no spike. Where lengths only grow, it is the paper's ratio.
 
-    ``beyond_noise`` is the last ratio less what noise may have done: two standard errors off the loss, and as many on
-    top of the lowest. What acts on a ratio looks at it. A mean over a handful of labels is as often 20 % off.
+    ``beyond_noise``, for what acts on it, is the last ratio less what noise may have done: two standard errors off the
+    loss, and as many on top of the lowest. A mean over a handful of labels is as often 20 % off.
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """``state``: a saved one to go on from."""
         state = state or {"lowest": [], "highest": None, "above": [0] * len(THRESHOLDS)}
         # by length: loss and standard error; only those that no shorter one undercuts
         self._lowest: dict[int, tuple[float, float]] = {at: (loss, error) for at, loss, error in state["lowest"]}
@@ -42,17 +41,10 @@ class LossRatio:
         self.above = list(state["above"])
         self.beyond_noise: float | None = None
 
-    @property
-    def lowest(self) -> float | None:
-        """Of all losses so far; None if there is none."""
-        return min((loss for loss, _ in self._lowest.values()), default=None)
-
     def feed(self, loss: float | None, length: int = 0, error: float = 0.0) -> float | None:
         """The ratio of the next step's loss, all ranks' mean with its standard error, at ``length`` tokens a sample.
-
-        None: it is the first loss, or not known (None), or zero or below, of which a ratio says nothing. A loss that is
-        not finite has an infinite ratio, also as the first. Neither of those is ever the lowest.
-        """
+        None: it is the first loss, or not known (None), or zero or below. A loss that is not finite has an infinite
+        ratio, also as the first. Neither is ever the lowest."""
         ratio = self.beyond_noise = None
         if loss is not None and not math.isfinite(loss):
             ratio = self.beyond_noise = math.inf
@@ -78,9 +70,7 @@ class LossRatio:
 @dataclass
 class Correlation:
     """Pearson's correlation of pairs that come one at a time (Welford's update: no sums of squares that cancel).
-
-    ``Correlation(*correlation.state())`` goes on from it.
-    """
+    ``Correlation(*correlation.state())`` goes on from it."""
 
     count: int = 0
     mean_x: float = 0.0
@@ -90,7 +80,7 @@ class Correlation:
     xy: float = 0.0
 
     def add(self, x: float | None, y: float | None) -> None:
-        """One pair. It is left out if a number in it is missing or not finite."""
+        """One pair, unless a number in it is missing or not finite."""
         if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
             return
         self.count += 1
@@ -117,7 +107,6 @@ class Readings(Protocol):
 
     @property
     def device(self) -> torch.device: ...  # where losses and gradient norms are
-
     @property
     def step(self) -> int: ...  # optimizer steps so far, equal on all ranks
 
@@ -140,19 +129,16 @@ class Summed(Protocol):
 
 
 def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on its device.
-
-    The l1 norms of all ranks add up to the model's, the largest of the maxima is the model's. No gather, no sync, no
-    temporary of the state's size. None: this rank holds no such state. Ranks of one tensor-parallel group each count
-    what they replicate (the norms' weights), pipeline stages a tied weight.
-    """
+    """This rank's part of Adam's ``sqrt(v)``: l1 norm and largest element, float64 scalars on its device; None: it has
+    none. The ranks' norms add up to the model's (what tensor-parallel ranks or pipeline stages replicate is counted on
+    each), the largest of the maxima is the model's. No gather, no sync, no temporary of the state's size."""
     norms, maxima = [], []
     for variance in readings.adam_variances():
         for chunk in variance.reshape(-1).split(_CHUNK_CPU if variance.is_cpu else _CHUNK_DEVICE):
             if chunk.numel() == 0:
                 continue
-            # torch.sum adds up pairwise: 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
-            # ord=0.5) needs no temporary at all, but adds up in sequence and is 8 % off for 30 million on a CPU.
+            # torch.sum adds up pairwise, 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
+            # ord=0.5), without a temporary, adds up in sequence: 8 % off for 30 million on a CPU.
             norms.append(chunk.float().sqrt().sum().double().to(readings.device))
             maxima.append(chunk.max().double().sqrt().to(readings.device))
     if not norms:
@@ -162,19 +148,14 @@ def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | Non
 
 @dataclass(frozen=True)
 class Report:
-    """What the instruments say after a step; equal on all ranks. None: not known.
-
-    ``loss_ratio`` is the last step's, ``max_loss_ratio`` the largest since the report before. ``variance_l1`` and
-    ``variance_max`` are of sqrt(v) after the last step. ``beyond_noise``: see `LossRatio`, of every step since the
-    report before, oldest first.
-    """
+    """What the instruments say after a step; equal on all ranks. None: not known."""
 
     step: int
-    loss_ratio: float | None
-    max_loss_ratio: float | None
-    variance_l1: float | None
+    loss_ratio: float | None  # the last step's
+    max_loss_ratio: float | None  # the largest since the report before
+    variance_l1: float | None  # of sqrt(v) after the last step
     variance_max: float | None
-    beyond_noise: tuple[float | None, ...] = ()
+    beyond_noise: tuple[float | None, ...] = ()  # see `LossRatio`: of every step since the report before, oldest first
 
 
 class StabilityMonitor:
@@ -183,12 +164,14 @@ class StabilityMonitor:
     A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
     its gradient 0. So a step is infinite only if no micro-batch of any rank had a finite loss, or if its gradient norm
     was not finite.
+
+    ``extra``: numbers by name that must be equal on all ranks, such as the length. ``variance``: reports hold Adam's,
+    too, at a pass over its state each; raises StateError where the framework keeps that in a way not known.
     """
 
     #: of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
     _ratios: list[tuple[float | None, float | None]]
-    #: steps whose losses have not: their slots come first, the one after them is open
-    _closed: int
+    _closed: int  # steps whose losses have not: their slots come first, the one after them is open
 
     def __init__(
         self,
@@ -199,13 +182,6 @@ class StabilityMonitor:
         variance: bool = False,
         summed: Summed | None = None,
     ):
-        """``extra``: numbers by name that must be equal on all ranks, such as the length. ``variance``: reports hold
-        Adam's, too, which costs a pass over its state each.
-
-        Raises:
-            StateError: the framework keeps the optimizer's state in a way not known.
-        """
-        assert interval >= 1
         if variance:
             readings.adam_variances()  # so that it raises now and not at the first report
         self.readings, self.interval, self.extra = readings, interval, extra
@@ -221,13 +197,9 @@ class StabilityMonitor:
         self._counts[self._closed] += 1
 
     def close_step(self, length: int = 0) -> Report | None:
-        """The optimizer step is over; every rank calls it. A `Report` if it was the interval's last one.
-
-        ``length``: of its samples in tokens, equal on all ranks; see `LossRatio`.
-
-        Raises:
-            StateError: on all ranks, if a number of ``extra`` or the step differs between them.
-        """
+        """The optimizer step is over; every rank calls it. A `Report` if it was the interval's last one. ``length``: of
+        its samples in tokens, equal on all ranks; see `LossRatio`. Raises StateError, on all ranks, if a number of
+        ``extra`` or the step differs between them."""
         self._book_gradient_norm()
         self._lengths[self._closed] = length
         self._closed += 1
@@ -235,9 +207,7 @@ class StabilityMonitor:
 
     def report(self) -> Report | None:
         """Report now and start a new interval, as at the end of a run; None if no step has been closed since the last.
-
-        Every rank calls it. Raises as `close_step` does.
-        """
+        Every rank calls it. Raises as `close_step` does."""
         if not self._ratios and not self._closed:
             return None
         l1, maximum = self._exchange(variance=self.variance)
@@ -267,43 +237,35 @@ class StabilityMonitor:
         """
         if self._closed:
             self._exchange()
-        return {
-            "loss_ratio": self.loss_ratio.state(),
-            "with_l1": self.with_l1.state(),
-            "with_max": self.with_max.state(),
-            "ratios": list(self._ratios),
-        }
+        parts = {name: getattr(self, name).state() for name in ("loss_ratio", "with_l1", "with_max")}
+        return {**parts, "ratios": list(self._ratios)}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a saved state; None starts afresh. What was recorded since is dropped.
-
-        If it is already as long as this run's interval, which may be another, the report comes with the next step.
-        """
+        """Take over a saved state; None starts afresh. What was recorded since is dropped. If it is already as long as
+        this run's interval, which may be another, the report comes with the next step."""
         state = state or {"loss_ratio": None, "with_l1": [], "with_max": [], "ratios": []}
         self.loss_ratio = LossRatio(state["loss_ratio"])
         self.with_l1, self.with_max = Correlation(*state["with_l1"]), Correlation(*state["with_max"])
         self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
         n, self._closed = self.interval, 0
         self._lengths, self._counts = [0] * n, [0] * n  # tokens of a sample; micro-batches with a mean
-        # Of the finite means: their sum, the sum of their squares, how many they are.
+        # of the finite means: their sum, the sum of their squares, how many they are
         self._booked = torch.zeros(3, n, dtype=torch.float64, device=self.readings.device)
 
     def _book_gradient_norm(self) -> None:
         """A norm that is not finite makes the step's sum infinite; one below 0 is DeepSpeed's mark of such. No sync."""
-        norm = self.readings.gradient_norm()
+        norm, booked = self.readings.gradient_norm(), self._booked[0, self._closed]
         if isinstance(norm, torch.Tensor):
-            sound = (torch.isfinite(norm) & (norm >= 0)).reshape(())
-            self._booked[0, self._closed].add_(torch.where(sound, 0.0, math.inf))
+            booked.add_(torch.where((torch.isfinite(norm) & (norm >= 0)).reshape(()), 0.0, math.inf))
         elif norm is not None and not 0 <= norm < math.inf:
-            self._booked[0, self._closed].fill_(math.inf)
+            booked.fill_(math.inf)
 
     def _exchange(self, *, variance: bool = False) -> tuple[float | None, float | None]:
         """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
 
-        One vector per rank, in float64 (token counts do not fit float32): by slot the finite losses' sums, those of
-        their squares and how many they are; with ``variance`` l1 norm and maximum; by slot how many losses there were;
-        the numbers to compare; those to add up. Every rank works out the same from the same table, on the CPU: in which
-        order a GPU adds up depends on its kind.
+        One vector per rank, in float64 (token counts do not fit float32): by slot `_booked`; with ``variance`` l1 norm
+        and maximum; by slot how many losses there were; the numbers to compare; those to add up. Every rank works out
+        the same from the same table, on the CPU: in which order a GPU adds up depends on its kind.
         """
         n, device = self.interval, self.readings.device
         equal = {"step": self.readings.step, **self.extra()}
@@ -339,10 +301,8 @@ class StabilityMonitor:
 
 
 def _mean(total: float, squares: float, finite: float, count: float) -> tuple[float | None, float]:
-    """A step's loss, the mean of ``finite`` out of ``count`` micro-batches', and its standard error.
-
-    None: nobody has computed one. A single micro-batch tells nothing of the error: 0.
-    """
+    """A step's loss, the mean of ``finite`` out of ``count`` micro-batches' (None: nobody has computed one), and its
+    standard error, of which a single micro-batch tells nothing: 0."""
     if not count and math.isfinite(total):
         return None, 0.0
     if not finite or not math.isfinite(total):
@@ -354,10 +314,9 @@ def _mean(total: float, squares: float, finite: float, count: float) -> tuple[fl
 
 def _refuse_different(numbers: np.ndarray, names: list[str]) -> None:
     """``numbers``: [ranks, names]. Raises StateError for the first name whose number differs from rank 0's."""
-    differing = np.argwhere((numbers != numbers[0]).T)
-    if len(differing):
-        column, rank = differing[0]
+    for column, rank in np.argwhere((numbers != numbers[0]).T):
+        here, there = numbers[rank, column], numbers[0, column]
         raise StateError(
-            f"{names[column]} is {numbers[rank, column]:.17g} on rank {rank} and {numbers[0, column]:.17g} on rank 0, "
-            "so they train different runs; give all ranks the same JSON and the same checkpoint"
+            f"{names[column]} is {here:.17g} on rank {rank} and {there:.17g} on rank 0, so they train different runs; "
+            "give all ranks the same JSON and the same checkpoint"
         )

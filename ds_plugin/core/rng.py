@@ -1,8 +1,5 @@
-"""This rank's random streams, in a checkpoint: Python, NumPy, PyTorch on CPU and GPU, megatron-core's tracker.
-
-Written as safetensors, so that loading a checkpoint runs no code from it: the states of Python and NumPy are JSON in a
-uint8 tensor, PyTorch's are uint8 tensors already.
-"""
+"""This rank's random streams: Python, NumPy, PyTorch on CPU and GPU, megatron-core's tracker. In a checkpoint they are
+safetensors, so that loading one runs no code from it: the states of Python and NumPy are JSON in a uint8 tensor."""
 
 import json
 import random
@@ -28,11 +25,8 @@ def save(path: Path) -> None:
 
 
 def load(path: Path) -> None:
-    """Put every stream back to where `save` found it.
-
-    Raises CheckpointError, with no stream changed, when the file is missing or damaged, or was written on a rank with
-    other streams (a GPU or not, other names in megatron-core's tracker).
-    """
+    """Put every stream back to where `save` found it. Raises CheckpointError, with no stream changed: file missing
+    or damaged, or of a rank with other streams (a GPU or not, other names in megatron-core's tracker)."""
     try:
         streams = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -41,10 +35,11 @@ def load(path: Path) -> None:
 
 
 def capture() -> dict[str, torch.Tensor]:
-    """The states of all streams, as CPU tensors of dtype uint8 with one dimension."""
+    """The states of all streams, as flat CPU tensors of dtype uint8."""
     numpy_state: dict[str, Any] = dict(np.random.get_state(legacy=False))  # type: ignore[arg-type]
     numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": int(numpy_state["state"]["pos"])}
-    streams = {"python": _to_tensor(random.getstate()), "numpy": _to_tensor(numpy_state)}
+    texts = {"python": random.getstate(), "numpy": numpy_state}
+    streams = {name: torch.tensor(list(json.dumps(s).encode()), dtype=torch.uint8) for name, s in texts.items()}
     streams["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         streams["cuda"] = torch.cuda.get_rng_state()
@@ -55,18 +50,17 @@ def capture() -> dict[str, torch.Tensor]:
 
 
 def restore(streams: dict[str, torch.Tensor], source: str = "the given states") -> None:
-    """Put back what `capture` returned. Raises CheckpointError as `load` does; `source` names them in its message."""
-    here, there = set(capture()), set(streams)
+    """Put back what `capture` returned. Raises CheckpointError as `load` does; ``source`` names them in its message."""
+    here, there = sorted(capture()), sorted(streams)
     if here != there:
         raise CheckpointError(
-            f"random streams: '{source}' holds {sorted(there)}, this rank has {sorted(here)}; resume on the same kind "
-            "of machine with the same model-parallel set-up, after the model is built"
+            f"random streams: '{source}' holds {there}, this rank has {here}; resume on the same kind of machine with "
+            "the same model-parallel set-up, after the model is built"
         )
     try:
-        version, internal, gauss = _from_tensor(streams["python"])
+        (version, internal, gauss), numpy_state = (json.loads(bytes(streams[n].tolist())) for n in ("python", "numpy"))
         python_state = (version, tuple(internal), gauss)
         random.Random().setstate(python_state)  # a damaged state fails here, before anything has changed
-        numpy_state = _from_tensor(streams["numpy"])
         numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
         np.random.RandomState().set_state(numpy_state)
         torch.Generator().set_state(streams["torch"])
@@ -88,10 +82,8 @@ def restore(streams: dict[str, torch.Tensor], source: str = "the given states") 
 
 
 def _tracker() -> Any:
-    """Megatron-core's CudaRNGStatesTracker if this process has set one up, else None.
-
-    Asking megatron-core for it would set one up, and fix its kind before the model had a chance to choose.
-    """
+    """Megatron-core's CudaRNGStatesTracker if this process has set one up, else None: asking megatron-core for it would
+    set one up, and fix its kind before the model had a chance to choose."""
     module = sys.modules.get("megatron.core.tensor_parallel.random")
     if module is None or not getattr(module, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False):
         return None
@@ -101,11 +93,3 @@ def _tracker() -> Any:
 def _tracker_states() -> dict[str, Any]:
     tracker = _tracker()
     return dict(tracker.get_states()) if tracker is not None and tracker.is_initialized() else {}
-
-
-def _to_tensor(value: Any) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def _from_tensor(tensor: torch.Tensor) -> Any:
-    return json.loads(bytes(tensor.tolist()))

@@ -1,7 +1,7 @@
 """The averager: snapshots of this rank's fp32 masters, and the swap that puts their average in place.
 
-A snapshot goes to CPU memory: no collective, no accelerator memory. From an accelerator it does so while training goes
-on (`stager`). What is kept and read is the mode's (`modes`), where it lies the storage's (`storage`).
+A snapshot goes to CPU memory: no collective, no accelerator memory; from an accelerator while training goes on
+(`stager`). What is kept and read is the mode's (`modes`), where it lies the storage's (`storage`).
 """
 
 import contextlib
@@ -20,8 +20,16 @@ from ds_plugin.weight_averaging.snapshots.storage import Storage
 from ds_plugin.weight_averaging.state.fragments import Fragment
 from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 
+_LOG = logging.getLogger("ds_plugin")
+
 #: whether a step was finite; None: nobody knows
 Finite = bool | torch.Tensor | None
+#: the remedy where there is too little memory
+_SMALLER = {
+    "sliding": 'write a smaller "window", or "mode": "block", which keeps two copies whatever the window',
+    "block": "use more ranks under ZeRO, or fewer on a node",
+    "ema": 'write fewer "horizons"',
+}
 
 
 class MasterShards(Protocol):
@@ -42,38 +50,29 @@ class MasterShards(Protocol):
 class WeightAverager:
     """Averages snapshots of the masters, one every ``interval`` applied steps from ``start_step`` on.
 
-    CPU memory per rank, allocated here, once: the mode's buffers (`modes.buffers`), in files if asked for, and a spare
-    one of 4 bytes x local parameters. In it snapshots arrive, the average is worked out, and the training weights wait
-    while the average is swapped in.
-
-    Raises:
-        ConfigError: on every rank alike: a master weight is not fp32, or a node has too little memory or disk.
+    CPU memory per rank, allocated here, once: `modes.buffers`, in files if asked for, and a spare one of 4 bytes x
+    local parameters, where snapshots arrive, the average is worked out, and training weights wait during a swap. Raises
+    ConfigError, on every rank alike: a master weight is not fp32, or a node has too little memory or disk.
     """
 
     def __init__(self, config: WeightAveragingConfig, shards: MasterShards):
         self.config, self.shards, self.swapped = config, shards, False
-        self._remedy = "leave the averaged_weights() block first"
+        self._remedy, self._said = "leave the averaged_weights() block first", False
         masters = shards.tensors()
         if wrong := [master.dtype for master in masters if master.dtype != torch.float32]:
             raise ConfigError(
-                f"weight_averaging: the optimizer's master weights are {wrong[0]}; averaging needs fp32 masters "
-                '(remove "fp16_master_weights_and_grads" / "bf16_master_weights_and_grads" from the JSON)'
+                f"weight_averaging: the optimizer's master weights are {wrong[0]}, averaging needs fp32; "
+                'remove "fp16_master_weights_and_grads" / "bf16_master_weights_and_grads" from the JSON'
             )
         self._shapes = [master.shape for master in masters]
-        storage = Storage(config, masters)
-        self.memory, self.files = storage.reserve(modes.buffers(config), _SMALLER[config.mode])
+        storage = Storage(config, masters, modes.buffers(config))
+        self.memory, self.files = storage.reserve(_SMALLER[config.mode])
+        with raise_on_all_ranks():
+            kept, self._spare = storage.allocate()
+        self._mode, self._exchangeable = modes.make(config, kept), storage.exchangeable
         self._copies = stager.copies_from(masters)
-        try:
-            with raise_on_all_ranks():
-                self._mode = modes.make(config, storage.allocate)
-                self._spare = storage.spare()
-        except BaseException:
-            self.close()
-            raise
-        self._exchangeable = storage.exchangeable
         if self._copies is not None:
             self._verdict = storage.verdict()
-        self._said = False
 
     def close(self) -> None:
         """Let go of the snapshots' memory or files, and of the thread; the averager is of no use afterwards."""
@@ -81,8 +80,7 @@ class WeightAverager:
             if self._copies is not None:
                 self._copies.close()
         finally:
-            for name in ("_mode", "_spare"):  # as far as the constructor has come
-                vars(self).pop(name, None)
+            del self._mode, self._spare
 
     @property
     def mode(self) -> modes.Mode:
@@ -95,11 +93,11 @@ class WeightAverager:
         """This rank's live masters. Raises StateError if their shapes have changed since the averager was made."""
         masters = self.shards.tensors()
         if [master.shape for master in masters] != self._shapes:
+            here, before = sum(m.numel() for m in masters), sum(shape.numel() for shape in self._shapes)
             raise StateError(
-                f"weight_averaging: the optimizer has {len(masters)} master weights of "
-                f"{sum(m.numel() for m in masters)} elements, and had {len(self._shapes)} of "
-                f"{sum(shape.numel() for shape in self._shapes)} when averaging began: call add_param_group() before "
-                "ds_plugin.attach(), or between ds_plugin.detach() and attach()"
+                f"weight_averaging: the optimizer has {len(masters)} master weights of {here} elements, and had "
+                f"{len(self._shapes)} of {before} when averaging began; call add_param_group() before attach(), or "
+                "between detach() and attach()"
             )
         return masters
 
@@ -119,16 +117,15 @@ class WeightAverager:
             "ema": f"exponential averages over {' and '.join(map(str, c.horizons or ()))} snapshots",
         }[c.mode]
         when = f"of one snapshot every {c.interval} steps from step {c.start_step} on"
-        where = f"{self.memory}, {self.files}" if self.files is not None else str(self.memory)
-        return f"weight averaging: {what} {when}, {where}"
-
-    def due(self, step: int) -> bool:
-        """Whether a snapshot is taken after optimizer step ``step`` (counted from 1)."""
-        return step >= max(1, self.config.start_step) and step % self.config.interval == 0
+        return f"weight averaging: {what} {when}, {', '.join(str(m) for m in (self.memory, self.files) if m)}"
 
     def first_step(self) -> int:
         """The step of the first snapshot."""
         return -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot is taken after optimizer step ``step`` (counted from 1)."""
+        return step >= self.first_step() and step % self.config.interval == 0
 
     def before_step(self) -> None:
         """Call it before the optimizer's step, which overwrites masters that may still be on their way."""
@@ -137,68 +134,47 @@ class WeightAverager:
 
     def snapshot(self, step: int, *, finite: Finite = None) -> None:
         """Fold in the masters as they are after step ``step``. From an accelerator: begin to, without waiting for it.
-
-        ``finite``: whether the step was, the same on all ranks; if not, the snapshot is left out. It may be one element
-        on the accelerator, which is read when the masters have arrived: a boolean, or the gradient norm, see
-        `finite.is_sound`. None: look at the masters, which costs a pass over them.
-        """
+        ``finite``: whether the step was, the same on all ranks; if not, it gives no snapshot. It may be one element on
+        the accelerator, read when the masters have arrived: a boolean, or the gradient norm, see `finite.is_sound`.
+        None: look at the masters, which costs a pass over them."""
         masters = self.masters()
-        if finite is False:  # nothing needs to be copied
-            self._is_fit(step, masters, finite)
-        elif self._copies is not None:
+        if self._copies is not None and finite is not False:
             self._copies.drain()  # before the spare buffer is named: the last snapshot may have changed it for another
             src, dst = masters, self._spare
             if isinstance(finite, torch.Tensor):
                 verdict = self._verdict[: finite.dtype.itemsize].view(finite.dtype)
                 src, dst, finite = [*masters, finite.reshape(1)], [*self._spare, verdict], verdict
-            self._copies.begin(dst, src, lambda: self._arrived(step, finite))
-        elif all(m.device.type == "cpu" for m in masters):
-            if self._is_fit(step, masters, finite):
-                self._mode.add(step, masters)
+            self._copies.begin(dst, src, lambda: self._fold(step, self._spare, finite))
+        elif finite is False or all(m.device.type == "cpu" for m in masters):  # nothing needs to be copied
+            self._fold(step, masters, finite)
         else:
             window.copy_(self._spare, masters)
-            self._arrived(step, finite)
+            self._fold(step, self._spare, finite)
 
-    def _arrived(self, step: int, finite: Finite) -> None:
-        """Fold in what lies in the spare buffer. After an asynchronous copy, on another thread than the training's."""
-        if not self._is_fit(step, self._spare, finite):
-            return
-        if self._exchangeable:
-            self._spare = self._mode.take(step, self._spare)
-        else:
-            self._mode.add(step, self._spare)
-
-    def _is_fit(self, step: int, snapshot: list[torch.Tensor], finite: Finite) -> bool:
-        fit = window.all_finite(snapshot) if finite is None else is_sound(finite)
-        if not fit and not self._said:
+    def _fold(self, step: int, snapshot: list[torch.Tensor], finite: Finite) -> None:
+        """Fold in the masters or the spare buffer. After an asynchronous copy, not on the training's thread."""
+        if window.all_finite(snapshot) if finite is None else is_sound(finite):
+            if snapshot is self._spare and self._exchangeable:
+                self._spare = self._mode.take(step, snapshot)
+            else:
+                self._mode.add(step, snapshot)
+        elif not self._said:
             self._said = True
-            logging.getLogger("ds_plugin").warning(
-                "weight averaging: step %d is not finite, no snapshot is taken of it (said once)", step
-            )
-        return fit
+            _LOG.warning("weight averaging: step %d is not finite, no snapshot is taken of it (said once)", step)
 
     @contextlib.contextmanager
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
-        """Training's weights out, the average in; on leaving, all is bit for bit as before. Every rank enters it.
-
-        So are the model's buffers (a BatchNorm's statistics). If the average cannot be put in place on some rank, an
-        error says so on every rank, and nothing has changed.
-
-        Raises:
-            StateError: as `read` does; on leaving, the training weights could not be put back: then `swapped` stays
-                true.
-        """
+        """Training's weights out, the average in; on leaving, all is bit for bit as before, the model's buffers (a
+        BatchNorm's statistics) too. Every rank enters it. What fails on one while swapping in fails on every rank, and
+        nothing has changed. Raises StateError as `read` does; on leaving, the training weights could not be put back:
+        then `swapped` stays true."""
         self.read(horizon)
         scratch, buffers = self._swap_in()
         try:
             yield
         except BaseException as error:  # said now: if this rank is alone with it, it may wait below for ever
-            what = f"{type(error).__name__}: {error}"
-            logging.getLogger("ds_plugin").warning(
-                "weight averaging: the averaged_weights() block ends with %s; the training weights are put back, for "
-                "which the ranks may wait for each other",
-                what,
-            )
+            said = f"weight averaging: the averaged_weights() block ends with {type(error).__name__}: {error}; "
+            _LOG.warning("%sthe training weights are put back, for which the ranks may wait for each other", said)
             raise
         finally:
             # the framework may have moved the masters to other memory meanwhile
@@ -210,32 +186,23 @@ class WeightAverager:
             raise StateError(f"weight_averaging: {what} while the averaged weights are swapped in; {self._remedy}")
 
     def restart(self, horizon: int | None = None) -> None:
-        """The average becomes the training weights, and its snapshots are forgotten. Every rank calls it.
-
-        Raises:
-            StateError: as `read` does. After any error nothing has changed.
-        """
+        """The average becomes the training weights, and its snapshots are forgotten. Every rank calls it. Raises as
+        `read` does; after any error nothing has changed."""
         self.read(horizon)
         self._swap_in()
         self.swapped = False
         self.reset()
 
     def read(self, horizon: int | None = None) -> list[torch.Tensor]:
-        """The average, in the spare buffer: in the shards' order, good until the next snapshot or swap.
-
-        Raises:
-            StateError: no snapshot has been taken yet, the average is swapped in, or there is no such horizon.
-        """
+        """The average, in the spare buffer: in the shards' order, good until the next snapshot or swap. Raises
+        StateError: no snapshot has been taken yet, the average is swapped in, or there is no such horizon."""
         self.refuse_while_swapped("another read of the average")
         if horizon is not None and horizon not in (self.config.horizons or ()):
-            raise StateError(
-                f"weight_averaging: there is no horizon {horizon}; mode {self.config.mode!r} here has "
-                f"{self.config.horizons or 'none'}: give one of those, or leave it out"
-            )
+            known = f"mode {self.config.mode!r} here has {self.config.horizons or 'none'}"
+            raise StateError(f"weight_averaging: there is no horizon {horizon}; {known}: give one, or leave it out")
         if not self.steps:
-            raise StateError(
-                f"weight_averaging: there is no snapshot to average yet; the first is taken at step {self.first_step()}"
-            )
+            first = f"the first is taken at step {self.first_step()}"
+            raise StateError(f"weight_averaging: there is no snapshot to average yet; {first}")
         self.mode.read_(self._spare, horizon)
         return self._spare
 
@@ -243,13 +210,13 @@ class WeightAverager:
         """Mode sliding: the snapshots held, oldest first; each a list of fp32 tensors in the shards' order."""
         return cast(modes.Sliding, self.mode).snapshots()
 
-    def reset(self) -> None:
-        """Forget every snapshot, as in a new run."""
-        self.mode.reset()
-
     def forget_from(self, step: int) -> None:
         """Mode sliding: forget the snapshots of ``step`` and later ones."""
         cast(modes.Sliding, self.mode).forget_from(step)
+
+    def reset(self) -> None:
+        """Forget every snapshot, as in a new run."""
+        self.mode.reset()
 
     def _swap_in(self) -> tuple[torch.Tensor, KeptBuffers]:
         """Exchange the masters with the spare buffer on all ranks, or on none."""
@@ -274,17 +241,7 @@ class WeightAverager:
             self.shards.refresh()
             buffers.restore()
         except Exception as error:
-            self._remedy = (
-                f"the training weights could not be put back ({type(error).__name__}: {error}), so steps and "
-                "checkpoints are refused: start again from the last checkpoint"
-            )
+            why = f"the training weights could not be put back ({type(error).__name__}: {error})"
+            self._remedy = f"{why}, so steps and checkpoints are refused: start again from the last checkpoint"
             raise StateError(f"weight_averaging: the averaged weights are still swapped in; {self._remedy}") from error
         self.swapped = False
-
-
-#: the remedy where there is too little memory
-_SMALLER = {
-    "sliding": 'write a smaller "window", or "mode": "block", which keeps two copies whatever the window',
-    "block": "use more ranks under ZeRO, or fewer on a node",
-    "ema": 'write fewer "horizons"',
-}

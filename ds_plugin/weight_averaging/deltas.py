@@ -1,17 +1,16 @@
 """A sliding window in about half the memory: the newest snapshot whole, older ones as bf16 differences. In place.
 
-``s_i`` is kept as ``d_i = bf16(s_i - s_{i+1})``, its difference to the next newer snapshot, and read back from the
-newest one down: ``r_k = s_k``, ``r_i = r_{i+1} + d_i``. Every d_i is made from two exact snapshots and never touched
-again, so that errors reach back over the window and no further.
+``s_i`` is kept as ``d_i = bf16(s_i - s_{i+1})``, made of two exact snapshots, and read back from the newest one down:
+``r_k = s_k``, ``r_i = r_{i+1} + d_i``. So errors reach back over the window and no further.
 
-The bound. bf16 keeps 8 significant bits and fp32 24: a rounding moves a number by at most ``u = 2^-8`` and
-``v = 2^-24`` of itself. Of the exact difference, d_i is off by at most ``(u + v + uv) |s_i - s_{i+1}|``, and adding it
-rounds once, by at most ``v |r_{i+1} + d_i|``. Summed from the newest down::
+The bound: a rounding moves a number by at most ``u = 2^-8`` of itself in bf16, ``v = 2^-24`` in fp32. Of the exact
+difference, d_i is off by at most ``(u + v + uv) |s_i - s_{i+1}|``, and adding it rounds once, by at most
+``v |r_{i+1} + d_i|``. Summed from the newest down::
 
     |r_i - s_i|  <=  sum over j = i .. k-1 of  (u + v + uv) |s_j - s_{j+1}|  +  v |r_{j+1} + d_j|
 
-(but for differences below 2^-126, which bf16 has as subnormal numbers): 1/256 of the path that the weight went since,
-beside fp32's own rounding - where a raw bf16 snapshot would be off by 1/256 of the weight itself.
+(but for differences below 2^-126, which bf16 has as subnormal numbers): 1/256 of the path that the weight went since;
+a raw bf16 snapshot would be off by 1/256 of the weight itself.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,12 @@ def quantize_delta_(out: Tensors, older: Tensors, newer: Tensors) -> None:
         np.subtract(left, right, out=scratch)
         window.bits_of(target).copy_(torch.from_numpy(scratch))
 
-    window.in_pieces(shrink, out, older, newer, piece=_piece())
+    window.in_pieces(shrink, out, older, newer, piece=min(_PIECE, window.PIECE))
 
 
 def grow_(newest: Tensors, delta: Tensors) -> None:
-    """Make the newest snapshot the one before it, of which ``delta`` is the difference, as `restored` does."""
-    window.in_pieces(_add, newest, newest, delta, piece=_piece())
+    """Make the newest snapshot the one before it, of which ``delta`` is the difference."""
+    window.in_pieces(_add, newest, newest, delta, piece=min(_PIECE, window.PIECE))
 
 
 def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tensor]]:
@@ -51,10 +50,7 @@ def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tens
 
 
 def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """Write the mean of the `restored` snapshots into ``out``, with `window`'s bits, a piece at a time.
-
-    ``weights``: relative, oldest first, as `window.weighted_mean_` takes them.
-    """
+    """Write the mean of the `restored` snapshots into ``out``, as `window.weighted_mean_` would, a piece at a time."""
     count, mean = len(deltas), window.mean_of(weights)
 
     def restore_and_average(*arrays: window.Array) -> None:
@@ -65,13 +61,9 @@ def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Seq
             _add(scratch, snapshots[i], snapshots[i + 1], differences[i])
         mean(scratch, target, *snapshots)
 
-    window.in_pieces(restore_and_average, out, newest, *deltas, scratches=count + 1, piece=_piece())
+    window.in_pieces(restore_and_average, out, newest, *deltas, scratches=count + 1, piece=min(_PIECE, window.PIECE))
 
 
 def _add(scratch: window.Array, out: window.Array, newer: window.Array, delta: window.Array) -> None:
     torch.from_numpy(scratch).copy_(window.bits_of(delta))
     np.add(newer, scratch, out=out)
-
-
-def _piece() -> int:
-    return min(_PIECE, window.PIECE)

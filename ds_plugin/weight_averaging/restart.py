@@ -13,44 +13,26 @@ ZERO_AT_START = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "m
 
 
 def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> list[dict[str, Any]]:
-    """What a restart starts again, as `moments` gives it: everything, or with ``keep`` nothing if all of it is finite.
+    """The dictionaries, live, of the moments and step counts that a restart starts again, by `zero_`: all, or with
+    ``keep`` none if all moments are finite, which costs a pass over them and 4 bytes on ``device``.
 
-    One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: the moments share
-    their step counts, and a moment of zero at a high step count would take far too large steps. Every rank calls it; to
-    keep costs a pass over the state and 4 bytes, which are exchanged on ``device``.
-
-    ``optimizers``: what has ``state`` and ``param_groups`` of this rank's masters.
-
-    Raises:
-        StateError: as `moments` does.
+    One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: moments share
+    their step counts, and one of zero at a high count would take far too large steps. Every rank calls it, with what
+    has ``state`` and ``param_groups`` of its masters. Raises StateError: the optimizer keeps something else, of which
+    it is not known how it begins.
     """
-    if keep:
-        kept = [value for entry in _entries(optimizers) for value in entry.values() if torch.is_tensor(value)]
-        if finite_everywhere([value for value in kept if value.is_floating_point()], device):
-            return []
+    entries = [entry for optimizer in optimizers for entry in optimizer.state.values()]
+    tensors = [(key, value) for entry in entries for key, value in entry.items() if torch.is_tensor(value)]
+    if keep and finite_everywhere([value for _, value in tensors if value.is_floating_point()], device):
+        return []
     with raise_on_all_ranks():
-        return moments(optimizers)
-
-
-def moments(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
-    """The dictionaries, live, that hold this rank's moments and step counts; `zero_` starts them again.
-
-    Raises:
-        StateError: the optimizer keeps something else, of which it is not known how it begins.
-    """
-    found = _entries(optimizers)
-    tensors = {key for entry in found for key, value in entry.items() if torch.is_tensor(value)}
-    if unknown := sorted(tensors - ZERO_AT_START):
-        raise StateError(
-            f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
-            "moments='keep', which needs moments that are finite"
-        )
+        if unknown := sorted({key for key, _ in tensors} - ZERO_AT_START):
+            raise StateError(
+                f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
+                "moments='keep', which needs finite ones"
+            )
     # apex's kind of Adam counts steps in its groups
-    return found + [group for each in optimizers for group in each.param_groups if "step" in group]
-
-
-def _entries(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
-    return [entry for optimizer in optimizers for entry in optimizer.state.values()]
+    return entries + [group for each in optimizers for group in each.param_groups if "step" in group]
 
 
 def zero_(states: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,5 @@
-"""When the loss rises and stays up: from which step on, so that training can go back to the average from before.
-
-See arXiv 2505.12082.
-"""
+"""When the loss rises and stays up: from which step on, so that training can go back to the average from before it
+(arXiv 2505.12082)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,16 +32,11 @@ class SpikeWatch:
 
     def close_step(self, length: int = 0) -> bool:
         """An optimizer step is over; every rank calls it. Whether the loss has been above for ``patience`` steps.
-
-        ``length``: of its samples in tokens; a step is compared with those that were not longer.
-
-        Raises:
-            StateError: no loss came in this step.
-        """
+        ``length``: of its samples in tokens, see `LossRatio`. Raises StateError: no loss came in this step."""
         if self._every_rank and not self._recorded:
             raise StateError(
                 "weight_averaging.restart: this step's loss is not known; call engine.backward(loss), or "
-                'loss.backward() on the loss that the model returns, or leave "restart" out'
+                'loss.backward() on the model\'s loss, or leave "restart" out'
             )
         self._recorded = False
         report = self.monitor.close_step(length)

@@ -13,13 +13,11 @@ EXCHANGE_ELEMENTS = 4 * 1024 * 1024
 class Exchange:
     """Two lists of fp32 tensors of the same shapes that change their contents, bit for bit, a piece at a time.
 
-    All it needs is allocated when it is made. `forth` and `back` may fail at any piece, as on a lost device, and either
-    may be called again: a piece that was under way is first put back as it was. It takes three copies, and at any time
-    both contents are somewhere whole::
+    All it needs is allocated when it is made, but for the ``scratch`` of an earlier one of these shapes. `forth` and
+    `back` may fail at any piece, as on a lost device, and either may be called again: a piece that was under way is
+    first put back as it was. It takes three copies, and at any time both contents are somewhere whole::
 
         left -> scratch | right -> left | scratch -> right
-
-    scratch: of an earlier exchange of tensors of these shapes, to be used again.
     """
 
     def __init__(self, left: Tensors, right: Tensors, scratch: torch.Tensor | None = None):
@@ -29,8 +27,8 @@ class Exchange:
             scratch = torch.empty(max((a.numel() for a, _ in pairs), default=0), dtype=torch.float32, device=device)
         self.scratch = scratch
         self._pieces = [(a, b, scratch[: a.numel()].view(a.shape)) for a, b in pairs]
-        #: how many pieces have changed places, from the first on; the one under way; how many of its copies have ended.
-        #: One value, so that an interrupt leaves no half of it
+        # how many pieces have changed places, from the first on; the one under way; how many of its copies have ended:
+        # one value, so that an interrupt leaves no half of it
         self._state = (0, 0, 0)
 
     def forth(self) -> None:
@@ -42,7 +40,14 @@ class Exchange:
         self._to(0)
 
     def _to(self, count: int) -> None:
-        self._settle()
+        done, piece, begun = self._state
+        if begun:  # a piece was under way: back as it was; what a copy that failed was to write is taken as lost
+            left, right, kept = self._pieces[piece]
+            if begun == 2:
+                right.copy_(left)
+                self._state = (done, piece, 1)
+            left.copy_(kept)
+            self._state = (done, 0, 0)
         while (done := self._state[0]) != count:
             piece, then = (done, done + 1) if done < count else (done - 1, done - 1)
             left, right, kept = self._pieces[piece]
@@ -52,17 +57,6 @@ class Exchange:
             self._state = (done, piece, 2)
             right.copy_(kept)
             self._state = (then, 0, 0)
-
-    def _settle(self) -> None:
-        """Put a piece that was under way back as it was. What a copy that failed was to write is taken as lost."""
-        done, piece, begun = self._state
-        if begun:
-            left, right, kept = self._pieces[piece]
-            if begun == 2:
-                right.copy_(left)
-                self._state = (done, piece, 1)
-            left.copy_(kept)
-            self._state = (done, 0, 0)
 
 
 def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -75,10 +69,8 @@ def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor
 
 
 class KeptBuffers:
-    """What modules hold beside their parameters (a BatchNorm's statistics), copied to CPU memory.
-
-    A buffer that is no part of a checkpoint and has made way for another tensor stays as it is then: it is a cache that
-    a module has grown, and the length it believes to hold (of a dynamic RoPE, say) is an attribute of its own.
+    """What modules hold beside their parameters (a BatchNorm's statistics), copied to CPU memory. But a cache that
+    another tensor has replaced stays so: the length it has grown to (of a dynamic RoPE, say) is the module's attribute.
     """
 
     def __init__(self, modules: Sequence[torch.nn.Module]):
@@ -92,7 +84,7 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every buffer is the tensor it was, with the bits it had (NaNs, too); but for caches that were replaced."""
+        """Every buffer is the tensor it was, with the bits it had (NaNs, too)."""
         for owner, name, buffer, kept, cache in self._kept:
             if getattr(owner, name, None) is not buffer:
                 if cache:

@@ -1,8 +1,8 @@
-"""The arithmetic of averaging, in place, on lists of fp32 tensors in CPU memory. Nothing here knows a framework.
+"""The arithmetic of averaging, in place, on lists of fp32 tensors in CPU memory.
 
-Every function works element by element, in an order that is fixed, and never leaves a product and a sum to one kernel:
-a fused multiply-add rounds once, plain code twice, and a kernel may use one in the middle of a tensor and the other at
-its end. So each element's bits do not depend on which rank holds it, where its shard begins, or how many threads work.
+Every function works element by element, in an order that is fixed, and never leaves a product and a sum to one kernel,
+which may fuse them (one rounding, not two) in the middle of a tensor and not at its end. So an element's bits do not
+depend on which rank holds it, where its shard begins, or how many threads work.
 
 All of it goes by numpy in pieces that stay in a core's cache (`in_pieces`), which the threads take one after another.
 Torch's own threads share every tensor evenly and wait for the slowest at each call's end, which on shared cores takes
@@ -23,20 +23,19 @@ Tensors = Sequence[torch.Tensor]
 Array = np.ndarray[Any, np.dtype[Any]]
 Work = Callable[..., None]
 
-#: elements at a time: 256 KiB of fp32, of which several stay in a core's cache; smaller ones spend their time in Python
-PIECE = 64 * 1024
+PIECE = 64 * 1024  # elements at a time: several of 256 KiB stay in a core's cache; smaller ones spend time in Python
 _SHARED = 2 * PIECE  # where threads share the work: each call has to get Python's lock back from the others
 _TURN = 8  # pieces that a thread takes at a time
 _COPIED = 8 * PIECE  # what is copied is read once and needs no cache
 _THREADS = 4  # at most: more do not read memory faster, and each takes Python's lock from the training now and then
-#: the smallest number that fp32 holds with all its digits; a share of the mean below it is none
-_TINY = float(np.finfo(np.float32).tiny)
+_TINY = float(np.finfo(np.float32).tiny)  # a share of the mean below what fp32 holds with all its digits is none
 
 
 def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
     """Relative weights of ``count`` snapshots, oldest first; only their ratios count (`normalised`).
 
-    ``"mean"``: 1, 1, ... ``"wma"``: 1, 2, ..., count, the newer the heavier (PMA, arXiv 2505.12082).
+    ``"mean"``: 1, 1, ... ``"wma"``: 1, 2, ..., count, the newer the heavier (PMA, arXiv 2505.12082). Numbers: the last
+    belongs to the newest snapshot; of fewer snapshots, the last ``count`` are used.
 
     ``"minus-sqrt"`` and ``"cosine"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a
     constant learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval
@@ -44,11 +43,8 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
     learning rate decayed by w_i would if it changed no gradient. So ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0:
 
         ``w_i = 1 - sqrt(i / k)``: ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``, the oldest is the heaviest
-        ``w_i = (1 + cos(pi i / k)) / 2``: ``c_j = sin(pi / 2k) sin(pi (2j + 1) / 2k)``, those in the middle are; the
-            first factor, the same for all, is left out here
+        ``w_i = (1 + cos(pi i / k)) / 2``: ``c_j = sin(pi / 2k) sin(pi (2j + 1) / 2k)``, but for the first factor
         ``w_i = 1 - i / k``: the plain mean, which WSM and Megatron-LM's ``weighted_merge`` call ``linear``
-
-    Numbers: the last belongs to the newest snapshot; of fewer snapshots, the last ``count`` are used.
     """
     if kind == "mean":
         return [1.0] * count
@@ -63,10 +59,8 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
-    """Relative weights, finite, none negative and one positive, divided by their sum: each rounded once, to fp64.
-
-    By fractions: three weights of 1e-300 or of 1e308 give the bits of three weights of 1.
-    """
+    """Relative weights, finite, none negative and one positive, divided by their sum: each rounded once, to fp64, so
+    that three weights of 1e-300 or of 1e308 give the bits of three weights of 1."""
     exact = [Fraction(weight) for weight in weights]
     total = sum(exact)
     return [float(weight / total) for weight in exact]
@@ -74,10 +68,8 @@ def normalised(weights: Sequence[float]) -> list[float]:
 
 def factors(weights: Sequence[float]) -> tuple[list[float], int]:
     """How a mean with relative ``weights`` is made: of snapshot times factor, added up and divided once by the number.
-
-    A factor of 0 leaves its snapshot out; times 0 an infinity would be NaN. Where all that are in it weigh the same,
-    the factors are 1 and the number is how many there are. Else they add up to 1, divided by 1.
-    """
+    Equal ones have factors of 1; others add up to 1, and the number is 1. A factor of 0 leaves its snapshot out: times
+    0 an infinity would be NaN."""
     shares = [share if share >= _TINY else 0.0 for share in normalised(weights)]
     kept = [share for share in shares if share]
     if len(set(kept)) == 1:
@@ -88,14 +80,14 @@ def factors(weights: Sequence[float]) -> tuple[list[float], int]:
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
     """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) with relative weights into ``out``.
 
-    Adds ``snapshot * factor`` oldest to newest, with the `factors` of ``weights``, then divides once. Equal weights
-    give the bits of ``sum(snapshots) / len(snapshots)``; a snapshot of weight 0 is not looked at.
+    Adds them oldest to newest, times their `factors`, then divides once: equal weights give the bits of
+    ``sum(snapshots) / len(snapshots)``.
     """
     in_pieces(mean_of(weights), out, *snapshots)
 
 
 def mean_of(weights: Sequence[float]) -> Work:
-    """`weighted_mean_` as work for `in_pieces`, on one scratch, an out and as many snapshots as ``weights``."""
+    """`weighted_mean_` as work for `in_pieces`, on one scratch, an out and the snapshots."""
     numbers, count = factors(weights)
     (first, share), *others = [(i, np.float32(number)) for i, number in enumerate(numbers) if number]
 
@@ -111,11 +103,6 @@ def mean_of(weights: Sequence[float]) -> Work:
             total = np.add(total, snapshots[i], out=out)
         np.divide(total, np.float32(count), out=out)
 
-    def single(_: Array, out: Array, *snapshots: Array) -> None:
-        np.copyto(out, snapshots[first])
-
-    if not others:
-        return single
     return plain if count == len(others) + 1 else weighted
 
 
@@ -130,11 +117,8 @@ def mean_of_sum_(out: Tensors, total: Tensors, count: int) -> None:
 
 
 def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
-    """Move a running average towards a snapshot: ``average + (snapshot - average) * (1 / divisor)``, in fp32.
-
-    The factor is rounded once: processors multiply much faster than they divide.
-    """
-    rate = np.float32(1 / divisor)
+    """Move a running average towards a snapshot: ``average + (snapshot - average) * (1 / divisor)``, in fp32."""
+    rate = np.float32(1 / divisor)  # rounded once: processors multiply much faster than they divide
 
     def move(scratch: Array, target: Array, source: Array) -> None:
         np.subtract(source, target, out=scratch)
@@ -146,30 +130,24 @@ def move_(average: Tensors, snapshot: Tensors, divisor: int) -> None:
 
 def copy_(out: Tensors, source: Tensors) -> None:
     """Copy tensor by tensor, across devices and dtypes if need be."""
-    alone = torch.get_num_threads() == 1  # then torch's copy is the fastest of many small ones, and waits for nobody
-    here: list[tuple[torch.Tensor, torch.Tensor]] = []
+    shared: list[tuple[torch.Tensor, torch.Tensor]] = []
     for target, tensor in zip(out, source, strict=True):
-        plain = target.device.type == tensor.device.type == "cpu" and target.dtype == tensor.dtype == torch.float32
-        if plain and not alone:
-            here.append((target, tensor))
+        if _is_shared(target) and _is_shared(tensor):
+            shared.append((target, tensor))
         else:
             target.copy_(tensor)
-    in_pieces(np.copyto, *zip(*here, strict=True), scratches=0, piece=_COPIED)
+    in_pieces(np.copyto, *zip(*shared, strict=True), scratches=0, piece=_COPIED)
 
 
 def all_finite(tensors: Tensors) -> bool:
     """Whether no element is infinite or NaN, on any device."""
-    alone = torch.get_num_threads() == 1  # then torch's sum is the fastest, and waits for nobody
-    here: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for t in tensors:
-        (others if alone or t.device.type != "cpu" or t.dtype != torch.float32 else here).append(t)
     found: list[bool] = []
 
     def look(_: Array, array: Array) -> None:  # a NaN is the largest and the smallest
         found.append(bool(np.isfinite(array.max()) and np.isfinite(array.min())))
 
-    in_pieces(look, here)
+    in_pieces(look, [t for t in tensors if _is_shared(t)])
+    others = [t for t in tensors if not _is_shared(t)]
     # a sum is not finite if an element is not
     return all(found) and all(bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all()) for t in others)
 
@@ -177,11 +155,9 @@ def all_finite(tensors: Tensors) -> bool:
 def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None = None) -> None:
     """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of the same elements.
 
-    By as many threads as torch has been given, of which the caller is one; each has fp32 scratches of its own, of the
-    piece's shape. The others live as long as the call, so that none is lost in a fork. A bf16 tensor comes as its bits
-    (`bits_of`). A tensor with strides is one piece: such shards are small.
-
-    ``piece``: elements, at most.
+    By as many threads as torch has been given, of which the caller is one, each with fp32 scratches of its own. The
+    others live as long as the call, so that none is lost in a fork. A bf16 tensor comes as its bits (`bits_of`), one
+    with strides as one piece: such shards are small. ``piece``: elements, at most.
     """
     if not lists:
         return
@@ -218,6 +194,11 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
 def bits_of(array: Array) -> torch.Tensor:
     """A piece of a bf16 tensor as `in_pieces` gives it, as the tensor it is."""
     return torch.from_numpy(array).view(torch.bfloat16)
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Whether threads take turns at it; with one alone torch's copies and sums are the fastest, and wait for nobody."""
+    return torch.get_num_threads() > 1 and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def _cut(lists: Sequence[Tensors], piece: int) -> Iterator[list[Array]]:

@@ -230,7 +230,7 @@ def _started_from(weights, masters, zero, precision, wrapper):
         window.copy_(shards.tensors(), masters)
         shards.refresh()
     if precision != "fp32" and zero == 0:  # this wrapper makes a step of zero gradients when it is built, and counts it
-        restart.zero_(restart.moments(readings.optimizers(engine)))
+        restart.zero_(restart.to_reset(readings.optimizers(engine), engine.device, keep=False))
     engine.global_steps = 6
     return engine, plain.train(engine, 4)
 

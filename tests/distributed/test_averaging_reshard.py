@@ -201,9 +201,9 @@ def _altered_layout(tag):
     path = tag / shard_name(1)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    laid_out = json.loads(metadata["fragments"])
-    laid_out[0][-1] += 1
-    save_file(load_file(path), path, metadata={**metadata, "fragments": json.dumps(laid_out)})
+    header = json.loads(metadata["header"])
+    header["fragments"][0][-1] += 1
+    save_file(load_file(path), path, metadata={**metadata, "header": json.dumps(header)})
 
 
 def _other_rank(tag):
@@ -219,7 +219,7 @@ REFUSED = {
     "truncated": (_truncated, [shard_name(2), "damaged", "--tag"]),
     "altered": (_altered, [shard_name(2), "damaged", "not those that were saved"]),
     "altered_layout": (_altered_layout, [shard_name(1), "damaged", "metadata"]),
-    "other_rank": (_other_rank, [shard_name(1), "rank '0'", "'1'"]),
+    "other_rank": (_other_rank, [shard_name(1), "rank 0", "expects 1"]),
     "other_run": (_other_run, [shard_name(1), "save_id"]),
 }
 

@@ -88,6 +88,10 @@ def source(engine, mode):
     return pipelined.batches(engine, engine.global_steps * engine.gradient_accumulation_steps())
 
 
+def lowest(plugin):
+    return min((loss for _, loss, _ in plugin.warmup.monitor.loss_ratio.state()["lowest"]), default=None)
+
+
 def train(engine, data, steps, evaluations=True):
     """Train on; everything that can be told of it, by step."""
     plugin, found = ds_plugin.get_plugin(engine), []
@@ -97,7 +101,7 @@ def train(engine, data, steps, evaluations=True):
         step["ledger"] = dataclasses.astuple(plugin.ledger)[:3]
         report = plugin.warmup.report
         step["report"] = report if report is not None and report.step == engine.global_steps else None
-        step["lowest"] = plugin.warmup.monitor.loss_ratio.lowest
+        step["lowest"] = lowest(plugin)
         step["evaluation"] = pipelined.evaluate(engine) if evaluations else None
         found.append(step)
     return found
@@ -179,7 +183,7 @@ def _a_micro_batch_without_labels():
     data, found = pipelined.batches(engine), []
     for _ in range(4):
         mean = engine.train_batch(data).item()
-        found.append((mean, plugin.length, plugin.warmup.held, plugin.warmup.monitor.loss_ratio.lowest))
+        found.append((mean, plugin.length, plugin.warmup.held, lowest(plugin)))
     return losses, found
 
 

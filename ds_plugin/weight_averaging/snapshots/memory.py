@@ -5,7 +5,7 @@ import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import psutil
 import torch
@@ -38,15 +38,12 @@ def rounded(nbytes: int) -> int:
 
 
 def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
-    """Bytes of the tensors of one buffer for each of ``dtypes``, each up to where the next can begin.
-
-    ``counts``: elements of each tensor of a buffer.
-    """
+    """Bytes of the tensors, of ``counts`` elements, of a buffer for each dtype, each up to where the next can begin."""
     return [-(-dtype.itemsize * count // _ALIGNED) * _ALIGNED for dtype in dtypes for count in counts]
 
 
-def batches(sizes: Sequence[int]) -> list[int]:
-    """How many tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
+def batches(sizes: Sequence[int]) -> list[list[int]]:
+    """Which tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
 
     Six equal ones just above a power of two take 2 times their size one by one, 1.33 times in one allocation; four take
     1.5 times as one and three, 2 times in one.
@@ -58,34 +55,27 @@ def batches(sizes: Sequence[int]) -> list[int]:
         taken, start = min((fewest[start] + rounded(ends[end] - ends[start]), start) for start in tried)
         fewest.append(taken)
         starts.append(start)
-    counts, end = [], len(sizes)
+    found, end = [], len(sizes)
     while end:
-        counts.append(end - starts[end])
+        found.append(list(sizes[starts[end] : end]))
         end = starts[end]
-    return counts[::-1]
+    return found[::-1]
 
 
 def pinned(sizes: Sequence[int]) -> int:
     """Bytes that tensors of ``sizes`` bytes take, pinned in `batches`."""
-    left = iter(sizes)
-    return sum(rounded(sum(islice(left, count))) for count in batches(sizes))
+    return sum(rounded(sum(batch)) for batch in batches(sizes))
 
 
 def reserve(rank_bytes: int, remedy: str) -> Memory:
     """Compare what all ranks of each node need with the memory the node has. Every rank calls it, before it allocates.
-
-    Raises:
-        ConfigError: on every rank alike, when some node has too little (a container's own limit is not seen).
-    """
+    Raises ConfigError, on every rank alike: some node has too little (a container's own limit is not seen)."""
     return _compared(rank_bytes, psutil.virtual_memory().available, "CPU memory", remedy)
 
 
 def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
     """`reserve` for files in ``folder``, which every node has; a folder that nodes share is counted for each alone.
-
-    Raises:
-        ConfigError: on every rank alike, when the folder cannot be written to, or some node has too little disk there.
-    """
+    Raises ConfigError where it cannot be written to, too."""
     with raise_on_all_ranks():
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise ConfigError(
@@ -103,9 +93,8 @@ def size(count: int) -> str:
 
 def _compared(rank_bytes: int, available: int, what: str, remedy: str) -> Memory:
     mine = (socket.gethostname(), rank_bytes, available)
-    reports = [mine]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        reports = [mine] * dist.get_world_size()
+    reports = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(reports) > 1:
         dist.all_gather_object(reports, mine)
     nodes = {}
     for name in dict.fromkeys(name for name, _, _ in reports):

@@ -6,8 +6,7 @@ What happens on which stream, for a snapshot after optimizer step n::
     side                wait for stepped | copy to pinned memory | done
     worker                                                      (thread) wait for done, then fold the snapshot in
 
-Both fences are between streams, on the device. Without the first, the copy could begin before step n has ended;
-without the second, step n + 1 could overwrite what is not copied yet. The names are torch's for any accelerator.
+Both fences are between streams, on the device: the copy begins when step n has ended, and step n + 1 when it is made.
 """
 
 import functools
@@ -24,12 +23,11 @@ from ds_plugin.core.errors import StateError
 
 Tensors = Sequence[torch.Tensor]
 
-#: seconds between two looks at whether a copy has arrived
-_LOOK = 0.001
+_LOOK = 0.001  # seconds between two looks at whether a copy has arrived
 
 
 class Streams:
-    """What `SnapshotStager` uses of an accelerator."""
+    """What `SnapshotStager` uses of an accelerator, of any kind."""
 
     Stream, Event = torch.Stream, torch.Event
     current_stream = staticmethod(torch.accelerator.current_stream)
@@ -39,12 +37,10 @@ class Streams:
 class SnapshotStager:
     """One copy under way at a time, and a thread that goes on with what it brought.
 
-    A reference to each source is held until its copy has ended, so that the allocator gives none to someone else while
-    it is read (the framework may move masters to CPU memory between steps); that takes the place of ``record_stream``.
-    It does not help against a change in place: whoever changes masters other than in a step that `wait_before_step` was
-    called for must `drain` first. The targets are pinned, or the copy would block.
-
-    ``streams``: `Streams`, or what has its names.
+    Each source is held until its copy has ended, so that the allocator gives it to nobody while it is read (the
+    framework may move masters to CPU memory between steps); that takes the place of ``record_stream``. Whoever changes
+    masters in place other than in a step that `wait_before_step` was called for must `drain` first. The targets are
+    pinned, or the copy would block. ``streams``: `Streams`, or what has its names.
     """
 
     def __init__(self, device: torch.device, streams: Any = Streams):
@@ -59,19 +55,14 @@ class SnapshotStager:
         self._fence_due = False
 
     def begin(self, dst: Tensors, src: Tensors, then: Callable[[], None]) -> None:
-        """Copy ``src``, as the training stream will have left it, to ``dst``; returns at once.
-
-        ``then`` is called in the worker thread when all of it has arrived. A source in CPU memory is copied before
-        this returns. `drain` comes first.
-
-        Raises:
-            StateError: there was no `wait_before_step` since the last copy, which a step may have torn.
-        """
+        """After `drain`, copy ``src``, as the training stream will have left it, to ``dst``; returns at once (a source
+        in CPU memory is copied by then). ``then`` is called in the worker thread when all of it has arrived. Raises
+        StateError: there was no `wait_before_step` since the last copy, which a step may have torn."""
         self.drain()
         if self._fence_due:
             raise StateError(
-                "weight_averaging: a second snapshot, and before_step() was not called since the first; call it before "
-                "every optimizer step, which else overwrites weights that are being copied"
+                "weight_averaging: before_step() was not called since the last snapshot; call it before each optimizer "
+                "step, which else overwrites weights that are being copied"
             )
         self._stepped.record(self._streams.current_stream(self._device))
         self._side.wait_event(self._stepped)
@@ -80,13 +71,11 @@ class SnapshotStager:
                 target.copy_(source, non_blocking=True)
             self._done.record(self._side)
         self._fence_due = True
-        self._job = self._worker.submit(self._finish, src, then)
+        self._job = self._worker.submit(self._finish, src, then)  # which holds src until it ends
 
     def wait_before_step(self) -> None:
         """Have the training stream, not the CPU, wait for the copy: call it before a step that writes the sources.
-
-        Raises what the last ``then`` raised, if it has ended.
-        """
+        Raises what the last ``then`` raised, if it has ended."""
         if self._fence_due:
             self._fence_due = False
             self._streams.current_stream(self._device).wait_event(self._done)
@@ -100,14 +89,11 @@ class SnapshotStager:
             job.result()
 
     def close(self) -> None:
-        """`drain`, and end the thread: no copy can begin afterwards."""
-        try:
-            self.drain()
-        finally:
-            self._worker.shutdown()
+        """End the thread when the last ``then`` has ended; raises what it raised. No copy can begin afterwards."""
+        self._worker.shutdown()
+        self.drain()
 
     def _finish(self, src: Tensors, then: Callable[[], None]) -> None:
-        """In the worker thread; the executor holds ``src`` until it ends."""
         while not self._done.query():  # to wait for an event of torch's keeps a core busy
             time.sleep(_LOOK)
         then()
@@ -123,12 +109,11 @@ def has_streams(kind: str) -> bool:
     """Whether this kind of device has streams to copy on. Says so once if an accelerator has none."""
     if kind == "cpu":
         return False
-    current = torch.accelerator.current_accelerator()
+    why = f"torch's accelerator here is {(current := torch.accelerator.current_accelerator())}"
     try:
         if current is not None and current.type == kind:
             torch.Stream(device=kind), torch.Event(device=kind)
             return True
-        why = f"torch's accelerator here is {current}"
     except RuntimeError as error:  # NotImplementedError is one
         why = str(error)
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -23,58 +23,51 @@ _LARGE = 4 << 20  # bytes, at which a tensor is worth pages of its own
 
 
 class Storage:
-    """Buffers of this rank's shape, each a list of contiguous CPU tensors with the masters' shapes.
+    """Buffers, each a list of contiguous CPU tensors with the masters' shapes: one of each of ``dtypes``, which lie
+    where ``storage`` says, and the spare one in fp32, that masters are copied to and weights exchanged with, in memory.
 
-    `allocate` gives the modes' buffers, which lie where ``storage`` says. `spare` is the one that masters are copied
-    to, and weights exchanged with: always in memory. Memory is pinned only where the masters are on an accelerator with
-    streams: their copies would block the training otherwise.
+    Memory is pinned only where the masters are on an accelerator with streams: copies would block the training else.
     """
 
-    def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor]):
+    def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]):
         self._masters, self._path = masters, config.storage_path
         self._spare_in = "pinned" if any(has_streams(t.device.type) for t in masters) else "memory"
-        self._kept_in = self._spare_in if config.storage == "pinned" else config.storage
-        #: whether a mode's fp32 buffer and the spare one are of one kind, so that they can change places
-        self.exchangeable = self._kept_in == self._spare_in
-        self._pinned: Iterator[Tensors] = iter(())
+        kept_in = self._spare_in if config.storage == "pinned" else config.storage
+        self._wanted = [*((kept_in, dtype) for dtype in dtypes), (self._spare_in, torch.float32)]
+        #: whether an fp32 buffer and the spare one are of one kind, so that they can change places
+        self.exchangeable = kept_in == self._spare_in
 
-    def reserve(self, dtypes: Sequence[torch.dtype], smaller: str) -> tuple[Memory, Memory | None]:
-        """What one buffer of each of ``dtypes`` and the spare one take: CPU memory, and disk if there are files.
-
-        Every rank calls it. `allocate` is called for each of ``dtypes`` next, and `spare` last. ``smaller``: the remedy
-        to name if there is too little.
-
-        Raises:
-            ConfigError: on every rank alike, when there is too little on some node, or no such folder.
-        """
-        held: dict[str, list[torch.dtype]] = {"pinned": [], "memory": [], "files": []}
-        held[self._kept_in] += dtypes
-        held[self._spare_in].append(torch.float32)
-        self._pinned = self._pin(held["pinned"])
-        in_memory = memory.pinned(self._sizes(held["pinned"]))
-        in_memory += sum(self._nbytes(dtype) for dtype in held["memory"])
-        if self._kept_in != "files":
+    def reserve(self, smaller: str) -> tuple[Memory, Memory | None]:
+        """What the buffers take: CPU memory, and disk if there are files. Every rank calls it, before `allocate`.
+        Raises ConfigError as `memory.reserve` and `memory.reserve_files` do; ``smaller`` is the remedy it names."""
+        in_memory = memory.pinned(self._sizes(self._dtypes("pinned"))) + self._nbytes(*self._dtypes("memory"))
+        if self._path is None:
             return memory.reserve(in_memory, f'{smaller}, or "storage": "files"'), None
-        assert self._path is not None
-        in_files = sum(self._nbytes(dtype) for dtype in held["files"])
-        files = memory.reserve_files(self._path, in_files, f'{smaller}, or a "storage_path" with more room')
+        in_files, more = self._nbytes(*self._dtypes("files")), f'{smaller}, or a "storage_path" with more room'
+        files = memory.reserve_files(self._path, in_files, more)
         return memory.reserve(in_memory, "use more ranks under ZeRO, or fewer on a node"), files
 
-    def spare(self) -> Tensors:
-        return next(self._pinned) if self._spare_in == "pinned" else self._in_memory(torch.float32)
+    def allocate(self) -> tuple[list[Tensors], Tensors]:
+        """The buffers and the spare one, of undefined contents. Raises ConfigError if the disk has no room for them."""
+        pinned = self._pinned_tensors(self._dtypes("pinned"))
+
+        def make(kind: str, dtype: torch.dtype) -> Tensors:
+            if kind == "pinned":
+                return list(islice(pinned, len(self._masters)))
+            return self._in_a_file(dtype) if kind == "files" else self._in_memory(dtype)
+
+        *kept, spare = itertools.starmap(make, self._wanted)
+        return kept, spare
 
     def verdict(self) -> torch.Tensor:
-        """Bytes for one number of any dtype that can arrive along with the `spare` buffer's contents."""
+        """Bytes for one number of any dtype that can arrive along with the spare buffer's contents."""
         return torch.empty(8, dtype=torch.uint8, device="cpu", pin_memory=self._spare_in == "pinned")
 
-    def allocate(self, dtype: torch.dtype) -> Tensors:
-        """A buffer, of undefined contents. Raises ConfigError if the disk has no room for it."""
-        if self._kept_in == "files":
-            return self._in_a_file(dtype)
-        return next(self._pinned) if self._kept_in == "pinned" else self._in_memory(dtype)
+    def _dtypes(self, kind: str) -> list[torch.dtype]:
+        return [dtype for where, dtype in self._wanted if where == kind]
 
-    def _nbytes(self, dtype: torch.dtype) -> int:
-        return dtype.itemsize * sum(t.numel() for t in self._masters)
+    def _nbytes(self, *dtypes: torch.dtype) -> int:
+        return sum(dtype.itemsize for dtype in dtypes) * sum(t.numel() for t in self._masters)
 
     def _in_memory(self, dtype: torch.dtype) -> Tensors:
         return [_empty(t.shape, dtype) for t in self._masters]
@@ -82,28 +75,18 @@ class Storage:
     def _sizes(self, dtypes: Sequence[torch.dtype]) -> list[int]:
         return memory.pieces([t.numel() for t in self._masters], dtypes)
 
-    def _pin(self, dtypes: Sequence[torch.dtype]) -> Iterator[Tensors]:
-        """A buffer of each of ``dtypes``, their tensors several to an allocation where that wastes less."""
-        tensors = self._pinned_tensors(dtypes)
-        for _ in dtypes:
-            yield list(islice(tensors, len(self._masters)))
-
     def _pinned_tensors(self, dtypes: Sequence[torch.dtype]) -> Iterator[torch.Tensor]:
-        sizes = self._sizes(dtypes)
-        left = zip(itertools.product(dtypes, self._masters), sizes, strict=True)
-        for count in memory.batches(sizes):
-            batch = list(islice(left, count))
-            whole = torch.empty(sum(size for _, size in batch), dtype=torch.uint8, device="cpu", pin_memory=True)
-            for ((dtype, master), _), part in zip(batch, whole.split([size for _, size in batch]), strict=True):
+        """Those of a buffer of each dtype, several to an allocation where that wastes less."""
+        left = itertools.product(dtypes, self._masters)
+        for batch in memory.batches(self._sizes(dtypes)):
+            whole = torch.empty(sum(batch), dtype=torch.uint8, device="cpu", pin_memory=True)
+            for part, (dtype, master) in zip(whole.split(batch), islice(left, len(batch)), strict=True):
                 yield part[: dtype.itemsize * master.numel()].view(dtype).view(master.shape)
 
     def _in_a_file(self, dtype: torch.dtype) -> Tensors:
-        """One file, which has no name: its room returns when the tensors go, or the process, however it ends.
-
-        Written to disk by the kernel as it sees fit; nothing waits for that, since nothing is read after a crash. The
-        blocks are allocated here: a full disk would otherwise be a SIGBUS at some later write. (Filesystems that write
-        every block anew - btrfs, ZFS - promise less.)
-        """
+        """One file, which has no name: its room returns when the tensors go, or the process, however it ends. Nothing
+        waits for the disk. The blocks are allocated here: a full disk would otherwise be a SIGBUS at some later write.
+        (Filesystems that write every block anew - btrfs, ZFS - promise less.)"""
         nbytes = self._nbytes(dtype)
         if nbytes == 0:
             return self._in_memory(dtype)

@@ -1,22 +1,19 @@
 """What averaging holds, on disk: one safetensors file per rank, in the framework's checkpoint. Never a pickle.
 
-A file holds the mode's buffers as flat tensors, ``<what>.<shard>``; its metadata says which parameters' elements they
-are, and the rank's coordinate in the model. On the layout it was saved with a rank reads its own file; on another one
-it reads from all files of its coordinate the pieces it needs (`reshard`).
+A file holds the mode's buffers as flat tensors, ``<what>.<shard>``, and a `Header`. On the layout it was saved with a
+rank reads its own file; on another one it reads from all files of its coordinate the pieces it needs (`reshard`).
 
-The metadata carries its own SHA-256, tested by every rank that reads from the file, and one for each tensor, tested in
-full by one rank for each file, also when all ranks read only pieces. All ranks call `load` within `raise_on_all_ranks`,
-so that what one of them finds ends all.
+Every rank that opens a file tests its header's SHA-256, one for each file those of all its tensors. All ranks call
+`load` within `raise_on_all_ranks`, so that what one of them finds ends all.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -30,10 +27,24 @@ from ds_plugin.weight_averaging.state import fragments
 from ds_plugin.weight_averaging.state.fragments import Fragment
 from ds_plugin.weight_averaging.state.reshard import READ_ELEMENTS, REMEDY, Resharded, damage, plan
 
-FORMAT = "3"
+FORMAT = "4"
 
 #: the settings of each mode that cannot change
 _FIXED = {"sliding": ("deltas",), "block": ("window",), "ema": ("horizons",)}
+
+
+class Header(NamedTuple):
+    """What a file says of itself, as JSON."""
+
+    rank: int
+    world_size: int
+    save_id: str
+    coordinate: Sequence[int]
+    settings: dict[str, Any]  # the mode, and those that cannot change
+    state: dict[str, Any]  # the mode's
+    layout: str
+    fragments: list[Any]  # each the values of a `Fragment`: which parameters' elements the shards are
+    sha256: dict[str, str]  # of each tensor
 
 
 def shard_name(rank: int) -> str:
@@ -50,34 +61,20 @@ def save(
     save_id: str,
     coordinate: Sequence[int] = (0, 0),
 ) -> None:
-    """Write this rank's share into the checkpoint folder, atomically.
+    """Write this rank's share into the checkpoint folder, atomically. ``save_id`` marks the files of one save.
 
-    Args:
-        save_id: marks the files of one save.
-        coordinate: tensor-parallel rank and pipeline stage: ranks of one coordinate share out (or replicate) the same
-            weights, others hold other weights under the same names.
-
-    Raises:
-        StateError: the framework lays out its shards in a way that is not known, or in another than at first.
+    ``coordinate``: tensor-parallel rank and pipeline stage. Ranks of one share out (or replicate) the same weights,
+    others hold other weights under the same names. Raises StateError: shards are laid out in a way that is not known,
+    or in another than at first.
     """
-    laid_out = averager.shards.fragments()
+    laid_out, mode, config = averager.shards.fragments(), averager.mode, averager.config
     fragments.check(laid_out, averager.masters())
-    tensors = {name: tensor.view(-1) for name, tensor in averager.mode.tensors().items()}
-    config = averager.config
-    metadata = {
-        "format": FORMAT,
-        "rank": str(rank),
-        "world_size": str(world_size),
-        "save_id": save_id,
-        "mode": config.mode,
-        "fixed": json.dumps({key: getattr(config, key) for key in _FIXED[config.mode]}),
-        "state": json.dumps(averager.mode.state()),
-        "coordinate": json.dumps(list(coordinate)),
-        "layout": averager.shards.layout,
-        "fragments": json.dumps([astuple(fragment) for fragment in laid_out]),
-        "sha256": json.dumps({name: _digest(tensor, tensor.numel()) for name, tensor in tensors.items()}),
-    }
-    metadata["metadata_sha256"] = _seal(metadata)
+    tensors = {name: tensor.view(-1) for name, tensor in mode.tensors().items()}
+    settings = {key: getattr(config, key) for key in ("mode", *_FIXED[config.mode])}
+    digests = {name: _digest(tensor, tensor.numel()) for name, tensor in tensors.items()}
+    place, where = (rank, world_size, save_id, coordinate), [astuple(fragment) for fragment in laid_out]
+    header = json.dumps(Header(*place, settings, mode.state(), averager.shards.layout, where, digests)._asdict())
+    metadata = {"format": FORMAT, "header": header, "header_sha256": _seal(header)}
     atomic_write(folder / shard_name(rank), lambda path: save_file(tensors, path, metadata=metadata))
 
 
@@ -91,61 +88,35 @@ def load(
     coordinate: Sequence[int] = (0, 0),
     saved_ranks: int | None = None,
 ) -> None:
-    """Read this rank's share back, on the ranks and the layout it was saved with or on others.
+    """Read this rank's share back, on the ranks and the layout it was saved with or on others; tensor and pipeline
+    parallelism must be the save's. It goes straight into the averager's buffers, a piece at a time.
 
-    It goes straight into the averager's buffers, a piece at a time. Tensor and pipeline parallelism must be the save's.
-
-    Args:
-        save_id: that of the save to load.
-        saved_ranks: how many ranks saved; this run's ``world_size`` if not given.
-
-    Raises:
-        CheckpointError: a file is missing, unreadable, altered, or belongs to another rank, save or mode; or the files
-            do not hold each of this rank's elements exactly once.
+    ``save_id``: that of the save to load; ``saved_ranks``: how many ranks saved, this run's if not given. Raises
+    CheckpointError: a file is missing, unreadable, altered, or belongs to another rank, save or mode; or the files do
+    not hold each of this rank's elements exactly once. If it comes while the buffers are filled, no snapshot is held.
     """
     saved_ranks = world_size if saved_ranks is None else saved_ranks
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def share(saved_rank: int) -> _Share:
-            path = folder / shard_name(saved_rank)
-            if not path.is_file():
-                raise CheckpointError(
-                    f"weight_averaging: {path} is missing, the averaging window of rank {saved_rank}; {REMEDY}"
-                )
-            with damage(path):
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                return _Share(path, file, rank=saved_rank, world_size=saved_ranks, save_id=save_id)
-
-        laid_out = averager.shards.fragments()
-        fragments.check(laid_out, averager.masters())
-        if world_size == saved_ranks and share(rank).holds(coordinate, laid_out):
-            mine = tested = [share(rank)]
-        else:
-            files = [share(saved_rank) for saved_rank in range(saved_ranks)]
-            mine, tested = _of_coordinate(files, coordinate), files[rank::world_size]
-        first = mine[0]
-        compare(first.saved, averager.config, first.path)
-        for file in tested:
-            file.verify()
-        if first.found["layout"] == "replicated":  # each of them holds everything; not all ranks need read the same
-            mine = [mine[rank % len(mine)]]
-        pieces = plan(laid_out, [(file.path, file.fragments) for file in mine])
-        dtypes = {what: dtype for file in mine for what, dtype in file.dtypes().items()}
-        try:
-            averager.mode.load(first.state, Resharded(pieces, {file.path: file.file for file in mine}, dtypes))
-        except KeyError as error:
-            raise CheckpointError(f"weight_averaging: {first.path} is damaged (it has no {error}); {REMEDY}") from None
+    share = functools.cache(lambda saved: _Share(folder, rank=saved, world_size=saved_ranks, save_id=save_id))
+    laid_out = averager.shards.fragments()
+    fragments.check(laid_out, averager.masters())
+    if world_size == saved_ranks and share(rank).holds(coordinate, laid_out):
+        mine = tested = [share(rank)]
+    else:
+        files = [share(saved) for saved in range(saved_ranks)]
+        mine, tested = _of_coordinate(files, coordinate), files[rank::world_size]
+    header = mine[0].header
+    compare(header.settings, averager.config, mine[0].path)
+    for file in tested:
+        file.verify()
+    if header.layout == "replicated":  # each of them holds everything; not all ranks need read the same
+        mine = [mine[rank % len(mine)]]
+    pieces = plan(laid_out, [(file.path, file.fragments) for file in mine])
+    averager.mode.load(header.state, Resharded(pieces, {file.path: file.file for file in mine}).read_)
 
 
 def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path) -> None:
     """Compare a saved section (or as much of it as a rank's file has; none if averaging was off) with this run's.
-
-    A sliding window may change its size; a sum of 5 snapshots cannot become one of 3, nor bf16 differences whole ones.
-
-    Raises:
-        CheckpointError: the mode differs, or what cannot change within it.
-    """
+    Raises CheckpointError: the mode differs, or what cannot change in it (a sum of 5 snapshots is none of 3)."""
     for key in ("mode", *_FIXED[config.mode]) if saved else ():
         if (was := saved[key]) != getattr(config, key):
             raise CheckpointError(
@@ -157,73 +128,59 @@ def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path)
 class _Share:
     """One rank's file, open; ``expected``: what it must say of itself."""
 
-    def __init__(self, path: Path, file: Any, **expected: Any):
-        found = file.metadata() or {}
-        if found.get("format") != FORMAT:
-            raise CheckpointError(
-                f"weight_averaging: {path} has format {found.get('format')!r}, this version reads {FORMAT!r}; use the "
-                "version it is from"
-            )
-        for key, value in expected.items():
-            if found.get(key) != str(value):
+    def __init__(self, folder: Path, *, rank: int, **expected: Any):
+        self.path = path = folder / shard_name(rank)
+        if not path.is_file():
+            raise CheckpointError(f"weight_averaging: {path} is missing, the window of rank {rank}; {REMEDY}")
+        with damage(path):
+            self.file = safe_open(path, framework="pt", device="cpu")
+            found = self.file.metadata() or {}
+            if found.get("format") != FORMAT:
+                was = f"{path} has format {found.get('format')!r}, this version reads {FORMAT!r}"
+                raise CheckpointError(f"weight_averaging: {was}; use the version it is from")
+            if found["header_sha256"] != _seal(found["header"]):
+                raise ValueError("its metadata is not what was saved")
+            self.header = Header(**json.loads(found["header"]))
+            self.fragments = [Fragment(name, tuple(shape), *where) for name, shape, *where in self.header.fragments]
+        for key, value in {"rank": rank, **expected}.items():
+            if (was := getattr(self.header, key)) != value:
                 raise CheckpointError(
-                    f"weight_averaging: {path} has {key} {found.get(key)!r} where this run expects {str(value)!r}: it "
-                    f"belongs to another rank, layout or save; {REMEDY}"
+                    f"weight_averaging: {path} has {key} {was!r} where this run expects {value!r}: it belongs to "
+                    f"another rank, layout or save; {REMEDY}"
                 )
-        if found["metadata_sha256"] != _seal(found):
-            raise ValueError("its metadata is not what was saved")
-        self.path, self.file, self.found = path, file, found
-        self.state = json.loads(found["state"])
-        self.saved = {"mode": found["mode"], **json.loads(found["fixed"])}
-        self.coordinate = json.loads(found["coordinate"])
-
-    @functools.cached_property
-    def fragments(self) -> list[Fragment]:
-        return [Fragment(name, tuple(shape), *numbers) for name, shape, *numbers in json.loads(self.found["fragments"])]
 
     def holds(self, coordinate: Sequence[int], laid_out: Sequence[Fragment]) -> bool:
         """Whether a rank with this layout needs this file alone."""
-        return self.coordinate == list(coordinate) and self.fragments == laid_out
+        return self.header.coordinate == list(coordinate) and self.fragments == laid_out
 
     def verify(self) -> None:
         """Read all of the file, a piece at a time, and compare it with the hashes it was saved with."""
         with damage(self.path):
-            hashes = json.loads(self.found["sha256"])
-            found = {name: self.file.get_slice(name) for name in self.file.keys()}
+            hashes, found = self.header.sha256, {name: self.file.get_slice(name) for name in self.file.keys()}
             wrong = hashes.keys() ^ found.keys()
             wrong = wrong or {n for n, stored in found.items() if _digest(stored, *stored.get_shape()) != hashes[n]}
             if wrong:
                 raise ValueError(f"its contents are not those that were saved: {min(wrong)}")
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Of each ``<what>`` that is held."""
-        with damage(self.path):
-            return {name.rpartition(".")[0]: self.file.get_slice(name)[0:0].dtype for name in self.file.keys()}
-
 
 def _of_coordinate(files: Sequence[_Share], coordinate: Sequence[int]) -> list[_Share]:
     """Those that ranks of this coordinate saved; they hold the same snapshots."""
-    found = [file for file in files if file.coordinate == list(coordinate)]
+    found = [file for file in files if file.header.coordinate == list(coordinate)]
     if not found:
-        known = sorted({tuple(file.coordinate) for file in files})
+        known = sorted({tuple(file.header.coordinate) for file in files})
         raise CheckpointError(
             f"weight_averaging: {files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage "
-            f"{list(coordinate)}, only {', '.join(map(str, map(list, known)))}; resume with the tensor and pipeline "
-            "parallelism it was saved with"
+            f"{list(coordinate)}, only {', '.join(map(str, map(list, known)))}; resume with the save's parallelism"
         )
-    for file in found:
-        if (file.saved, file.state) != (found[0].saved, found[0].state):
-            raise CheckpointError(
-                f"weight_averaging: {file.path} and {found[0].path} hold other snapshots ({file.found['state']} and "
-                f"{found[0].found['state']}); {REMEDY}"
-            )
+    (first, path), *others = [((file.header.settings, file.header.state), file.path) for file in found]
+    for held, other in others:
+        if held != first:
+            raise CheckpointError(f"weight_averaging: {other} holds {held} and {path} {first}; {REMEDY}")
     return found
 
 
-def _seal(metadata: Mapping[str, str]) -> str:
-    """SHA-256 of all the metadata but itself."""
-    text = json.dumps({key: value for key, value in metadata.items() if key != "metadata_sha256"}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _seal(header: str) -> str:
+    return hashlib.sha256(header.encode()).hexdigest()
 
 
 def _digest(flat: Any, count: int) -> str:

@@ -12,7 +12,7 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name as it was before torch wrapped the model or parts of it: the one that others load it by."""
+    """A tensor's name as it was before torch wrapped the model or parts of it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -24,11 +24,7 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def plain_names(model: torch.nn.Module) -> dict[int, str]:
-    """A parameter's id -> its first name, without what wrappers put into it.
-
-    Raises:
-        ConfigError: two parameters have the same then.
-    """
+    """A parameter's id -> its first name, plain. Raises ConfigError: two parameters have the same then."""
     found: dict[int, str] = {}
     owners: dict[str, str] = {}
     for name, parameter in unwrapped(model).named_parameters():
@@ -46,8 +42,7 @@ class Fragment:
     """A run of one parameter's elements within one shard, both seen flat (row-major).
 
     ``shape``: the whole parameter's, on this tensor- and pipeline-parallel rank (before data-parallel sharding).
-    Elements ``start`` to ``start + count`` of it lie from ``offset`` on in ``MasterShards.tensors()[shard]``. What no
-    fragment covers is padding.
+    Elements ``start`` to ``start + count`` of it lie from ``offset`` on in ``MasterShards.tensors()[shard]``.
     """
 
     name: str
@@ -64,11 +59,7 @@ def whole(names: Iterable[tuple[str, torch.Size, int, int]]) -> list[Fragment]:
 
 
 def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None:
-    """Every fragment lies within its shard and its parameter, and no two overlap in a shard.
-
-    Raises:
-        StateError: one does not: the framework lays out its shards in another way than this package knows.
-    """
+    """Raises StateError unless all fragments lie within their shards and parameters, and none overlap in a shard."""
     ends = [0] * len(shards)
     for f in sorted(fragments, key=lambda f: (f.shard, f.offset)):
         size = torch.Size(f.shape).numel()
@@ -76,6 +67,6 @@ def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None
         if not fits or f.offset < ends[f.shard]:
             raise StateError(
                 f"weight_averaging: {f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps "
-                "another parameter; this framework's version lays out its shards in another way than the tested ones"
+                "another: the framework lays out its shards in an unknown way; use a tested version of it"
             )
         ends[f.shard] = f.offset + f.count

@@ -1,9 +1,7 @@
-"""A saved window on other ranks: `plan` says which elements of which file go where, `Resharded` reads just those.
-
-Files and ranks hold flat shards, and say which parameters' elements they are (`fragments`).
-"""
+"""A saved window on other ranks: `plan` says which elements of which file go where, `Resharded` reads just those."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,6 @@ from ds_plugin.weight_averaging.state.fragments import Fragment
 READ_ELEMENTS = 4 * 1024 * 1024
 
 REMEDY = "restore the file, or resume from another checkpoint (--tag)"
-
 
 Source = tuple[Path, Sequence[Fragment]]  # a saved file, and what lies where in its shards
 
@@ -46,15 +43,12 @@ class Piece:
 
 
 def plan(targets: Sequence[Fragment], sources: Sequence[Source]) -> list[Piece]:
-    """The pieces of ``sources`` that make up ``targets``, each of whose elements lies in exactly one source.
-
-    Raises:
-        CheckpointError: a parameter has another shape, or an element of it lies in no source, or in two.
-    """
-    saved: dict[str, list[tuple[Fragment, Path]]] = {}
+    """The pieces of ``sources`` that make up ``targets``, each of whose elements lies in exactly one source. Raises
+    CheckpointError: a parameter has another shape, or an element of it lies in no source, or in two."""
+    saved: dict[str, list[tuple[Fragment, Path]]] = defaultdict(list)
     for path, fragments in sources:
         for fragment in fragments:
-            saved.setdefault(fragment.name, []).append((fragment, path))
+            saved[fragment.name].append((fragment, path))
     for parts in saved.values():
         parts.sort(key=lambda part: part[0].start)
     return [piece for target in targets for piece in _pieces(target, saved.get(target.name, []), sources)]
@@ -75,8 +69,7 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
         if first < at:
             raise CheckpointError(
                 f"weight_averaging: elements {first} to {min(at, last)} of parameter {target.name} are in {path} and "
-                f"in {previous}: weights that lie on several ranks beside sharded ones (as with MiCS) can be resumed "
-                "only on the ranks and settings they were saved with"
+                f"in {previous} (as with MiCS); resume on the ranks and settings they were saved with"
             )
         if first > at:
             break
@@ -93,45 +86,28 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
 
 class Resharded:
     """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads, by the `plan` of its fragments.
+    ``files``: the ``safe_open`` of each path."""
 
-    ``files``: the ``safe_open`` of each path. ``dtypes``: of each ``<what>`` in them.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], files: Mapping[Path, Any], dtypes: Mapping[str, torch.dtype]):
-        self._files, self._dtypes = files, dtypes
-        self._pieces: dict[int, list[Piece]] = {}  # by shard
+    def __init__(self, pieces: Sequence[Piece], files: Mapping[Path, Any]):
+        self._files = files
+        self._pieces: dict[int, list[Piece]] = defaultdict(list)  # by shard
         for piece in pieces:
-            self._pieces.setdefault(piece.shard, []).append(piece)
-
-    def _find(self, name: str) -> tuple[str, list[Piece]]:
-        what, _, shard = name.rpartition(".")
-        if what not in self._dtypes:
-            raise KeyError(name)
-        return what, self._pieces.get(int(shard), [])
-
-    def check(self, name: str) -> None:
-        """What can be refused is refused here, before anything is read.
-
-        Raises:
-            KeyError: the files have no such tensor.
-            CheckpointError: a file holds less of it than it says, or another dtype than the others.
-        """
-        what, pieces = self._find(name)
-        for piece in pieces:
-            with damage(piece.path):
-                source = self._files[piece.path].get_slice(f"{what}.{piece.source}")
-                if source[0:0].dtype != self._dtypes[what] or source.get_shape()[0] < piece.start + piece.count:
-                    raise ValueError(f"{what}.{piece.source} is not of the type or size the files say")
+            self._pieces[piece.shard].append(piece)
 
     def read_(self, name: str, out: torch.Tensor) -> None:
-        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero."""
-        what, pieces = self._find(name)
-        flat = out.view(-1)
+        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero. Raises
+        CheckpointError: a file does not have it, or less of it, or of another dtype than ``out``."""
+        what, _, shard = name.rpartition(".")
+        flat, pieces = out.view(-1), self._pieces[int(shard)]
         if sum(piece.count for piece in pieces) < flat.numel():
             flat.zero_()
         for piece in pieces:
             with damage(piece.path):
-                source = self._files[piece.path].get_slice(f"{what}.{piece.source}")
+                stored = f"{what}.{piece.source}"
+                source = self._files[piece.path].get_slice(stored)
                 for i, values in enumerate(flat[piece.offset :][: piece.count].split(READ_ELEMENTS)):
                     first = piece.start + i * READ_ELEMENTS
-                    values.copy_(source[first : first + len(values)])
+                    found = source[first : first + len(values)]
+                    if (found.dtype, found.shape) != (values.dtype, values.shape):
+                        raise ValueError(f"{stored} is not of the type or size the files say")
+                    values.copy_(found)

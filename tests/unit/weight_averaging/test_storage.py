@@ -225,7 +225,8 @@ def test_files_are_saved_and_resumed(tmp_path):
 )
 def test_buffers_are_pinned_so_that_least_is_rounded_up(sizes, counts, taken):
     assert memory.pinned(sizes) == taken
-    assert memory.batches(sizes) == counts
+    assert [len(batch) for batch in memory.batches(sizes)] == counts
+    assert sum(memory.batches(sizes), start=[]) == sizes
 
     def fewest(left):  # every way to put them into allocations
         return min((memory.rounded(sum(left[:n])) + fewest(left[n:]) for n in range(1, len(left) + 1)), default=0)
@@ -272,10 +273,11 @@ def on_gpu(*counts):
 def test_groups_are_pinned_together_where_that_wastes_less(tmp_path, changes, kept, batches, pinned):
     folder = {"storage_path": str(tmp_path)} if changes.get("storage") == "files" else {}
     masters = on_gpu(350, 350, 0, 350, 5)
-    where = storage.Storage(parse(**changes, **folder), masters)
-    held, files = where.reserve(kept, "remedy")
+    where = storage.Storage(parse(**changes, **folder), masters, kept)
+    held, files = where.reserve("remedy")
     assert pinned == []  # not before all ranks know that there is room
-    buffers = [*map(where.allocate, kept), where.spare()]
+    buffers, spare = where.allocate()
+    buffers = [*buffers, spare]
     assert pinned == batches
     plain = 0 if where.exchangeable or files else 3 * 4220
     assert held.rank == sum(map(memory.rounded, batches)) + plain
@@ -384,7 +386,7 @@ def test_taking_a_buffer_is_adding_it(changes):
         return [torch.full((6,), float("nan"), dtype=dtype)]
 
     config = parse(**changes)
-    adding, taking = modes.make(config, allocate), modes.make(config, allocate)
+    adding, taking = (modes.make(config, list(map(allocate, modes.buffers(config)))) for _ in range(2))
     spare, out = allocate(torch.float32), [allocate(torch.float32) for _ in range(2)]
     seen = set()
     for step in range(1, 12):
