@@ -66,9 +66,9 @@ def _parser() -> Parser:
     what = "the weighted mean of checkpoints, as safetensors or torch_dist"
     add = command("merge", merge_checkpoints, what).add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="oldest first; of one kind")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="new, or of an interrupted merge")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     add("--weights", default="mean", help=f"{', '.join(KINDS)}, or numbers such as 0.2,0.3,0.5")
-    add("--workers", type=count, default=min(4, os.cpu_count() or 1), help="shards made at a time")
+    add("--workers", type=count, default=min(4, os.cpu_count() or 1), help="threads")
     add("--dtype", help="fp32, bf16 or fp16; else that of the masters or the files read")
     add("--shard-gb", type=positive, default=5.0, help="size of the shards made from DeepSpeed files")
     return parser

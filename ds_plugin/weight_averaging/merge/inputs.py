@@ -1,85 +1,78 @@
-"""What `merge` reads: where in which file each tensor of a checkpoint lies. No tensor is loaded here.
+"""What `merge` reads: a `Source` says where in which file each tensor of a checkpoint lies; no tensor is loaded early.
 
-Every format becomes the same thing, a `Source`: names, each with a dtype, a shape and the byte ranges that hold its
-elements in order. The formats are in `merge_safetensors`, `merge_zero` (DeepSpeed) and `merge_torch_dist`
-(megatron-core).
+The formats, each with its kind of source, are in `safetensors_folders`, `deepspeed` and `torch_dist` (megatron-core).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ds_plugin.core.errors import CheckpointError
 from ds_plugin.weight_averaging.state.fragments import WRAPPERS, plain_name
+from ds_plugin.weight_averaging.window import factors
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 128 * 1024  # elements made at a time: they stay in the cache, and calls cost little beside the work
 
+#: classes in files of `torch.save` besides tensors and plain values; none is needed, so `Inert` takes their place
+HARMLESS = (
+    "_io.BytesIO",  # megatron-core's extra state
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 RESTORE = "restore the file, or leave this checkpoint out"
 DEQUANTIZE = (
     "give the checkpoints as they were before they were quantized, or dequantized (transformers: model.dequantize(), "
     "or load them by a quantization config with dequantize=True; then save_pretrained)"
 )
 
-
 T = TypeVar("T")
 
 
-def without_wrappers(named: Mapping[str, T], where: object) -> dict[str, T]:
-    """``named`` with `plain_name`.
-
-    Raises:
-        CheckpointError: two of them have the same, or a name is that of a wrapper alone.
-    """
-    found: dict[str, T] = {}
-    for name, value in named.items():
-        plain = plain_name(name)
-        if plain in found or not plain:
-            raise CheckpointError(
-                f"{where} holds {name}, which without the prefixes of wrappers ({', '.join(WRAPPERS)}) is the name of "
-                "another tensor; save the model under one set of names"
-            )
-        found[plain] = value
-    return found
-
-
 class Piece(NamedTuple):
-    """``length`` consecutive elements of a file, from byte ``offset`` on. A tuple: they are made as the merge runs."""
+    """``length`` consecutive elements of a file, from byte ``begin`` on."""
 
     path: Path
-    offset: int
+    begin: int
     length: int
 
 
-def cut(pieces: Iterable[Piece], start: int, count: int, itemsize: int) -> Iterator[Piece]:
-    """``count`` elements of ``itemsize`` bytes from ``start`` on, of pieces laid end to end."""
-    for piece in pieces:
-        begin, end = max(start, 0), min(start + count, piece.length)
-        if begin < end:
-            yield Piece(piece.path, piece.offset + itemsize * begin, end - begin)
-        start -= piece.length
-        if start + count <= 0:
-            return
+def cut(pieces: Iterable[Piece], start: int, count: int, itemsize: int = 4) -> list[Piece]:
+    """``count`` elements from ``start`` on, of pieces laid end to end."""
+    found = []
+    for path, begin, length in pieces:
+        low, high = max(start, 0), min(start + count, length)
+        if low < high:
+            found.append(Piece(path, begin + itemsize * low, high - low))
+        start -= length
+    return found
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor.
+class Stored(NamedTuple):
+    """One tensor, whose elements in row-major order are those of ``pieces`` laid end to end.
 
-    ``latest``: a buffer, a frozen weight or integers, of which the newest is taken and no mean is made. ``varies``: a
-    single number, or known to be a buffer, so that it may differ between checkpoints where it has no mean.
+    ``latest``: a buffer or a frozen weight, of which the newest is taken, as of integers, and no mean is made.
+    ``varies``: known to be a buffer, which may differ between checkpoints even where it has no mean.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Any]  # `Piece`, or what else its source reads
     latest: bool = False
     varies: bool = False
 
@@ -87,46 +80,174 @@ class Stored:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def span(self, start: int, count: int) -> Iterator[Piece]:
-        """Where ``count`` elements from ``start`` on lie, in row-major order."""
-        return cut(self.pieces, start, count, self.dtype.itemsize)
+    def written(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Its dtype in an output whose floating-point tensors are to have ``dtype`` (None: each its own)."""
+        return dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
 
 
 @dataclass
-class Source:
+class Source(ABC):
     """One checkpoint.
 
-    ``folders``: the names of each folder to be written, by the prefix that tells them apart in ``tensors`` ("" alone,
-    or "tp0-of-2/" and so on). ``beside``: the folder with the model's configuration and tokenizer. ``remark``: what a
-    user should know about how it was read.
+    ``beside``: the folder with the model's configuration and tokenizer. ``remark``: what a user should know about how
+    it was read. ``dtype``: that a mean is written in if the user names none; None: each tensor's own.
     """
 
     path: Path
     layout: str
-    tensors: dict[str, Stored]
-    files: list[Path]
-    folders: dict[str, list[str]] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
     beside: Path | None = None
     remark: str = ""
+    dtype: torch.dtype | None = None
+
+    def read(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Elements of a tensor, flat, in memory of their own."""
+        stored = self.tensors[name]
+        values = torch.empty(count, dtype=stored.dtype)
+        view = values.view(torch.uint8).numpy().data
+        for path, begin, length in cut(stored.pieces, start, count, stored.dtype.itemsize):
+            left, view = view[: length * stored.dtype.itemsize], view[length * stored.dtype.itemsize :]
+            file = opened(path)  # held as long as it is read: another thread may have put its own in the cache
+            while left:
+                found = os.preadv(file.fileno(), [left], begin)
+                refuse(not found, f"{path} became shorter while it was read", "keep the checkpoints as they are")
+                left, begin = left[found:], begin + found
+        return values
+
+    @abstractmethod
+    def write(self, out: Path, mean: "Mean", dtype: torch.dtype | None, shard_bytes: int, workers: int) -> None:
+        """Write the ``mean`` of checkpoints, of which this is the first, into the new folder ``out``."""
+
+
+@lru_cache(64)
+def opened(path: Path) -> IO[bytes]:
+    """A file to read from. What the cache lets go is closed as soon as nobody holds it."""
+    return open(path, "rb", buffering=0)
+
+
+@dataclass
+class Mean:
+    """The weighted mean of ``sources``, oldest first. ``note`` is told what is written."""
+
+    sources: Sequence[Any]
+    weights: Sequence[float]
+    note: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        shares, self._divisor = factors(self.weights)
+        self._terms = [(source, share) for source, share in zip(self.sources, shares, strict=True) if share]
+
+    def of(self, name: str, *where: Any) -> torch.Tensor:
+        """The mean of a part of a tensor, read from every source once: in memory of its own, in fp32 (fp64 of fp64).
+
+        Raises:
+            CheckpointError: integers differ. They have no mean: packed weights of one input with the averaged scales
+                of all would be a wrong model. Single numbers (step counters) and buffers may: the newest is taken.
+        """
+        *others, last = self.sources
+        newest = last.tensors[name]
+        if newest.latest or not newest.dtype.is_floating_point:
+            values = last.read(name, *where)
+            same = newest.dtype.is_floating_point or newest.varies or newest.numel == 1
+            for other in () if same else others:
+                refuse(
+                    not torch.equal(other.read(name, *where), values),
+                    f"tensor {name} is {newest.dtype} and differs between {other.path} and {last.path}, and integers "
+                    "have no mean: leave one of the two out",
+                    f"if it holds packed weights, {DEQUANTIZE}",
+                )
+            return values
+        total = None
+        for source, share in self._terms:
+            values = source.read(name, *where)
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
+            if share != 1:
+                values.mul_(share)  # and not in one call with the sum, which may round once or twice
+            total = values if total is None else total.add_(values)
+        assert total is not None  # some weight is positive
+        return total if self._divisor == 1 else total.div_(self._divisor)
 
 
 def compare(first: Source, other: Source) -> None:
-    """Refuse to average two checkpoints of different models or layouts, naming the first difference.
-
-    Raises:
-        CheckpointError: with both values.
-    """
-    if first.layout != other.layout:
-        raise CheckpointError(
-            f"{other.path} is {other.layout}, {first.path} is {first.layout}; give checkpoints of one layout"
-        )
+    """Refuse to average two checkpoints of different models or layouts, naming the first difference, both values."""
+    refuse(
+        first.layout != other.layout,
+        f"{other.path} is {other.layout}, {first.path} is {first.layout}",
+        "give checkpoints of one layout",
+    )
     for name in [*first.tensors, *other.tensors]:
         mine, theirs = (_described(source.tensors.get(name)) for source in (first, other))
-        if mine != theirs:
-            raise CheckpointError(
-                f"tensor {name} is {theirs} in {other.path} and {mine} in {first.path}; give checkpoints of one model"
-            )
+        what = f"tensor {name} is {theirs} in {other.path} and {mine} in {first.path}"
+        refuse(mine != theirs, what, "give checkpoints of one model")
 
 
 def _described(stored: Stored | None) -> str:
     return "absent" if stored is None else f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+
+
+def refuse(wrong: object, what: str, remedy: str = RESTORE) -> None:
+    """Raise CheckpointError if something is wrong."""
+    if wrong:
+        raise CheckpointError(f"{what}; {remedy}")
+
+
+@contextmanager
+def damaged(what: object) -> Iterator[None]:
+    """Say of errors in what was read that ``what`` is damaged, or that a file is missing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing; {RESTORE}") from None
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # Python's, torch's, safetensors' and pickle's: whatever the bytes led to
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{what} is truncated or damaged ({said}); {RESTORE}") from None
+
+
+def without_wrappers(named: Mapping[str, T], where: object) -> dict[str, T]:
+    """``named`` with `plain_name`; two with the same, or a name that is a wrapper's alone, are refused."""
+    found: dict[str, T] = {}
+    for name, value in named.items():
+        plain = plain_name(name)
+        refuse(
+            plain in found or not plain,
+            f"{where} holds {name}, which without the prefixes of wrappers ({', '.join(WRAPPERS)}) is the name of "
+            "another tensor",
+            "save the model under one set of names",
+        )
+        found[plain] = value
+    return found
+
+
+class Inert:
+    """Stands in for a class: takes any arguments and runs none of its code."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def load(path: Path) -> Any:
+    """What `torch.save` wrote, without running any code of it; tensors on the meta device.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or names a class not `HARMLESS`, which is then never imported.
+    """
+    with damaged(path):
+        foreign = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(HARMLESS))
+        refuse(
+            foreign,
+            f"{path} holds {', '.join(foreign)}, which is not loaded: a pickle can run any code",
+            "save the checkpoint without it (client_state takes plain values)",
+        )
+        with safe_globals([(Inert, harmless) for harmless in HARMLESS]):
+            return torch.load(path, map_location="meta", weights_only=True)
+
+
+def place(path: Path, name: str, tensor: torch.Tensor) -> Piece:
+    """Where a tensor of `load` lies in its file."""
+    what = f"{path}: {name} is {tensor.dtype} with strides {tensor.stride()}, which merge cannot read"
+    refuse(tensor.dtype not in DTYPE_NAMES or not tensor.is_contiguous(), what, DEQUANTIZE)
+    begin: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore  # set by torch.load
+    return Piece(path, begin + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.numel())

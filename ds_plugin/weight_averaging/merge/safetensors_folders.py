@@ -1,185 +1,140 @@
-"""Safetensors folders, read and written: Hugging Face's layout, a header in each file and an index beside them."""
+"""Safetensors folders, read and written: Hugging Face's layout, and what lies beside the weights."""
 
 import json
-import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from ds_plugin.core.errors import CheckpointError
-from ds_plugin.core.files import atomic_write
-from ds_plugin.weight_averaging.merge.inputs import (
-    DEQUANTIZE,
-    DTYPE_NAMES,
-    DTYPES,
-    RESTORE,
-    Piece,
-    Source,
-    Stored,
-    without_wrappers,
-)
-from ds_plugin.weight_averaging.merge.output import RECORD, Part, Plan, Shard
+from ds_plugin.weight_averaging.merge import inputs
+from ds_plugin.weight_averaging.merge.inputs import DTYPES, Mean, Piece, Stored, damaged, refuse, without_wrappers
+from ds_plugin.weight_averaging.publish.layout import Entry, File, index_of, plan_file, plan_files
 
 _COPIED_BYTES = 100 * 10**6
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
-_STATE = (RECORD, "latest", "latest_universal", "trainer_state.json", "zero_to_fp32.py", "ds_plugin.json")
+_STATE = ("latest", "latest_universal", "trainer_state.json", "zero_to_fp32.py", "ds_plugin.json")
 
 
 @dataclass
-class Safetensors(Source):
-    """A safetensors folder. ``headers``: of each file, its header as it stands. ``renamed``: it has wrappers' names."""
+class Source(inputs.Source):
+    """A checkpoint whose mean is written as safetensors.
 
-    headers: dict[str, bytes] = field(default_factory=dict)
-    index: Path | None = None
-    renamed: bool = False
+    ``folders``: the tensors of each folder, by the prefix that tells them apart in ``tensors``: "" alone, or
+    "tp0-of-2/" and so on. Then the files say in their metadata which tensor-parallel rank's they are. ``files``: the
+    metadata of each file of "", where these shall be its files. ``index``: what is to say which holds what.
+    """
+
+    folders: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, dict[str, str] | None] = field(default_factory=dict)
+    index: str = ""
+
+    def write(self, out: Path, mean: Mean, dtype: torch.dtype | None, shard_bytes: int, workers: int) -> None:
+        """The source's own files, else new ones of ``shard_bytes`` (one tensor) at most."""
+        for rank, (folder, names) in enumerate(self.folders.items()):
+            stored = [(name, self.tensors[folder + name]) for name in names]
+            entries = {name: Entry(name, one.written(dtype), one.shape) for name, one in stored}
+            if self.files:
+                held: dict[str, list[Entry]] = {file: [] for file in self.files}
+                for name, one in stored:
+                    held[one.pieces[0].path.name].append(entries[name])
+                files = [plan_file(file, held[file], metadata) for file, metadata in self.files.items()]
+            else:
+                told = {"tensor_parallel_rank": str(rank), "tensor_parallel_size": str(len(self.folders))}
+                files = plan_files(list(entries.values()), shard_bytes, told if folder else {})
+            (out / folder).mkdir(exist_ok=True)
+            _write_files(out, folder, files, entries, mean, workers)
+            if self.index or (len(files) > 1 and not self.files):
+                (out / folder / (self.index or _INDEX)).write_text(index_of(files), "utf-8")
+        if self.beside is not None:
+            _copy_others(self.beside, out, dtype)
 
 
-def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Safetensors:
+def _write_files(
+    out: Path, folder: str, files: Sequence[File], entries: dict[str, Entry], mean: Mean, workers: int
+) -> None:
+    """In threads: reading, writing and torch's arithmetic leave Python's lock; processes would each hold torch."""
+    for file in files:
+        with (
+            open(out / folder / file.name, "wb", buffering=0) as opened,
+            ThreadPoolExecutor(workers, "merge", torch.set_num_threads, (1,)) as pool,
+        ):
+            opened.write(file.header)
+
+            def piece(part: tuple[str, int, int], target: int = opened.fileno(), file: File = file) -> None:
+                name, start, count = part
+                values = mean.of(folder + name, start, count).to(entries[name].dtype)
+                view, begin = values.view(torch.uint8).numpy().data, file.offsets[name] + start * values.itemsize
+                while view:
+                    written = os.pwrite(target, view, begin)
+                    view, begin = view[written:], begin + written
+
+            sizes = {name: entries[name].numel for name in file.offsets}
+            step = inputs.CHUNK
+            parts = [(n, start, min(step, size - start)) for n, size in sizes.items() for start in range(0, size, step)]
+            for _ in pool.map(piece, parts):  # the first failure ends all
+                pass
+        mean.note(f"{folder}{file.name} is written, {file.size / 1e6:,.1f} MB")
+
+
+def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Source:
     """The tensors of ``files`` in ``path``, or of those that ``index`` names.
 
     Raises:
         CheckpointError: a file is missing, truncated or damaged, or does not hold what the index says.
     """
-    beside = path if path.is_dir() else None
-    source = Safetensors(path, "a safetensors checkpoint", {}, files, beside=beside, index=index)
-    wanted: Mapping[str, str] = {}
+    source = Source(path, "a safetensors checkpoint", beside=path if path.is_dir() else None)
+    wanted: dict[str, str] = {}
     if index is not None:
-        try:
+        source.index = index.name
+        with damaged(index):
             wanted = without_wrappers(json.loads(index.read_text("utf-8"))["weight_map"], index)
-            source.files = [path / name for name in sorted(set(wanted.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error}); {RESTORE}") from None
-    for file in source.files:
-        source.headers[file.name], raw = _read_header(file)
-        found = without_wrappers(raw, file)
-        source.renamed |= found.keys() != raw.keys()
-        for name, stored in found.items():
-            if name in source.tensors:
-                raise CheckpointError(f"{file} holds tensor {name}, which another file beside it holds too; remove one")
-            if index is None or wanted.get(name) == file.name:
-                source.tensors[name] = stored
-            else:
-                raise CheckpointError(f"{file} holds tensor {name}, which {index.name} does not place there; {RESTORE}")
+            files = [path / name for name in sorted(set(wanted.values()))]
+    for file in files:
+        source.files[file.name], found = _read_header(file)
+        for name, stored in without_wrappers(found, file).items():
+            what = f"{file} holds tensor {name}, which"
+            refuse(name in source.tensors, f"{what} another file beside it holds too", "remove one")
+            refuse(index and wanted.get(name) != file.name, f"{what} {source.index} does not place there")
+            source.tensors[name] = stored
     for name in wanted:
-        if name not in source.tensors:
-            raise CheckpointError(f"{path / wanted[name]} lacks tensor {name}, which {index} places there; {RESTORE}")
+        refuse(name not in source.tensors, f"{path / wanted[name]} lacks tensor {name}, which {index} places there")
+    source.folders = {"": list(source.tensors)}
     return source
 
 
-def _read_header(path: Path) -> tuple[bytes, dict[str, Stored]]:
-    """The header with its length in front, and the tensors in the order of their bytes."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {RESTORE}")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = file.read(8)
-        count = int.from_bytes(length, "little")
-        header = file.read(count) if count <= size - 8 else b""
-    if size < 8 or len(header) != count:
-        raise CheckpointError(f"{path} is truncated: {size} bytes do not hold its header; {RESTORE}")
-    tensors, end = {}, 8 + count
-    try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}, which has no mean; {DEQUANTIZE}")
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            start, stop = (8 + count + offset for offset in entry["data_offsets"])
-            numel = math.prod(shape)
-            if start != end or stop - start != numel * dtype.itemsize:
-                raise ValueError(f"tensor {name} lies at bytes {start} to {stop}")
-            tensors[name] = Stored(dtype, shape, (Piece(path, start, numel),), not dtype.is_floating_point, numel == 1)
-            end = stop
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {RESTORE}") from None
-    if size != end:
-        what = "truncated" if size < end else "damaged"
-        raise CheckpointError(f"{path} is {what}: {size} bytes where its header asks for {end}; {RESTORE}")
-    return length + header, tensors
+def _read_header(path: Path) -> tuple[dict[str, str] | None, dict[str, Stored]]:
+    """The metadata, and the tensors.
 
-
-def plan_same(sources: list[Safetensors], dtype: torch.dtype | None) -> Plan:
-    """The files of the first source under their names, with its small files and its index."""
-    first = sources[0]
-    by_file: dict[str, list[str]] = {file.name: [] for file in first.files}
-    for name, stored in first.tensors.items():
-        by_file[stored.pieces[0].path.name].append(name)
-    shards = []
-    for file, names in by_file.items():
-        parts = [Part(n, _written(first.tensors[n], dtype, None), first.tensors[n].numel) for n in names]
-        header = first.headers[file]
-        if dtype is None and not first.renamed:
-            shards.append(Shard(file, (header, *parts)))
-        else:
-            shards.append(_shard(file, parts, first, json.loads(header[8:]).get("__metadata__")))
-
-    def finish(out: Path) -> None:
-        _copy_others(first.beside, out, dtype)
-        if first.index is not None:
-            index = first.index.read_bytes()
-            same = dtype is None and not first.renamed
-            _write(out / first.index.name, index if same else _index(shards, "", json.loads(index)))
-
-    return Plan(shards, list(sources), finish)
-
-
-def plan_new(sources: list[Source], dtype: torch.dtype | None, shard_bytes: int) -> Plan:
-    """New files of ``shard_bytes`` (one tensor) at most for sources that are not safetensors, in fp32 by default.
-
-    Each of the source's folders becomes one, whose files say in their metadata which tensor-parallel rank's they are.
+    safetensors itself refuses gaps, overlaps, shapes that do not fit and files of another size. Of names that stand
+    twice it takes the last.
     """
-    first = sources[0]
-    by_folder: dict[str, list[Shard]] = {}
-    for rank, (folder, names) in enumerate(first.folders.items()):
-        groups: list[list[Part]] = [[]]
-        for name in names:
-            stored = first.tensors[folder + name]
-            part = Part(folder + name, _written(stored, dtype, torch.float32), stored.numel)
-            if groups[-1] and sum(p.nbytes for p in groups[-1]) + part.nbytes > shard_bytes:
-                groups.append([])
-            groups[-1].append(part)
-        files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-        if len(groups) == 1:
-            files = ["model.safetensors"]
-        metadata = {"format": "pt"}
-        if folder:
-            metadata |= {"tensor_parallel_rank": str(rank), "tensor_parallel_size": str(len(first.folders))}
-        by_folder[folder] = [
-            _shard(folder + file, parts, first, metadata, folder) for file, parts in zip(files, groups, strict=True)
-        ]
-
-    def finish(out: Path) -> None:
-        _copy_others(first.beside, out, dtype or torch.float32)
-        for folder, shards in by_folder.items():
-            if len(shards) > 1:
-                _write(out / folder / _INDEX, _index(shards, folder, {}))
-
-    return Plan([shard for shards in by_folder.values() for shard in shards], sources, finish)
+    tensors = {}
+    with damaged(path), open(path, "rb") as file, safe_open(path, "pt"):
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_once)
+        metadata = header.pop("__metadata__", None)
+        for name, entry in header.items():
+            what = f"{path}: tensor {name} is {entry['dtype']}, which has no mean"
+            refuse(entry["dtype"] not in DTYPES, what, inputs.DEQUANTIZE)
+            shape = torch.Size(entry["shape"])
+            piece = Piece(path, 8 + length + entry["data_offsets"][0], shape.numel())
+            tensors[name] = Stored(DTYPES[entry["dtype"]], shape, [piece])
+        return metadata, tensors
 
 
-def _written(stored: Stored, dtype: torch.dtype | None, default: torch.dtype | None) -> torch.dtype:
-    return (dtype or default or stored.dtype) if stored.dtype.is_floating_point else stored.dtype
-
-
-def _shard(name: str, parts: list[Part], source: Source, metadata: Any, folder: str = "") -> Shard:
-    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)  # so that each tensor begins at a multiple of its size
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    offset = 0
-    for part in parts:
-        place = [offset, offset + part.nbytes]
-        entry = {"dtype": DTYPE_NAMES[part.dtype], "shape": source.tensors[part.tensor].shape, "data_offsets": place}
-        header[part.tensor.removeprefix(folder)] = entry
-        offset = place[1]
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return Shard(name, (len(text).to_bytes(8, "little") + text, *parts))
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)[:200]}")
+    return found
 
 
 def is_model_folder(path: Path) -> bool:
@@ -187,43 +142,38 @@ def is_model_folder(path: Path) -> bool:
     return "model_type" in _config(path)
 
 
-def refuse_quantized(folder: Path | None) -> None:
+def refuse_quantized(folder: Path) -> None:
     """Raise CheckpointError where the configuration says that the weights are packed: scales alone have no meaning."""
-    config = _config(folder) if folder is not None else {}
+    config = _config(folder)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if found := part.get("quantization_config"):
-            method = found.get("quant_method") if isinstance(found, dict) else found
-            raise CheckpointError(
-                f"{folder}/{_CONFIG} has a quantization_config ({method}): packed weights have no mean; {DEQUANTIZE}"
-            )
+        found = part.get("quantization_config")
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        what = f"{folder}/{_CONFIG} has a quantization_config ({method}): packed weights have no mean"
+        refuse(found, what, inputs.DEQUANTIZE)
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """``config.json``; empty where there is none."""
     path = folder / _CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {RESTORE}") from None
+    with damaged(path):
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
-def _copy_others(source: Path | None, out: Path, dtype: torch.dtype | None) -> None:
+def _copy_others(folder: Path, out: Path, dtype: torch.dtype | None) -> None:
     """Configuration and tokenizer, which a safetensors folder needs to be loaded; never weights or training state.
 
     ``dtype``: that of the weights, for the configuration to say; None: its own.
     """
-    for path in sorted(source.iterdir()) if source is not None else []:
+    for path in sorted(folder.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.name in _STATE or path.name.startswith(".") or weights or not path.is_file():
             continue
         if path.name == _CONFIG and dtype is not None:
-            config = _with_dtype(_config(path.parent), str(dtype).removeprefix("torch."))
-            _write(out / _CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            config = _with_dtype(_config(folder), str(dtype).removeprefix("torch."))
+            (out / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
         elif path.stat().st_size <= _COPIED_BYTES:
-            atomic_write(out / path.name, partial(shutil.copyfile, path))
+            shutil.copyfile(path, out / path.name)
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:
@@ -232,16 +182,3 @@ def _with_dtype(config: Any, dtype: str) -> Any:
         return config
     named = {key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
     return {key: dtype if key in named else _with_dtype(value, dtype) for key, value in config.items()}
-
-
-def _index(shards: list[Shard], folder: str, before: dict[str, Any]) -> bytes:
-    parts = [(shard, part) for shard in shards for part in shard.tensors]
-    metadata = {**before.get("metadata", {}), "total_size": sum(part.nbytes for _, part in parts)}
-    places = {part.tensor.removeprefix(folder): shard.name.removeprefix(folder) for shard, part in parts}
-    return (
-        json.dumps({**before, "metadata": metadata, "weight_map": places}, indent=2, sort_keys=True) + "\n"
-    ).encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    atomic_write(path, lambda temporary: temporary.write_bytes(content))

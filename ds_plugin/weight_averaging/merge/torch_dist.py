@@ -1,9 +1,8 @@
 """Torch_dist checkpoints, as megatron-core's dist_checkpointing writes them: read without running code, and written.
 
-``.metadata``, a pickle, says which rectangle of which tensor lies where in the ``*.distcp`` files, each as one
-`torch.save`. It is read by an unpickler that admits nothing but inert stand-ins. The output keeps the chunks of the
-newest input, so that inputs of the same parallelism are read in long runs and only others row by row; a reader with
-any parallelism takes what it needs from them.
+torch's own reader and writer do both, but for ``.metadata``, a pickle whose code torch would run: here an unpickler
+admits its plain records alone. The output has the chunks of the newest input, which are read one after another, and of
+inputs that are cut otherwise put together; a reader with any parallelism takes what it needs.
 
 What is averaged are the fp32 masters where the optimizer's state holds them under the parameters' names, as
 ``optimizer.state.param.NAME`` (DistributedOptimizer, distrib_optim_sharding_type "fully_reshardable") or
@@ -18,49 +17,97 @@ import math
 import pickle
 import re
 import shutil
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, cast
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem, metadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ds_plugin.core.errors import CheckpointError, PluginError
-from ds_plugin.core.files import atomic_write
-from ds_plugin.weight_averaging.merge.deepspeed import stored_in, unpickled
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES, RESTORE, Piece, Source, Stored
-from ds_plugin.weight_averaging.merge.output import Part, Plan, Shard
-from ds_plugin.weight_averaging.merge.rectangles import Chunk, covers_once, window
+from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES, Inert, Mean, Source, Stored, damaged, refuse
 
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
-_COPIED = ("common.pt", "metadata.json")  # in this order: megatron-core looks for the second first
+_COPIED = ("common.pt", "metadata.json")
 _COMMON = "common_state/shard_0_1"  # what newer versions of it have in place of common.pt, an object like others
-
-_CHECKPOINT = "torch.distributed.checkpoint"
-_ADMITTED = {
-    f"{_CHECKPOINT}.metadata": (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    f"{_CHECKPOINT}.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    f"{_CHECKPOINT}.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),  # megatron-core keeps them
-    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
-    "pathlib": ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
-    "torch.serialization": ("_get_layout",),
-}  # fmt: skip
-
-
-_Key = tuple[str, tuple[int, ...] | None]  # a name and a chunk's offset, None where it is no tensor
+#: what ``.metadata`` is made of
+_RECORDS = {f"{metadata.__name__}.{name}": vars(metadata)[name] for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")}
+_RECORDS |= {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_RECORDS |= {"collections.OrderedDict": OrderedDict, "torch.Size": torch.Size}
+_RECORDS[f"{filesystem.__name__}._StorageInfo"] = filesystem._StorageInfo
+#: what else it may name: plans, paths, layouts
+_UNUSED = re.compile(r"(torch\.distributed\.checkpoint|megatron\.core\.dist_checkpointing|pathlib)\..+|.*\._get_layout")
 
 
 @dataclass
 class TorchDist(Source):
-    """A torch_dist checkpoint. ``objects``: the bytes of the entries that are no tensors."""
+    """A torch_dist checkpoint, whose tensors consist of (chunk, file). ``found``: what ``.metadata`` holds.
 
-    chunks: dict[str, tuple[Chunk, ...]] = field(default_factory=dict)
-    objects: dict[str, Piece] = field(default_factory=dict)
+    ``keys``: under which name each that is to be written is stored. ``objects``: those that are no tensors, with the
+    place of their bytes.
+    """
+
+    found: Any = None
+    keys: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, name: str, *where: Any) -> torch.Tensor:
+        """A chunk (``metadata.ChunkStorageMetadata``) of a tensor, in memory of its own."""
+        key, [chunk] = self.keys[name], where
+        entry = self.found.state_dict_metadata[key]
+        values = torch.empty(chunk.sizes, dtype=entry.properties.dtype)
+
+        def part(item: ReadItem) -> torch.Tensor:
+            pairs = zip(item.dest_offsets, item.lengths, strict=True)
+            return values[tuple(slice(start, start + length) for start, length in pairs)]
+
+        planner = SimpleNamespace(resolve_tensor=part, commit_tensor=lambda item, tensor: None)
+        reader = FileSystemReader(self.path)
+        reader.set_up_storage_reader(self.found, is_coordinator=True)
+        with damaged(f"{self.path}: {key}"):
+            items = create_read_items_for_chunk_list(key, entry, [chunk])
+            _refuse_gaps(self.path, key, entry, [item.lengths for item in items], values.numel())
+            reader.read_data(LoadPlan(items), cast(Any, planner))
+        return values
+
+    def write(self, out: Path, mean: Mean, dtype: torch.dtype | None, shard_bytes: int, workers: int) -> None:
+        """The newest checkpoint's chunks, in as many files."""
+        newest = mean.sources[-1]
+        entries: dict[str, Any] = {}
+        files: defaultdict[str, list[WriteItem]] = defaultdict(list)
+        for name, place in newest.objects.items():
+            entries[name] = metadata.BytesStorageMetadata()
+            files[place.relative_path].append(WriteItem(metadata.MetadataIndex(name), WriteItemType.BYTE_IO))
+        for name, stored in newest.tensors.items():
+            properties, size = metadata.TensorProperties(stored.written(dtype)), torch.Size(stored.shape)
+            entries[name] = metadata.TensorStorageMetadata(properties, size, [chunk for chunk, _ in stored.pieces])
+            for chunk, file in stored.pieces:
+                index, data = metadata.MetadataIndex(name, chunk.offsets), TensorWriteData(chunk, properties, size)
+                files[file].append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        made = torch.empty(0)
+
+        def resolve(item: WriteItem) -> torch.Tensor | io.BytesIO:
+            nonlocal made
+            name = item.index.fqn
+            if item.tensor_data is None:
+                return _bytes_of(newest.path, newest.objects[name])
+            made.untyped_storage().resize_(0)  # the writer keeps what it has written until the file is whole
+            made = mean.of(name, item.tensor_data.chunk).to(item.tensor_data.properties.dtype)
+            return made
+
+        # nothing ahead: each mean is made when it is written
+        writer, results = FileSystemWriter(out, per_thread_copy_ahead=0, sync_files=False), []
+        for plan in writer.prepare_global_plan([SavePlan(files[file]) for file in sorted(files)]):
+            results.append(writer.write_data(plan, cast(Any, SimpleNamespace(resolve_data=resolve))).value())
+            mean.note(f"{results[-1][0].storage_data.relative_path} is written")
+        writer.finish(metadata.Metadata(entries), results)
+        for name in _COPIED:
+            if (newest.path / name).is_file():
+                shutil.copyfile(newest.path / name, out / name)
 
 
 def read_torch_dist(path: Path) -> TorchDist:
@@ -69,289 +116,88 @@ def read_torch_dist(path: Path) -> TorchDist:
     Raises:
         CheckpointError: a file is missing, truncated or damaged, of another format, or holds foreign classes.
     """
-    _check_format(path)
-    try:
-        entries, places = _entries(path / ".metadata")
-        if _COMMON not in entries and not (path / "common.pt").is_file():
-            raise CheckpointError(f"{path / 'common.pt'} is missing; {RESTORE}")
-        return _source(path, entries, places)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path / '.metadata'} is damaged ({error!r}); {RESTORE}") from None
-
-
-def _check_format(path: Path) -> None:
-    config = path / "metadata.json"
-    if not config.is_file():
-        raise CheckpointError(
-            f"{config} is missing, so this is not megatron-core's; merge reads no other program's .metadata"
-        )
-    try:
-        found = json.loads(config.read_text("utf-8"))
-        backend, version = found["sharded_backend"], found.get("sharded_backend_version", 1)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{config} is damaged ({error!r}); {RESTORE}") from None
-    if (backend, version) != ("torch_dist", 1):
-        raise CheckpointError(f"{config}: the format is {backend} {version}, merge reads torch_dist 1; convert it")
-
-
-class _Inert:
-    """Stands in for the classes that ``.metadata`` may name: keeps their fields and runs none of their code."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+    with damaged(path / "metadata.json"):
+        config = json.loads((path / "metadata.json").read_text("utf-8"))
+        backend, version = config["sharded_backend"], config.get("sharded_backend_version", 1)
+    what = f"{path / 'metadata.json'}: the format is {backend} {version}, merge reads torch_dist 1"
+    refuse((backend, version) != ("torch_dist", 1), what, "convert it")
+    with damaged(path / ".metadata"), open(path / ".metadata", "rb") as file:
+        found = _Unpickler(file).load()
+        without = _COMMON not in found.state_dict_metadata and not (path / "common.pt").is_file()
+        refuse(without, f"{path / 'common.pt'} is missing")
+        return _source(path, found)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits plain values, torch.Size, dtypes and `_Inert` stand-ins; another name is refused before any import."""
+    """Admits plain values, `_RECORDS` and stand-ins for `_UNUSED`; another name is refused before any import."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self._path = file.name
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _ADMITTED.get(module, ()):
-            return _Inert
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
-        raise _Foreign(f"{module}.{name}")
+        known = f"{module}.{name}"
+        what = f"{self._path} holds {known}, which is not loaded: a pickle can run any code"
+        refuse(known not in _RECORDS and not _UNUSED.fullmatch(known), what, "save the checkpoint without it")
+        return _RECORDS.get(known, Inert)
 
 
-class _Foreign(Exception):
-    """A class that is not admitted."""
-
-
-def _entries(path: Path) -> tuple[dict[str, Any], dict[_Key, Any]]:
-    """Of each name what is stored, and where."""
-    try:
-        with open(path, "rb") as file:
-            found = _Unpickler(file).load()
-    except _Foreign as error:
-        raise CheckpointError(
-            f"{path} holds {error}, which is not loaded: a pickle can run any code; save the checkpoint without it"
-        ) from None
-    except (pickle.UnpicklingError, EOFError, ImportError, MemoryError, OverflowError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({error!r}); {RESTORE}") from None
-    places = {}
-    for index, place in found.storage_data.items():
-        offset = getattr(index, "offset", None)
-        places[index.fqn, None if offset is None else tuple(offset)] = place
-    return found.state_dict_metadata, places
-
-
-def _copied(path: Path) -> list[Path]:
-    return [path / name for name in _COPIED if (path / name).is_file()]
-
-
-def _source(path: Path, entries: dict[str, Any], places: dict[_Key, Any]) -> TorchDist:
+def _source(path: Path, found: Any) -> TorchDist:
+    entries, high = found.state_dict_metadata, 0
     masters = {match[1]: key for key in entries if (match := _MASTER.fullmatch(key))}
-    source = TorchDist(path, "a torch_dist checkpoint", {}, [path / ".metadata", *_copied(path)])
-    low: list[str] = []
-    high: list[str] = []
+    source = TorchDist(path, "a torch_dist checkpoint", found=found)
+
+    def place(*index: Any) -> Any:
+        return _checked(path, index[0], found.storage_data[metadata.MetadataIndex(*index)])
+
     for name, entry in entries.items():
         if _OPTIMIZER.fullmatch(name):
             continue
-        if not hasattr(entry, "chunks"):
-            file, offset, length = _place(path, name, places[name, None])
-            source.objects[name] = Piece(file, offset, length)
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            source.objects[name] = place(name)
             continue
-        key, shape = masters.get(name, name), tuple(entry.size)
         # megatron-core before 0.14 wrote them flattened, the parallelism in their shape; some masters have 16 bits
-        if entries[key].properties.state[0] != torch.float32 or tuple(entries[key].size) != shape:
-            key = name
-        dtype = entries[key].properties.state[0]
-        if dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{path}: tensor {key} is {dtype}, which has no mean; save the weights in bf16")
-        (high if key != name else low).append(name)
-        chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entries[key].chunks]
-        if not covers_once(shape, chunks):
-            raise CheckpointError(
-                f"{path}: the {len(chunks)} chunks of {key} {list(shape)} do not cover it once; {RESTORE}"
-            )
-        source.chunks[name] = tuple(_chunk(path, key, *chunk, dtype, places[key, chunk[0]]) for chunk in chunks)
-        source.tensors[name] = Stored(dtype, shape, (), not dtype.is_floating_point, math.prod(shape) == 1)
-    if not source.tensors:
-        raise CheckpointError(f"{path} holds no weights of a model; give a checkpoint that does")
-    used = {chunk.piece.path for chunks in source.chunks.values() for chunk in chunks}
-    source.files += sorted(used | {piece.path for piece in source.objects.values()})
-    source.layout += " with fp32 masters" if high else ""
-    source.remark = _remark(source, low, high)
+        key, master = name, entries[masters.get(name, name)]
+        if master.properties.dtype == torch.float32 and master.size == entry.size and name in masters:
+            key, entry, high = masters[name], master, high + 1
+        dtype = entry.properties.dtype
+        what = f"{path}: tensor {key} is {dtype}, which has no mean"
+        refuse(dtype not in DTYPE_NAMES, what, "save the weights in bf16")
+        _refuse_gaps(path, key, entry, [chunk.sizes for chunk in entry.chunks], math.prod(entry.size))
+        pieces = [(chunk, place(key, chunk.offsets).relative_path) for chunk in entry.chunks]
+        source.keys[name], source.tensors[name] = key, Stored(dtype, tuple(entry.size), pieces)
+    refuse(not source.tensors, f"{path} holds no weights of a model", "give a checkpoint that does")
+    if high:
+        source.layout += " with fp32 masters"
+        source.remark = f"{path}: the mean is of the fp32 masters of {high} tensors"
+    rounded = [n for n, stored in source.tensors.items() if stored.dtype in (torch.bfloat16, torch.float16)]
+    if rounded:  # else the model itself is in fp32, or all have masters
+        dtype = str(source.tensors[rounded[0]].dtype).removeprefix("torch.")
+        source.remark = (
+            f"{path}: no fp32 masters under the parameters' names (distrib_optim_sharding_type fully_reshardable has "
+            f"them) for {len(rounded)} of {len(source.tensors)} tensors, such as {rounded[0]}: the mean is of the "
+            f"model's {dtype} weights"
+        )
     return source
 
 
-def _remark(source: TorchDist, low: list[str], high: list[str]) -> str:
-    """Whether the mean is of masters; nothing where there are none because the model itself is in fp32."""
-    rounded = [name for name in low if source.tensors[name].dtype in (torch.bfloat16, torch.float16)]
-    if not rounded:
-        return f"{source.path}: the mean is of the fp32 masters of {len(high)} tensors" if high else ""
-    dtype = str(source.tensors[rounded[0]].dtype).removeprefix("torch.")
-    return (
-        f"{source.path}: no fp32 masters under the parameters' names (distrib_optim_sharding_type fully_reshardable "
-        f"has them) for {len(rounded)} of {len(source.tensors)} tensors, such as {rounded[0]}: the mean is of the "
-        f"model's {dtype} weights"
-    )
+def _refuse_gaps(path: Path, key: str, entry: Any, parts: list[torch.Size], numel: int) -> None:
+    what = f"{path}: the {len(entry.chunks)} chunks of {key} {list(entry.size)} do not cover it once"
+    refuse(sum(map(math.prod, parts)) != numel, what)
 
 
-def _place(path: Path, name: str, info: Any) -> tuple[Path, int, int]:
-    file = path / info.relative_path
-    if file.name != info.relative_path or file.suffix != ".distcp":
-        raise CheckpointError(f"{path / '.metadata'}: {name} lies in {info.relative_path}, not in a *.distcp beside it")
-    if getattr(info, "transform_descriptors", None):
-        raise CheckpointError(f"{file}: {name} is stored as {info.transform_descriptors}, which merge cannot read")
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; {RESTORE}")
-    if info.offset < 0 or info.length < 0 or info.offset + info.length > file.stat().st_size:
-        size = file.stat().st_size
-        raise CheckpointError(
-            f"{file} is truncated: {size} bytes, and {name} ends at {info.offset + info.length}; {RESTORE}"
-        )
-    return file, info.offset, info.length
+def _checked(path: Path, name: str, place: Any) -> Any:
+    file = path / place.relative_path
+    what = f"{path / '.metadata'}: {name} lies in {place.relative_path}, not in a *.distcp beside it"
+    refuse(file.name != place.relative_path or file.suffix != ".distcp", what)
+    what = f"{file}: {name} is stored as {place.transform_descriptors}, which merge cannot read"
+    refuse(place.transform_descriptors, what)
+    size, end = file.stat().st_size, place.offset + place.length
+    refuse(place.offset < 0 or end > size, f"{file} is truncated: {size} bytes, and {name} ends at {end}")
+    return place
 
 
-def _chunk(
-    path: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype, info: Any
-) -> Chunk:
-    file, offset, length = _place(path, name, info)
-    with _Slice(file, offset, length) as part:
-        tensor = unpickled(cast(IO[bytes], part), f"{file}: {name}")
-    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != sizes or tensor.dtype != dtype:
-        what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise CheckpointError(f"{file}: {name} is {what} and should be {dtype} {list(sizes)}; {RESTORE}")
-    stored = stored_in(file, name, tensor, base=offset)
-    return Chunk(offsets, sizes, stored.pieces[0])
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, path: Path, offset: int, length: int):
-        self._file, self._offset, self._length = open(path, "rb"), offset, length
-        self._file.seek(offset)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
-        return self._file.seek(self._offset + start + offset) - self._offset
-
-    def tell(self) -> int:
-        return self._file.tell() - self._offset
-
-    def readinto(self, buffer: Any) -> int:
-        left = max(0, self._length - self.tell())
-        return self._file.readinto(memoryview(buffer)[:left])
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@dataclass
-class _File:
-    """An output file as it grows."""
-
-    parts: list[bytes | Part] = field(default_factory=list)
-    size: int = 0
-
-    def add(self, *parts: bytes | Part) -> tuple[int, int]:
-        """Where they begin, and their bytes."""
-        begin = self.size
-        self.parts += parts
-        self.size += sum(part.nbytes if isinstance(part, Part) else len(part) for part in parts)
-        return begin, self.size - begin
-
-
-def plan_torch_dist(sources: list[TorchDist], dtype: torch.dtype | None) -> Plan:
-    """The newest source's chunks, in files named as those that hold them there."""
-    newest = sources[-1]
-    cut = [Source(source.path, source.layout, {}, source.files) for source in sources]
-    dtypes = {
-        name: dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
-        for name, stored in newest.tensors.items()
-    }
-    files: dict[str, _File] = {}
-    places: dict[_Key, tuple[str, int, int]] = {}
-    for name, chunks in newest.chunks.items():
-        for chunk in chunks:
-            key, file = f"{name} {list(chunk.offsets)}", chunk.piece.path.name
-            for source, one in zip(sources, cut, strict=True):
-                one.tensors[key] = window(source.tensors[name], source.chunks[name], chunk)
-            before, after = _saved(chunk.sizes, dtypes[name])
-            values = Part(key, dtypes[name], math.prod(chunk.sizes))
-            places[name, chunk.offsets] = file, *files.setdefault(file, _File()).add(before, values, after)
-    for name, piece in newest.objects.items():
-        cut[-1].tensors[name] = Stored(torch.uint8, (piece.length,), (piece,), latest=True, varies=True)
-        file = piece.path.name
-        places[name, None] = file, *files.setdefault(file, _File()).add(Part(name, torch.uint8, piece.length))
-
-    def finish(out: Path) -> None:
-        metadata = _metadata(newest, dtypes, places)
-        atomic_write(out / ".metadata", lambda path: path.write_bytes(metadata))
-        for file in _copied(newest.path):
-            atomic_write(out / file.name, partial(shutil.copyfile, file))
-
-    return Plan([Shard(name, tuple(files[name].parts)) for name in sorted(files)], cut, finish)
-
-
-def _saved(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and after the elements of a tensor.
-
-    The checksum of the elements, which comes after them, stays 0: torch.load does not look at it.
-    """
-    template = _Template()
-    with torch.serialization.skip_data():
-        torch.save(torch.empty(sizes, dtype=dtype), cast(IO[bytes], template))
-    before, *after = template.parts
-    if template.skipped != math.prod(sizes) * dtype.itemsize or len(after) > 1:
-        raise PluginError(
-            f"torch {torch.__version__}: torch.save skips {template.skipped} bytes for {dtype} {list(sizes)} under "
-            "skip_data; merge torch_dist checkpoints with a torch version from this package's tested range"
-        )
-    return bytes(before), bytes(after[0]) if after else b""
-
-
-class _Template(io.RawIOBase):
-    """Takes what is written, in parts between which the writer moved on."""
-
-    def __init__(self) -> None:
-        self.parts, self.skipped = [bytearray()], 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self.parts[-1] += content
-        return len(content)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence != io.SEEK_CUR:
-            raise io.UnsupportedOperation("only forward")
-        self.parts.append(bytearray())
-        self.skipped += offset
-        return self.skipped + sum(map(len, self.parts))
-
-
-def _metadata(
-    source: TorchDist,
-    dtypes: dict[str, torch.dtype],
-    places: dict[_Key, tuple[str, int, int]],
-) -> bytes:
-    # here, because it takes 50 MB that merging other formats has no use for
-    from torch.distributed.checkpoint import filesystem, metadata
-
-    entries: dict[str, Any] = {name: metadata.BytesStorageMetadata() for name in source.objects}
-    for name, chunks in source.chunks.items():
-        entries[name] = metadata.TensorStorageMetadata(
-            metadata.TensorProperties(dtypes[name]),
-            torch.Size(source.tensors[name].shape),
-            [metadata.ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks],
-        )
-    stored = {metadata.MetadataIndex(*key): filesystem._StorageInfo(*place) for key, place in places.items()}
-    version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
-    return pickle.dumps(metadata.Metadata(entries, storage_data=stored, version=version))
+def _bytes_of(path: Path, place: Any) -> io.BytesIO:
+    with open(path / place.relative_path, "rb") as file:
+        file.seek(place.offset)
+        return io.BytesIO(file.read(place.length))

@@ -6,15 +6,18 @@ agree on those can write into one file side by side.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ds_plugin.core.errors import StateError
 from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
+
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class File:
     size: int
 
 
-def plan_files(entries: Sequence[Entry], max_bytes: int) -> list[File]:
+def plan_files(entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, str] = _NONE) -> list[File]:
     """The files, in the order of ``entries``: each of ``max_bytes`` of tensors at most, unless one tensor is larger.
 
     Named as Hugging Face names them: ``model.safetensors`` if there is one, else ``model-00001-of-0000N.safetensors``.
+    ``metadata``: what their headers say besides the format.
     """
+    metadata = {"format": "pt", **metadata}
     parts: list[list[Entry]] = [[]]
     held = 0
     for entry in entries:
@@ -63,13 +68,16 @@ def plan_files(entries: Sequence[Entry], max_bytes: int) -> list[File]:
         parts[-1].append(entry)
         held += entry.nbytes
     if len(parts) == 1:
-        return [_plan_file("model.safetensors", parts[0])]
+        return [plan_file("model.safetensors", parts[0], metadata)]
     names = (f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
-    return [_plan_file(name, part) for name, part in zip(names, parts, strict=True)]
+    return [plan_file(name, part, metadata) for name, part in zip(names, parts, strict=True)]
 
 
-def _plan_file(name: str, entries: list[Entry]) -> File:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | {a: e.name for e in entries for a in e.aliases}}
+def plan_file(name: str, entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> File:
+    """One file, whose header has this ``metadata`` and the aliases; neither if it is None."""
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        header["__metadata__"] = {**metadata, **{a: e.name for e in entries for a in e.aliases}}
     offsets, end = {}, 0
     for entry in sorted(entries, key=lambda e: -e.dtype.itemsize):  # each then begins at a multiple of its item's size
         offsets[entry.name], end = end, end + entry.nbytes

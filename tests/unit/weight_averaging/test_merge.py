@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_plugin.cli.main import main
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError
-from ds_plugin.weight_averaging.merge import output
+from ds_plugin.weight_averaging.merge import inputs
 from ds_plugin.weight_averaging.merge.merge import merge, parse_weights
 from tests.reference import averaging as reference
 
@@ -29,7 +30,7 @@ INDEX = "model.safetensors.index.json"
 def weights_of(seed, dtype=torch.float32):
     """Two shards' tensors: several chunks, odd sizes, an empty one, a scalar, integers, of which a counter differs."""
     torch.manual_seed(seed)
-    chunk = output.CHUNK
+    chunk = inputs.CHUNK
     first = {"embed.weight": torch.randn(3, chunk // 2 + 1), "norm.weight": torch.randn(7), "none": torch.empty(0, 3)}
     second = {"head.weight": torch.randn(11, 13), "scale": torch.randn(())}
     shards = [{name: t.to(dtype) for name, t in shard.items()} for shard in (first, second)]
@@ -86,57 +87,46 @@ def test_equals_the_naive_mean_bit_for_bit(tmp_path, dtype, workers):
     same(read(tmp_path / "out"), naive(folders, [1, 1, 1]))
 
 
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(2, 1, 2), (1, 1, 1), (2, 2, 2), (3, 2, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_core_that_is_left_helps(tmp_path, monkeypatch, cores, workers, threads, dtype):
+def test_pieces_stay_apart(tmp_path, monkeypatch, dtype):
     """What one thread writes stays as it is while others work, however slow the disk is, and in whichever order."""
-    monkeypatch.setattr(output.os, "sched_getaffinity", lambda process: set(range(cores)))
-    monkeypatch.setattr(output, "CHUNK", 7)
-    tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
-    folders = [
-        write(
-            tmp_path / f"step{n}", [{k: n * t if t.is_floating_point() else t for k, t in x.items()} for x in tensors]
-        )
-        for n in (1, 2)
-    ]
-    put, hands, slowness = output._Hand.put, set(), random.Random(workers)
+    monkeypatch.setattr(inputs, "CHUNK", 7)
+    folders = []
+    for n in (1, 2):
+        tensors = [{f"{s}": torch.randn(61).to(dtype), f"{s}.count": torch.arange(20)} for s in (1, 2)]
+        folders.append(write(tmp_path / f"step{n}", tensors))
+    pwrite, threads, slowness = os.pwrite, set(), random.Random(1)
 
-    def slow(self, file, view, offset):
-        hands.add(threading.get_ident())
+    def slow(file, view, offset):
+        threads.add(threading.get_ident())
         before = bytes(view)
         time.sleep(slowness.uniform(0, 0.01))
         assert bytes(view) == before
-        put(self, file, view, offset)
+        return pwrite(file, view[: max(1, len(view) // 2)], offset)  # a disk may take a part
 
-    monkeypatch.setattr(output._Hand, "put", slow)
-    merge(folders, tmp_path / "out", workers=workers)
-    assert len(hands) == threads
+    monkeypatch.setattr(os, "pwrite", slow)
+    merge(folders, tmp_path / "out", workers=3)
+    assert len(threads) > 1
     same(read(tmp_path / "out"), naive(folders, [1, 1]))
-    notes = []
-    merge(folders, tmp_path / "out", workers=workers, note=notes.append)  # the record has the files' checksums
-    assert notes == [f"{tmp_path / 'out'}: 2 of 2 shards were finished and are kept"]
 
 
-@pytest.mark.parametrize("thread", ["merge-hand", "merge"])
-def test_a_thread_that_fails_ends_the_others(tmp_path, checkpoints, monkeypatch, thread):
-    """Its error is the one that is raised, whichever of a worker's threads it was, and no piece is taken after it."""
-    monkeypatch.setattr(output.os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(output, "CHUNK", 20_000)
-    put, after = output._Hand.put, []
+def test_a_thread_that_fails_ends_all_and_leaves_nothing(tmp_path, checkpoints, monkeypatch):
+    """Its error is the one that is raised, and the pieces that nobody has begun are left."""
+    monkeypatch.setattr(inputs, "CHUNK", 2_000)
+    pwrite, written = os.pwrite, []
 
-    def failing(self, file, view, offset):
-        after.append(offset)
-        if threading.current_thread().name.rpartition("_")[0] == thread:
-            after.clear()
+    def failing(file, view, offset):
+        written.append(offset)
+        if len(written) == 3:
             raise OSError(errno.EIO, "Input/output error")
         time.sleep(0.01)
-        put(self, file, view, offset)
+        return pwrite(file, view, offset)
 
-    monkeypatch.setattr(output._Hand, "put", failing)
-    with pytest.raises((OSError, PluginError), match="Input/output error"):
+    monkeypatch.setattr(os, "pwrite", failing)
+    with pytest.raises(PluginError, match="out cannot be read or written: Input/output error"):
         merge(checkpoints, tmp_path / "out")
-    assert len(after) <= 1
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
+    assert len(written) < 20
+    assert not list(tmp_path.glob("*out*"))
 
 
 STATE = (
@@ -153,8 +143,9 @@ def test_keeps_sharding_metadata_index_and_small_files(tmp_path, checkpoints):
         (checkpoints[0] / name).write_text("{}")
     merge(checkpoints, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {*SHARDS, INDEX, "config.json", "tokenizer.json", "merge.json"}
-    assert (tmp_path / "out" / INDEX).read_bytes() == (checkpoints[0] / INDEX).read_bytes()
+    assert names == {*SHARDS, INDEX, "config.json", "tokenizer.json"}
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == json.loads((checkpoints[0] / INDEX).read_text())["weight_map"]
     for name in SHARDS:
         with safe_open(tmp_path / "out" / name, "pt") as found, safe_open(checkpoints[0] / name, "pt") as before:
             assert found.metadata() == before.metadata() and list(found.keys()) == list(before.keys())
@@ -295,6 +286,35 @@ def damaged_header(folder):
     (folder / SHARDS[1]).write_bytes(content)
 
 
+def header(change):
+    """Alter the header of the second shard, whose data stay as they are."""
+
+    def damage(folder):
+        path = folder / SHARDS[1]
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        text = change(content[8 : 8 + length].decode()).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return damage
+
+
+def overlapping(text):
+    found = json.loads(text)
+    found["head.weight"]["data_offsets"] = [offset + 4 for offset in found["head.weight"]["data_offsets"]]
+    return json.dumps(found)
+
+
+def negative(text):
+    found = json.loads(text)
+    found["head.weight"]["shape"] = [-11, -13]
+    return json.dumps(found)
+
+
+def repeated(text):
+    return text.replace("{", '{"scale":{"dtype":"F32","shape":[],"data_offsets":[0,4]},', 1)
+
+
 def index_without_map(folder):
     (folder / INDEX).write_text("{}")
 
@@ -376,10 +396,13 @@ def emptied(folder):
     ("damage", "message"),
     [
         (missing_shard, r"step2/model-00002-of-00002.safetensors is missing"),
-        (truncated_shard, r"step2/model-00002.* is truncated: \d+ bytes where its header asks for \d+"),
-        (truncated_header, r"step2/model-00002.* is truncated: 40 bytes do not hold its header"),
-        (damaged_header, r"step2/model-00002.* is damaged"),
-        (index_without_map, r"step2/model.safetensors.index.json is damaged"),
+        (truncated_shard, r"step2/model-00002.* is truncated or damaged"),
+        (truncated_header, r"step2/model-00002.* is truncated or damaged"),
+        (header(overlapping), r"step2/model-00002.* is truncated or damaged \(SafetensorError"),
+        (header(negative), r"step2/model-00002.* is truncated or damaged \(SafetensorError"),
+        (header(repeated), r"step2/model-00002.* is truncated or damaged \(ValueError: a name stands twice"),
+        (damaged_header, r"step2/model-00002.* is truncated or damaged"),
+        (index_without_map, r"step2/model.safetensors.index.json is truncated or damaged"),
         (index_with_more, r"step2/model-00001.* lacks tensor lost"),
         (other_shape, r"head.weight is float32 \[11, 12\] in .*step2 and float32 \[11, 13\] in .*step1"),
         (other_dtype, r"head.weight is float16 \[11, 13\] in .*step2 and float32 \[11, 13\] in .*step1"),
@@ -391,7 +414,7 @@ def emptied(folder):
         (fp8, r"step2/model-00002.*: tensor scale is F8_E4M3, which has no mean; .*dequantized \(transformers: "),
         (quantized, r"step2/config.json has a quantization_config \(gptq\): .*dequantized"),
         (quantized_within, r"step2/config.json has a quantization_config \(fp8\)"),
-        (damaged_config, r"step2/config.json is damaged"),
+        (damaged_config, r"step2/config.json is truncated or damaged"),
         (universal, r"step2 is a universal checkpoint, .* give the tag folder that it was converted from"),
         (lost_tag, r"step2/latest names global_step8, which is missing; .*remove 'latest' to merge"),
         (empty_tag, r"step2/latest is empty and names no checkpoint"),
@@ -420,110 +443,83 @@ def test_the_command(tmp_path, checkpoints, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all(any(name in line for line in lines) for name in SHARDS)
     assert lines[-1] == f"{tmp_path / 'out'}: the mean of 3 checkpoints"
-    assert main(arguments) == 0
-    assert "2 of 2 shards were finished and are kept" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "out holds config.json; give a new folder" in capsys.readouterr().err
 
 
-def test_an_output_folder_with_other_content_is_refused(tmp_path, checkpoints):
+def test_an_output_folder_with_other_content_is_refused(tmp_path, checkpoints, monkeypatch):
     before = read(checkpoints[0])
-    with pytest.raises(ConfigError, match="step1 holds config.json and no merge.json"):
+    with pytest.raises(ConfigError, match="step1 holds config.json; give a new folder"):
         merge(checkpoints, checkpoints[0])
     same(read(checkpoints[0]), before)
-    with pytest.raises(ConfigError, match="is a file"):
+    with pytest.raises(PluginError, match="config.json cannot be read or written: Not a directory"):
         merge(checkpoints, checkpoints[0] / "config.json")
-    merge(checkpoints, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"its weights are \[1.0, 1.0, 1.0\], this command's \[1.0, 2.0, 3.0\]"):
-        merge(checkpoints, tmp_path / "out", weights="wma")
-    with pytest.raises(ConfigError, match="holds another merge: its checkpoints are"):
-        merge(checkpoints[::-1], tmp_path / "out")
-    with pytest.raises(ConfigError, match="holds another merge: its shards are"):
-        merge(checkpoints, tmp_path / "out", dtype="bf16")
-    (tmp_path / "out" / "merge.json").write_text("{")
-    with pytest.raises(ConfigError, match="merge.json is damaged"):
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="is a mount point"):
+        patched.setattr(os.path, "ismount", lambda path: True)
         merge(checkpoints, tmp_path / "out")
-
-
-def test_finished_shards_are_verified_and_kept(tmp_path, checkpoints):
-    out, notes = tmp_path / "out", []
-    merge(checkpoints, out)
-    first, second = (out / name for name in SHARDS)
-    kept = first.stat().st_mtime_ns, first.stat().st_ino
-    content = bytearray(second.read_bytes())
-    content[-1] ^= 1
-    second.write_bytes(content)
-    (out / INDEX).unlink()
-    merge(checkpoints, out, note=notes.append)
-    assert (first.stat().st_mtime_ns, first.stat().st_ino) == kept
-    same(read(out), naive(checkpoints, [1, 1, 1]))
-    assert (out / INDEX).is_file()
-    assert "has been altered since" in notes[0] and "1 of 2 shards" in notes[1]
+    merge(checkpoints, tmp_path / "out")  # an empty folder is a new one
+    with pytest.raises(ConfigError, match="out holds config.json"):
+        merge(checkpoints, tmp_path / "out")
 
 
 SLOW = """
-import sys, time
-from ds_plugin.weight_averaging.merge import merge, output
-put = output._Hand.put
-def slow(self, file, view, offset):
-    put(self, file, view, offset)
-    if {second!r} in str(file.name):
-        print("writing", file.name, flush=True)
-        time.sleep(600)
-output._Hand.put = slow
-merge.merge({folders!r}, {out!r})
+import os, sys, time
+from ds_plugin.weight_averaging.merge.merge import merge
+pwrite = os.pwrite
+def slow(file, view, offset):
+    print("writing", flush=True)
+    time.sleep(600)
+os.pwrite = slow
+merge({folders!r}, {out!r})
 """
 
 
-def test_resumes_after_a_kill(tmp_path, checkpoints):
+def test_a_killed_merge_is_swept_and_a_live_one_is_not(tmp_path, checkpoints):
     out = tmp_path / "out"
-    code = SLOW.format(second="model-00002", folders=[str(c) for c in checkpoints], out=str(out))
+    code = SLOW.format(folders=[str(c) for c in checkpoints], out=str(out))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        assert "model-00002" in process.stdout.readline()
+        assert process.stdout.readline() == "writing\n"
+        [staging] = tmp_path.glob(".out*")
+        before = sorted(path.name for path in staging.iterdir())
+        assert SHARDS[0] in before and not out.exists()
+        with pytest.raises(ConfigError, match="another merge writes --out .*out; wait for it"):
+            merge(checkpoints, out)
+        assert sorted(path.name for path in staging.iterdir()) == before
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    names = sorted(path.name for path in out.iterdir())
-    assert names[0].endswith(".tmp.safetensors") and names[1:] == ["merge.json", SHARDS[0]]
-    kept = (out / SHARDS[0]).stat().st_ino
+    (staging / "left").mkdir()
+    (staging / "left" / "over").touch()
     merge(checkpoints, out)
-    assert (out / SHARDS[0]).stat().st_ino == kept
-    assert {path.name for path in out.iterdir()} == {*SHARDS, INDEX, "config.json", "merge.json"}
+    assert {path.name for path in out.iterdir()} == {*SHARDS, INDEX, "config.json"}
     same(read(out), naive(checkpoints, [1, 1, 1]))
+    assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_full_disk_keeps_what_is_finished(tmp_path, checkpoints, monkeypatch):
-    out, put = tmp_path / "out", output._Hand.put
+def test_a_full_disk_leaves_nothing(tmp_path, checkpoints, monkeypatch):
+    def full(file, view, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(self, file, view, offset):
-        if "model-00002" in str(file.name):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        put(self, file, view, offset)
-
-    monkeypatch.setattr(output._Hand, "put", full)
-    with pytest.raises(PluginError, match=r"out is full; what is finished is kept"):
-        merge(checkpoints, out)
-    assert sorted(path.name for path in out.iterdir()) == ["merge.json", SHARDS[0]]
-    monkeypatch.undo()
-    merge(checkpoints, out)
-    same(read(out), naive(checkpoints, [1, 1, 1]))
-
-
-def test_too_little_space_is_said_before_writing(tmp_path, checkpoints, monkeypatch):
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(PluginError, match=r"needs [\d.]+ MB, its disk has 0.0 MB"):
+    with monkeypatch.context() as patched, pytest.raises(PluginError, match=r"out is full; make room"):
+        patched.setattr(os, "pwrite", full)
         merge(checkpoints, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merge.json"]
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patched, pytest.raises(PluginError, match=r"needs [\d.]+ MB, its disk has 0.0 MB"):
+        patched.setattr(shutil, "disk_usage", lambda path: usage)
+        merge(checkpoints, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_checkpoint_that_shrinks_meanwhile(tmp_path, checkpoints, monkeypatch):
-    put = output._Hand.put
+    pwrite = os.pwrite
 
-    def shrink(self, file, view, offset):
-        put(self, file, view, offset)
+    def shrink(file, view, offset):
         os.truncate(checkpoints[1] / SHARDS[0], 5000)
+        return pwrite(file, view, offset)
 
-    monkeypatch.setattr(output._Hand, "put", shrink)
+    monkeypatch.setattr(os, "pwrite", shrink)
     with pytest.raises(CheckpointError, match="became shorter"):
         merge(checkpoints, tmp_path / "out")
 
@@ -626,12 +622,13 @@ def test_a_trainers_folder_gives_the_masters(tmp_path):
     merge(checkpoints, tmp_path / "out", note=said.append)
     assert said == [
         f"{checkpoints[1]}: the mean is of the fp32 masters in global_step2, which 'latest' names, not of "
-        "model.safetensors"
+        "model.safetensors",
+        "model.safetensors is written, 0.0 MB",
     ]
     expected = torch.arange(9.0) + 1.5
     same(read(tmp_path / "out"), {"a": expected[:6].view(2, 3), "b": expected[6:]})
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"model.safetensors", "config.json", "tokenizer.json", "merge.json"}
+    assert names == {"model.safetensors", "config.json", "tokenizer.json"}
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "tiny", "dtype": "float32"}
     tags = [folder / f"global_step{step}" for step, folder in enumerate(checkpoints, 1)]
     merge(tags, tmp_path / "tags", dtype="bf16")
@@ -662,7 +659,7 @@ def test_integers_of_deepspeed(tmp_path):
     assert torch.equal(read(tmp_path / "out")["count"], torch.arange(3) + 1)
     module["packed"] = torch.zeros(4, dtype=torch.uint8)
     zero_folder(tmp_path / "step2", SHAPES, [torch.arange(9.0)], **more)
-    with pytest.raises(CheckpointError, match="packed is torch.uint8 and differs between .*step0/mp_.*step2/mp_"):
+    with pytest.raises(CheckpointError, match="packed is torch.uint8 and differs between .*step0 and .*step2, "):
         merge([tmp_path / "step0", tmp_path / "step2"], tmp_path / "again")
     assert not (tmp_path / "again").exists()
     zero_folder(tmp_path / "fp8", SHAPES, [torch.arange(9.0)], module={"w": torch.zeros(4).to(torch.float8_e5m2)})
@@ -850,11 +847,3 @@ def test_memory_stays_below_two_shards_and_300_mb(tmp_path):
     assert int(peak) < 2 * megabytes * 10**6 + 300 * 10**6
     # and far below it: nothing grows with the shards
     assert int(peak) < 60 * 10**6
-
-
-def test_a_log_gets_few_lines(tmp_path, checkpoints, monkeypatch, capsys):
-    """No line for every chunk: one at the start, one per shard, and one when 5 seconds have passed."""
-    clock = iter(range(10**6))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock) / 1000)
-    assert main(["merge", *map(str, checkpoints), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) <= 4

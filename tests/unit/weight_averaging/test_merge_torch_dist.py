@@ -14,9 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_with_torch
 
 from ds_plugin.core.errors import CheckpointError
-from ds_plugin.weight_averaging.merge import output
 from ds_plugin.weight_averaging.merge.merge import merge
-from ds_plugin.weight_averaging.merge.rectangles import covers_once
 from tests.unit.weight_averaging.test_merge import Evil
 
 FILES = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp")
@@ -95,9 +93,8 @@ def random_cuts(tensors, generator):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_the_naive_mean_however_each_is_cut(tmp_path, monkeypatch, seed):
+def test_equals_the_naive_mean_however_each_is_cut(tmp_path, seed):
     """Three checkpoints, each cut at other random places (the last two alike where the seed is even)."""
-    monkeypatch.setattr(output, "CHUNK", 7)
     generator = random.Random(seed)
     torch.manual_seed(seed)
     shapes = [(), (13,), (5, 7), (1, 9), (3, 4, 5), (2, 3, 2, 3), (0, 3)]
@@ -120,27 +117,9 @@ def test_equals_the_naive_mean_however_each_is_cut(tmp_path, monkeypatch, seed):
     tensors["table"].view(-1)[generator.randrange(8)] = 99
     other = write(tmp_path / "other", tensors, cuts, {"x._extra_state/shard_0_1": b"3"})
     with pytest.raises(
-        CheckpointError, match=r"table .* is torch.int64 and differs between .*distcp and .*distcp, and integers"
+        CheckpointError, match=r"table is torch.int64 and differs between .*step0 and .*other, and integers"
     ):
         merge([*folders, other], tmp_path / "again")
-
-
-@pytest.mark.parametrize(
-    ("boxes", "covered"),
-    [
-        ([((0, 0), (2, 3))], True),
-        ([((0, 0), (2, 1)), ((0, 1), (1, 2)), ((1, 1), (1, 2))], True),
-        ([((0, 0), (2, 1)), ((0, 1), (1, 2))], False),  # a gap
-        ([((0, 0), (2, 2)), ((0, 1), (2, 2))], False),  # an overlap
-        ([((0, 0), (2, 2)), ((0, 0), (2, 1))], False),  # both, in equal measure
-        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], False),
-        ([((0, 1), (2, 3))], False),
-        ([((0,), (6,))], False),
-        ([], False),
-    ],
-)
-def test_covers_once(boxes, covered):
-    assert covers_once((2, 3), boxes) is covered
 
 
 WEIGHTS = {"a": torch.randn(4, 3).bfloat16(), "b": torch.randn(5)}
@@ -189,7 +168,7 @@ def test_other_files_are_the_newest_ones_and_never_opened(tmp_path, monkeypatch)
     folders[1].rename(tmp_path / "iter_0000007")
     merge([folders[0], tmp_path], tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *FILES, ".metadata", "common.pt", "metadata.json", "merge.json",
+        *(f"__{i}_0.distcp" for i in range(3)), ".metadata", "common.pt", "metadata.json",
     }  # fmt: skip
     for name in ("common.pt", "metadata.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "iter_0000007" / name).read_bytes()
@@ -207,36 +186,14 @@ def test_common_state_among_the_objects(tmp_path):
         (folders[-1] / "common.pt").unlink()
     merge(folders, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *FILES[:2],
+        "__0_0.distcp",
+        "__1_0.distcp",
         ".metadata",
         "metadata.json",
-        "merge.json",
     }
     place = FileSystemReader(tmp_path / "out").read_metadata().storage_data[metadata.MetadataIndex(COMMON)]
     assert (tmp_path / "out" / place.relative_path).read_bytes()[place.offset :][: place.length] == state
     assert read(tmp_path / "out")["a"].tolist() == [0.5] * 3
-
-
-def test_an_interrupted_merge_is_completed(tmp_path, monkeypatch):
-    folders = [write(tmp_path / f"step{step}", WEIGHTS, {"a": [[1, 2], []]}) for step in (0, 1)]
-    out, put = tmp_path / "out", output._Hand.put
-
-    def interrupted(self, file, view, offset):
-        if FILES[2] in str(file.name).replace(f".{os.getpid()}.tmp", ""):
-            raise KeyboardInterrupt
-        put(self, file, view, offset)
-
-    monkeypatch.setattr(output._Hand, "put", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(folders, out)
-    monkeypatch.undo()
-    assert sorted(path.name for path in out.iterdir()) == [*FILES[:2], "merge.json"]  # no reader takes it for one
-    (out / f"..metadata.{2**22 + 1}.tmp").touch()
-    kept, notes = (out / FILES[0]).stat().st_ino, []
-    merge(folders, out, note=notes.append)
-    assert (out / FILES[0]).stat().st_ino == kept and "2 of 3 shards were finished" in notes[-1]
-    same(read(out), naive([WEIGHTS, WEIGHTS]))
-    assert {path.name for path in out.iterdir()} == {*FILES, ".metadata", "common.pt", "metadata.json", "merge.json"}
 
 
 def evil_metadata(folder):
@@ -305,12 +262,12 @@ def other_shape(folder):
     ("damage", "message"),
     [
         (evil_metadata, r"step1/.metadata holds posix.mkdir, which is not loaded"),
-        (evil_chunk, r"step1/__0_0.distcp: a holds posix.mkdir, which is not loaded"),
-        (list_for_a_tensor, r"__0_0.distcp: a is list and should be torch.bfloat16 \[1, 3\]"),
+        (evil_chunk, r"step1: a is truncated or damaged \(UnpicklingError"),
+        (list_for_a_tensor, r"step1: a is truncated or damaged"),
         (truncated_metadata, r"step1/.metadata is truncated or damaged"),
-        (not_metadata, r"step1/.metadata is damaged"),
+        (not_metadata, r"step1/.metadata is truncated or damaged"),
         (chunk_forgotten, r"the 1 chunks of a \[4, 3\] do not cover it once"),
-        (place_forgotten, r"step1/.metadata is damaged \(KeyError"),
+        (place_forgotten, r"step1/.metadata is truncated or damaged \(KeyError"),
         (only_the_optimizer, r"step1 holds no weights of a model"),
         (other_shape, r"tensor b is float32 \[6\] in .*step1 and float32 \[5\] in .*step0"),
         (info(relative_path="../step0/__0_0.distcp"), r"a lies in ../step0/__0_0.distcp, not in a"),
@@ -318,14 +275,14 @@ def other_shape(folder):
         (info(relative_path="__7_0.distcp"), r"step1/__7_0.distcp is missing"),
         (info(transform_descriptors=["zstd"]), r"a is stored as \['zstd'\], which merge cannot read"),
         (info(length=10**6), r"__0_0.distcp is truncated: \d+ bytes, and a ends at 1000000"),
-        (info(length=100), r"__0_0.distcp: a is truncated or damaged"),
-        (info(offset="0"), r"step1/.metadata is damaged \(TypeError"),
+        (info(length=100), r"step1: a is truncated or damaged"),
+        (info(offset="0"), r"step1/.metadata is truncated or damaged \(TypeError"),
         (lambda folder: (folder / "common.pt").unlink(), r"step1/common.pt is missing"),
         (
             lambda folder: (folder / "metadata.json").unlink(),
-            r"step1/metadata.json is missing, so this is not megatron",
+            r"step1/metadata.json is missing",
         ),
-        (lambda folder: (folder / "metadata.json").write_text("[]"), r"step1/metadata.json is damaged"),
+        (lambda folder: (folder / "metadata.json").write_text("[]"), r"step1/metadata.json is truncated or damaged"),
         (
             lambda folder: (folder / "metadata.json").write_text('{"sharded_backend": "fsdp_dtensor"}'),
             r"the format is fsdp_dtensor 1, merge reads torch_dist 1",
