@@ -5,7 +5,6 @@ its own (`weight_averaging.state.files`). The folder is our own, because Megatro
 """
 
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Callable
@@ -17,9 +16,10 @@ import torch.distributed as dist
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.state import files as window_files
@@ -48,7 +48,7 @@ class Methods(Protocol):
 
 def save(loop: Methods, root: Path, iteration: int) -> None:
     """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
-    save_id: str = _from_rank_0(uuid.uuid4().hex)
+    save_id = gathered(uuid.uuid4().hex)[0]
     folder = folder_of(root, iteration)
     with raise_on_all_ranks():
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,11 +171,8 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
             a way that cannot go on.
     """
     options, folder = loop.options(), folder_of(root, iteration)
-    path, text = folder / MANIFEST, None
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0 and path.is_file():
-            text = path.read_text("utf-8")
-    text = _from_rank_0(text)  # one rank reads, so that all see the same
+    path = folder / MANIFEST
+    text = from_rank_0(lambda: path.read_text("utf-8") if path.is_file() else None)
     with raise_on_all_ranks():
         manifest = _parsed(loop, text, path, iteration)
         if loop.lengths is not None:
@@ -205,12 +202,11 @@ def _parsed(loop: Methods, text: str | None, path: Path, iteration: int) -> dict
     manifest = _read(path, text) if text is not None else None
     _check_run(loop, manifest, path)
     if manifest is None:
-        if dist.get_rank() == 0:
-            logging.getLogger("ds_plugin").warning(
-                "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
-                "length, and the averaging window starts empty.",
-                path,
-            )
+        warn(
+            "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full "
+            "length, and the averaging window starts empty.",
+            path,
+        )
         return None
     if manifest["iteration"] != iteration:
         raise CheckpointError(
@@ -233,12 +229,6 @@ def _forget_retired(root: Path, iteration: int) -> None:
             number = folder.name.removeprefix("iter_")
             if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _from_rank_0(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _place() -> dict[str, Any]:
