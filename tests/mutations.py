@@ -38,15 +38,14 @@ MUTATIONS = {
     # weight averaging
     "fence, engine": Mutation(
         _ENGINE,
-        "self.averager.before_step()",
-        "pass",
+        "compat.before_steps(self.engine, self.averager.before_step)",
+        "contextlib.nullcontext()",
         f"{_RANKS}/test_averaging_storage.py::test_a_step_waits_for_the_last_snapshot_and_no_micro_batch_does[False]",
     ),
     "fence, pipeline": Mutation(
         _ENGINE,
-        "take_step = functools.partial(self._take_step,",
-        "take_step = compat.is_pipeline(self.engine) and getattr(self.engine, compat.TAKE_STEP) or functools.partial("
-        "self._take_step,",
+        "undo.enter_context(compat.before_steps(",
+        "compat.is_pipeline(self.engine) or undo.enter_context(compat.before_steps(",
         f"{_RANKS}/test_pipelined_averaging.py::test_a_batch_waits_for_the_copy_of_the_last_snapshot[1]",
     ),
     "fence, Megatron": Mutation(

@@ -4,8 +4,12 @@ Each message names the field or file, the value it got and what to write instead
 """
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from ds_plugin.core.ranks import gathered, this_rank
+
+T = TypeVar("T")
 
 
 class PluginError(Exception):
@@ -45,7 +49,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         caught = error
     expected = isinstance(caught, PluginError)
     mine = None if caught is None else (type(caught) if expected else None, type(caught).__name__, str(caught))
-    reports = _gathered(mine)
+    reports: list[Any] = gathered(mine)
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
         return
@@ -61,11 +65,8 @@ def raise_on_all_ranks() -> Iterator[None]:
     raise everywhere from caught
 
 
-def _gathered(mine: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [mine]
-    reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, mine)
-    return reports
+def from_rank_0(read: Callable[[], T]) -> T:
+    """What ``read`` returns on rank 0, on every rank: a file that not all ranks see must not divide them."""
+    with raise_on_all_ranks():
+        mine = read() if this_rank() == 0 else None
+    return cast(T, gathered(mine)[0])

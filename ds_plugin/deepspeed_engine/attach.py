@@ -13,10 +13,10 @@ import torch
 from ds_plugin.completep.supported import is_foreign_pipeline
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.core.errors import ConfigError, StateError
+from ds_plugin.core.ranks import warn
 from ds_plugin.deepspeed_engine import compat, completep
 from ds_plugin.deepspeed_engine.engine import Plugin
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
-from ds_plugin.deepspeed_engine.ranks import warn
 from ds_plugin.sequence_length_warmup.slicing import Shorten
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
@@ -46,52 +46,38 @@ def initialize(
     lr_scheduler)``.
 
     Reads the sections of the methods from the same JSON, strips them before DeepSpeed sees it, and wires the enabled
-    methods to the engine. With none enabled the engine is exactly DeepSpeed's.
+    methods to the engine; with none, it is exactly DeepSpeed's.
 
-    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam built
-    over the model's parameters: the base model's hyperparameters are taken from it, and its groups replaced by those of
-    the roles. ``lr_scheduler`` is absent or a function of the optimizer.
-
-    ``shorten``: for sequence length warmup of a model whose arguments are not recognised; see `slicing.Shorten`.
+    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam over the
+    model's parameters, which gives the base model's hyperparameters and gets the roles' groups; ``lr_scheduler`` is
+    absent or a function of the optimizer. ``shorten``: for sequence length warmup of a model whose arguments are not
+    recognised; see `slicing.Shorten`.
 
     Raises:
         ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
             built, or else the engine is destroyed, and an optimizer that was given has its own param groups again.
     """
-    given = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
-    if len(given) != 1:
-        count = "none was given" if not given else f"{len(given)} were given"
+    given = {name: value for name, value in locals().items() if name != "shorten"}
+    configs = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
+    if len(configs) != 1:
         what = "initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config)"
-        raise ConfigError(f"{what}; {count}")
-    deepspeed_config, sections = split_config(given[0])
+        raise ConfigError(f"{what}; {len(configs) or 'none'} were given")
+    given["config"], sections = split_config(configs[0])
     if sections.weight_averaging is not None:
-        refuse_nvme(deepspeed_config)
+        refuse_nvme(given["config"])
     _refuse_conflicts(sections, model, mpu)
-    own_args = copy.copy(args)
+    given["args"] = copy.copy(args)
     if getattr(args, "deepspeed_config", None) is not None:
-        own_args.deepspeed_config = None
-    port = {} if distributed_port is None else {"distributed_port": distributed_port}
+        given["args"].deepspeed_config = None
+    del given["config_params"]
+    if distributed_port is None:
+        del given["distributed_port"]
     with contextlib.ExitStack() as refused:
         if isinstance(optimizer, torch.optim.Optimizer):
             refused.callback(_kept(optimizer))
         if sections.completep is not None:
-            model_parameters, optimizer, lr_scheduler, deepspeed_config = completep.set_up(
-                model, sections.completep, deepspeed_config, optimizer, model_parameters, lr_scheduler
-            )
-        engine, *rest = _build(
-            args=own_args,
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            training_data=training_data,
-            lr_scheduler=lr_scheduler,
-            mpu=mpu,
-            dist_init_required=dist_init_required,
-            collate_fn=collate_fn,
-            config=deepspeed_config,
-            mesh_param=mesh_param,
-            **port,
-        )
+            given |= completep.set_up(sections.completep, given)
+        engine, *rest = _build(**given)
         refused.callback(_destroy, engine)
         _register(engine, sections, shorten)
         refused.pop_all()
@@ -110,10 +96,9 @@ def attach(
 ) -> Plugin:
     """Wire sequence length warmup and weight averaging to an engine that already exists. Every rank calls it.
 
-    ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`.
-    ``resume_from``: for an engine that has loaded a checkpoint already, as a trainer's has before its callbacks run:
-    the folder that ``engine.load_checkpoint`` was given, and ``tag`` if it was given one. The methods' state is
-    restored from there.
+    ``config``: the JSON (other sections are ignored) or a validated `PluginConfig`. ``resume_from``: for an engine that
+    has loaded a checkpoint already, as a trainer's has before its callbacks run: the folder that
+    ``engine.load_checkpoint`` was given, and ``tag`` if it was given one; the methods' state is restored from there.
 
     Raises:
         ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
@@ -126,19 +111,24 @@ def attach(
     _refuse_no_engine(engine, "attach")
     sections = config if isinstance(config, PluginConfig) else split_config(config)[1]
     if sections.completep is not None:
-        raise ConfigError(
-            "completep: the engine's param groups are built already; use ds_plugin.initialize(), or write "
-            '"enabled": false'
-        )
+        what = "completep: the engine's param groups are built already"
+        raise ConfigError(f'{what}; use ds_plugin.initialize(), or write "enabled": false')
     if sections.sequence_length_warmup is not None and compat.is_on(engine, "curriculum_learning_enabled"):
-        raise ConfigError(
-            "sequence_length_warmup: data_efficiency.data_sampling.curriculum_learning is on, and both set the length; "
-            "remove one of the two"
-        )
+        what = "data_efficiency.data_sampling.curriculum_learning is on, and both set the length"
+        raise ConfigError(f"sequence_length_warmup: {what}; remove one of the two")
     _refuse_conflicts(sections, engine.module, engine.mpu)
-    plugin = _register(engine, sections, shorten, resume_from, tag)
-    if resume_from is None:
-        _say_what_counts(plugin)
+    plugin = _register(engine, sections, shorten, resume_from=resume_from, tag=tag)
+    steps, counts = engine.global_steps, []
+    if plugin.warmup is not None:
+        counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
+    if plugin.averager is not None:
+        counts.append("are in no average")
+    if resume_from is None and steps > 0 and counts:
+        said = (
+            "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
+            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given"
+        )
+        warn(said, steps, " and ".join(counts))
     return plugin
 
 
@@ -177,47 +167,22 @@ def _build(**given: Any) -> Any:
 def _refuse_no_engine(thing: Any, call: str) -> None:
     if compat.is_engine(thing):
         return
-    hint = ""
+    hint = " (its .engine is one)" if compat.is_engine(getattr(thing, "engine", None)) else ""
     if isinstance(thing, tuple) and any(map(compat.is_engine, thing)):
         hint = " (the first of the tuple is one)"
-    elif compat.is_engine(getattr(thing, "engine", None)):
-        hint = " (its .engine is one)"
     given = f"{type(thing).__module__}.{type(thing).__qualname__}{hint}"
-    raise ConfigError(
-        f"{call}: needs the engine that deepspeed.initialize() returns, and was given a {given}; give the engine, or "
-        "build it with ds_plugin.initialize()"
-    )
+    raise ConfigError(f"{call}: given a {given}; give the engine that initialize() returns")
 
 
-def _register(
-    engine: Any, sections: PluginConfig, shorten: Shorten | None, resume_from: Any = None, tag: str | None = None
-) -> Plugin:
+def _register(engine: Any, sections: PluginConfig, *given: Any, **resume: Any) -> Plugin:
+    """Make the engine's `Plugin`; what follows the sections is `Plugin`'s."""
     if _ATTRIBUTE in engine.__dict__:
         raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
     if sections != PluginConfig() and engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 0:
         what = "DeepSpeed loads no weights from universal checkpoints with zero_optimization.stage 0"
         raise ConfigError(f"checkpoint.load_universal: {what}; write stage 1, 2 or 3")
-    plugin = Plugin(engine, sections, shorten)
-    if resume_from is not None:
-        plugin.resume(resume_from, tag)
-    plugin.install()
-    engine.__dict__[_ATTRIBUTE] = plugin
+    engine.__dict__[_ATTRIBUTE] = plugin = Plugin(engine, sections, *given, **resume)
     return plugin
-
-
-def _say_what_counts(plugin: Plugin) -> None:
-    """Once, if steps lie behind the engine of which the methods know nothing."""
-    steps, counts = plugin.engine.global_steps, []
-    if plugin.warmup is not None:
-        counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
-    if plugin.averager is not None:
-        counts.append("are in no average")
-    if steps > 0 and counts:
-        said = (
-            "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
-            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given"
-        )
-        warn(said, steps, " and ".join(counts))
 
 
 def _kept(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -247,13 +212,11 @@ def _destroy(engine: Any) -> None:
 
 def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
     if sections.completep is not None and is_foreign_pipeline(model):  # its stages' parameters have no names
-        raise ConfigError(
-            f"completep: DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not "
-            'known; build it with megatron_patches.models.pipeline_gpt.build_pipeline, or write "enabled": false'
-        )
+        what = f"DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not known"
+        remedy = 'build it with megatron_patches.models.pipeline_gpt.build_pipeline, or write "enabled": false'
+        raise ConfigError(f"completep: {what}; {remedy}")
     ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
     if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
-        raise ConfigError(
-            f"qk_layernorm with tensor parallelism {ranks}: DeepSpeed does not sum the gradients of different heads, "
-            "and the norms on queries and keys would drift apart; use tensor parallelism 1 or Megatron-LM's loop"
-        )
+        what = "DeepSpeed does not sum the gradients of different heads, and the norms on queries and keys would drift"
+        remedy = "use tensor parallelism 1 or Megatron-LM's loop"
+        raise ConfigError(f"qk_layernorm with tensor parallelism {ranks}: {what} apart; {remedy}")

@@ -2,10 +2,9 @@
 
 ``engine.backward(loss)`` and, since DeepSpeed 0.19 under ZeRO, ``loss.backward()`` both begin in one private method,
 which a hook on the engine's outputs calls before any gradient of the module. It is told no loss: that comes with
-``engine.backward(loss)`` and ``engine.scale(loss)``, or else is the one that the model returned. So it is with
-``engine.backward(loss, scale_wrt_gas=False)``, whose loss is divided by a number of micro-batches: Hugging Face's
-Trainer has fewer in an epoch's last accumulation step. (The outputs of ``engine.module(...)`` have no hooks: their loss
-is seen in ``engine.backward`` alone.)
+``engine.backward(loss)`` and ``engine.scale(loss)``, or is the one that the model returned; so with
+``scale_wrt_gas=False``, whose loss was divided by a number of micro-batches that not every step has. (The outputs of
+``engine.module(...)`` have no hooks: their loss is seen in ``engine.backward`` alone.)
 """
 
 import contextlib
@@ -22,12 +21,8 @@ class BackwardPasses:
     """Of one engine whose step is forward, backward and step of the user's loop."""
 
     def __init__(self, engine: Any, refuse: Callable[[str], None], record: Callable[[Any], None] | None):
-        """``refuse(what)`` raises when no gradient may change now; ``record(loss)`` notes a micro-batch's loss, with
-        its graph or without, which stays on the device; None: nobody asks for losses.
-
-        Raises:
-            StateError: this DeepSpeed lacks a name that is needed.
-        """
+        """``refuse(what)`` raises when no gradient may change now; ``record(loss)`` notes a micro-batch's loss, which
+        stays on the device; None: nobody asks for losses. Raises StateError: this DeepSpeed lacks a name."""
         compat.need(engine, compat.BACKWARD_PROLOGUE, compat.SCALE)
         self.engine = engine
         self.open = False  # a micro-batch has been accumulated that no step has used yet
@@ -74,17 +69,15 @@ class BackwardPasses:
 
     def _after_forward(self, engine: Any, args: Any, output: Any) -> None:
         self._told = False
-        loss = loss_of(output)
-        if loss is None:
+        if (loss := loss_of(output)) is None:
             return
-        value, noted = loss.detach(), False  # without the graph, which the hook would keep alive
+        untold = [loss.detach()]  # without the graph, which the hook would keep alive
 
         def note(gradient: torch.Tensor) -> None:
-            nonlocal noted
             self._passed = True
-            if not noted and not self._told and self._record is not None:
-                self._record(value)
-            noted = True
+            if untold and not self._told and self._record is not None:
+                self._record(untold[0])
+            untold.clear()
 
         loss.register_hook(note)
 

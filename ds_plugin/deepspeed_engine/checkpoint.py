@@ -18,16 +18,15 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 from safetensors import SafetensorError
 
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
 from ds_plugin.core.files import atomic_write, write_text
 from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.completep import CompleteP
-from ds_plugin.deepspeed_engine.ranks import from_rank_0, gathered
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
@@ -36,7 +35,6 @@ from ds_plugin.weight_averaging.state.fragments import plain_name
 
 FORMAT = 2
 _CONVERT = "ds-plugin to-universal FOLDER TARGET"
-_FILES_OF_STAGE = {0: 0, 1: 1, 2: 1, 3: 3}  # of ZeRO: stages 1 and 2 write the same
 
 
 class Methods(Protocol):
@@ -52,8 +50,8 @@ class Methods(Protocol):
 
 def save(plugin: Methods, folder: Path) -> None:
     """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise."""
-    engine = plugin.engine
-    save_id = from_rank_0(lambda: uuid.uuid4().hex)
+    engine, averager = plugin.engine, plugin.averager
+    save_id = gathered(uuid.uuid4().hex)[0]
     manifest = {
         "format": FORMAT,
         "save_id": save_id,
@@ -61,27 +59,20 @@ def save(plugin: Methods, folder: Path) -> None:
         "world_size": dist.get_world_size(),
         "zero_stage": int(engine.zero_optimization_stage()),
         "sections": plugin.config.to_dict(),
-        "model": _shapes(plugin),
+        "model": _shapes(engine),
         "state": _state(plugin),
     }
-    with raise_on_all_ranks(), _named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if plugin.averager is not None:
-            window_files.save(folder, plugin.averager, save_id=save_id, **_place(plugin))
-        if (engine.local_rank if engine.use_node_local_storage() else dist.get_rank()) == 0:
-            write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-
-
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as our own error. Nothing is half-written then (`core.files`)."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: the methods' state cannot be written ({error}); make room or give another folder, and save "
-            "again: training can go on, and earlier checkpoints are as they were"
-        ) from error
+    with raise_on_all_ranks():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if averager is not None:
+                window_files.save(folder, averager, save_id=save_id, **_place(engine))
+            if compat.is_first_at(engine):
+                write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+        except (OSError, SafetensorError) as error:  # nothing is half-written (`core.files`)
+            what = f"{folder}: the methods' state cannot be written ({error})"
+            remedy = "make room or give another folder, and save again: earlier checkpoints are as they were"
+            raise CheckpointError(f"{what}; {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -94,27 +85,20 @@ def _readable(path: Path, remedy: str) -> Iterator[None]:
 
 
 def check(
-    plugin: Methods,
-    folder: Path,
-    *,
-    same_model: bool = True,
-    same_run: bool = True,
-    same_optimizer: bool = True,
-    universal: bool = False,
+    plugin: Methods, folder: Path, *, same_model: bool = True, same_run: bool = True, same_optimizer: bool = True
 ) -> dict[str, Any] | None:
     """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
 
     ``same_model=False`` leaves the parameters' shapes to DeepSpeed (a custom or lenient load); ``same_run=False``
-    leaves out what only a resume needs, ``same_optimizer=False`` what only the optimizer's state needs. ``universal``:
-    DeepSpeed's converter leaves the manifest behind, and without it the param groups' settings are lost, so there must
-    be one. Rank 0 reads, so that all ranks see the same.
+    leaves out what only a resume needs, ``same_optimizer=False`` what only the optimizer's state needs.
 
     Raises:
         CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
+            Or it is missing and needed: for CompleteP, or the param groups' settings, which a universal one lacks.
     """
-    path = folder / MANIFEST
+    path, universal = folder / MANIFEST, _universal(plugin.engine)
     exists, text = from_rank_0(lambda: (folder.is_dir(), path.read_text("utf-8") if path.is_file() else None))
-    here, missing = _shapes(plugin), f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin"
+    here, missing = _shapes(plugin.engine), f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin"
     with raise_on_all_ranks():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
@@ -125,61 +109,64 @@ def check(
                 if same_run:
                     _compare_runs(plugin, manifest, path)
                 if universal or (same_run and same_optimizer):
-                    _compare_layouts(plugin, manifest, path, universal=universal)
+                    _compare_layouts(plugin.engine, manifest, path)
             return manifest
         if universal:
-            raise CheckpointError(
-                f"{path} is missing: DeepSpeed's converter leaves it behind; copy it (and the window's files) from the "
-                f"folder that was converted, or convert with {_CONVERT}"
-            )
+            what = f"{path} is missing, which DeepSpeed's converter leaves behind"
+            raise CheckpointError(f"{what}; convert with {_CONVERT}, or copy it and the window's files beside it")
         if plugin.completep is not None:
             what = f"{missing}, whose weights belong to another parametrization"
             raise CheckpointError(f'{what}; resume without "completep", or start a new run')
-    if dist.get_rank() == 0:
-        logger.warning(f"{missing}. Its steps count as steps at full length, and the averaging window starts empty.")
+    warn("%s. Its steps count as steps at full length, and the averaging window starts empty.", missing)
     return None
 
 
 def load(plugin: Methods, folder: Path, manifest: dict[str, Any] | None) -> None:
-    """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine."""
-    state = manifest["state"] if manifest else {}
+    """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine. ``manifest``: as
+    `check` returned it; without one, the methods start at the engine's step."""
+    state, averager = manifest["state"] if manifest else {}, plugin.averager
+    averaging = state.get("weight_averaging")
     try:
         with raise_on_all_ranks():
             here = plugin.engine.global_steps
-            if (step := manifest["global_steps"] if manifest is not None else here) != here:
-                saved = f"{folder / MANIFEST} was saved at step {step}, the engine is at step {here}"
+            if manifest is not None and manifest["global_steps"] != here:
+                what = f"was saved at step {manifest['global_steps']}, the engine is at step {here}"
                 why = "two saves are mixed in the folder, or attach() came after another load"
-                raise CheckpointError(f"{saved}: {why}; give the checkpoint that was loaded, or another")
+                raise CheckpointError(f"{folder / MANIFEST} {what}: {why}; give the checkpoint that was loaded")
             if plugin.warmup is not None:
                 plugin.warmup.load_state(state.get("sequence_length_warmup"))
-            if plugin.averager is not None and manifest is not None and "weight_averaging" in state:
+            if averager is not None and manifest is not None and averaging is not None:
                 of = {"save_id": manifest["save_id"], "saved_ranks": manifest["world_size"]}
-                window_files.load(folder, plugin.averager, **of, **_place(plugin))
-            elif plugin.averager is not None:
-                plugin.averager.reset()
+                window_files.load(folder, averager, **of, **_place(plugin.engine))
+            elif averager is not None:
+                averager.reset()
             if plugin.spikes is not None:
-                plugin.spikes.load_state(state.get("weight_averaging", {}).get("spikes"))
+                plugin.spikes.load_state((averaging or {}).get("spikes"))
     except Exception:
-        if plugin.averager is not None:  # on some ranks it may have been read already
-            plugin.averager.reset()
+        if averager is not None:  # on some ranks it may have been read already
+            averager.reset()
         raise
 
 
 def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
-    """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already.
-
-    ``folder``, ``tag``: as they were given to ``engine.load_checkpoint``. What DeepSpeed could load is not judged
-    again; that it is this checkpoint shows in the step.
-
-    Raises:
-        CheckpointError: as `check` and `load` do, or the engine is at another step; it is as it was.
-    """
-    universal = bool(plugin.engine.load_universal_checkpoint())
-    tag = tag if tag is not None else latest_tag(folder, universal=universal)
+    """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already. ``folder``,
+    ``tag``: as ``engine.load_checkpoint`` was given them. Raises as `check` and `load` do; that it was this checkpoint
+    shows in the step."""
+    tag = tag if tag is not None else latest_tag(plugin.engine, folder)
     if tag is None:
         remedy = "give the folder that engine.load_checkpoint() was given, or tag= beside it"
         raise CheckpointError(f"resume_from: {folder} names no latest checkpoint; {remedy}")
-    load(plugin, folder / tag, check(plugin, folder / tag, same_optimizer=False, universal=universal))
+    load(plugin, folder / tag, check(plugin, folder / tag, same_optimizer=False))
+
+
+def latest_tag(engine: Any, folder: Path) -> str | None:
+    """The tag DeepSpeed would load from ``folder``, or None when there is none. Every rank calls it, rank 0 reads."""
+    path = folder / ("latest_universal" if _universal(engine) else "latest")
+    return from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
+
+
+def _universal(engine: Any) -> bool:
+    return bool(engine.load_universal_checkpoint())
 
 
 def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:
@@ -190,31 +177,35 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     what is there already, so an empty file stands in for each of them meanwhile.
 
     Raises:
-        CheckpointError: no manifest in ``folder``, or a damaged one, or a file is missing; or ``target`` exists.
+        CheckpointError: no manifest in ``folder``, or a damaged one; or a file is missing, or ``target`` exists.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     folder, target = Path(folder), Path(target)
     if target.exists():
         raise CheckpointError(f"{target} exists already; give a new folder for the universal checkpoint")
-    if not (folder / MANIFEST).is_file():
+    if not (path := folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} holds no {MANIFEST}; give a checkpoint's tag folder, saved with a method on")
-    windows = _windows(folder)
+    with _readable(path, "convert"):
+        manifest = json.loads(path.read_text("utf-8"))
+        ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
+    windows = [folder / window_files.shard_name(rank) for rank in range(ranks)]
+    if missing := [window for window in windows if not window.is_file()]:
+        raise CheckpointError(f"{missing[0]} is missing, a rank's averaging window; restore it, or convert another")
     target.mkdir(parents=True)
-    for path in windows:  # before the converter, which publishes its result
+    for window in windows:  # before the converter, which publishes its result
         try:
-            os.link(path, target / path.name)
+            os.link(window, target / window.name)
         except OSError:  # a file system that has no hard links
-            atomic_write(target / path.name, functools.partial(shutil.copy2, path))
-    write_text(target / MANIFEST, (folder / MANIFEST).read_text("utf-8"))
-    states = (
-        torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
-        for path in folder.glob("mp_rank_*_model_states.pt")
-    )
-    empty = {name for state in states for name, value in (state or {}).items() if value is None}  # None in a pipeline's
-    for name in empty:
-        (target / "zero" / name).mkdir(parents=True)
-        (target / "zero" / name / "fp32.pt").touch()
+            atomic_write(target / window.name, functools.partial(shutil.copy2, window))
+    write_text(target / MANIFEST, path.read_text("utf-8"))
+    empty = set()
+    for saved in folder.glob("mp_rank_*_model_states.pt"):
+        state = torch.load(saved, map_location="cpu", mmap=True, weights_only=False)["module"]  # None: a pipeline's
+        empty |= {target / "zero" / name for name, value in (state or {}).items() if value is None}
+    for stand_in in empty:
+        stand_in.mkdir(parents=True)
+        (stand_in / "fp32.pt").touch()
     ds_to_universal.main(
         argparse.Namespace(
             input_folder=str(folder),
@@ -226,27 +217,8 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
             inject_missing_state=True,  # what it asks for describes tensor parallelism only
         )
     )
-    for name in empty:
-        shutil.rmtree(target / "zero" / name)
-
-
-def _windows(folder: Path) -> list[Path]:
-    """The averaging window's files in ``folder`` that belong to its manifest: not those of an earlier, larger save."""
-    path = folder / MANIFEST
-    with _readable(path, "convert"):
-        manifest = json.loads(path.read_text("utf-8"))
-        ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
-        found = [folder / window_files.shard_name(rank) for rank in range(ranks)]
-    for path in found:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, a rank's averaging window; restore it, or convert another")
-    return found
-
-
-def latest_tag(load_dir: str | Path, *, universal: bool = False) -> str | None:
-    """The tag DeepSpeed would load from ``load_dir``, or None when there is none. Every rank calls it, rank 0 reads."""
-    path = Path(load_dir) / ("latest_universal" if universal else "latest")
-    return from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
+    for stand_in in empty:
+        shutil.rmtree(stand_in)
 
 
 def _state(plugin: Methods) -> dict[str, Any]:
@@ -255,24 +227,23 @@ def _state(plugin: Methods) -> dict[str, Any]:
     if plugin.warmup is not None:
         state["sequence_length_warmup"] = plugin.warmup.state()
     if plugin.averager is not None:
-        state["weight_averaging"] = {"steps": plugin.averager.steps}
-    if plugin.spikes is not None:
-        state["weight_averaging"]["spikes"] = plugin.spikes.state()
+        spikes = {"spikes": plugin.spikes.state()} if plugin.spikes is not None else {}
+        state["weight_averaging"] = {"steps": plugin.averager.steps, **spikes}
     if plugin.completep is not None:
         state["completep"] = plugin.completep.state()
     return state
 
 
-def _place(plugin: Methods) -> dict[str, Any]:
+def _place(engine: Any) -> dict[str, Any]:
     """Where this rank stands, as the averaging window's files ask for it."""
-    coordinate = compat.model_coordinate(plugin.engine)
-    return {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "coordinate": coordinate}
+    ranks = {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
+    return {**ranks, "coordinate": compat.model_coordinate(engine)}
 
 
-def _shapes(plugin: Methods) -> dict[str, list[int]]:
+def _shapes(engine: Any) -> dict[str, list[int]]:
     """Every parameter's shape, before ZeRO and after tensor parallelism. Every rank of a pipeline calls it."""
-    shapes = {name: compat.global_shape(p) for name, p in plugin.engine.module.named_parameters()}
-    if compat.is_pipeline(plugin.engine):  # each rank has its stage's
+    shapes = {name: compat.global_shape(p) for name, p in engine.module.named_parameters()}
+    if compat.is_pipeline(engine):  # each rank has its stage's
         shapes = {name: shape for stage in gathered(shapes) for name, shape in stage.items()}
     return shapes
 
@@ -286,20 +257,14 @@ def _compare(plugin: Methods, manifest: dict[str, Any], path: Path, here: dict[s
         what = f"{path} has format {manifest['format']!r}, this version reads {FORMAT}"
         raise CheckpointError(f"{what}; use the version it is from")
     saved = manifest["model"]
-    here = saved if here is None else here
-    for name in [*saved, *here]:
-        if saved.get(name) == here.get(name):
-            continue
+    if here is not None and saved != here:
         if _plain(saved) == _plain(here):
-            raise CheckpointError(
-                f"{path}: the checkpoint's parameters are named {next(iter(saved))} and so on, this model's "
-                f"{next(iter(here))}: one was wrapped, as by torch.compile, and DeepSpeed loads by name; wrap it as it "
-                "was then (model.compile() in place of torch.compile(model) changes no name)"
-            )
-        raise CheckpointError(
-            f"{path}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} "
-            "in this model; build the model the checkpoint was trained with, or start a new run"
-        )
+            names = f"parameters are named {next(iter(saved))} and so on, this model's {next(iter(here))}"
+            remedy = "wrap it as it was then, or by model.compile(), which changes no name"
+            raise CheckpointError(f"{path}: the checkpoint's {names}: one was wrapped, as by torch.compile; {remedy}")
+        name = next(name for name in [*saved, *here] if saved.get(name) != here.get(name))
+        shapes = f"{saved.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} in this model"
+        raise CheckpointError(f"{path}: parameter {name} is {shapes}; build the model the checkpoint was trained with")
     recipe, ours = manifest["sections"].get("completep"), plugin.config.to_dict().get("completep")
     section = plugin.config.completep
     same = recipe == ours if recipe is None or section is None else not section.differences(recipe)
@@ -319,31 +284,26 @@ def _compare_runs(plugin: Methods, manifest: dict[str, Any], path: Path) -> None
     if plugin.warmup is not None and state:
         plugin.warmup.check_state(state)
     elif plugin.warmup is None and (left := (state.get("order") or {"open": []})["open"]):
-        raise CheckpointError(
-            f"{path}: the checkpoint carries tokens of {len(left)} batches that were read and not trained yet, and "
-            "this run has no sequence_length_warmup to train them; give the same section"
-        )
+        what = f"the checkpoint carries tokens of {len(left)} batches, which this run has no sequence_length_warmup for"
+        raise CheckpointError(f"{path}: {what}; give the same section")
     if plugin.averager is not None:
         saved = manifest["sections"].get("weight_averaging", {})
         window_files.compare(saved, plugin.averager.config, path.parent)
 
 
-def _compare_layouts(plugin: Methods, manifest: dict[str, Any], path: Path, *, universal: bool) -> None:
+def _compare_layouts(engine: Any, manifest: dict[str, Any], path: Path) -> None:
     """What DeepSpeed's files need. Ordinary ones hold the optimizer's state as it was divided, in other files for each
-    stage; universal ones of ZeRO 1/2 and of ZeRO 3 hold different things under the same names."""
-    saved, stage = manifest["zero_stage"], int(plugin.engine.zero_optimization_stage())
+    stage but 1 and 2; universal ones of ZeRO 1/2 and of ZeRO 3 hold different things under the same names."""
+    saved, stage = manifest["zero_stage"], int(engine.zero_optimization_stage())
     ranks, here = manifest["world_size"], dist.get_world_size()
-    if universal:
+    if _universal(engine):
         if (saved == 3) != (stage == 3):
             what = f"a universal checkpoint of zero_optimization.stage {saved} cannot be resumed with stage {stage}"
             raise CheckpointError(f"{path}: {what}; write stage {saved}")
-    elif _FILES_OF_STAGE[saved] != _FILES_OF_STAGE[stage]:
-        raise CheckpointError(
-            f"{path}: saved with zero_stage {saved}, this run has {stage}, and DeepSpeed cannot load one as the other; "
-            f"write zero_optimization.stage {saved}"
-        )
+    elif saved != stage and {saved, stage} != {1, 2}:
+        what = f"saved with zero_stage {saved}, this run has {stage}, and DeepSpeed cannot load one as the other"
+        raise CheckpointError(f"{path}: {what}; write zero_optimization.stage {saved}")
     elif stage > 0 and ranks != here:
-        raise CheckpointError(
-            f"{path}: saved with world_size {ranks}, this run has {here}, and ZeRO's ordinary checkpoints fit one "
-            f'number; resume on as many, or convert it ({_CONVERT}) and write "checkpoint": {{"load_universal": true}}'
-        )
+        what = f"saved with world_size {ranks}, this run has {here}, and ZeRO's ordinary checkpoints fit one number"
+        remedy = f'resume on as many, or convert it ({_CONVERT}) and write "checkpoint": {{"load_universal": true}}'
+        raise CheckpointError(f"{path}: {what}; {remedy}")

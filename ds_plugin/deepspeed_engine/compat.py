@@ -7,37 +7,27 @@ and not in the middle of a run.
 import contextlib
 import functools
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from ds_plugin.core.errors import StateError
 from ds_plugin.core.patch import Patch
+from ds_plugin.core.ranks import this_rank
 from ds_plugin.core.replaced import replaced
 
-# -- the classes that wrap an optimizer, for bf16 those of FP16 too ----------------------------------------------------
+ZERO3_MASTERS = "fp32_partitioned_groups_flat"
+#: by the class that wraps an optimizer (for bf16 those of FP16 too): its kind; where it keeps this rank's fp32 masters;
+#: the parameters they are of, [group][parameter]; in stage 0 the low-precision copies beside them
 WRAPPERS = {
-    "DeepSpeedZeroOptimizer_Stage3": "zero3",
-    "DeepSpeedZeroOptimizer": "zero12",
-    "BF16_Optimizer": "bf16",
-    "FP16_UnfusedOptimizer": "unfused",
-    "FP16_Optimizer": "fused",
+    "DeepSpeedZeroOptimizer_Stage3": ("zero3", ZERO3_MASTERS, "fp16_groups"),  # flat, of sub-groups
+    "DeepSpeedZeroOptimizer": ("zero12", "single_partition_of_fp32_groups", "bit16_groups"),  # flat partitions
+    "BF16_Optimizer": ("bf16", "fp32_groups_flat_partition", "bf16_groups"),  # flat partitions
+    "FP16_UnfusedOptimizer": ("unfused", "fp32_groups", "fp16_groups", "fp16_groups"),  # whole tensors
+    "FP16_Optimizer": ("fused", "fp32_groups_flat", "fp16_groups", "fp16_groups_flat"),  # one flat tensor per group
 }
-# -- where each optimizer wrapper keeps this rank's fp32 master weights ----------------------------------------------
-BF16_MASTERS = "fp32_groups_flat_partition"  # BF16_Optimizer: one flat partition per param group
-UNFUSED_MASTERS = "fp32_groups"  # FP16_UnfusedOptimizer: [group][parameter], whole tensors
-UNFUSED_LOW_PRECISION = "fp16_groups"
-FUSED_MASTERS = "fp32_groups_flat"  # FP16_Optimizer: one flat tensor per param group, whole
-FUSED_LOW_PRECISION = "fp16_groups_flat"
-ZERO12_MASTERS = "single_partition_of_fp32_groups"  # one flat partition per param group
-ZERO3_MASTERS = "fp32_partitioned_groups_flat"  # one flat partition per sub-group
-# -- and which parameters' elements they are ------------------------------------------------------------------------
-STAGE0_PARAMETERS = "fp16_groups"  # FP16_Optimizer and FP16_UnfusedOptimizer: [group][parameter], also in bf16
-BF16_PARAMETERS = "bf16_groups"  # [group][parameter]
-ZERO12_PARAMETERS = "bit16_groups"  # [group][parameter], also in fp32
 FRAGMENT = "_hp_mapping"  # of a parameter, ZeRO 1/2 and BF16_Optimizer: its part in this rank's partition, or None
-ZERO3_SUB_GROUPS = "fp16_groups"  # [sub-group][parameter]
 ZERO3_PARTITION_RANK = "ds_zero_partition_rank"  # of a parameter: which of its parts this rank holds
 # -- how the low-precision copies are refreshed from them ------------------------------------------------------------
 REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
@@ -65,6 +55,18 @@ SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
 
 # -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for each accumulation step -----
 TAKE_STEP = "_take_model_step"
+
+
+def before_steps(engine: Any, call: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
+    """In the block, ``call()`` comes before each optimizer step, which does not begin if it raises."""
+    own = getattr(engine, TAKE_STEP)
+
+    def take_step(*args: Any, **kwargs: Any) -> Any:
+        call()
+        return own(*args, **kwargs)
+
+    return replaced(engine, TAKE_STEP, take_step)
+
 
 # -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
 UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
@@ -104,7 +106,7 @@ def wrapper_of(engine: Any) -> str:
     """What steps the optimizer, of `WRAPPERS`; ``none`` where it steps itself or there is none, else ``other``."""
     names = [cls.__name__ for cls in type(engine.optimizer).__mro__]
     other = "none" if engine.optimizer is engine.basic_optimizer else "other"
-    return next((WRAPPERS[name] for name in names if name in WRAPPERS), other)
+    return next((WRAPPERS[name][0] for name in names if name in WRAPPERS), other)
 
 
 def has_experts(engine: Any) -> bool:
@@ -153,9 +155,9 @@ def starts_on_cpu() -> bool:
 # -- passes that are no step of the run -----------------------------------------------------------------------------
 BOUNDARY = "_is_gradient_accumulation_boundary"  # of the engine: whether this micro-batch is a step's last; None: count
 _MICRO_BATCHES = "_unmanaged_backward_count"  # of the engine, where the caller says when to step
-ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
-ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
-ZERO3_GRADIENTS = "grad_partitions_flat_buffer"  # made at the start; without a new gradient a part keeps the old one
+_ZERO12_SKIP = ("check_grad_overflow", "check_overflow", "_update_scale")  # by which a step is found to overflow
+_ZERO3_SKIP = "_overflow_clean_up"  # (loss scale): what is done then
+_ZERO3_GRADIENTS = "grad_partitions_flat_buffer"  # without a new gradient a part keeps the old one
 _ADAMS = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # other Adams keep less (8 bits), or more (1-bit's errors)
 _MARKS = ("overflow", "_global_grad_norm")  # what a step leaves on a wrapper
 
@@ -176,7 +178,7 @@ def dropped_gradients(engine: Any) -> Iterator[None]:
     kept = [(owner, name, vars(owner)[name]) for owner, name in marks if name in vars(owner)]
     try:
         yield
-        drop_gradients(engine)
+        _drop_gradients(engine)
     except BaseException:
         with contextlib.suppress(Exception):  # the error that is under way says more
             engine.module.zero_grad()
@@ -186,27 +188,22 @@ def dropped_gradients(engine: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def drop_gradients(engine: Any) -> None:
+def _drop_gradients(engine: Any) -> None:
     """Let go of all that has been accumulated, through DeepSpeed's own ways for a step that overflows."""
     optimizer, kind = engine.optimizer, wrapper_of(engine)
     if kind == "zero3":
-        need(optimizer, ZERO3_SKIP, ZERO3_GRADIENTS, ZERO3_MASTERS)
-        getattr(optimizer, ZERO3_SKIP)(optimizer.loss_scale)
-        getattr(optimizer, ZERO3_GRADIENTS).zero_()
+        need(optimizer, _ZERO3_SKIP, _ZERO3_GRADIENTS, ZERO3_MASTERS)
+        getattr(optimizer, _ZERO3_SKIP)(optimizer.loss_scale)
+        getattr(optimizer, _ZERO3_GRADIENTS).zero_()
     elif kind == "zero12":
-        need(optimizer, *ZERO12_SKIP)
-
-        def overflows(**_: Any) -> None:
-            optimizer.overflow = True
-
+        need(optimizer, *_ZERO12_SKIP)
+        ways = (True, lambda **_: setattr(optimizer, "overflow", True), lambda *_: None)
         with contextlib.ExitStack() as stack:
-            for name, value in zip(ZERO12_SKIP, (True, overflows, lambda *_: None), strict=True):
+            for name, value in zip(_ZERO12_SKIP, ways, strict=True):
                 stack.enter_context(replaced(optimizer, name, value))
             optimizer.step()
-    elif kind == "none":
-        engine.module.zero_grad()
     else:
-        optimizer.zero_grad()
+        (engine.module if kind == "none" else optimizer).zero_grad()
     masters = getattr(optimizer, ZERO3_MASTERS, None)  # which no param group has between two steps
     if masters is None:
         masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
@@ -231,37 +228,11 @@ ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: st
 # -- the pipeline engine ---------------------------------------------------------------------------------------------
 PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
 PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
+PIPELINE_INSTRUCTIONS = "_INSTRUCTION_MAP"  # which method is called for each instruction of a schedule
 PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
 PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
 PIPELINE_COMPUTE_LOSS = "_compute_loss"
 PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
-#: what running a schedule leaves on the engine; some are there only after the first
-PIPELINE_SCRATCH = (
-    *(PIPELINE_COMPUTE_LOSS, PIPELINE_LOSSES, "loss", "total_loss", "total_additional_losses"),
-    *("_exec_instr", "_unmanaged_backward_count"),
-)
-
-
-def pipeline_losses(engine: Any) -> list[Any]:
-    """The losses of the step's micro-batches that this rank has computed: none but on the last stage."""
-    need(engine, PIPELINE_LOSSES)
-    return list(getattr(engine, PIPELINE_LOSSES))
-
-
-def without_step(micro_batches: int, stages: int, stage: int) -> Any:
-    """One stage's instructions for a step, reductions of gradients included, but for the optimizer's part."""
-    from deepspeed.runtime.pipe import schedule
-
-    left_out = "OptimizerStep"
-    need(schedule, "TrainSchedule", left_out)
-
-    class WithoutStep(schedule.TrainSchedule):  # type: ignore[misc]
-        def steps(self) -> Any:
-            for commands in super().steps():
-                yield [command for command in commands if type(command).__name__ != left_out]
-
-    return WithoutStep(micro_batches=micro_batches, stages=stages, stage_id=stage)
-
 
 # -- where a rank stands in the model ----------------------------------------------------------------------------------
 PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
@@ -269,11 +240,8 @@ EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of d
 
 
 def model_coordinate(engine: Any) -> tuple[int, ...]:
-    """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third.
-
-    Ranks of one coordinate hold the same weights, whole or in parts; those of different ones may hold different
-    weights under the same names.
-    """
+    """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third. Ranks of
+    one coordinate hold the same weights, whole or in parts; others may hold others under the same names."""
     from deepspeed.utils import groups
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
 
@@ -284,6 +252,11 @@ def model_coordinate(engine: Any) -> tuple[int, ...]:
     need(groups, *EXPERT_RANK)
     rank_of, largest = (getattr(groups, name) for name in EXPERT_RANK)
     return (*coordinate, int(rank_of(largest())))
+
+
+def is_first_at(engine: Any) -> bool:
+    """Whether this rank writes what a checkpoint's folder holds once: rank 0; with local storage one on each node."""
+    return bool((engine.local_rank if engine.use_node_local_storage() else this_rank()) == 0)
 
 
 # -- publishing: which part of the model a rank has ------------------------------------------------------------------

@@ -16,11 +16,11 @@ from ds_plugin.completep.param_groups import build_param_groups, check_rates
 from ds_plugin.completep.rules import Role
 from ds_plugin.completep.supported import bare_model, gpt_of
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.core.ranks import gathered
 from ds_plugin.core.replaced import replaced
 from ds_plugin.deepspeed_engine import compat
-from ds_plugin.deepspeed_engine.gradient_norm import refuse_folded_pipeline, rescaled
-from ds_plugin.deepspeed_engine.group_lr import check_peak, expand_scheduler, refuse_flattened
-from ds_plugin.deepspeed_engine.ranks import gathered
+from ds_plugin.deepspeed_engine.gradient_norm import rescaled
+from ds_plugin.deepspeed_engine.group_lr import build_scheduler, check_peak, expand_scheduler
 
 #: Adams that say by ``adam_w_mode`` whether their decay is decoupled (DeepSpeed, apex, TransformerEngine), and by name
 _BY_MODE, _BY_NAME = ("FusedAdam", "DeepSpeedCPUAdam"), ("AdamW", "AdamW8bit")
@@ -29,50 +29,44 @@ _DECOUPLED = "the rules hold for decoupled weight decay"
 _SCHEDULER = "describe it in the JSON or give a function: lr_scheduler=lambda optimizer: MyScheduler(optimizer)"
 
 
-def set_up(
-    model: Any,
-    section: CompletePConfig,
-    deepspeed_config: dict[str, Any],
-    optimizer: Any,
-    model_parameters: Any,
-    lr_scheduler: Any,
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Build a finished model's param groups.
+def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Build a finished model's param groups, from the hyperparameters in the JSON or of a built optimizer, whose groups
+    are replaced in place.
 
-    The base hyperparameters are those of the JSON or, where a built optimizer is given, its own: its groups are
-    replaced in place by one for each role.
-
-    Returns what to give to ``deepspeed.initialize``: the groups (None with a built optimizer), the optimizer or a
-    checked function, the scheduler as a checked function, and the config with the scheduler's scalars expanded.
+    ``given``: the arguments of ``deepspeed.initialize``, ``config`` a dict. Returns those to give in their place: the
+    groups (None with a built optimizer), an optimizer's or a scheduler's function checked, and the config with the
+    scheduler's scalars expanded.
 
     Raises:
         ConfigError: the model was not prepared, the optimizer is no AdamW or not over the model's parameters, or the
             scheduler would flatten the groups.
     """
+    model, optimizer, lr_scheduler, config = (given[key] for key in ("model", "optimizer", "lr_scheduler", "config"))
     whole = bare_model(gpt_of(model))
-    _check_model_parameters(model, model_parameters)
+    _check_model_parameters(model, given["model_parameters"])
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError(f"completep: lr_scheduler is built already, on other param groups; {_SCHEDULER}")
     built = isinstance(optimizer, torch.optim.Optimizer)
-    base = _base_of(optimizer, model) if built else _base_of_json(deepspeed_config, optimizer)
+    base = _base_of(optimizer, model) if built else _base_of_json(config, optimizer)
     groups = build_param_groups(
         whole, finished_roles(whole, section), ratios_of(whole.config, section), section, **base
     )
     if gpt_of(model) is not model:
         groups = divided(groups, max(gathered(len(groups))))
-    if scheduler := deepspeed_config.get("scheduler"):
+    changed: dict[str, Any] = {"model_parameters": groups}
+    if scheduler := config.get("scheduler"):
         check_peak(scheduler, base["lr"])
         ratios = [group["lr"] / base["lr"] for group in groups]
-        deepspeed_config = {**deepspeed_config, "scheduler": expand_scheduler(scheduler, ratios)}
+        changed["config"] = {**config, "scheduler": expand_scheduler(scheduler, ratios)}
     if lr_scheduler is not None:
-        lr_scheduler = functools.partial(_built_scheduler, lr_scheduler)
+        changed["lr_scheduler"] = functools.partial(build_scheduler, lr_scheduler)
     if built:
         kept = {key: value for key, value in optimizer.param_groups[0].items() if key != "param_names"}
         optimizer.param_groups[:] = [{**kept, **group} for group in groups]
-        return None, optimizer, lr_scheduler, deepspeed_config
-    if optimizer is not None:
-        optimizer = functools.partial(_built_optimizer, optimizer)
-    return groups, optimizer, lr_scheduler, deepspeed_config
+        changed["model_parameters"] = None
+    elif optimizer is not None:
+        changed["optimizer"] = functools.partial(_built_optimizer, optimizer)
+    return changed
 
 
 class CompleteP:
@@ -80,20 +74,18 @@ class CompleteP:
     gradient norm in folded mode."""
 
     def __init__(self, engine: Any, section: CompletePConfig):
-        """Nothing changes on the engine before `install`. Raises as `rescaled` and `refuse_folded_pipeline` do."""
+        """Nothing changes on the engine before `install`. Raises as `rescaled` does."""
         self.engine, self.section = engine, section
-        pipeline = compat.is_pipeline(engine)
-        if pipeline and section.residual == "folded":
-            refuse_folded_pipeline(engine)
-        self._mine = [group["role"] for group in self._groups]  # kept: a universal load may write over them
-        # a pipeline's stages have different roles, and some more than one group of one
-        found = {role for stage in gathered(self._mine) for role in stage} if pipeline else ()
-        self._roles = [role.value for role in Role if role.value in found] if pipeline else self._mine
-        ratios = ratios_of(engine.module.config, section)
-        factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
-        self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
-        self._norm = list(rescaled(engine, factors)) if any(factor != 1.0 for factor in factors) else []
         compat.need(engine, compat.TAKE_STEP)
+        self._mine = [group["role"] for group in self._groups]  # kept: a universal load may write over them
+        self._roles = self._mine
+        if compat.is_pipeline(engine):  # stages have different roles, and some more than one group of one
+            found = {role for stage in gathered(self._mine) for role in stage}
+            self._roles = [role.value for role in Role if role.value in found]
+        ratios = ratios_of(engine.module.config, section)
+        self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
+        factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
+        self._norm = list(rescaled(engine, factors)) if section.residual == "folded" else []
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -107,31 +99,29 @@ class CompleteP:
     def install(self, undo: contextlib.ExitStack) -> None:
         """Look at the groups before each step, and have the engine clip by the forward mode's gradient norm; ``undo``
         gives its own step and norm back."""
-        take_step = functools.partial(self._checked_step, getattr(self.engine, compat.TAKE_STEP))
-        undo.enter_context(replaced(self.engine, compat.TAKE_STEP, take_step))
+        undo.enter_context(compat.before_steps(self.engine, self._check_groups))
         for method in self._norm:
             undo.enter_context(replaced(*method))
 
-    def _checked_step(self, take_step: Any, *args: Any, **kwargs: Any) -> Any:
-        """The engine's step, refused before it changes anything where the groups are not in their roles' ratios."""
-        groups = self._groups
-        if len(groups) != len(self._mine):
-            found = f"the optimizer has {len(groups)} param groups, and {len(self._mine)} were built"
+    def _check_groups(self) -> None:
+        """Refuse a step, before it changes anything, whose groups are not in their roles' ratios."""
+        if len(self._groups) != len(self._mine):
+            found = f"the optimizer has {len(self._groups)} param groups, and {len(self._mine)} were built"
             raise StateError(f"completep: {found}; parameters added later have no role, build the model with them")
         scheduler = getattr(self.engine.lr_scheduler, "scheduler", self.engine.lr_scheduler)  # inside a TokenScheduler
         by = "the training loop" if scheduler is None else f"the scheduler {type(scheduler).__name__}"
-        check_rates(groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
-        return take_step(*args, **kwargs)
+        check_rates(self._groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> list[dict[str, Any]]:
-        """Every group's settings in JSON types, which a universal checkpoint loses under ZeRO 3; in a pipeline of all
-        stages' roles, and every rank calls it."""
+        """Every role's settings in JSON types, which a universal checkpoint loses under ZeRO 3; of all stages of a
+        pipeline, where every rank calls it."""
         names = ("lr", "lr_scale", "initial_lr", "weight_decay", "eps")
-        settings = [{"role": g["role"], **{k: float(g[k]) for k in names if k in g}} for g in self._groups]
-        for kept, group in zip(settings, self._groups, strict=True):
-            kept["betas"] = [float(beta) for beta in group["betas"]]
+        settings = []
+        for group in self._groups:
+            numbers = {name: float(group[name]) for name in names if name in group}
+            settings.append({"role": group["role"], **numbers, "betas": [float(beta) for beta in group["betas"]]})
         if compat.is_pipeline(self.engine):
             of_role = {kept["role"]: kept for stage in gathered(settings) for kept in stage}
             settings = [of_role[role] for role in self._roles]
@@ -142,9 +132,8 @@ class CompleteP:
         group the first one's there; and one step counter to all, which each would advance. Raises CheckpointError."""
         of_role = {settings["role"]: settings for settings in state}
         if list(of_role) != self._roles:
-            saved, here = ", ".join(of_role), ", ".join(self._roles)
-            what = f"the checkpoint has param groups for the roles {saved}, this run for {here}"
-            raise CheckpointError(f"completep: {what}; freeze the same parameters")
+            what = f"param groups for the roles {', '.join(of_role)}, this run for {', '.join(self._roles)}"
+            raise CheckpointError(f"completep: the checkpoint has {what}; freeze the same parameters")
         for group, role in zip(self._groups, self._mine, strict=True):
             group.update({**of_role[role], "betas": tuple(of_role[role]["betas"])})
         for moments in self.engine.basic_optimizer.state.values():
@@ -155,8 +144,8 @@ class CompleteP:
 def divided(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The same groups as ``count`` of them: the one of the most parameters is halved until there are as many.
 
-    DeepSpeed's ZeRO takes the gradient norm group by group, with one all-reduce over all stages for each, so all stages
-    need the same number. Which of them meet there does not matter: the squares of all are added up.
+    DeepSpeed's ZeRO takes the gradient norm by one all-reduce over all stages for each group, so all stages need the
+    same number; which of them meet does not matter, as the squares of all are added up.
     """
     groups = list(groups)
     while len(groups) < count:
@@ -176,17 +165,16 @@ def _check_model_parameters(model: Any, given: Any) -> None:
     if given is None:
         return
     listed = list(given)
-    every = {id(p) for p in model.parameters()}
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trainable <= {id(p) for p in listed} <= every:
+    if not trainable <= {id(p) for p in listed} <= {id(p) for p in model.parameters()}:
         what = "param groups" if any(isinstance(p, Mapping) for p in listed) else "other than all of the model's"
         remedy = "leave model_parameters= out, or give model.parameters()"
         raise ConfigError(f"completep: model_parameters= are {what}, and the method builds the groups itself; {remedy}")
 
 
-def _base_of_json(deepspeed_config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+def _base_of_json(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     """The base model's hyperparameters from the JSON's ``optimizer``."""
-    described = deepspeed_config.get("optimizer") or {}
+    described = config.get("optimizer") or {}
     params = described.get("params") or {}
     kind, decoupled = described.get("type"), params.get("adam_w_mode", True)
     if optimizer is None and str(kind).lower() not in ("adam", "adamw"):
@@ -194,20 +182,14 @@ def _base_of_json(deepspeed_config: Mapping[str, Any], optimizer: Any) -> dict[s
     if not decoupled:
         what = f"optimizer.params.adam_w_mode is {decoupled!r}, which adds weight decay to the gradient"
         raise ConfigError(f"completep: {what}; {_DECOUPLED}, remove it")
-    for name, example in (("lr", 0.001), ("weight_decay", 0.1)):  # implementations differ in their default decay
-        found = "missing" if name not in params else _not_usable(params[name], zero=name != "lr")
-        if found:
-            raise ConfigError(f"completep: optimizer.params.{name} is {found}; write the base model's, e.g. {example}")
-    return {"eps": 1e-8, "betas": (0.9, 0.999)} | {
-        name: params[name] for name in ("lr", "weight_decay", "eps", "betas") if name in params
-    }
+    _check_numbers(params, "optimizer.params.{}")  # implementations differ in their default decay
+    names = [name for name in ("lr", "weight_decay", "eps", "betas") if name in params]
+    return {"eps": 1e-8, "betas": (0.9, 0.999)} | {name: params[name] for name in names}
 
 
 def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
-    """The base model's hyperparameters from an optimizer that is built already and has done nothing yet.
-
-    Weight decay may be zero on some of its groups: which parameters decay is Table 1's to say.
-    """
+    """The base model's hyperparameters from an optimizer that is built already and has done nothing yet; some of its
+    groups may have no weight decay."""
     groups = optimizer.param_groups
     if not _is_adam(optimizer):
         what = "is built already and is no Adam, whose param groups could be replaced"
@@ -218,35 +200,29 @@ def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
     if any("initial_lr" in group for group in groups):
         _refuse(optimizer, f"has a learning rate scheduler already, for other param groups; {_SCHEDULER}")
     _check_covers(optimizer, model)
-    for name in sorted({key for group in groups for key in group} - {"params", "param_names", "weight_decay"}):
-        first, *others = [group.get(name) for group in groups]
-        for other in others:
-            if other != first:
-                what = f"has groups with {name} {first!r} and {other!r}"
-                _refuse(optimizer, f"{what}; give all the base model's, the method sets the roles'")
-    decays = sorted({group["weight_decay"] for group in groups if group["weight_decay"] != 0})
-    if len(decays) > 1:
-        what = f"has groups with weight_decay {decays[0]!r} and {decays[1]!r}; give all the base model's (or 0)"
-        _refuse(optimizer, f"{what}: Table 1 decides which parameters decay")
-    if decays and not _decoupled(optimizer):
-        _refuse(optimizer, f"adds weight_decay {decays[0]!r} to the gradient; {_DECOUPLED}, give AdamW")
-    base = {name: groups[0][name] for name in ("lr", "eps", "betas")} | {"weight_decay": decays[0] if decays else 0.0}
-    for name in ("lr", "weight_decay"):
-        if found := _not_usable(base[name], zero=name != "lr"):
-            what = f"{name} of the optimizer {type(optimizer).__name__} is {found}"
-            raise ConfigError(f"completep: {what}; give the base model's")
+    for name in sorted({key for group in groups for key in group} - {"params", "param_names"}):
+        values = [group.get(name) for group in groups]
+        if name == "weight_decay":
+            values = [value for value in values if value != 0] or [0.0]
+        if others := [value for value in values if value != values[0]]:
+            remedy = "give all the base model's: what each role gets, and which decay, is Table 1's to say"
+            _refuse(optimizer, f"has groups with {name} {values[0]!r} and {others[0]!r}; {remedy}")
+    base = {name: groups[0][name] for name in ("lr", "eps", "betas")}
+    base["weight_decay"] = next((group["weight_decay"] for group in groups if group["weight_decay"] != 0), 0.0)
+    if base["weight_decay"] != 0 and not _decoupled(optimizer):
+        _refuse(optimizer, f"adds weight_decay {base['weight_decay']!r} to the gradient; {_DECOUPLED}, give AdamW")
+    _check_numbers(base, f"{{}} of the optimizer {type(optimizer).__name__}")
     return base
 
 
 def _check_covers(optimizer: torch.optim.Optimizer, model: Any) -> None:
     """Every trainable parameter of the model is in the optimizer, and nothing else but frozen ones."""
     every, remedy = set(model.parameters()), "build it from model.parameters()"
-    for i, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if p not in every:
-                what = f"has a parameter of shape {list(p.shape)} in group {i} that is not the model's"
-                _refuse(optimizer, f"{what}; {remedy}")
-    given = {p for group in optimizer.param_groups for p in group["params"]}
+    given = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for p, i in given.items():
+        if p not in every:
+            what = f"has a parameter of shape {list(p.shape)} in group {i} that is not the model's"
+            _refuse(optimizer, f"{what}; {remedy}")
     for name, p in model.named_parameters():
         if p.requires_grad and p not in given:
             _refuse(optimizer, f"lacks the parameter {name}; {remedy}, or freeze the parameter")
@@ -256,29 +232,29 @@ def _refuse(optimizer: Any, what: str) -> NoReturn:
     raise ConfigError(f"completep: the optimizer {type(optimizer).__name__} {what}")
 
 
-def _not_usable(value: Any, *, zero: bool) -> str | None:
-    """What is wrong with a number of the base model's, which may be ``zero``; or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or (value == 0 and not zero):
-        return f"{value!r}, which is not a usable number"
-    return None
-
-
-def _names(optimizer: Any) -> set[str]:
-    return {cls.__name__ for cls in type(optimizer).__mro__}
+def _check_numbers(params: Mapping[str, Any], what: str) -> None:
+    """The learning rate and weight decay that all roles' are multiples of. ``what``: around their names."""
+    for name, example in (("lr", 0.001), ("weight_decay", 0.1)):
+        value: Any = params.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or value < 0 or (value == 0 and name == "lr"):
+            found = f"{value!r}, which is not a usable number" if name in params else "missing"
+            raise ConfigError(f"completep: {what.format(name)} is {found}; write the base model's, e.g. {example}")
 
 
 def _is_adam(optimizer: Any) -> bool:
     """torch's Adam and AdamW; other libraries' by name, so that none is imported here."""
-    return isinstance(optimizer, torch.optim.Adam) or bool(_names(optimizer) & {*_BY_MODE, *_BY_NAME})
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    return isinstance(optimizer, torch.optim.Adam) or bool(names & {*_BY_MODE, *_BY_NAME})
 
 
 def _decoupled(optimizer: Any) -> bool:
     """Whether an Adam decays weights apart from the gradient: some say so on themselves, torch in its groups, others by
     their name."""
-    key, groups = "decoupled_weight_decay", optimizer.param_groups
-    by_name = bool(_names(optimizer) & {*_BY_NAME})
-    in_groups = all(group.get(key) for group in groups) if any(key in group for group in groups) else by_name
-    return bool(getattr(optimizer, "adam_w_mode", in_groups))
+    if hasattr(optimizer, "adam_w_mode"):
+        return bool(optimizer.adam_w_mode)
+    said = [group["decoupled_weight_decay"] for group in optimizer.param_groups if "decoupled_weight_decay" in group]
+    return all(said) if said else any(cls.__name__ in _BY_NAME for cls in type(optimizer).__mro__)
 
 
 # -- functions that the caller gives, checked when DeepSpeed calls them ----------------------------------------------
@@ -295,10 +271,3 @@ def _built_optimizer(function: Callable[..., Any], groups: list[dict[str, Any]])
         what = f"{_DECOUPLED} in Adam, the given function returned {type(optimizer).__name__}"
         raise ConfigError(f"completep: {what}; return AdamW")
     return optimizer
-
-
-def _built_scheduler(function: Callable[..., Any], optimizer: Any) -> Any:
-    before = [group["lr"] for group in optimizer.param_groups]
-    scheduler = function(optimizer)
-    refuse_flattened(scheduler, before, [group["lr"] for group in optimizer.param_groups])
-    return scheduler

@@ -25,29 +25,24 @@ def rescaled(engine: Any, factors: Sequence[float]) -> Methods:
     ``factors``: one for each param group, in order.
 
     Raises:
-        ConfigError: gradients are clipped in an optimizer wrapper whose norm cannot be corrected.
+        ConfigError: gradients would be clipped by another norm; in a pipeline on all stages alike.
         StateError: this DeepSpeed lacks a name that correcting it needs.
     """
-    zero12 = _zero1_of_stages if compat.is_pipeline(engine) else _zero12
-    methods = {"zero3": _zero3, "zero12": zero12, "bf16": _bf16, "none": _fp32}.get(compat.wrapper_of(engine))
-    clipping, wrapper = engine.gradient_clipping(), type(engine.optimizer).__name__
-    if methods is None and clipping:
-        raise ConfigError(
-            f'completep.residual: "folded" with gradient_clipping {clipping} is not supported under DeepSpeed\'s '
-            f'{wrapper}, which clips by another norm; write zero_optimization.stage 1, or "residual": "forward"'
-        )
-    return methods(engine, factors) if methods is not None else iter(())
-
-
-def refuse_folded_pipeline(engine: Any) -> None:
-    """Raise ConfigError where the norm over all stages would be another than the forward mode's. The same on each."""
+    pipeline, clipping = compat.is_pipeline(engine), engine.gradient_clipping()
+    folded = f'completep.residual: "folded" with gradient_clipping {clipping}'
     offloaded = engine.zero_cpu_offload() or engine.zero_nvme_offload_optimizer()
-    if engine.gradient_clipping() and (engine.zero_optimization_stage() == 0 or offloaded):
+    if pipeline and clipping and (offloaded or engine.zero_optimization_stage() == 0):
         what = "zero_optimization.offload_optimizer" if offloaded else "zero_optimization.stage 0"
-        raise ConfigError(
-            f'completep.residual: "folded" with gradient_clipping {engine.gradient_clipping()} and {what} is not '
-            'supported in DeepSpeed\'s pipeline; write stage 1 without offload, or "residual": "forward"'
-        )
+        remedy = 'write stage 1 without offload, or "residual": "forward"'
+        raise ConfigError(f"{folded} and {what} is not supported in DeepSpeed's pipeline; {remedy}")
+    if all(factor == 1.0 for factor in factors):
+        return iter(())
+    zero12 = _zero1_of_stages if pipeline else _zero12
+    methods = {"zero3": _zero3, "zero12": zero12, "bf16": _bf16, "none": _fp32}.get(compat.wrapper_of(engine))
+    if methods is None and clipping:
+        what = f"is not supported under DeepSpeed's {type(engine.optimizer).__name__}, which clips by another norm"
+        raise ConfigError(f'{folded} {what}; write zero_optimization.stage 1, or "residual": "forward"')
+    return methods(engine, factors) if methods is not None else iter(())
 
 
 def _own(owner: Any, name: str) -> Any:
@@ -102,11 +97,11 @@ def _bf16(engine: Any, factors: Sequence[float]) -> Methods:
 def _fp32(engine: Any, factors: Sequence[float]) -> Methods:
     """Stage 0 in fp32: the gradients are the forward mode's while DeepSpeed clips them."""
     own, groups = _own(engine, compat.FP32_CLIP), engine.basic_optimizer.param_groups
-    folded = [(group["params"], factor) for group, factor in zip(groups, factors, strict=True) if factor != 1]
 
     def scale(power: int) -> None:
-        for params, factor in folded:
-            if gradients := [p.grad for p in params if p.grad is not None]:
+        for group, factor in zip(groups, factors, strict=True):
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients and factor != 1.0:
                 torch._foreach_mul_(gradients, factor**power)
 
     def clip() -> None:

@@ -56,48 +56,35 @@ class _Shards:
 
     def _parameters(self) -> Iterable[tuple[int, Any]]:
         """Each with the number of its group."""
-        return ((i, p) for i, group in enumerate(getattr(self.optimizer, self.parameters)) for p in group)
+        for i, group in enumerate(getattr(self.optimizer, self.parameters)):
+            yield from ((i, p) for p in (group["params"] if isinstance(group, dict) else group))
 
 
-class PlainShards(_Shards):
-    """Stage 0 in fp32: the parameters are the masters."""
+class WholeShards(_Shards):
+    """Stage 0: whole fp32 copies (FP16_UnfusedOptimizer, FP16_Optimizer) beside the model's parameters; in fp32 the
+    parameters themselves, of which there is no ``low_precision``."""
 
     layout, needed = "replicated", ()
 
-    def __init__(self, engine: Any):
-        super().__init__(engine, "param_groups", "param_groups")
+    def __init__(self, engine: Any, masters: str, parameters: str, low_precision: str | None = None):
+        super().__init__(engine, masters, parameters)
+        self.low_precision = low_precision
+        if low_precision is not None:
+            compat.need(self.optimizer, low_precision)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [p.data for _, p in self._parameters()]
+        return super().tensors() if self.low_precision is not None else [p.data for _, p in self._parameters()]
 
     def refresh(self) -> None:
-        pass
-
-    def fragments(self) -> list[Fragment]:
-        return whole((self.names[id(p)], p.shape, shard, 0) for shard, (_, p) in enumerate(self._parameters()))
-
-    def _parameters(self) -> Iterable[tuple[int, Any]]:
-        return ((i, p) for i, group in enumerate(self.optimizer.param_groups) for p in group["params"])
-
-
-class Stage0Shards(_Shards):
-    """Stage 0 in 16 bits: whole fp32 copies (FP16_UnfusedOptimizer, FP16_Optimizer) beside the model's parameters."""
-
-    layout, needed = "replicated", ()
-
-    def __init__(self, engine: Any, masters: str, low_precision: str):
-        super().__init__(engine, masters, compat.STAGE0_PARAMETERS)
-        compat.need(self.optimizer, low_precision)
-        self.low_precision = low_precision
-
-    def refresh(self) -> None:
-        for low, master in zip(_flat(getattr(self.optimizer, self.low_precision)), self.tensors(), strict=True):
-            low.copy_(master)
+        if self.low_precision is not None:
+            for low, master in zip(_flat(getattr(self.optimizer, self.low_precision)), self.tensors(), strict=True):
+                low.copy_(master)
 
     def fragments(self) -> list[Fragment]:
         found, shard, offset, sizes = [], 0, 0, [t.numel() for t in self.tensors()]
         for _, parameter in self._parameters():
-            if offset == sizes[shard]:  # a shard is one parameter, or a group's parameters end to end
+            # a shard is one parameter, or a group's parameters end to end
+            while parameter.numel() and offset == sizes[shard]:
                 shard, offset = shard + 1, 0
             found.append((self.names[id(parameter)], parameter.shape, shard, offset))
             offset += parameter.numel()
@@ -105,16 +92,10 @@ class Stage0Shards(_Shards):
 
 
 class Zero3Shards(_Shards):
-    """ZeRO 3: one flat partition per sub-group; parameters are gathered by the forward pass itself.
-
-    `refresh` does what DeepSpeed's own step does after the optimizer, but for one thing: the small parameters that stay
-    gathered are left to the next forward pass, which gathers what is not there; so a swap makes no collective.
-    """
+    """ZeRO 3: one flat partition per sub-group. `refresh` does what DeepSpeed's own step does after the optimizer, but
+    leaves the small parameters that stay gathered to the next forward pass, so that a swap makes no collective."""
 
     needed = (compat.ZERO3_RELEASE, compat.ZERO3_REASSIGN, compat.ZERO3_INVALIDATE)
-
-    def __init__(self, engine: Any):
-        super().__init__(engine, compat.ZERO3_MASTERS, compat.ZERO3_SUB_GROUPS)
 
     def refresh(self) -> None:
         getattr(self.optimizer, compat.ZERO3_RELEASE)()
@@ -144,13 +125,7 @@ def _flat(groups: Iterable[Any]) -> list[torch.Tensor]:
     return [t.data for group in groups for t in (group if isinstance(group, (list, tuple)) else [group])]
 
 
-_KINDS: dict[str, tuple[Any, ...]] = {
-    "zero3": (Zero3Shards,),
-    "zero12": (_Shards, compat.ZERO12_MASTERS, compat.ZERO12_PARAMETERS),
-    "bf16": (_Shards, compat.BF16_MASTERS, compat.BF16_PARAMETERS),
-    "unfused": (Stage0Shards, compat.UNFUSED_MASTERS, compat.UNFUSED_LOW_PRECISION),
-    "fused": (Stage0Shards, compat.FUSED_MASTERS, compat.FUSED_LOW_PRECISION),
-}
+_KINDS: dict[str, type[_Shards]] = {"zero3": Zero3Shards, "unfused": WholeShards, "fused": WholeShards}
 
 
 def find_shards(engine: Any) -> MasterShards:
@@ -165,10 +140,10 @@ def find_shards(engine: Any) -> MasterShards:
         if compat.is_on(engine, name):
             what = f"{name} updates the master weights outside the optimizer step, so a snapshot could be torn"
             raise ConfigError(f"weight_averaging: {what}; switch one of the two off")
-    if kind in _KINDS:
-        shards, *names = _KINDS[kind]
-        return shards(engine, *names)
+    names = {known: names for known, *names in compat.WRAPPERS.values()}
+    if kind in names:
+        return _KINDS.get(kind, _Shards)(engine, *names[kind])
     if isinstance(optimizer, torch.optim.Optimizer):
-        return PlainShards(engine)
+        return WholeShards(engine, "param_groups", "param_groups")
     what = f"the optimizer wrapper {type(optimizer).__module__}.{type(optimizer).__name__} is not supported"
     raise ConfigError(f"weight_averaging: {what}; use ZeRO 0, 1, 2 or 3 with a torch or DeepSpeed optimizer")

@@ -15,17 +15,15 @@ from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
 
 class PipelineLengths:
-    """Cuts micro-batches in the engine's batch function, and has the engine forget shapes when they change.
-
-    Every rank knows the length of every step, so no stage has to be told: also those that load no data reset in time.
-    """
+    """Cuts micro-batches in the engine's batch function, and has the engine forget shapes when they change: on every
+    rank, as each knows the length of every step."""
 
     def __init__(self, engine: Any, warmup: SequenceLengthWarmup):
         compat.need(engine, *compat.PIPELINE_BATCHES, "reset_activation_shape", "set_batch_fn", "set_dataiterator")
         if warmup.config.preflight:
-            compat.need(engine, compat.PIPELINE_RUN, compat.PIPELINE_BUFFERS, "num_stages", "stage_id", "micro_batches")
+            compat.need(engine, compat.PIPELINE_RUN, compat.PIPELINE_INSTRUCTIONS, compat.PIPELINE_BUFFERS)
+            compat.need(engine, "num_stages", "stage_id", "micro_batches")
             compat.need(engine.module, compat.PIPELINE_MICRO_OFFSET)
-            compat.without_step(1, 1, 0)
         self.engine, self.warmup = engine, warmup
         self._users: Callable[[Any], Any] | None = None  # the batch function that ours stands in for
         self._length: int | None = None  # of the activations the engine remembers
@@ -49,16 +47,17 @@ class PipelineLengths:
     @contextlib.contextmanager
     def training(self, data_iter: Any) -> Iterator[None]:
         """Around one step on micro-batches of ``data_iter`` (None: the engine's own); before the first short one, the
-        preflight.
-
-        Raises:
-            StateError: the carry mode, and micro-batches that are not read through `Batches`.
-            ConfigError: a micro-batch has not the full length.
-        """
-        self._refuse_uncarried(data_iter if data_iter is not None else self.engine.data_iterator)
+        preflight. Raises StateError: the carry mode needs `Batches`; ConfigError: one has not the full length."""
+        source = data_iter if data_iter is not None else self.engine.data_iterator  # None where no data is loaded
+        # there, a stage may still be given its batches by the user's function, from another rank
+        needed = source is not None or (self._loads() and self._users is None)
+        if self.warmup.carries and needed and not isinstance(source, Batches):
+            what = 'mode "carry" trains what is cut off later, so it has to read the batches'
+            remedy = "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
+            raise StateError(f"sequence_length_warmup: {what}; {remedy}")
         if data_iter is not None:
             self.engine.set_dataiterator(data_iter)
-        source = self.engine.data_iterator  # None on stages that load no data
+        source = self.engine.data_iterator
         try:
             if isinstance(source, Batches):  # cut here, after the user's batch function
                 self.engine.data_iterator = source.whole()
@@ -74,14 +73,6 @@ class PipelineLengths:
     def _evaluate(self, evaluate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._expect(self.warmup.full)
         return evaluate(*args, **kwargs)
-
-    def _refuse_uncarried(self, source: Any) -> None:
-        # Without a source a stage loads nothing, or is given its batches by the user's function, from another rank.
-        needed = source is not None or (self._loads() and self._users is None)
-        if self.warmup.config.mode == "carry" and needed and not isinstance(source, Batches):
-            what = 'mode "carry" trains what is cut off later, so it has to read the batches'
-            remedy = "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
-            raise StateError(f"sequence_length_warmup: {what}; {remedy}")
 
     def _loads(self) -> bool:
         return bool(self.engine.is_first_stage() or self.engine.is_last_stage())
@@ -127,32 +118,32 @@ class PipelineLengths:
 
 def run_passes(engine: Any, micro_batch: Any) -> None:
     """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
-    data). Every rank calls it, between two steps.
+    data). Every rank calls it, between two steps; what the engine keeps of a step is put back.
 
     With one micro-batch more than there are stages, as many are in flight as in any step while gradients have
-    accumulated already. The engine's counters are put back.
+    accumulated already.
     """
     from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
+    from deepspeed.runtime.pipe import schedule
 
-    scratch = {name: vars(engine)[name] for name in compat.PIPELINE_SCRATCH if name in vars(engine)}
-    offset = getattr(engine.module, compat.PIPELINE_MICRO_OFFSET)
+    kept, offset = dict(vars(engine)), getattr(engine.module, compat.PIPELINE_MICRO_OFFSET)
     streams = get_cuda_rng_tracker().get_states()  # DeepSpeed's own; the others are kept with the buffers
     engine.reset_activation_shape()
     engine.module.train()
     engine.data_iterator = itertools.repeat(micro_batch) if micro_batch is not None else None
     engine.total_loss = engine.total_additional_losses = None
     setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
+    instructions = {**getattr(engine, compat.PIPELINE_INSTRUCTIONS), schedule.OptimizerStep: lambda *_, **__: None}
+    setattr(engine, compat.PIPELINE_INSTRUCTIONS, instructions)
+    stages, count = engine.num_stages, min(engine.micro_batches, engine.num_stages + 1)
     try:
-        count = min(engine.micro_batches, engine.num_stages + 1)
-        getattr(engine, compat.PIPELINE_RUN)(compat.without_step(count, engine.num_stages, engine.stage_id))
+        run = getattr(engine, compat.PIPELINE_RUN)
+        run(schedule.TrainSchedule(micro_batches=count, stages=stages, stage_id=engine.stage_id))
     finally:
-        for name in compat.PIPELINE_SCRATCH:
-            if name in scratch:
-                setattr(engine, name, scratch[name])
-            elif name in vars(engine):
-                delattr(engine, name)
+        vars(engine).clear()
+        vars(engine).update(kept)
+        for slots in getattr(engine, compat.PIPELINE_BUFFERS).values():  # they hold on to activations of full length
+            slots[:] = [None] * engine.num_pipe_buffers
         setattr(engine.module, compat.PIPELINE_MICRO_OFFSET, offset)
         get_cuda_rng_tracker().set_states(streams)
-        for slots in getattr(engine, compat.PIPELINE_BUFFERS).values():
-            slots[:] = [None] * len(slots)  # they hold on to activations of the full length
         engine.reset_activation_shape()

@@ -9,11 +9,11 @@ from deepspeed.utils import logger
 
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
+from ds_plugin.core.ranks import this_rank
 from ds_plugin.core.replaced import replaced
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.backward import loss_of
 from ds_plugin.deepspeed_engine.masters import find_shards
-from ds_plugin.deepspeed_engine.ranks import this_rank
 from ds_plugin.deepspeed_engine.readings import optimizers
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
 from ds_plugin.sequence_length_warmup.slicing import find_sides, positions, refuse_unknown
@@ -23,13 +23,9 @@ _MEANS = "a smaller train_micro_batch_size_per_gpu, activation checkpointing or 
 
 @contextlib.contextmanager
 def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
-    """Around forward and backward passes through the engine, reductions included, which are no step of the run: room is
-    held for the optimizer's state, and gradients, buffers and random streams are put back. Rank 0's log says how it
-    went. Every rank calls it, between two steps.
-
-    Raises:
-        torch.OutOfMemoryError: as `full_length_pass`.
-    """
+    """Around forward and backward passes, reductions included, which are no step of the run: room is held for the
+    optimizer's state, and gradients, buffers and random streams are put back. Rank 0's log says how it went. Every rank
+    calls it, between two steps. Raises as `full_length_pass`."""
     known: list[bool] = []
 
     def room() -> list[torch.Tensor]:
@@ -39,29 +35,31 @@ def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
 
     with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
         yield
-    said = f"{SAYS}: a step at {length} tokens fits{'' if all(known) else ', the optimizer aside'}{peak(engine.device)}"
+    most, aside = peak(engine.device), "" if all(known) else ", the optimizer aside"
     if this_rank() == 0:
-        logger.info(said)
+        logger.info(f"{SAYS}: a step at {length} tokens fits{aside}{most}")
 
 
 def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
     """Call the engine's forward and backward pass, twice where gradients are accumulated, and under ZeRO 3, which
-    gathers parameters ahead once it has seen their order; the result is dropped.
-
-    The run that follows is bit for bit the run without it; the graph that arguments come with (embeddings) is left for
-    the step. Without an optimizer nothing is trained, and nothing done. Raises as `passes_of_a_step`.
-    """
+    gathers parameters ahead once it has seen their order. The run that follows is bit for bit the run without it; the
+    graph that arguments come with (embeddings) is left for the step. Raises as `passes_of_a_step`."""
     if engine.optimizer is None:
-        return
+        return  # nothing is trained
     count = 2 if int(engine.zero_optimization_stage()) == 3 else min(int(engine.gradient_accumulation_steps()), 2)
+    redirected = vars(engine.module).get("forward")  # for one call, as Lightning does to its training_step
     with passes_of_a_step(engine, length), compat.plain_backward(engine):
         for index in range(count):
             own = (_without_graph(leaf.value) for leaf in leaves((args, kwargs)))
             own_args, own_kwargs = rebuilt((args, kwargs), own)
-            with replaced(engine, compat.BOUNDARY, index == count - 1), _same_forward(engine.module):
-                output = engine.forward(*own_args, **own_kwargs)
-                if (loss := _scalar(output)) is not None:
-                    engine.backward(loss)
+            try:
+                with replaced(engine, compat.BOUNDARY, index == count - 1):
+                    output = engine.forward(*own_args, **own_kwargs)
+                    if (loss := _scalar(output)) is not None:
+                        engine.backward(loss)
+            finally:
+                if redirected is not None:
+                    vars(engine.module)["forward"] = redirected
             del output, loss, own_args, own_kwargs
 
 
@@ -77,17 +75,6 @@ def _state_to_come(engine: Any) -> list[torch.Tensor] | None:
     return [] if started else state_to_come(masters, lambda master: [master.dtype] * kept)
 
 
-@contextlib.contextmanager
-def _same_forward(module: torch.nn.Module) -> Iterator[None]:
-    """Who redirects the module's forward for one call, as Lightning does to its training_step, still has it."""
-    redirected = vars(module).get("forward")
-    try:
-        yield
-    finally:
-        if redirected is not None:
-            vars(module)["forward"] = redirected
-
-
 def _scalar(output: Any) -> torch.Tensor | None:
     """What to differentiate: the loss, or where the model returns none, the mean of all it returns."""
     if (loss := loss_of(output)) is not None:
@@ -101,11 +88,8 @@ def lengthened(
     arguments: Mapping[str, Any], full: int, *, micro_batch: int | None = None, encoder_decoder: bool = False
 ) -> dict[str, Any]:
     """A short micro-batch's arguments, repeated along the sequence until its samples are ``full`` long; a decoder's
-    side, if there is an encoder's, stays as it is. ``micro_batch``, ``encoder_decoder``: as for `batch.cut_batch`.
-
-    Raises:
-        ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions.
-    """
+    side, if there is an encoder's, stays as it is. ``micro_batch``, ``encoder_decoder``: as for `slicing.cut_batch`.
+    Raises ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions."""
     found = leaves(arguments)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder)
     times = -(-full // sides.main.positions)

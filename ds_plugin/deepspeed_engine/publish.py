@@ -24,9 +24,9 @@ import torch
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import replace_folder, sync_folder, write_text
 from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.ranks import gathered, this_rank
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.masters import zero3_part
-from ds_plugin.deepspeed_engine.ranks import gathered, this_rank
 from ds_plugin.weight_averaging.averager import MasterShards, WeightAverager
 from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
 from ds_plugin.weight_averaging.publish import layout
@@ -50,16 +50,16 @@ Part = tuple[int, torch.Tensor]  # first element of this rank's tensor, flat val
 class Held:
     """One tensor of this rank's model: how the others see it, its place in the whole one, and the values here."""
 
-    row: layout.Row
+    entry: layout.Entry
     cut: layout.Cut
     average: list[Part]
     tensor: Any
 
     def own(self) -> list[Part]:
         """The model's own values, of what is not averaged; under ZeRO 3 this rank's part of them."""
-        if not self.row.zero3_sharded:
+        if not self.entry.zero3_sharded:
             return [(0, self.tensor.detach().reshape(-1))]
-        name, part = self.row.entry.name, getattr(self.tensor, compat.ZERO3_PART)
+        name, part = self.entry.name, getattr(self.tensor, compat.ZERO3_PART)
         start, count = zero3_part(self.tensor)
         if hasattr(part, compat.ZERO3_QUANTIZED):
             what = f"publish: {name} is not trained and kept quantized"
@@ -93,9 +93,8 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
             stride = 2 if name.startswith(gated) else getattr(tensor, "partition_stride", 1)
             whole, cut = layout.cut_along(whole, tensor.partition_dim, stride, tensor_rank, ranks)
         written = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        entry = layout.Entry(name, written, whole, aliases)
-        row = layout.Row(entry, bool(sliced), hasattr(tensor, compat.ZERO3_PART))
-        found.append(Held(row, cut, parts.pop(name, []), tensor))
+        entry = layout.Entry(name, written, whole, aliases, bool(sliced), hasattr(tensor, compat.ZERO3_PART))
+        found.append(Held(entry, cut, parts.pop(name, []), tensor))
     if parts:
         raise StateError(f"publish: the model has no parameter {next(iter(parts))} any more; do not rename parameters")
     return found
@@ -103,11 +102,8 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """The parameters and persistent buffers, each once: its first name, itself, and its other names, all of them plain.
-
-    Raises:
-        ConfigError: two have one name when the prefixes of wrappers are left out.
-    """
-    kept = {id(value) for value in module.state_dict(keep_vars=True).values()}
+    Raises ConfigError: two have one name then."""
+    wanted = {id(value) for value in (*module.parameters(), *module.state_dict(keep_vars=True).values())}
     names: dict[int, list[str]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for wrapped, tensor in itertools.chain(
@@ -117,12 +113,10 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...
         if tensors.setdefault(name, tensor) is not tensor:
             what = f"{wrapped} is {name} without its wrapper, which another tensor is named"
             raise ConfigError(f"publish: {what}; rename one of them")
-        if name not in names.setdefault(id(tensor), []):
+        if id(tensor) in wanted and name not in names.setdefault(id(tensor), []):
             names[id(tensor)].append(name)
-    parameters = {id(parameter) for parameter in module.parameters()}
-    for number, (name, *others) in names.items():
-        if number in parameters or number in kept:
-            yield name, tensors[name], tuple(others)
+    for name, *others in names.values():
+        yield name, tensors[name], tuple(others)
 
 
 def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
@@ -147,10 +141,8 @@ def publish(
     max_shard_bytes: int = 5 * 10**9,
     replace: bool = False,
 ) -> list[Path]:
-    """Write the average into the new folder ``folder``; see `ds_plugin.deepspeed_engine.engine.Plugin.publish`.
-
-    ``replace``: what the folder holds goes when the new average is whole.
-    """
+    """Write the average into the new folder ``folder``; see `engine.Plugin.publish`. ``replace``: what the folder holds
+    goes when the new average is whole."""
     with raise_on_all_ranks():
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"publish: dtype={dtype}; give one of {', '.join(map(str, DTYPES))}, or leave it out")
@@ -164,7 +156,7 @@ def publish(
     place = stage, tensor_rank
     first = gathered(place).index(place) == this_rank()
     averaged = tuple(sum(len(values) for _, values in h.average) for h in held)
-    reports = gathered(layout.Report(place, tuple(h.row for h in held) if first else None, averaged))
+    reports = gathered(layout.Report(place, tuple(h.entry for h in held) if first else None, averaged))
     with raise_on_all_ranks():
         entries, mine = layout.agree(reports, this_rank(), averager.shards.layout, compat.PIPELINE_TIED)
         files = layout.plan_files(entries, max_shard_bytes)
@@ -176,17 +168,12 @@ def publish(
                 _create(staging, files)
         with _disk(final):
             _write(staging, files, shares)
-        with _disk(final):
-            if this_rank() == 0 and len(files) > 1:
-                write_text(staging / "model.safetensors.index.json", layout.index_of(files))
     return [final / file.name for file in files]
 
 
 def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: Path) -> None:
-    """The average, or that of each horizon, into the folder of a complete checkpoint: it goes with the checkpoint.
-
-    Where a tag is saved again, what is of its earlier average goes when the new one is whole, or there is none yet.
-    """
+    """The average, or that of each horizon, into the folder of a complete checkpoint. Where a tag is saved again, what
+    is of its earlier average goes when the new one is whole, or there is none yet."""
     horizons: Sequence[int | None] = (averager.config.horizons or [None]) if averager.steps else []
     names = {AVERAGED if horizon is None else f"{AVERAGED}_horizon_{horizon}": horizon for horizon in horizons}
     for name, horizon in names.items():
@@ -217,22 +204,18 @@ def _refuse_experts(engine: Any, what: str) -> None:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path, replace: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield ``(folder, staging)``: a hidden folder beside it, seen by all ranks, which becomes ``folder`` at the end.
-
-    One rename makes the whole model appear; whatever fails before, on any rank, leaves nothing. Its name is new, so no
-    node can know it from an earlier look, and whoever sees it looks at the first rank's disk.
-    """
-    paths = (folder, folder)
-    with _disk(folder):
-        if this_rank() == 0:
-            folder = folder.resolve()
-            if not replace and _in_use(folder):
-                raise ConfigError(f"publish: {folder} exists already; give a new or an empty folder")
-            paths = folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            paths[1].mkdir()
-    final, staging = gathered(paths)[0]  # the first rank's, whatever the others' working directories are
+    """Yield ``(folder, staging)``: a hidden folder beside it, seen by all ranks, which becomes ``folder`` at the end,
+    by one rename; whatever fails before, on any rank, leaves nothing. Whoever sees its name, which is new, looks at the
+    first rank's disk."""
+    # the first rank's, whatever the others' working directories are
+    final, name = gathered((folder.resolve(), f".{folder.name}.{uuid.uuid4().hex}.tmp"))[0]
+    staging = final.with_name(name)
     try:
+        with _disk(final):
+            if this_rank() == 0:
+                if not replace and _in_use(final):
+                    raise ConfigError(f"publish: {final} exists already; give a new or an empty folder")
+                staging.mkdir(parents=True)
         with _disk(final):
             if not staging.is_dir():
                 what = f"rank {this_rank()} does not see the folder that rank 0 made in {final.parent}"
@@ -253,16 +236,20 @@ def _in_use(folder: Path) -> bool:
 
 
 def _create(folder: Path, files: Sequence[layout.File]) -> None:
-    """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour."""
+    """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour. And which
+    file has which tensor, where there are several."""
+    if len(files) > 1:
+        write_text(folder / "model.safetensors.index.json", layout.index_of(files))
     for file in files:
-        with open(folder / file.name, "xb", buffering=0) as opened:
+        with open(folder / file.name, "xb") as opened:
             try:
                 os.posix_fallocate(opened.fileno(), 0, file.size)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
                 opened.truncate(file.size)  # a file system that cannot reserve
-            _pwrite(opened.fileno(), memoryview(file.header), 0)
+            opened.write(file.header)
+            opened.flush()
             os.fsync(opened.fileno())
 
 
@@ -273,34 +260,26 @@ def _write(folder: Path, files: Sequence[layout.File], shares: Sequence[tuple[He
     back with other ranks' bytes as they were before.
     """
     for file in files:
-        here = [(held, parts) for held, parts in shares if held.row.entry.name in file.offsets and parts]
-        if not here:
-            continue
-        descriptor = os.open(folder / file.name, os.O_WRONLY)
-        try:
-            for held, parts in here:
-                _write_tensor(descriptor, file.offsets[held.row.entry.name], held, parts)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        here = [(held, *part) for held, parts in shares if held.entry.name in file.offsets for part in parts]
+        if here:
+            with open(os.open(folder / file.name, os.O_WRONLY), "wb", buffering=0) as opened:
+                for held, start, values in here:
+                    _write_part(opened.fileno(), file.offsets[held.entry.name], held, start, values)
+                os.fsync(opened.fileno())
 
 
-def _write_tensor(descriptor: int, begin: int, held: Held, parts: list[Part]) -> None:
-    dtype = held.row.entry.dtype
-    for start, values in parts:
-        for done in range(0, len(values), PIECE):
-            piece = values[done : done + PIECE]
-            view = piece.to("cpu", dtype).view(torch.uint8).numpy().data
-            for at, count in held.cut.runs(start + done, len(piece)):
-                size = count * dtype.itemsize
-                _pwrite(descriptor, view[:size], begin + at * dtype.itemsize)
-                view = view[size:]
-
-
-def _pwrite(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
+def _write_part(descriptor: int, begin: int, held: Held, start: int, values: torch.Tensor) -> None:
+    """``values``: of the rank's tensor from element ``start`` on; ``begin``: the byte at which the whole one begins."""
+    dtype = held.entry.dtype
+    for done in range(0, len(values), PIECE):
+        piece = values[done : done + PIECE]
+        view = piece.to("cpu", dtype).view(torch.uint8).numpy().data
+        for at, count in held.cut.runs(start + done, len(piece)):
+            offset, size = begin + at * dtype.itemsize, count * dtype.itemsize
+            run, view = view[:size], view[size:]
+            while run:
+                written = os.pwrite(descriptor, run, offset)
+                run, offset = run[written:], offset + written
 
 
 @contextlib.contextmanager
@@ -317,7 +296,7 @@ def _disk(folder: Path, size: int = 0) -> Iterator[None]:
             raise PluginError(f"publish: {what} cannot be written ({error.strerror}); give another folder") from error
 
 
-# -- the average as a checkpoint of DeepSpeed's --------------------------------------------------------------------
+# -- the average as a checkpoint of DeepSpeed's ----------------------------------------------------------------------
 
 
 def refuse_checkpoint(engine: Any) -> None:
@@ -331,23 +310,17 @@ def refuse_checkpoint(engine: Any) -> None:
         (engine.checkpoint_engine.is_decoupled(), "DeepSpeed writes checkpoints in the background"),
     ):
         if applies:
-            raise ConfigError(
-                f"save_averaged_checkpoint: {reason}, and zero_to_fp32 could not read the result; use publish(), which "
-                "writes safetensors"
-            )
+            what = f"save_averaged_checkpoint: {reason}, and zero_to_fp32 could not read the result"
+            raise ConfigError(f"{what}; use publish(), which writes safetensors")
 
 
 def mark_checkpoint(engine: Any, averager: WeightAverager, folder: Path, horizon: int | None) -> None:
     """Make a tag folder and say in it, before anything else is there, that it holds an average and is no resume point:
-    in the manifest's place, under a format that no version resumes from. Every rank calls it.
-
-    Raises:
-        ConfigError: the folder holds something already.
-    """
+    in the manifest's place. Every rank calls it. Raises ConfigError: the folder holds something already."""
     said = {"format": "averaged", "averaged": True, "global_steps": engine.global_steps, "steps": averager.steps}
     said |= {"mode": averager.config.mode, "horizon": horizon}
     with raise_on_all_ranks():
-        if (engine.local_rank if engine.use_node_local_storage() else this_rank()) == 0:
+        if compat.is_first_at(engine):
             if _in_use(folder):
                 raise ConfigError(f"save_averaged_checkpoint: {folder} exists already; give another tag")
             folder.mkdir(parents=True, exist_ok=True)

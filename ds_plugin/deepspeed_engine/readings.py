@@ -1,6 +1,4 @@
-"""What the methods read of a DeepSpeed engine: its step, its gradient norm, its optimizer's state. No collective but
-where it is said.
-"""
+"""What the methods read of a DeepSpeed engine. No collective but where it is said."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,11 +31,8 @@ class EngineReadings:
         return self._engine.get_global_grad_norm()
 
     def adam_variances(self) -> list[torch.Tensor]:
-        """This rank's second moments of Adam, the live tensors; some may be empty, ZeRO's padding in them is zero.
-
-        None at all before the first step (FP16_UnfusedOptimizer has zeros then), from an optimizer without them, or
-        where they are not in this process's memory between two steps (NVMe offload, SuperOffload, ZenFlow).
-        """
+        """This rank's second moments of Adam, the live tensors; some may be empty, ZeRO's padding in them is zero. None
+        before the first step, from other optimizers, or where they are not in memory between two steps."""
         engine, key = self._engine, compat.ADAM_VARIANCE
         elsewhere = any(compat.is_on(engine, name) for name in compat.UPDATES_OUTSIDE_STEP)
         if engine.optimizer is None or elsewhere or engine.zero_nvme_offload_optimizer():
@@ -55,10 +50,7 @@ class EngineReadings:
 
 def optimizers(engine: Any) -> list[Any]:
     """What holds ``state`` and ``param_groups`` of this rank's masters: under an offload ratio below 1 there are two.
-
-    Raises:
-        StateError: this DeepSpeed's optimizer has no state where it is looked for.
-    """
+    Raises StateError: this DeepSpeed's has no state where it is looked for."""
     optimizer = engine.optimizer
     compat.need(optimizer, compat.OPTIMIZER_STATE)
     second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
@@ -69,25 +61,21 @@ def refuse_unknown_norm(engine: Any) -> None:
     """Raise ConfigError for the one setting under which ranks could disagree about a step, and nothing would show it:
     ZeRO 1/2 with ``compute_grad_norm`` off."""
     if not getattr(engine.optimizer, "compute_grad_norm", True):
-        raise ConfigError(
-            "weight_averaging: zero_optimization.compute_grad_norm is false; the norm tells every rank, at no cost, "
-            "that a step was not finite and must not be averaged; write true, or leave it out"
-        )
+        what = "zero_optimization.compute_grad_norm is false, and no rank would hear of a step that was not finite"
+        raise ConfigError(f"weight_averaging: {what}; write true, or leave it out")
 
 
 def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool | torch.Tensor | None:
     """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
 
     DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
-    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. The norm is a scalar that may lie on the accelerator: then it
-    is the answer as it is, one element that nobody has waited for, which `is_sound` reads. In fp32 without ZeRO it has
-    none, and applies any step. If the model is cut there, by a pipeline or tensor parallelism, its parts must hear of
-    each other: 4 bytes. So must ranks with different experts without ZeRO, where the norm, if there is one, leaves
-    those out.
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. One on an accelerator is the answer as it is: nobody has
+    waited for it, `is_sound` reads it. In fp32 without ZeRO there is none, and any step is applied: ranks that hold
+    different parts of the model, or different experts, which a norm leaves out there, then exchange 4 bytes.
     """
+    norm = engine.get_global_grad_norm()
     if compat.has_experts(engine) and int(engine.zero_optimization_stage()) == 0:
         return finite_everywhere(masters, engine.device)
-    norm = engine.get_global_grad_norm()
     if isinstance(norm, torch.Tensor) and norm.device.type != "cpu":
         return norm
     if norm is not None:

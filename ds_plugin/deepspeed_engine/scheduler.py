@@ -8,21 +8,16 @@ from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 
 
 class SequenceLengthScheduler(LengthSchedule, CurriculumScheduler):
-    """`LengthSchedule` behind DeepSpeed's interface, in its ``custom`` schedule.
-
-    DeepSpeed's own schedules compute in floats and stop updating at the end: a resume cannot ask about earlier steps.
-    """
+    """`LengthSchedule` behind DeepSpeed's interface, in its ``custom`` schedule: its own compute in floats, and stop
+    updating at the end, so that a resume cannot ask about earlier steps. Raises as `LengthSchedule` does."""
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, layout_multiple: int = 1):
-        """As `LengthSchedule`; raises as it does."""
-        CurriculumScheduler.__init__(
-            self,
-            {
-                names.CURRICULUM_LEARNING_MIN_DIFFICULTY: config.start_length,
-                names.CURRICULUM_LEARNING_MAX_DIFFICULTY: config.end_length,
-                names.CURRICULUM_LEARNING_SCHEDULE_TYPE: names.CURRICULUM_LEARNING_SCHEDULE_CUSTOM,
-            },
-        )
+        described = {
+            names.CURRICULUM_LEARNING_MIN_DIFFICULTY: config.start_length,
+            names.CURRICULUM_LEARNING_MAX_DIFFICULTY: config.end_length,
+            names.CURRICULUM_LEARNING_SCHEDULE_TYPE: names.CURRICULUM_LEARNING_SCHEDULE_CUSTOM,
+        }
+        CurriculumScheduler.__init__(self, described)
         LengthSchedule.__init__(self, config, layout_multiple=layout_multiple)
         self.set_custom_get_difficulty(self.length_at)
 

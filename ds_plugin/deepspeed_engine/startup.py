@@ -7,8 +7,8 @@ import sys
 import time
 import warnings
 
-#: How the warnings begin that DeepSpeed, Megatron-core and torch give in every ordinary run. Each is true and asks
-#: nothing of the user; whatever is not listed is shown. Seen with torch 2.13, deepspeed 0.19.8, megatron-core 0.16.1.
+#: How the warnings begin that DeepSpeed, Megatron-core and torch give in every ordinary run, and that ask nothing of
+#: the user. Seen with torch 2.13, deepspeed 0.19.8, megatron-core 0.16.1.
 USUAL_WARNINGS = (
     # both are optional and take the place of Megatron-core's own code, which gives the same numbers
     "Transformer Engine and Apex are not installed. Falling back to",
@@ -50,11 +50,9 @@ def skip_inference_kernel() -> None:
 
 
 def fail(error: Exception) -> int:
-    """Print the message of an error that every rank has raised, once; the script's exit code, 2.
-
-    No collective, which would hang if it were not every rank: the launcher ends the others as soon as rank 0 is gone; a
-    rank that is still there seconds later failed alone (or on another node) and speaks for itself.
-    """
+    """Print the message of an error that every rank has raised, once; the script's exit code, 2. Without a collective,
+    which could hang: the launcher ends the others as soon as rank 0 is gone; one that is still there seconds later
+    failed alone (or on another node) and speaks for itself."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(OTHERS_WAIT_SECONDS)
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -69,11 +67,8 @@ def interrupted() -> int:
 
 
 def leave() -> None:
-    """End the process groups after a run that has succeeded on every rank.
-
-    The barrier is for gloo: a thread of it that still holds the tensors of the last collective needs the interpreter to
-    let go of them, and aborts the process when that is already shutting down. Waiting in a barrier lets it through.
-    """
+    """End the process groups after a run that has succeeded on every rank. The barrier lets gloo's threads through: one
+    that still holds the last collective's tensors would abort a process whose interpreter is shutting down."""
     import torch.distributed as dist
 
     dist.barrier()

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, raise_on_all_ranks
 from ds_plugin.core.loss_statistics import Report, StabilityMonitor
+from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.deepspeed_engine import compat, preflight
-from ds_plugin.deepspeed_engine.ranks import gathered, this_rank, warn
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
@@ -24,23 +23,20 @@ from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
 from ds_plugin.sequence_length_warmup.mask import BlockDiagonalCausalMask, check_model
 from ds_plugin.sequence_length_warmup.schedule import layout_multiple
 from ds_plugin.sequence_length_warmup.slicing import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
+from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 
 
 class SequenceLengthWarmup:
     """The method's state on one engine.
 
-    Batches are shortened by a hook on the engine, outside the module, so that ``torch.compile`` never traces the
-    schedule; in pipelines by the engine's batch function; or by `Batches` where they are read. All of them look at
-    shapes only: no device sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
+    Batches are shortened by a hook outside the module, so that ``torch.compile`` never traces the schedule; in
+    pipelines by the engine's batch function; or by `Batches` where they are read. All look at shapes only: no device
+    sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
     """
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
-        """Nothing changes on the engine before `install`.
-
-        Raises:
-            ConfigError: the layout does not divide the lengths, the model cannot do what the mode asks for, or ranks
-                were given different sections.
-        """
+        """Nothing changes on the engine before `install`. Raises ConfigError: the layout does not divide the lengths,
+        the model or scheduler cannot do what the section asks for, or ranks were given different ones."""
         self.engine, self.config, self.full = engine, config, config.end_length
         ulysses, settings = compat.sequence_parallel_size(engine), getattr(engine.module, "config", None)
         #: over how many ranks each sample is divided before the engine sees it
@@ -57,37 +53,58 @@ class SequenceLengthWarmup:
         )
         self.report: Report | None = None  # the newest
         self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
-        self.order: CarryOrder | None = None
-        if config.mode == "carry":
-            self.order = CarryOrder(full=self.full, multiple_of=self.scheduler.multiple_of, interleave=config.windows)
-        shifts = config.shifts_labels
-        self.shifts_labels = shifts_labels(engine.module) if shifts is None else shifts
+        self.carries = config.mode == "carry"
+        order = {"full": self.full, "multiple_of": self.scheduler.multiple_of, "interleave": config.windows}
+        self.order = CarryOrder(**order) if self.carries else None
+        self.shifts_labels = shifts_labels(engine.module) if config.shifts_labels is None else config.shifts_labels
         self._span: TokenSpan | None = None
         self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
         self._reads = False  # whether batches are cut where they are read
-        self._recorded = False  # a loss, in the accumulation step that is open
-        self._forwards = 0  # that train, in the accumulation step that is open
+        self._recorded = self._trained = False  # a loss, a forward pass: in the accumulation step that is open
         self._first = True  # no forward pass has been cut yet
         self._short = False  # whether it was said that samples are shorter than a step
         self._rehearsed = not config.preflight
         #: what `cut_batch` wants to know of the micro-batches
         self.samples: dict[str, Any] = {"micro_batch": int(engine.train_micro_batch_size_per_gpu())}
+        self._names = [] if compat.is_pipeline(engine) else argument_names(engine.module.forward)
+        self._shorten = self._checked_shorten(shorten)
+        by_tokens = config.learning_rate.by == "tokens"
+        self._token_scheduler = TokenScheduler(engine.lr_scheduler, self.batches_trained) if by_tokens else None
         self._start_at_the_engines_step()
-        self._names: list[str] = []  # of the arguments of forward; in pipelines their batch function cuts
-        self._shorten: Shorten | None = None
-        if compat.is_pipeline(engine):
-            _refuse_in_pipelines(config, shorten)
-        else:
-            self._names = argument_names(engine.module.forward)
-            self.samples["encoder_decoder"] = is_encoder_decoder(engine.module)
-            self._shorten = self._checked_shorten(shorten)
+
+    def _checked_shorten(self, given: Shorten | None) -> Shorten | None:
+        """What cuts the arguments of forward; None in pipelines, which have none: their batch function cuts."""
+        module, mode, pipeline = self.engine.module, self.config.mode, compat.is_pipeline(self.engine)
+        if pipeline and mode == "mask":
+            what = "is not supported in DeepSpeed's pipeline engine, whose stages pass on what the model defines"
+            raise ConfigError(f'sequence_length_warmup.mode: "mask" {what}; write "truncate" or "carry"')
+        if pipeline and given is not None:
+            what = "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...)"
+            raise ConfigError(f"{what}, or read them from ds_plugin.get_plugin(engine).batches(...)")
+        if pipeline:
+            return None
+        self.samples["encoder_decoder"] = is_encoder_decoder(module)
+        if self.carries and self.samples["encoder_decoder"]:
+            what = f"and {type(module).__name__} is an encoder-decoder, whose targets end elsewhere than their sources"
+            raise ConfigError(f'sequence_length_warmup.mode: "carry" {what}; write "truncate"')
+        if given is None and mode == "mask":
+            check_model(module)
+            return BlockDiagonalCausalMask(self._names)
+        return given if given is not None else ByName(module.forward, **self.samples)
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Put the hook on the engine; ``undo`` takes it off, and ends the `Batches` that were read through it."""
+        """Put hook and scheduler on the engine; ``undo`` takes them off, and ends the `Batches` read through it."""
         undo.callback(self._close_batches)
         if self._shorten is not None:
             handle = self.engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
             undo.callback(handle.remove)
+        if self._token_scheduler is not None:
+            self.engine.lr_scheduler = self._token_scheduler
+            undo.callback(self._give_scheduler_back, self._token_scheduler)
+
+    def _give_scheduler_back(self, ours: TokenScheduler) -> None:
+        if self.engine.lr_scheduler is ours:  # a user's own, set since, is left alone
+            self.engine.lr_scheduler = ours.scheduler
 
     # -- which length ------------------------------------------------------------------------------------------------
 
@@ -99,7 +116,6 @@ class SequenceLengthWarmup:
             own = TokenSpan(self.engine.global_steps, 0, length)
             self._span = own if self.order is None else self.order.peek(length)
         return self._span
-
 
     @property
     def length(self) -> int:
@@ -113,11 +129,7 @@ class SequenceLengthWarmup:
         return done + 1 - self.held
 
     @property
-    def carries(self) -> bool:  # this and the next three: see `Batches`
-        return self.order is not None
-
-    @property
-    def step(self) -> int:
+    def step(self) -> int:  # this and the next two: see `Batches`
         return int(self.engine.global_steps)
 
     @property
@@ -147,13 +159,12 @@ class SequenceLengthWarmup:
     def describe(self) -> str:
         """The schedule in one line."""
         c, lengths = self.config, self.scheduler.lengths()
-        text = (
-            f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} {c.duration.unit}"
-            f", in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}, {c.schedule}, mode {c.mode}"
-        )
+        text = f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} "
+        text += f"{c.duration.unit}, in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}"
+        text += f", {c.schedule}, mode {c.mode}"
         text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
         text += ", held while unstable" if c.pacing == "adaptive" else ""
-        if self.order is not None and self.shifts_labels:
+        if self.carries and self.shifts_labels:
             text += ", one target of a sample lost at each cut (the model shifts its labels)"
         return text
 
@@ -182,7 +193,7 @@ class SequenceLengthWarmup:
         trains = torch.is_grad_enabled()
         if self._reads:
             self._check_cut(self._named(args, kwargs), length)  # counted where they were read
-        elif self.config.mode == "carry" or self.parts > 1:
+        elif self.carries or self.parts > 1:
             what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
             raise StateError(
                 f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
@@ -197,7 +208,7 @@ class SequenceLengthWarmup:
             if trains:
                 self.count(read, trained)
         if trains:
-            self._forwards += 1
+            self._trained = True
             if not self._rehearsed:
                 self._rehearsed = True
                 self._preflight(*whole, length)
@@ -212,21 +223,17 @@ class SequenceLengthWarmup:
         whole = self.samples["micro_batch"] * self.length
         if trained == read < whole and read % self.length and not self._short:  # not fewer samples, the last ones
             self._short = True
-            if this_rank() == 0:
-                what = f"a micro-batch holds {read} tokens where a step of length {self.length} has room for {whole}"
-                logger.warning(f"sequence length warmup: {what}: samples that are shorter are trained whole")
+            what = f"a micro-batch holds {read} tokens where a step of length {self.length} has room for {whole}"
+            warn("sequence length warmup: %s: samples that are shorter are trained whole", what)
 
     def _check_cut(self, given: dict[str, Any], length: int) -> None:
         for name in TOKEN_NAMES:
-            value = given.get(name)
-            if not torch.is_tensor(value) or value.dim() < 2:
-                continue
-            tokens = value.shape[1] * self.parts
-            if tokens > length or (tokens < length and self.order is not None):  # samples may be shorter otherwise
-                raise StateError(
-                    f"sequence_length_warmup: {name} has {value.shape[1]} tokens a sample on this rank and the step "
-                    f"trains {length} over {self.parts} rank(s); give engine(...) the batches of plugin.batches(...)"
-                )
+            shape: Any = getattr(given.get(name), "shape", ())
+            tokens = shape[1] * self.parts if len(shape) > 1 else length
+            if tokens > length or (tokens < length and self.carries):  # samples may be shorter otherwise
+                what = f"{name} has {shape[1]} tokens a sample on this rank and the step trains {length}"
+                remedy = "give engine(...) the batches of plugin.batches(...)"
+                raise StateError(f"sequence_length_warmup: {what} over {self.parts} rank(s); {remedy}")
 
     def _preflight(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
         """Once, before the first short step: will the longest fit?"""
@@ -244,20 +251,6 @@ class SequenceLengthWarmup:
             args = tuple(grown[name] for name in self._names[: len(args)])
             kwargs = {name: grown[name] for name in kwargs}
         preflight.run(self.engine, args, kwargs, self.full)
-
-    def _checked_shorten(self, given: Shorten | None) -> Shorten:
-        module, mode = self.engine.module, self.config.mode
-        if mode == "carry" and self.samples["encoder_decoder"]:
-            raise ConfigError(
-                f'sequence_length_warmup.mode: "carry" and {type(module).__name__} is an encoder-decoder: the rest of '
-                'a target does not belong to the rest of its source; write "truncate"'
-            )
-        if given is not None:
-            return given
-        if mode == "mask":
-            check_model(module)
-            return BlockDiagonalCausalMask(self._names)
-        return ByName(module.forward, **self.samples)
 
     # -- the end of a step -------------------------------------------------------------------------------------------
 
@@ -305,12 +298,12 @@ class SequenceLengthWarmup:
         if compat.is_pipeline(self.engine):  # most stages read nothing; all know what is read, and that it is whole
             samples = int(self.engine.train_batch_size()) // self.tokens.replicas
             self.tokens.add(samples * self.full if span.offset == 0 else 0, samples * span.length)
-        elif self._forwards == 0:
+        elif not self._trained:
+            what = "an optimizer step ended without a forward pass through the engine, so nothing was shortened"
             raise StateError(
-                "sequence_length_warmup: an optimizer step ended without a forward pass through the engine, so "
-                "nothing was shortened; call engine(...) in training mode, not engine.module(...)"
+                f"sequence_length_warmup: {what}; call engine(...) in training mode, not engine.module(...)"
             )
-        self._forwards = 0
+        self._trained = False
         self.tokens.close(self._nominal(span), applied)
         if self.order is not None:
             self.order.advance(span)
@@ -323,7 +316,6 @@ class SequenceLengthWarmup:
         return {
             "ledger": asdict(self.ledger),
             "nominal": self.tokens.nominal,
-            "mode": self.config.mode,
             **self._counted_in(),
             "unit": self.config.duration.unit,
             "held": self.held,
@@ -336,12 +328,11 @@ class SequenceLengthWarmup:
         """Raise CheckpointError for a state that this run cannot go on from: carried tokens of another mode or batch
         size, or a length held in another unit."""
         order = state.get("order")
-        for name, value in {"mode": self.config.mode, **self._counted_in()}.items():
-            if (order and order["open"] or self.order is not None) and state.get(name) != value:
-                raise CheckpointError(
-                    f"sequence_length_warmup: the checkpoint was trained with {name} {state.get(name)!r}, this run has "
-                    f"{value!r}, and carried tokens are counted in such batches; resume with {state.get(name)!r}"
-                )
+        for name, value in self._counted_in().items() if order and order["open"] or self.carries else ():
+            if (saved := state.get(name)) != value:
+                what = f"the checkpoint was trained with {name} {saved!r}, this run has {value!r}"
+                remedy = f"resume with {saved!r}, carried tokens are counted in such batches"
+                raise CheckpointError(f"sequence_length_warmup: {what}; {remedy}")
         unit, saved = self.config.duration.unit, state.get("unit")
         if self.config.pacing == "adaptive" and state.get("held") and (saved or unit) != unit:
             what = f"the checkpoint's length has been held for {state['held']} {saved}, and this run's is in {unit}"
@@ -349,7 +340,7 @@ class SequenceLengthWarmup:
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
-        self._forwards, self._recorded = 0, False
+        self._trained = self._recorded = False
         adaptive = state if self.config.pacing == "adaptive" else None
         self.held, self.holding = (adaptive["held"], adaptive["holding"]) if adaptive else (0, False)
         if self.order is not None:
@@ -370,48 +361,32 @@ class SequenceLengthWarmup:
         if self.order is not None:
             self.order.windows_read = steps
 
-    def _counted_in(self) -> dict[str, int]:
+    def _counted_in(self) -> dict[str, Any]:
         """What carried tokens are counted in."""
-        return {
-            "train_batch_size": int(self.engine.train_batch_size()),
-            "end_length": self.full,
-            "multiple_of": self.scheduler.multiple_of,
-        }
-
-
-def _refuse_in_pipelines(config: SequenceLengthWarmupConfig, shorten: Shorten | None) -> None:
-    if config.mode == "mask":
-        raise ConfigError(
-            'sequence_length_warmup.mode: "mask" is not supported in DeepSpeed\'s pipeline engine, whose stages pass '
-            'on what the model defines; write "truncate" or "carry"'
-        )
-    if shorten is not None:
-        raise ConfigError(
-            "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...), or "
-            "read them from ds_plugin.get_plugin(engine).batches(...)"
-        )
+        batch, multiple = int(self.engine.train_batch_size()), self.scheduler.multiple_of
+        return {"mode": self.config.mode, "train_batch_size": batch, "end_length": self.full, "multiple_of": multiple}
 
 
 def _refuse_different(mine: Mapping[str, Any]) -> None:
     """Compare the section and the lengths it leads to, once: later nothing is communicated for it."""
-    every = gathered(mine)
-    for rank, theirs in enumerate(every):
+    first, *others = gathered(mine)
+    for rank, theirs in enumerate(others, start=1):
         for name, value in theirs.items():
-            if value != every[0][name]:
-                what = f"ranks disagree: the {name} of rank {rank} is {value}, of rank 0 {every[0][name]}"
+            if value != first[name]:
+                what = f"ranks disagree: the {name} of rank {rank} is {value}, of rank 0 {first[name]}"
                 remedy = "give every rank the same JSON, and a schedule without chance in it"
                 raise ConfigError(f"sequence_length_warmup: {what}; {remedy}")
 
 
 def _instability(report: Report, bounds: Adaptive) -> str:
     """Which bound was exceeded since the report before, in words; empty: none."""
-    ratio = max((ratio for ratio in report.beyond_noise if ratio is not None), default=None)
-    variance = report.variance_max
+    ratio = max((ratio for ratio in report.beyond_noise if ratio is not None), default=0.0)
     if ratio == math.inf:
         return "a step had no finite loss, or no finite gradient norm"
-    if ratio is not None and ratio > bounds.loss_ratio:
+    if ratio > bounds.loss_ratio:
         bound = f"adaptive.loss_ratio {bounds.loss_ratio:g}"
         return f"a loss was {ratio:.3g} times the lowest before it, without noise, above {bound}"
-    if bounds.variance_max is not None and variance is not None and not variance <= bounds.variance_max:
-        return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {bounds.variance_max:g}"
+    variance, most = report.variance_max, bounds.variance_max
+    if most is not None and variance is not None and not variance <= most:  # a NaN is above
+        return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {most:g}"
     return ""

@@ -5,7 +5,6 @@ its own (`weight_averaging.state.files`). The folder is our own, because Megatro
 """
 
 import json
-import logging
 import shutil
 import uuid
 from collections.abc import Callable
@@ -18,9 +17,10 @@ import torch.distributed as dist
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.state import files as window_files
@@ -53,7 +53,7 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 def save(loop: Methods, root: Path, iteration: int) -> None:
     """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
-    save_id: str = _from_rank_0(uuid.uuid4().hex)
+    save_id = gathered(uuid.uuid4().hex)[0]
     folder = folder_of(root, iteration)
     with raise_on_all_ranks():
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,13 +184,10 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
     Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
     Raises CheckpointError, on every rank alike: a file is missing, damaged or of another run, or of other sections.
     """
-    folder, manifest = folder_of(root, iteration), None
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0:  # one rank reads, so that all see the same
-            manifest = _resumable(loop, folder / MANIFEST, iteration)
-            if manifest is None:
-                logging.getLogger("ds_plugin").warning(_WITHOUT, folder / MANIFEST)
-    manifest = _from_rank_0(manifest)
+    folder = folder_of(root, iteration)
+    manifest = from_rank_0(lambda: _resumable(loop, folder / MANIFEST, iteration))
+    if manifest is None:
+        warn(_WITHOUT, folder / MANIFEST)
     with raise_on_all_ranks():
         if loop.lengths is not None:
             saved, options = manifest and manifest["lengths"], loop.options()
@@ -208,12 +205,6 @@ def _forget_retired(root: Path, iteration: int) -> None:
             number = folder.name.removeprefix("iter_")
             if number.isdigit() and int(number) < iteration and not (root / folder.name).exists():
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _from_rank_0(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _place() -> dict[str, Any]:

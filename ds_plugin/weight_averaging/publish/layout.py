@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model as it is published: whole.
+    """One tensor of the model as it is published, whole; and by what the ranks' models have it sharded.
 
     ``aliases``: other names of the same, tied, tensor. It is written once; loaders tie the names again. The header's
     metadata maps alias to name, as ``safetensors.torch.save_model`` has it.
@@ -32,6 +32,8 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     aliases: tuple[str, ...] = ()
+    tp_sharded: bool = False
+    zero3_sharded: bool = False
 
     @property
     def numel(self) -> int:
@@ -42,8 +44,7 @@ class Entry:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """One output file: its header, the byte at which each tensor begins, and its size in bytes."""
 
     name: str
@@ -60,13 +61,10 @@ def plan_files(entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, 
     """
     metadata = {"format": "pt", **metadata}
     parts: list[list[Entry]] = [[]]
-    held = 0
     for entry in entries:
-        if parts[-1] and held + entry.nbytes > max_bytes:
+        if parts[-1] and sum(each.nbytes for each in parts[-1]) + entry.nbytes > max_bytes:
             parts.append([])
-            held = 0
         parts[-1].append(entry)
-        held += entry.nbytes
     if len(parts) == 1:
         return [plan_file("model.safetensors", parts[0], metadata)]
     names = (f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
@@ -96,8 +94,7 @@ def index_of(files: Sequence[File]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """Where a tensor-parallel rank's slice lies in the whole tensor, both flat (row-major).
 
     The slice is a sequence of blocks of ``block`` elements; the whole tensor takes one from every rank in turn.
@@ -120,10 +117,7 @@ def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: i
     """The whole tensor's shape, and the `Cut`, of a slice of ``shape`` that is cut along ``dim``.
 
     ``stride``: of how many tensors, laid end to end along ``dim`` and each cut by itself, the slice consists (the two
-    halves of a gated unit; 1 otherwise).
-
-    Raises:
-        StateError: there is no such dimension, or it does not consist of ``stride`` equal parts.
+    halves of a gated unit; 1 otherwise). Raises StateError: they are not equal, or there is no such dimension.
     """
     if not 0 <= dim < len(shape) or shape[dim] % stride:
         raise StateError(f"publish: a slice of {list(shape)} cannot be cut along dimension {dim}, stride {stride}")
@@ -131,25 +125,15 @@ def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: i
     return whole, Cut(shape[dim] // stride * math.prod(shape[dim + 1 :]), rank, ranks)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A tensor of a rank's model, and by what it is sharded."""
-
-    entry: Entry
-    tp_sharded: bool = False
-    zero3_sharded: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What a rank tells the others.
 
     ``place``: pipeline stage and tensor-parallel rank, whose first rank gives the ``rows``: all others have the same.
-    ``averaged``: how many elements of each row's tensor are in this rank's share of the average.
+    ``averaged``: how many elements of each row are in this rank's share of the average.
     """
 
     place: tuple[int, int]
-    rows: tuple[Row, ...] | None
+    rows: tuple[Entry, ...] | None
     averaged: tuple[int, ...]
 
 
@@ -166,39 +150,32 @@ def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple
     owners: dict[str, tuple[int, Entry]] = {}
     for place in sorted(rows):
         for row, other in zip_longest(rows[place], rows[place[0], 0]):
-            if not (row and other) or (row.entry.name, row.tp_sharded) != (other.entry.name, other.tp_sharded):
-                name = (row or other).entry.name
+            if not (row and other) or (row.name, row.tp_sharded) != (other.name, other.tp_sharded):
+                what = f"{(row or other).name} is not the same on all tensor-parallel ranks"
+                raise StateError(f"publish: {what}; build one model on all")
+            owner, known = owners.setdefault(row.name, (place[0], row))
+            if owner != place[0] and not row.name.startswith(tied):
+                what = f"pipeline stages {owner} and {place[0]} both have a {row.name}, which is not tied"
+                raise StateError(f"publish: {what}; leave parameters to the layers (a loss_fn has none)")
+            if (known.dtype, known.shape) != (row.dtype, row.shape):
+                kinds = [f"{each.dtype} {list(each.shape)}" for each in (known, row)]
                 raise StateError(
-                    f"publish: {name} is not the same on all tensor-parallel ranks; build one model on all"
-                )
-            owner, known = owners.setdefault(row.entry.name, (place[0], row.entry))
-            if owner != place[0] and not known.name.startswith(tied):
-                raise StateError(
-                    f"publish: pipeline stages {owner} and {place[0]} both have a {known.name}, which is not "
-                    "tied; leave parameters to the layers (a loss_fn has none)"
-                )
-            if (known.dtype, known.shape) != (row.entry.dtype, row.entry.shape):
-                raise StateError(
-                    f"publish: {known.name} is {known.dtype} {list(known.shape)} on one rank and {row.entry.dtype} "
-                    f"{list(row.entry.shape)} on another; build one model on all ranks, and give what tensor "
-                    "parallelism cuts the attributes tensor_model_parallel and partition_dim"
+                    f"publish: {row.name} is {kinds[0]} on one rank and {kinds[1]} on another; build one model on all, "
+                    "and give what tensor parallelism cuts tensor_model_parallel and partition_dim"
                 )
 
     here, mine = reports[rank].place, []
     peers = [report for report in reports if report.place == here]
     ranks = 1 + max(tensor_rank for _, tensor_rank in rows)
     for i, row in enumerate(rows[here]):
-        if owners[row.entry.name][0] != here[0] or (here[1] and not row.tp_sharded):
+        if owners[row.name][0] != here[0] or (here[1] and not row.tp_sharded):
             continue
         found = [report.averaged[i] for report in peers]
         averaged = any(found)
-        held = sum(found) if layout == "sharded" else found[0]
-        needed = row.entry.numel // (ranks if row.tp_sharded else 1)
+        held, needed = sum(found) if layout == "sharded" else found[0], row.numel // (ranks if row.tp_sharded else 1)
         if averaged and held != needed:
-            raise StateError(
-                f"publish: the data-parallel ranks hold {held} elements of {row.entry.name} in their averages where "
-                f"{needed} are needed; this way to shard the optimizer (MiCS, experts) is not known"
-            )
+            what = f"the data-parallel ranks' averages hold {held} elements of {row.name} where {needed} are needed"
+            raise StateError(f"publish: {what}; this way to shard the optimizer (MiCS, experts) is not known")
         if peers[0] is reports[rank] or (layout == "sharded" if averaged else row.zero3_sharded):
             mine.append((i, averaged))
     return [entry for _, entry in owners.values()], mine

@@ -14,7 +14,7 @@ from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.deepspeed_engine import publish as publishing
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
-from ds_plugin.weight_averaging.publish.layout import Cut, Entry, Report, Row, agree, cut_along, index_of, plan_files
+from ds_plugin.weight_averaging.publish.layout import Cut, Entry, Report, agree, cut_along, index_of, plan_files
 from ds_plugin.weight_averaging.state.fragments import whole
 
 HALF = torch.bfloat16
@@ -103,7 +103,7 @@ def test_slices_make_the_tensor_that_concatenation_makes():
 
 
 def _row(name, numel=4, tp_sharded=False, zero3_sharded=False):
-    return Row(Entry(name, torch.float32, (numel,)), tp_sharded, zero3_sharded)
+    return Entry(name, torch.float32, (numel,), (), tp_sharded, zero3_sharded)
 
 
 def _writes(reports, layout):
@@ -139,7 +139,7 @@ def test_who_writes_what_of_stages_and_slices():
 
 REFUSED = [
     # two ranks' places and rows, the elements each has of the average
-    ([((0, 0), (_row("a"),), (1,)), ((0, 0), None, (2,))], "hold 3 elements of a .* where 4 are needed"),
+    ([((0, 0), (_row("a"),), (1,)), ((0, 0), None, (2,))], "hold 3 elements of a where 4 are needed"),
     ([((0, 0), (_row("a"),), (4,)), ((0, 0), None, (4,))], "hold 8 elements of a"),
     ([((0, 0), (_row("a"),), (4,)), ((1, 0), (_row("a"),), (4,))], "stages 0 and 1 both have a a, which is not tied"),
     ([((0, 0), (_row("a"),), (4,)), ((0, 1), (_row("a", 8),), (8,))], r"a is .* \[4\] on one rank and .* \[8\]"),
