@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.files import atomic_write, hold_folder
 
 INT_COLUMNS = ("step", "tokens_trained", "tokens_read", "tokens_carried", "length", "length_held")
 FLOAT_COLUMNS = (
@@ -50,20 +50,26 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path, name: str, resume: bool) -> "RunFolder":
-        """Return the folder `root/name`, made when it is not there.
+        """Return the folder `root/name`, made when it is not there, and held by this process until it ends.
 
-        With torch.distributed initialised every rank must call this; rank 0 looks and makes. Nothing is touched when it
-        raises: ConfigError for a bad name, or without `resume` for a folder that holds a run already; CheckpointError
+        With torch.distributed initialised every rank must call this; rank 0 looks, makes and holds. No run's file is
+        touched when it raises: StateError for a folder that another process holds (see `hold_folder`); ConfigError for
+        a bad name, a folder that cannot be written, or without `resume` one that holds a run already; CheckpointError
         with `resume` for a folder without checkpoints/latest.
         """
         folder = cls(Path(root) / name)
         with raise_on_all_ranks():
             if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-                folder._check(Path(root), name, resume)
-                folder.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    folder._take(Path(root), name, resume)
+                except OSError as error:
+                    raise ConfigError(
+                        f"name: the run's folder '{folder.path}' cannot be used ({error}); give --runs a folder that "
+                        "can be written"
+                    ) from error
         return folder
 
-    def _check(self, root: Path, name: str, resume: bool) -> None:
+    def _take(self, root: Path, name: str, resume: bool) -> None:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ConfigError(f"name: {name!r} cannot name a folder in '{root}'; write one without '/', like 'first'")
         if self.path.exists() and not self.path.is_dir():
@@ -74,6 +80,9 @@ class RunFolder:
                     f"resume: '{self.checkpoints / 'latest'}' does not exist, so there is nothing to go on from; check "
                     f"--name ({name!r}), or start without --resume"
                 )
+        self.path.mkdir(parents=True, exist_ok=True)
+        hold_folder(self.path)
+        if resume:
             return
         found = [path.name for path in (self.metrics, self.summary, self.checkpoints) if path.exists()]
         if found:

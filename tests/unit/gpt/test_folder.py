@@ -105,7 +105,7 @@ def test_resume_cuts_later_rows(folder: RunFolder):
     assert folder.metrics.read_text() == "".join(first_lines)
     log(folder, 3)
     assert read_metrics(folder.metrics)["step"] == [1, 2, 3]
-    assert sorted(path.name for path in folder.path.iterdir()) == ["metrics.csv"]
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "metrics.csv"]
 
 
 def test_unfinished_last_line(folder: RunFolder):
