@@ -6,6 +6,7 @@ The training loss is read from the device once every ``log_interval`` steps (one
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core import rng
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.files import write_text
 from ds_plugin.sequence_length_warmup.plan import plan
 from launch_scripts.gpt import report
 from launch_scripts.gpt.corpus import Corpus
@@ -43,7 +44,7 @@ _MONITORED = (
     "adam_variance_max",
 )
 
-FORMAT = 1  # of run.json
+FORMAT = 2  # of run.json
 
 
 class Recorder:
@@ -191,56 +192,48 @@ class Recorder:
             if self.first:
                 state = {"format": FORMAT, **self._identity(), "steps": self.run.training.steps}
                 state |= {"seconds": self._seconds(), "flops": self._flops}
-                atomic_write(path / "run.json", lambda p: p.write_text(json.dumps(state, indent=1)))
+                state |= {"step": self.engine.global_steps, "metrics": self.folder.seal()}
+                write_text(path / "run.json", json.dumps(state, indent=1))
         self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
 
     def resume(self, tag: str | None = None) -> None:
-        """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv.
+        """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv. Writes nothing.
 
         Raises:
             CheckpointError: it is missing, damaged, or was trained on other data or with another batch or seed.
+            DataError: metrics.csv is damaged or another run's.
         """
         root = self.folder.checkpoints
+        lost = None
         with raise_on_all_ranks():
-            tag = tag or (root / "latest").read_text().strip()
+            tag = tag or _latest(root)
             path = root / tag
-            if not path.is_dir():
-                raise CheckpointError(f"resume: '{path}' does not exist; give --tag one of {_tags(root)}")
-            self._compare(path)
+            if tag in (".", "..") or "/" in tag or not path.is_dir():
+                raise CheckpointError(f"resume: '{path}' is no checkpoint of this run; give --tag one of {_tags(root)}")
+            saved = read_saved(path / "run.json", self._identity())
+            if self.first:
+                lost = self.folder.go_on_from(saved["step"], saved["metrics"])
         self.engine.load_checkpoint(str(root), tag=tag)
         with raise_on_all_ranks():
+            if self.engine.global_steps != saved["step"]:
+                raise CheckpointError(
+                    f"resume: '{path / 'run.json'}' is of step {saved['step']}, the rest of the checkpoint of step "
+                    f"{self.engine.global_steps}; give another --tag, one of {_tags(root)}"
+                )
             rng.load(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
-            if self.first:
-                self.folder.cut_metrics(self.engine.global_steps)
+        self._earlier_seconds, self._flops = saved["seconds"], saved["flops"]
+        for line in filter(None, [self._other_steps(saved["steps"]), lost]):
+            self.progress.message(f"note: {line}")
         self.progress.message(f"resumed from step {self.engine.global_steps}")
 
-    def _compare(self, path: Path) -> None:
-        try:
-            saved = json.loads((path / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
-            ) from None
-        if saved.get("format") != FORMAT:
-            raise CheckpointError(
-                f"resume: '{path / 'run.json'}' has format {saved.get('format')!r}, this version reads {FORMAT}; "
-                "resume with the version it is from, or start a new run with another --name"
-            )
-        for key, value in self._identity().items():
-            there = saved.get(key)
-            if there != value:
-                raise CheckpointError(
-                    f"resume: '{path}' was trained with {key} {there!r}, this run has {value!r}; give the "
-                    f"same {key}, or start a new run with another --name"
-                )
-        if saved["steps"] != self.run.training.steps:
-            self.progress.message(
-                f"this run was started for {saved['steps']} steps and goes on to {self.run.training.steps}: what "
-                "depends on that number changes here (a scheduler's total_num_steps; the sample order, if the data is "
-                "passed a different number of times)"
-            )
-        self._earlier_seconds = saved["seconds"]
-        self._flops = saved["flops"]
+    def _other_steps(self, steps: int) -> str | None:
+        if steps == self.run.training.steps:
+            return None
+        return (
+            f"this run was started for {steps} steps and goes on to {self.run.training.steps}: what depends on that "
+            "number changes here (a scheduler's total_num_steps; the sample order, if the data is passed a different "
+            "number of times)"
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run: its model and its samples."""
@@ -272,7 +265,9 @@ class Recorder:
                 self._write_results(averaged)
 
     def _write_results(self, averaged: list[Path]) -> None:
+        self.folder.settle()
         metrics = read_metrics(self.folder.metrics)
+        first, last = ({name: column[i] for name, column in metrics.items() if column} for i in (0, -1))
         trained, read = self._tokens()
         ledger, warmup = self.plugin.ledger, self.plugin.warmup
         summary = {
@@ -285,14 +280,14 @@ class Recorder:
             "flops": self._flops,
             "stability": warmup.monitor.summary() if warmup is not None else None,
             "restarts": self.plugin.spikes.restarts if self.plugin.spikes is not None else None,
-            "train_loss": metrics["train_loss"][-1],
-            "eval_loss": metrics["eval_loss"][-1],
-            "eval_loss_averaged": metrics["eval_loss_averaged"][-1],
+            "train_loss": last.get("train_loss"),
+            "eval_loss": last.get("eval_loss"),
+            "eval_loss_averaged": last.get("eval_loss_averaged"),
             "averaged_steps": self.plugin.averager.steps if self.plugin.averager is not None else [],
             "averaged_weights": [path.name for path in averaged],
             "unigram_entropy": self.text.unigram_entropy,
-            "first_length": metrics["length"][0],
-            "last_length": metrics["length"][-1],
+            "first_length": first.get("length") if first.get("step") == 1 else None,
+            "last_length": last.get("length"),
             "zero_stage": int(self.engine.zero_optimization_stage()),
             "precision": str(self.run.dtype).removeprefix("torch."),
             "world_size": dist.get_world_size(),
@@ -314,13 +309,47 @@ class Recorder:
         self.progress.message(_ending(summary, self.folder))
 
 
+def read_saved(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's run.json. Raises CheckpointError: it is damaged, or of a run with another `identity`."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = saved["format"]
+        if found == FORMAT:
+            lacks = {*identity, "steps", "seconds", "flops", "step", "metrics"} - set(saved)
+            if lacks or {"rows", "first"} - set(saved["metrics"]):
+                raise KeyError(", ".join(sorted(lacks)) or "metrics")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"resume: '{path}' cannot be read ({error!r}); give another --tag") from None
+    if found != FORMAT:
+        raise CheckpointError(
+            f"resume: '{path}' has format {found!r}, this version reads {FORMAT}; "
+            "resume with the version it is from, or start a new run with another --name"
+        )
+    for key, value in identity.items():
+        if saved[key] != value:
+            raise CheckpointError(
+                f"resume: '{path.parent}' was trained with {key} {saved[key]!r}, this run has {value!r}; give the "
+                f"same {key}, or start a new run with another --name"
+            )
+    return dict(saved)
+
+
 def _ending(summary: dict[str, Any], folder: RunFolder) -> str:
-    averaged = summary["eval_loss_averaged"]
-    text = f", averaged {averaged:.4f}" if averaged is not None else ""
+    losses = {"evaluation loss": summary["eval_loss"], "averaged": summary["eval_loss_averaged"]}
+    text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
     return (
-        f"done: evaluation loss {summary['eval_loss']:.4f}{text} (unigram entropy {summary['unigram_entropy']:.4f}) "
+        f"done: {text or 'no evaluation is recorded'} (unigram entropy {summary['unigram_entropy']:.4f}) "
         f"after {summary['tokens_trained']:,} tokens; see {folder.figure} and {folder.summary}"
     )
+
+
+def _latest(root: Path) -> str:
+    """The tag in checkpoints/latest."""
+    try:
+        return (root / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"'{root / 'latest'}' cannot be read ({error})"
+        raise CheckpointError(f"resume: {what}; give --tag one of {_tags(root)}") from None
 
 
 def _tags(root: Path) -> str:

@@ -127,6 +127,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     Raises:
         ConfigError: with the field, its value and the remedy.
     """
+    if args.tag is not None and not args.resume:
+        raise ConfigError(f"--tag: {args.tag!r} without --resume; add --resume to go on from that checkpoint")
     config = load_json(args.config)
     for flag, path in _OVERRIDES.items():
         value = getattr(args, flag)

@@ -284,3 +284,18 @@ def test_a_run_of_another_kind_is_not_resumed(workers, folder):
             assert error is not None and error.type.endswith("CheckpointError"), error
             assert all(part in error.message for part in parts), error.message
     assert files(folder / "runs" / "a") == kept
+    streams = folder / "runs" / "a" / "checkpoints" / "step00000020" / "rng_rank_00001.safetensors"
+    whole = streams.read_bytes()
+    streams.write_bytes(whole[:100])  # of one rank, found after the engine was loaded
+    later = folder / "runs" / "a" / "metrics.csv"
+    later.write_text(later.read_text() + "21" + 14 * "," + "\n")
+    kept = files(folder / "runs" / "a")
+    for error in pool.run(_resume_with, str(folder), config(), expect="errors", timeout=60):
+        assert error is not None and "rng_rank_00001" in error.message, error
+    assert files(folder / "runs" / "a") == kept
+    streams.write_bytes(whole)
+    later.unlink()  # nothing depends on it: the run ends again, and says nothing of what it does not know
+    pool.run(_resume_with, str(folder), config(), timeout=60)
+    assert metrics(folder, "a")["step"] == []
+    found = summary(folder, "a")
+    assert (found["steps"], found["first_length"], found["eval_loss"]) == (20, None, None)
