@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from ds_plugin.core.errors import StateError
 
 LOCK = ".lock"
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]+)\.tmp(\.\w+)?")  # `atomic_path`'s, and hidden folders named like them
 
 _held: set[tuple[int, int]] = set()  # the lock files of this process, by device and inode
 
@@ -40,6 +42,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep_temporaries(folder: Path, *, idle_seconds: float = 0.0) -> list[str]:
+    """Remove what `atomic_path` and its like have left in `folder` in processes that were killed; returns the names.
+
+    Only where nobody else writes, or with `idle_seconds`: then what was touched since, or is a living process's, stays.
+    """
+    swept = []
+    for path in Path(folder).iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):  # another start may be at it, too
+            if idle_seconds and (time.time() - path.stat().st_mtime < idle_seconds or _lives(match[1])):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            swept.append(path.name)
+    return sorted(swept)
+
+
+def _lives(process: str) -> bool:
+    return process.isdecimal() and Path("/proc", process).exists()
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:

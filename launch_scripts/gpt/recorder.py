@@ -294,7 +294,12 @@ class Recorder:
             "tensor_parallel": self.run.model.tensor_parallel,
             "pipeline_parallel": self.run.model.pipeline_parallel,
             "parameters": self._per_token.parameters,
-            "data": {"source": self.text.source, "tokens": self.text.tokens, "documents": self.text.documents},
+            "data": {
+                "source": self.text.source,
+                "tokens": self.text.tokens,
+                "documents": self.text.documents,
+                "left_out": self.text.left_out,
+            },
             "methods": self.run.plugin.to_dict(),
             "wall_seconds": round(self._seconds(), 1),
             "versions": env.versions(),

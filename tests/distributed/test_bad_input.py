@@ -86,6 +86,8 @@ CASES = {
     ),
     "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
     "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),
+    "data without a name": (config(), ("--data", ""), ["data", "''", "stdlib"]),
+    "a tag and no resume": (config(), ("--tag", "step00000002"), ["--tag", "step00000002", "--resume"]),
     "no text": (config(), ("--data", "{empty}"), ["data", "holds no text", "plain text files"]),
     "no such tokenizer": (config(), ("--tokenizer", "/no/tokenizer.json"), ["tokenizer", "/no/tokenizer.json"]),
     "nothing to resume": (config(), ("--resume", "--name", "never"), ["resume", "never", "without --resume"]),

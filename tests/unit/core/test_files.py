@@ -1,16 +1,19 @@
 """A folder that one process holds; what makes files whole is in tests/unit/gpt/test_folder.py."""
 
+import contextlib
 import logging
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ds_plugin.core import files
 from ds_plugin.core.errors import StateError
-from ds_plugin.core.files import LOCK, hold_folder
+from ds_plugin.core.files import LOCK, hold_folder, sweep_temporaries
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
@@ -29,6 +32,17 @@ def hold_elsewhere(folder: Path) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], env=environment, **pipes)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond ``size`` bytes within the block."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_one_process_holds_a_folder_until_it_ends(tmp_path: Path):
@@ -73,3 +87,19 @@ def test_a_file_system_without_locks_is_said(
     with caplog.at_level(logging.WARNING):
         hold_folder(tmp_path)
     assert "cannot be locked" in caplog.text
+
+
+def test_temporaries_of_killed_processes_are_swept(tmp_path: Path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [f".state.{gone.pid}.tmp.safetensors", f".run.{gone.pid}.tmp", "..averaged.0123456789abcdef.tmp"]
+    mine, other = f".idx.{os.getpid()}.tmp", [".hidden", "run.5.tmp", ".notes.tmp", ".x.7.tmp.d.json", "run.json"]
+    (tmp_path / left[2] / "inner").mkdir(parents=True)
+    for name in [*left[:2], mine, *other]:
+        (tmp_path / name).write_text("x")
+    assert sweep_temporaries(tmp_path, idle_seconds=60) == []  # another start may be writing them
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert sweep_temporaries(tmp_path, idle_seconds=60) == sorted(left)  # this process lives
+    assert sweep_temporaries(tmp_path) == [mine]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(other)
