@@ -28,7 +28,7 @@ from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.core.replaced import replaced
-from ds_plugin.deepspeed_engine import checkpoint, compat, publish, readings
+from ds_plugin.deepspeed_engine import checkpoint, compat, monitor, publish, readings
 from ds_plugin.deepspeed_engine.backward import BackwardPasses
 from ds_plugin.deepspeed_engine.completep import CompleteP
 from ds_plugin.deepspeed_engine.masters import find_shards
@@ -58,6 +58,7 @@ class Plugin:
         self._pipeline: PipelineLengths | None = None
         self._scheduler: TokenScheduler | None = None
         self._passes: BackwardPasses | None = None
+        self.trained_length: int | None = None  # of the last step, in tokens; None without sequence length warmup
         with self._undone_on_error():
             section = config.sequence_length_warmup
             self.warmup = SequenceLengthWarmup(engine, section, shorten) if section is not None else None
@@ -173,6 +174,15 @@ class Plugin:
         """One line for each enabled method, with the numbers a user wants to see before the first step."""
         methods = (self.warmup, self.completep, self.averager)
         return [method.describe() for method in methods if method is not None]
+
+    def log(self, **values: Any) -> None:
+        """Write the last step's length, tokens and loss ratio through the engine's own monitor, and ``values``.
+
+        Call it after a step or an evaluation, on every rank: ``plugin.log(eval_loss_averaged=loss)``. Series are named
+        ``Run/<name>``; their step is ``engine.global_samples``, as that of DeepSpeed's own. Nothing is read from the
+        device but values that lie there, and without a monitor in the JSON nothing happens.
+        """
+        monitor.log(self, values)
 
     @contextlib.contextmanager
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
@@ -332,6 +342,7 @@ class Plugin:
     def _close_step(self) -> None:
         applied, step, length = self.engine.was_step_applied(), self.engine.global_steps, self.length or 0
         if self.warmup is not None:
+            self.trained_length = length
             self.warmup.after_step(applied)
         if self.averager is None:
             return

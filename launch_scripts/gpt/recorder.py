@@ -18,6 +18,7 @@ from ds_plugin.cli import env
 from ds_plugin.core import rng
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
+from ds_plugin.deepspeed_engine import monitor
 from ds_plugin.sequence_length_warmup.plan import plan
 from launch_scripts.gpt import report
 from launch_scripts.gpt.corpus import Corpus
@@ -44,6 +45,8 @@ _MONITORED = (
     "adam_variance_max",
 )
 
+_MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
+
 FORMAT = 2  # of run.json
 
 
@@ -56,6 +59,7 @@ class Recorder:
         self.first = dist.get_rank() == 0
         for line in [*self.plugin.describe(), *self._shortfalls()]:
             progress.message(line)
+        monitor.log_settings(engine, self._settings())
         self.started = self._window_started = time.monotonic()
         self._earlier_seconds = 0.0  # of the run before a resume
         self._window_tokens = 0
@@ -145,7 +149,8 @@ class Recorder:
             for row in self._rows:
                 self.folder.append(row)
                 self.progress.step(row)
-                self._monitor(row)
+        if self._rows:  # monitors are given the step that has just ended: see `monitor`
+            self.plugin.log(**{name: self._rows[-1].get(name) for name in _MONITORED})
         self._rows = []
 
     def _read(self) -> None:
@@ -160,13 +165,10 @@ class Recorder:
         if not all(math.isfinite(value) for value in values):
             self.progress.message(f"step {self.engine.global_steps}: the training loss is not finite")
 
-    def _monitor(self, row: dict[str, Any]) -> None:
-        """The same values through DeepSpeed's monitor (TensorBoard, CSV, W&B), by trained tokens."""
-        if self.engine.monitor.enabled:
-            events = [
-                (f"Run/{name}", row[name], row["tokens_trained"]) for name in _MONITORED if row.get(name) is not None
-            ]
-            self.engine.monitor.write_events(events)
+    def _settings(self) -> dict[str, Any]:
+        """All of the JSON but for the monitors' own sections, one of which may hold a key to a service."""
+        own = {"model": self.run.model.model_dump(mode="json"), "training": self.run.training.model_dump(mode="json")}
+        return own | {name: value for name, value in self.run.deepspeed.items() if name not in _MONITORS}
 
     def _full_length(self) -> bool:
         """Whether samples are trained whole: no warmup, or one that only confines attention."""
@@ -311,6 +313,7 @@ class Recorder:
             title=f"{self.folder.path.name}: {self.run.model.num_layers} layers, width {self.run.model.hidden_size}",
             unigram_entropy=self.text.unigram_entropy,
         )
+        monitor.log_image(self.engine, "report", self.folder.figure)
         self.progress.message(_ending(summary, self.folder))
 
 
