@@ -53,7 +53,11 @@ count = 1
 while target.exists():
     count += 1
     target = folder.with_name(f"{stem}-{count}")
-folder.rename(target)
+try:
+    folder.rename(target)
+except OSError as error:
+    print(f"error: {folder} cannot be moved to {target.name} ({error}); use another --name", file=sys.stderr)
+    sys.exit(2)
 print(target.name)
 PYTHON
 )"

@@ -3,6 +3,7 @@
 settings.py  the JSON and the flags of the example script
 optimizer.py the fastest AdamW that is installed; weight-decay groups
 recorder.py  one run's record: metrics, checkpoints, the report
+saved.py     which run a checkpoint is of
 export.py    the average as one file of safetensors
 text.py      which files make up a corpus, cut into documents
 records.py   files with a text in each record: JSON lines, parquet, saved data sets

@@ -1,17 +1,20 @@
 """The folder of one run: metrics.csv, summary.json, report.png and checkpoints/."""
 
+import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch.distributed as dist
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, raise_on_all_ranks
-from ds_plugin.core.files import hold_folder, write_text
+from ds_plugin.core.files import hold_folder, sweep_temporaries, write_text
 
 INT_COLUMNS = ("step", "tokens_trained", "tokens_read", "tokens_carried", "length", "length_held")
 FLOAT_COLUMNS = (
@@ -67,7 +70,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.figure = self.path / "report.png"
         self.checkpoints = self.path / "checkpoints"
-        self._stream: TextIO | None = None
+        self._stream: FileIO | None = None
         self._written = _Lines()
         self._kept: list[str] | None = None  # what a resume leaves of metrics.csv, until it writes a row
 
@@ -93,7 +96,7 @@ class RunFolder:
         return folder
 
     def _take(self, root: Path, name: str, resume: bool) -> None:
-        if not name or name.startswith(".") or Path(name).name != name:
+        if not name.isprintable() or not name or name.startswith(".") or Path(name).name != name:
             raise ConfigError(f"name: {name!r} cannot name a folder in '{root}'; write one without '/', like 'first'")
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"name: '{self.path}' is a file; use another --name")
@@ -115,19 +118,29 @@ class RunFolder:
             )
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row to metrics.csv and flush it. Floats are written so that reading gives the same bits; None or a
-        missing column is left empty. Raises ValueError for a column that does not exist or a row without a step."""
+        """Add a row to metrics.csv at once. Floats are written so that reading gives the same bits; None or a missing
+        column is left empty.
+
+        Raises:
+            ValueError: a column that does not exist, or a row without a step.
+            OSError: such as on a full disk; nothing of the row is in the file then.
+        """
         unknown = set(row) - set(COLUMNS)
         if unknown or row.get("step") is None:
             raise ValueError(f"a row of metrics.csv has a step and columns of {COLUMNS}, got {dict(row)}")
         self.settle()
         if self._stream is None:
-            new = not self.metrics.exists()
-            self._stream = open(self.metrics, "a", encoding="utf-8", buffering=1)  # each whole line goes out at once
-            if new:
-                self._stream.write(_HEADER)
+            self._stream = open(self.metrics, "ab", buffering=0)
         line = ",".join(_cell(name, row.get(name)) for name in COLUMNS) + "\n"
-        self._stream.write(line)
+        begins = self._stream.seek(0, os.SEEK_END)
+        text = (line if begins else _HEADER + line).encode()
+        try:
+            if self._stream.write(text) != len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):  # half a line goes again, so that the row can be added later
+                self._stream.truncate(begins)
+            raise
         self._written.add(line)
 
     def seal(self) -> dict[str, Any]:
@@ -159,10 +172,14 @@ class RunFolder:
         return f"metrics.csv lacks {lost} of the {seal['rows']} rows up to step {step}" if lost > 0 else None
 
     def settle(self) -> None:
-        """Make metrics.csv what `go_on_from` has found, once; the file is replaced as a whole."""
-        if self._kept is not None:
-            lines, self._kept = self._kept, None
-            write_text(self.metrics, _HEADER + "".join(lines))
+        """Make metrics.csv what `go_on_from` has found, once; the file is replaced as a whole. What a killed run was
+        about to write goes."""
+        if self._kept is None:
+            return
+        write_text(self.metrics, _HEADER + "".join(self._kept))
+        self._kept = None
+        for folder in filter(Path.is_dir, (self.path, self.checkpoints, *self.checkpoints.glob("*"))):
+            sweep_temporaries(folder)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace summary.json as a whole. Paths become strings; NaN is written as Python's json writes it."""

@@ -3,20 +3,22 @@
 The training loss is read from the device once every ``log_interval`` steps (one reduction, one sync), not every step.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core import rng
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, PluginError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.deepspeed_engine import monitor
 from ds_plugin.sequence_length_warmup.plan import plan
@@ -26,6 +28,7 @@ from launch_scripts.gpt.export import export_average
 from launch_scripts.gpt.flops import Flops
 from launch_scripts.gpt.folder import RunFolder, read_metrics
 from launch_scripts.gpt.progress import Progress
+from launch_scripts.gpt.saved import FORMAT, latest_tag, read_saved, tags
 from launch_scripts.gpt.settings import Settings
 
 _MONITORED = (
@@ -47,8 +50,6 @@ _MONITORED = (
 
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
-FORMAT = 2  # of run.json
-
 
 class Recorder:
     """One run's record. Every rank makes one and calls it alike; rank 0 writes what is common to all."""
@@ -66,6 +67,8 @@ class Recorder:
         self._losses: list[torch.Tensor] = []  # micro-batch losses of the step that runs
         self._unread: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss is still on the device
         self._rows: list[dict[str, Any]] = []  # rows with their loss, not written yet; the last may be the step's own
+        self._unwritten: list[dict[str, Any]] = []  # rows for metrics.csv; more than none where the disk is full
+        self._said = False  # that they wait
         self._row: dict[str, Any] = {}
         self._flops, self._per_token = 0.0, Flops(engine.module, run.model)
         self._trained_before = 0
@@ -144,14 +147,26 @@ class Recorder:
         self._row["eval_loss_averaged"] = loss
 
     def write(self) -> None:
-        """Write the rows whose loss has been read."""
-        if self.first:
-            for row in self._rows:
-                self.folder.append(row)
-                self.progress.step(row)
-        if self._rows:  # monitors are given the step that has just ended: see `monitor`
-            self.plugin.log(**{name: self._rows[-1].get(name) for name in _MONITORED})
-        self._rows = []
+        """Write the rows whose loss has been read. Where that fails they wait for the next time, and `save`."""
+        if not self._rows:
+            return
+        for row in self._rows if self.first else []:
+            self.progress.step(row)
+        # monitors are given the step that has just ended: see `monitor`
+        self.plugin.log(**{name: self._rows[-1].get(name) for name in _MONITORED})
+        self._unwritten, self._rows = [*self._unwritten, *self._rows] if self.first else [], []
+        try:
+            self._append()
+        except OSError as error:
+            if not self._said:
+                self.progress.message(f"{self.folder.metrics} cannot be written ({error}): its rows wait in memory")
+            self._said = True
+
+    def _append(self) -> None:
+        while self._unwritten:
+            self.folder.append(self._unwritten[0])
+            del self._unwritten[0]
+        self._said = False
 
     def _read(self) -> None:
         losses = torch.stack([loss for _, loss in self._unread])
@@ -185,18 +200,39 @@ class Recorder:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A DeepSpeed checkpoint with the methods' state and this rank's random streams in the same tag folder."""
+        """A DeepSpeed checkpoint with the methods' state and this rank's random streams in the same tag folder.
+
+        Where every rank knows that it cannot be written, training goes on to the next save. Raises CheckpointError at
+        the last one, or when a rank fails alone.
+        """
+        try:
+            self._save()
+        except CheckpointError as error:
+            if self.finished or not error.on_every_rank:
+                raise
+            self.progress.message(f"step {self.engine.global_steps} is not saved: {error}")
+
+    def _save(self) -> None:
         tag = f"step{self.engine.global_steps:08d}"
         path = self.folder.checkpoints / tag
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             rng.save(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
             if self.first:
+                self._append()
                 state = {"format": FORMAT, **self._identity(), "steps": self.run.training.steps}
                 state |= {"seconds": self._seconds(), "flops": self._flops}
                 state |= {"step": self.engine.global_steps, "metrics": self.folder.seal()}
                 write_text(path / "run.json", json.dumps(state, indent=1))
-        self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
+        try:
+            self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
+        except PluginError:
+            raise
+        except (OSError, RuntimeError) as error:  # torch's own error of a full disk is a RuntimeError
+            raise CheckpointError(
+                f"'{path}' cannot be written ({error}); earlier checkpoints are as they were: make room, and go on "
+                "from the last one with --resume"
+            ) from error
 
     def resume(self, tag: str | None = None) -> None:
         """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv. Writes nothing.
@@ -208,10 +244,10 @@ class Recorder:
         root = self.folder.checkpoints
         lost = None
         with raise_on_all_ranks():
-            tag = tag or _latest(root)
+            tag = tag or latest_tag(root)
             path = root / tag
             if tag in (".", "..") or "/" in tag or not path.is_dir():
-                raise CheckpointError(f"resume: '{path}' is no checkpoint of this run; give --tag one of {_tags(root)}")
+                raise CheckpointError(f"resume: '{path}' is no checkpoint of this run; give --tag one of {tags(root)}")
             saved = read_saved(path / "run.json", self._identity())
             if self.first:
                 lost = self.folder.go_on_from(saved["step"], saved["metrics"])
@@ -220,7 +256,7 @@ class Recorder:
             if self.engine.global_steps != saved["step"]:
                 raise CheckpointError(
                     f"resume: '{path / 'run.json'}' is of step {saved['step']}, the rest of the checkpoint of step "
-                    f"{self.engine.global_steps}; give another --tag, one of {_tags(root)}"
+                    f"{self.engine.global_steps}; give another --tag, one of {tags(root)}"
                 )
             rng.load(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
         self._earlier_seconds, self._flops = saved["seconds"], saved["flops"]
@@ -262,7 +298,7 @@ class Recorder:
             self.plugin.warmup.monitor.report()  # the steps since the last one; every rank calls it
         if self.plugin.has_average:
             averaged = [export_average(self.plugin, self.folder.path / "averaged.safetensors")]
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _writing(self.folder.path):
             if self.first:
                 self._write_results(averaged)
 
@@ -317,29 +353,16 @@ class Recorder:
         self.progress.message(_ending(summary, self.folder))
 
 
-def read_saved(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's run.json. Raises CheckpointError: it is damaged, or of a run with another `identity`."""
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the file system refuses, as our own error. Nothing is half-written then."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        found = saved["format"]
-        if found == FORMAT:
-            lacks = {*identity, "steps", "seconds", "flops", "step", "metrics"} - set(saved)
-            if lacks or {"rows", "first"} - set(saved["metrics"]):
-                raise KeyError(", ".join(sorted(lacks)) or "metrics")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"resume: '{path}' cannot be read ({error!r}); give another --tag") from None
-    if found != FORMAT:
+        yield
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"resume: '{path}' has format {found!r}, this version reads {FORMAT}; "
-            "resume with the version it is from, or start a new run with another --name"
-        )
-    for key, value in identity.items():
-        if saved[key] != value:
-            raise CheckpointError(
-                f"resume: '{path.parent}' was trained with {key} {saved[key]!r}, this run has {value!r}; give the "
-                f"same {key}, or start a new run with another --name"
-            )
-    return dict(saved)
+            f"'{path}' cannot be written ({error}); earlier checkpoints are as they were: make room, and go on from "
+            "the last one with --resume"
+        ) from error
 
 
 def _ending(summary: dict[str, Any], folder: RunFolder) -> str:
@@ -349,16 +372,3 @@ def _ending(summary: dict[str, Any], folder: RunFolder) -> str:
         f"done: {text or 'no evaluation is recorded'} (unigram entropy {summary['unigram_entropy']:.4f}) "
         f"after {summary['tokens_trained']:,} tokens; see {folder.figure} and {folder.summary}"
     )
-
-
-def _latest(root: Path) -> str:
-    """The tag in checkpoints/latest."""
-    try:
-        return (root / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"'{root / 'latest'}' cannot be read ({error})"
-        raise CheckpointError(f"resume: {what}; give --tag one of {_tags(root)}") from None
-
-
-def _tags(root: Path) -> str:
-    return ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "none: the folder is empty"

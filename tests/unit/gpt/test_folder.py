@@ -12,6 +12,7 @@ import torch
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError
 from ds_plugin.core.files import atomic_path, atomic_write, replace_folder
 from launch_scripts.gpt.folder import COLUMNS, RunFolder, read_metrics
+from tests.unit.core.test_files import full_disk
 
 HEADER = (
     "step,tokens_trained,tokens_read,tokens_carried,length,length_held,lr,train_loss,eval_loss,eval_loss_averaged,"
@@ -59,7 +60,14 @@ def test_resume_needs_a_checkpoint(folder: RunFolder, tmp_path: Path):
     assert RunFolder.open(tmp_path, "first", resume=True).path == folder.path
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", ".hidden"])
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "runs").write_text("")
+    for resume in (False, True):
+        with pytest.raises(ConfigError if not resume else CheckpointError, match="runs/first"):
+            RunFolder.open(tmp_path / "runs", "first", resume=resume)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", ".hidden", "a\n", "\udcff"])
 def test_bad_names(tmp_path: Path, name: str):
     with pytest.raises(ConfigError, match="cannot name a folder"):
         RunFolder.open(tmp_path, name, resume=False)
@@ -188,6 +196,37 @@ def test_damaged_metrics(folder: RunFolder, text: str, message: str):
 def test_missing_metrics(folder: RunFolder):
     with pytest.raises(DataError, match="does not exist"):
         read_metrics(folder.metrics)
+
+
+def test_a_full_disk_leaves_what_was_there(folder: RunFolder):
+    log(folder, 1, 2)
+    folder.write_summary({"loss": 0.1})
+    whole = folder.metrics.read_text()
+    with full_disk(len(whole) + 5):  # half a line fits
+        with pytest.raises(OSError):
+            log(folder, 3)
+        assert folder.metrics.read_text() == whole
+        with pytest.raises(OSError):
+            folder.write_summary({"loss": "x" * 1000})
+    assert json.loads(folder.summary.read_text()) == {"loss": 0.1}
+    log(folder, 3)
+    assert read_metrics(folder.metrics)["step"] == [1, 2, 3]
+    assert resumed(folder, 3, folder.seal())[1] is None
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "metrics.csv", "summary.json"]
+
+
+def test_a_resume_sweeps_what_a_killed_run_has_left_and_not_before_it_trains(folder: RunFolder):
+    log(folder, 1)
+    seal = folder.seal()
+    tag = folder.checkpoints / "step00000001"
+    tag.mkdir(parents=True)
+    left = [folder.path / "..averaged.0a1b.tmp", folder.checkpoints / ".latest.4.tmp", tag / ".run.5.tmp.json"]
+    for path in left:
+        path.write_text("x")
+    again, _ = resumed(folder, 1, seal)
+    assert all(path.exists() for path in left)
+    log(again, 2)
+    assert not any(path.exists() for path in left) and tag.exists()
 
 
 def test_summary(folder: RunFolder):
