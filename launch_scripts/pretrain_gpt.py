@@ -132,7 +132,15 @@ def evaluate(engine: Any, batches: Iterator[Any], count: int) -> float:
 def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progress) -> Any:
     """Prepare, build, train, and leave a finished run folder. Returns the engine."""
     cfg = run.training
-    text = corpus.prepare(cfg.data, tokenizer=cfg.tokenizer_path, cache_dir=args.cache, progress=progress.data)
+    text = corpus.prepare(
+        cfg.data,
+        tokenizer=cfg.tokenizer_path,
+        cache_dir=args.cache,
+        text_key=cfg.text_key,
+        eod=cfg.eod,
+        progress=progress.data,
+    )
+    progress.message(text.describe())
     progress.stage("building the model")
     gpt.initialize_parallel(run.model, cfg.seed)
     engine = build_engine(run, build_model(run, text.vocab_size))

@@ -24,32 +24,52 @@ for argument in "$@"; do
 done
 folder="$runs/$name"
 
-options=()
-if [ -z "$decided" ] && [ -n "$(ls -A "$folder" 2>/dev/null)" ]; then
-    if [ ! -e "$folder/summary.json" ] && [ -e "$folder/checkpoints/latest" ]; then
-        echo "runs/$name was interrupted; going on from its last checkpoint."
-        options=(--resume)
-    else
-        # Finished, or interrupted before its first checkpoint. Nothing is deleted.
-        moved="$("$PY" -I - "$folder" <<'PYTHON'
+# What becomes of an earlier run there: a word for what was done with it. Nothing is deleted, and nothing is touched
+# while a process trains in the folder.
+options=() earlier=""
+if [ -z "$decided" ] && [ -d "$folder" ]; then
+    earlier="$("$PY" -P - "$folder" <<'PYTHON'
 import pathlib, sys, time
+
+from ds_plugin.core.errors import PluginError
+from ds_plugin.core.files import LOCK, hold_folder
 
 folder = pathlib.Path(sys.argv[1])
 summary = folder / "summary.json"
-when = (summary if summary.exists() else folder).stat().st_mtime
+try:
+    hold_folder(folder)
+except (PluginError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+if all(path.name == LOCK for path in folder.iterdir()):
+    sys.exit()
+if not summary.exists() and (folder / "checkpoints" / "latest").exists():
+    print("interrupted")
+    sys.exit()
+when = (summary if summary.exists() else folder).stat().st_mtime  # finished, or interrupted before any checkpoint
 stem = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(when))}"
 target = folder.with_name(stem)
 count = 1
 while target.exists():
     count += 1
     target = folder.with_name(f"{stem}-{count}")
-folder.rename(target)
+try:
+    folder.rename(target)
+except OSError as error:
+    print(f"error: {folder} cannot be moved to {target.name} ({error}); use another --name", file=sys.stderr)
+    sys.exit(2)
 print(target.name)
 PYTHON
 )"
-        echo "The earlier run was moved to runs/$moved."
-    fi
 fi
+case "$earlier" in
+    "") ;;
+    interrupted)
+        echo "runs/$name was interrupted; going on from its last checkpoint."
+        options=(--resume)
+        ;;
+    *) echo "The earlier run was moved to runs/$earlier." ;;
+esac
 
 gpus="$("$PY" -c 'import torch; print(torch.cuda.device_count())')"
 if [ "$gpus" -gt 0 ]; then
@@ -62,10 +82,24 @@ else
 fi
 port="$("$PY" -I -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 
+# The launcher and its ranks are a process group of their own (set -m), so that a signal to this script, which bash
+# would keep for itself, ends all of them.
+set -m
 # The module, not .venv/bin/deepspeed: that script's first line breaks where the path has spaces.
 "$PY" -m deepspeed.launcher.runner --quiet ${processes[@]+"${processes[@]}"} --master_port "$port" \
     "$script" --deepspeed_config "$ROOT/configs/quickstart.json" --name "$name" --runs "$runs" --cache "$ROOT/data" \
-    ${options[@]+"${options[@]}"} "$@"
+    ${options[@]+"${options[@]}"} "$@" &
+launcher=$!
+for signal in INT TERM HUP; do
+    # shellcheck disable=SC2064 # the names as they are now
+    trap "kill -s $signal -- -$launcher 2>/dev/null || true" "$signal"
+done
+while true; do # a signal interrupts the waiting
+    status=0
+    { wait "$launcher"; } 2>/dev/null || status=$? # without bash's own word about a job that was ended
+    kill -0 "$launcher" 2>/dev/null || break
+done
+[ "$status" -eq 0 ] || exit "$status"
 
 for result in report.png summary.json; do
     if [ -e "$folder/$result" ]; then echo "$folder/$result"; fi

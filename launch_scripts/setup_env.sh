@@ -117,7 +117,7 @@ _install() {
     torch="$(sed -n "s/^torch==/torch /p" "$ROOT/constraints.txt")"
     # torch first and alone: the build that pip chooses for this machine then stays.
     _step 2 "Installing $torch" _pip_install torch
-    _step 3 "Installing DeepSpeed, Megatron-core, the plugin and its tests" _pip_install -e "$ROOT[test,monitor]"
+    _step 3 "Installing DeepSpeed, Megatron-core, the plugin and its tests" _pip_install -e "$ROOT[test,monitor,data]"
     _wanted >"$_STAMP"
     rm -f "$_LOG"
     exec 9>&-

@@ -1,10 +1,23 @@
-"""Files that are either whole or absent, whatever interrupts the writing."""
+"""Files that are either whole or absent, whatever interrupts the writing; a folder held by one process."""
 
 import contextlib
+import fcntl
+import logging
 import os
+import re
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ds_plugin.core.errors import StateError
+
+LOCK = ".lock"
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]+)\.tmp(\.\w+)?")  # `atomic_path`'s, and hidden folders named like them
+
+_held: set[tuple[int, int]] = set()  # the lock files of this process, by device and inode
 
 
 @contextlib.contextmanager
@@ -29,6 +42,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep_temporaries(folder: Path, *, idle_seconds: float = 0.0) -> list[str]:
+    """Remove what `atomic_path` and its like have left in `folder` in processes that were killed; returns the names.
+
+    Only where nobody else writes, or with `idle_seconds`: then what was touched since, or is a living process's, stays.
+    """
+    swept = []
+    for path in Path(folder).iterdir():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        with contextlib.suppress(OSError):  # another start may be at it, too
+            if idle_seconds and (time.time() - path.stat().st_mtime < idle_seconds or _lives(match[1])):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            swept.append(path.name)
+    return sorted(swept)
+
+
+def _lives(process: str) -> bool:
+    return process.isdecimal() and Path("/proc", process).exists()
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -63,3 +101,46 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hold_folder(folder: Path) -> None:
+    """Keep the existing `folder` for this process until it ends, however it ends. A second call in it changes nothing.
+
+    It is an flock on ``folder/.lock``, which says who holds it. The file stays: deleted, it would let two processes
+    lock two files of the same name. Where the file system has no locks nothing is held, and the log says so.
+
+    Raises:
+        StateError: another process holds it; the message says which.
+        OSError: the folder is not there or cannot be written.
+    """
+    path = Path(folder) / LOCK
+    while True:
+        if path.exists() and _identity(path.stat()) in _held:  # not opened again: over NFS, closing it would unlock it
+            return
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise StateError(
+                f"'{folder}' is in use by {holder}; wait until that has ended, or use another folder"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            said = "'%s' cannot be locked (%s): a second run in this folder would not be noticed"
+            logging.getLogger("ds_plugin").warning(said, path, error)
+            return
+        if path.exists() and _identity(path.stat()) == _identity(os.fstat(descriptor)):
+            break
+        os.close(descriptor)  # the folder was moved away meanwhile
+    _held.add(_identity(os.fstat(descriptor)))  # and the descriptor stays open
+    with contextlib.suppress(OSError):  # the lock holds without its text
+        os.ftruncate(descriptor, 0)
+        since, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)[:200]
+        text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
+        os.pwrite(descriptor, text.encode(errors="replace"), 0)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino

@@ -26,7 +26,7 @@ from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.core.ranks import this_rank, warn
 from ds_plugin.core.replaced import replaced
-from ds_plugin.deepspeed_engine import checkpoint, compat, publish, readings
+from ds_plugin.deepspeed_engine import checkpoint, compat, monitor, publish, readings
 from ds_plugin.deepspeed_engine.backward import BackwardPasses
 from ds_plugin.deepspeed_engine.completep import CompleteP
 from ds_plugin.deepspeed_engine.masters import find_shards
@@ -58,6 +58,7 @@ class Plugin:
     ):
         """``resume_from``, ``tag``: see `checkpoint.resume`. Whatever is raised, the engine is as it was."""
         self.engine, self.config = engine, config
+        self.trained_length: int | None = None  # of the last step, in tokens; None without sequence length warmup
         self._own: dict[str, Callable[..., Any]] = {}  # the engine's methods that ours stand in for
         with contextlib.ExitStack() as undo:
             self._build(shorten, undo)
@@ -150,6 +151,15 @@ class Plugin:
         """One line for each enabled method, with the numbers a user wants to see before the first step."""
         methods = (self.warmup, self.completep, self.averager)
         return [method.describe() for method in methods if method is not None]
+
+    def log(self, **values: Any) -> None:
+        """Write the last step's length, tokens and loss ratio through the engine's own monitor, and ``values``.
+
+        Call it after a step or an evaluation, on every rank: ``plugin.log(eval_loss_averaged=loss)``. Series are named
+        ``Run/<name>``; their step is ``engine.global_samples``, as that of DeepSpeed's own. Nothing is read from the
+        device but values that lie there, and without a monitor in the JSON nothing happens.
+        """
+        monitor.log(self, values)
 
     @contextlib.contextmanager
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
@@ -297,6 +307,7 @@ class Plugin:
             for micro_loss in getattr(self.engine, compat.PIPELINE_LOSSES):
                 self._record(micro_loss)
         if self.warmup is not None:
+            self.trained_length = length
             self.warmup.after_step(applied)
         if self.averager is None:
             return

@@ -12,6 +12,7 @@ import torch
 from ds_plugin.core.errors import DataError
 
 STDLIB = "stdlib"
+_RECORDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 #: of the standard library; long enough for a handful of steps
 _MODULES = ("argparse", "ast", "inspect", "subprocess", "tarfile", "typing", "zipfile")
 
@@ -45,8 +46,11 @@ def find(source: str, least: int) -> Text:
     of a Megatron dataset, with its vocabulary's size in PREFIX.json, as ``launch_scripts/pretrain_gpt.py`` leaves it.
 
     Raises:
-        DataError: it does not hold ``least`` tokens, or the dataset does not say its vocabulary's size.
+        DataError: it does not hold ``least`` tokens, or holds records, whose syntax is no text; or the dataset does not
+            say its vocabulary's size.
     """
+    if not source.strip():
+        raise DataError(f"--data: {source!r} names nothing; give a text file or folder, or {STDLIB!r}")
     dtype, vocab, root = np.dtype("uint8"), 256, Path(source)
     if Path(f"{source}.idx").is_file() and Path(f"{source}.bin").is_file():
         dtype, vocab = _kind_of_dataset(source)
@@ -61,6 +65,11 @@ def find(source: str, least: int) -> Text:
         raise DataError(
             f"--data: {source!r} holds {tokens} tokens of text where {least} are needed; give a text file, a folder of "
             f"text files, the prefix of a Megatron dataset (PREFIX.bin with PREFIX.idx), or {STDLIB!r}"
+        )
+    if records := [path for path in files if path.name.lower().endswith(_RECORDS)]:
+        raise DataError(
+            f"--data: {str(records[0])!r} holds records, not plain text; give the prefix of the Megatron dataset that "
+            "launch_scripts/pretrain_gpt.py makes of them in its --cache folder"
         )
     return Text(source, tuple(files), dtype.name, vocab, tokens)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin.completep.supported import gpt_of
-from ds_plugin.core.errors import raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
 from ds_plugin.core.files import sync_folder
 from ds_plugin.deepspeed_engine import compat
 from megatron_patches.models.pipeline_gpt import PipelineGPT, gpt_name
@@ -35,11 +35,16 @@ def export_average(plugin: "Plugin", path: Path) -> Path:
     (written,) = plugin.publish(folder, max_shard_bytes=sys.maxsize)
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            if isinstance(plugin.engine.module, PipelineGPT):
-                _rename(written)
-            os.replace(written, path)
-            folder.rmdir()
-            sync_folder(path.parent)
+            try:
+                if isinstance(plugin.engine.module, PipelineGPT):
+                    _rename(written)
+                os.replace(written, path)
+                folder.rmdir()
+                sync_folder(path.parent)
+            except OSError as error:
+                raise CheckpointError(
+                    f"'{path}' cannot be written ({error}); make room, and start again with --resume to write it"
+                ) from error
     return path
 
 

@@ -101,6 +101,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Say something that stays: above the bar on a terminal, a line in a log."""
+        text = text.encode(errors="backslashreplace").decode()  # a file's name need not be UTF-8
         if self._live is not None:
             self._console.print(text, markup=False, highlight=False)
         else:

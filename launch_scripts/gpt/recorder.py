@@ -3,20 +3,24 @@
 The training loss is read from the device once every ``log_interval`` steps (one reduction, one sync), not every step.
 """
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core import rng
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.errors import CheckpointError, PluginError, raise_on_all_ranks
+from ds_plugin.core.files import write_text
+from ds_plugin.deepspeed_engine import monitor
 from ds_plugin.sequence_length_warmup.plan import plan
 from launch_scripts.gpt import report
 from launch_scripts.gpt.corpus import Corpus
@@ -24,6 +28,7 @@ from launch_scripts.gpt.export import export_average
 from launch_scripts.gpt.flops import Flops
 from launch_scripts.gpt.folder import RunFolder, read_metrics
 from launch_scripts.gpt.progress import Progress
+from launch_scripts.gpt.saved import FORMAT, latest_tag, read_saved, tags
 from launch_scripts.gpt.settings import Settings
 
 _MONITORED = (
@@ -43,7 +48,7 @@ _MONITORED = (
     "adam_variance_max",
 )
 
-FORMAT = 1  # of run.json
+_MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 
 class Recorder:
@@ -55,12 +60,15 @@ class Recorder:
         self.first = dist.get_rank() == 0
         for line in [*self.plugin.describe(), *self._shortfalls()]:
             progress.message(line)
+        monitor.log_settings(engine, self._settings())
         self.started = self._window_started = time.monotonic()
         self._earlier_seconds = 0.0  # of the run before a resume
         self._window_tokens = 0
         self._losses: list[torch.Tensor] = []  # micro-batch losses of the step that runs
         self._unread: list[tuple[dict[str, Any], torch.Tensor]] = []  # rows whose loss is still on the device
         self._rows: list[dict[str, Any]] = []  # rows with their loss, not written yet; the last may be the step's own
+        self._unwritten: list[dict[str, Any]] = []  # rows for metrics.csv; more than none where the disk is full
+        self._said = False  # that they wait
         self._row: dict[str, Any] = {}
         self._flops, self._per_token = 0.0, Flops(engine.module, run.model)
         self._trained_before = 0
@@ -139,13 +147,26 @@ class Recorder:
         self._row["eval_loss_averaged"] = loss
 
     def write(self) -> None:
-        """Write the rows whose loss has been read."""
-        if self.first:
-            for row in self._rows:
-                self.folder.append(row)
-                self.progress.step(row)
-                self._monitor(row)
-        self._rows = []
+        """Write the rows whose loss has been read. Where that fails they wait for the next time, and `save`."""
+        if not self._rows:
+            return
+        for row in self._rows if self.first else []:
+            self.progress.step(row)
+        # monitors are given the step that has just ended: see `monitor`
+        self.plugin.log(**{name: self._rows[-1].get(name) for name in _MONITORED})
+        self._unwritten, self._rows = [*self._unwritten, *self._rows] if self.first else [], []
+        try:
+            self._append()
+        except OSError as error:
+            if not self._said:
+                self.progress.message(f"{self.folder.metrics} cannot be written ({error}): its rows wait in memory")
+            self._said = True
+
+    def _append(self) -> None:
+        while self._unwritten:
+            self.folder.append(self._unwritten[0])
+            del self._unwritten[0]
+        self._said = False
 
     def _read(self) -> None:
         losses = torch.stack([loss for _, loss in self._unread])
@@ -159,13 +180,10 @@ class Recorder:
         if not all(math.isfinite(value) for value in values):
             self.progress.message(f"step {self.engine.global_steps}: the training loss is not finite")
 
-    def _monitor(self, row: dict[str, Any]) -> None:
-        """The same values through DeepSpeed's monitor (TensorBoard, CSV, W&B), by trained tokens."""
-        if self.engine.monitor.enabled:
-            events = [
-                (f"Run/{name}", row[name], row["tokens_trained"]) for name in _MONITORED if row.get(name) is not None
-            ]
-            self.engine.monitor.write_events(events)
+    def _settings(self) -> dict[str, Any]:
+        """All of the JSON but for the monitors' own sections, one of which may hold a key to a service."""
+        own = {"model": self.run.model.model_dump(mode="json"), "training": self.run.training.model_dump(mode="json")}
+        return own | {name: value for name, value in self.run.deepspeed.items() if name not in _MONITORS}
 
     def _full_length(self) -> bool:
         """Whether samples are trained whole: no warmup, or one that only confines attention."""
@@ -182,65 +200,78 @@ class Recorder:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A DeepSpeed checkpoint with the methods' state and this rank's random streams in the same tag folder."""
+        """A DeepSpeed checkpoint with the methods' state and this rank's random streams in the same tag folder.
+
+        Where every rank knows that it cannot be written, training goes on to the next save. Raises CheckpointError at
+        the last one, or when a rank fails alone.
+        """
+        try:
+            self._save()
+        except CheckpointError as error:
+            if self.finished or not error.on_every_rank:
+                raise
+            self.progress.message(f"step {self.engine.global_steps} is not saved: {error}")
+
+    def _save(self) -> None:
         tag = f"step{self.engine.global_steps:08d}"
         path = self.folder.checkpoints / tag
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             rng.save(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
             if self.first:
+                self._append()
                 state = {"format": FORMAT, **self._identity(), "steps": self.run.training.steps}
                 state |= {"seconds": self._seconds(), "flops": self._flops}
-                atomic_write(path / "run.json", lambda p: p.write_text(json.dumps(state, indent=1)))
-        self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
+                state |= {"step": self.engine.global_steps, "metrics": self.folder.seal()}
+                write_text(path / "run.json", json.dumps(state, indent=1))
+        try:
+            self.engine.save_checkpoint(str(self.folder.checkpoints), tag=tag)
+        except PluginError:
+            raise
+        except (OSError, RuntimeError) as error:  # torch's own error of a full disk is a RuntimeError
+            raise CheckpointError(
+                f"'{path}' cannot be written ({error}); earlier checkpoints are as they were: make room, and go on "
+                "from the last one with --resume"
+            ) from error
 
     def resume(self, tag: str | None = None) -> None:
-        """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv.
+        """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv. Writes nothing.
 
         Raises:
             CheckpointError: it is missing, damaged, or was trained on other data or with another batch or seed.
+            DataError: metrics.csv is damaged or another run's.
         """
         root = self.folder.checkpoints
+        lost = None
         with raise_on_all_ranks():
-            tag = tag or (root / "latest").read_text().strip()
+            tag = tag or latest_tag(root)
             path = root / tag
-            if not path.is_dir():
-                raise CheckpointError(f"resume: '{path}' does not exist; give --tag one of {_tags(root)}")
-            self._compare(path)
+            if tag in (".", "..") or "/" in tag or not path.is_dir():
+                raise CheckpointError(f"resume: '{path}' is no checkpoint of this run; give --tag one of {tags(root)}")
+            saved = read_saved(path / "run.json", self._identity())
+            if self.first:
+                lost = self.folder.go_on_from(saved["step"], saved["metrics"])
         self.engine.load_checkpoint(str(root), tag=tag)
         with raise_on_all_ranks():
+            if self.engine.global_steps != saved["step"]:
+                raise CheckpointError(
+                    f"resume: '{path / 'run.json'}' is of step {saved['step']}, the rest of the checkpoint of step "
+                    f"{self.engine.global_steps}; give another --tag, one of {tags(root)}"
+                )
             rng.load(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
-            if self.first:
-                self.folder.cut_metrics(self.engine.global_steps)
+        self._earlier_seconds, self._flops = saved["seconds"], saved["flops"]
+        for line in filter(None, [self._other_steps(saved["steps"]), lost]):
+            self.progress.message(f"note: {line}")
         self.progress.message(f"resumed from step {self.engine.global_steps}")
 
-    def _compare(self, path: Path) -> None:
-        try:
-            saved = json.loads((path / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
-            ) from None
-        if saved.get("format") != FORMAT:
-            raise CheckpointError(
-                f"resume: '{path / 'run.json'}' has format {saved.get('format')!r}, this version reads {FORMAT}; "
-                "resume with the version it is from, or start a new run with another --name"
-            )
-        for key, value in self._identity().items():
-            there = saved.get(key)
-            if there != value:
-                raise CheckpointError(
-                    f"resume: '{path}' was trained with {key} {there!r}, this run has {value!r}; give the "
-                    f"same {key}, or start a new run with another --name"
-                )
-        if saved["steps"] != self.run.training.steps:
-            self.progress.message(
-                f"this run was started for {saved['steps']} steps and goes on to {self.run.training.steps}: what "
-                "depends on that number changes here (a scheduler's total_num_steps; the sample order, if the data is "
-                "passed a different number of times)"
-            )
-        self._earlier_seconds = saved["seconds"]
-        self._flops = saved["flops"]
+    def _other_steps(self, steps: int) -> str | None:
+        if steps == self.run.training.steps:
+            return None
+        return (
+            f"this run was started for {steps} steps and goes on to {self.run.training.steps}: what depends on that "
+            "number changes here (a scheduler's total_num_steps; the sample order, if the data is passed a different "
+            "number of times)"
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must not change within a run: its model and its samples."""
@@ -267,12 +298,14 @@ class Recorder:
             self.plugin.warmup.monitor.report()  # the steps since the last one; every rank calls it
         if self.plugin.has_average:
             averaged = [export_average(self.plugin, self.folder.path / "averaged.safetensors")]
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _writing(self.folder.path):
             if self.first:
                 self._write_results(averaged)
 
     def _write_results(self, averaged: list[Path]) -> None:
+        self.folder.settle()
         metrics = read_metrics(self.folder.metrics)
+        first, last = ({name: column[i] for name, column in metrics.items() if column} for i in (0, -1))
         trained, read = self._tokens()
         ledger, warmup = self.plugin.ledger, self.plugin.warmup
         summary = {
@@ -285,21 +318,26 @@ class Recorder:
             "flops": self._flops,
             "stability": warmup.monitor.summary() if warmup is not None else None,
             "restarts": self.plugin.spikes.restarts if self.plugin.spikes is not None else None,
-            "train_loss": metrics["train_loss"][-1],
-            "eval_loss": metrics["eval_loss"][-1],
-            "eval_loss_averaged": metrics["eval_loss_averaged"][-1],
+            "train_loss": last.get("train_loss"),
+            "eval_loss": last.get("eval_loss"),
+            "eval_loss_averaged": last.get("eval_loss_averaged"),
             "averaged_steps": self.plugin.averager.steps if self.plugin.averager is not None else [],
             "averaged_weights": [path.name for path in averaged],
             "unigram_entropy": self.text.unigram_entropy,
-            "first_length": metrics["length"][0],
-            "last_length": metrics["length"][-1],
+            "first_length": first.get("length") if first.get("step") == 1 else None,
+            "last_length": last.get("length"),
             "zero_stage": int(self.engine.zero_optimization_stage()),
             "precision": str(self.run.dtype).removeprefix("torch."),
             "world_size": dist.get_world_size(),
             "tensor_parallel": self.run.model.tensor_parallel,
             "pipeline_parallel": self.run.model.pipeline_parallel,
             "parameters": self._per_token.parameters,
-            "data": {"source": self.text.source, "tokens": self.text.tokens, "documents": self.text.documents},
+            "data": {
+                "source": self.text.source,
+                "tokens": self.text.tokens,
+                "documents": self.text.documents,
+                "left_out": self.text.left_out,
+            },
             "methods": self.run.plugin.to_dict(),
             "wall_seconds": round(self._seconds(), 1),
             "versions": env.versions(),
@@ -311,17 +349,26 @@ class Recorder:
             title=f"{self.folder.path.name}: {self.run.model.num_layers} layers, width {self.run.model.hidden_size}",
             unigram_entropy=self.text.unigram_entropy,
         )
+        monitor.log_image(self.engine, "report", self.folder.figure)
         self.progress.message(_ending(summary, self.folder))
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What the file system refuses, as our own error. Nothing is half-written then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"'{path}' cannot be written ({error}); earlier checkpoints are as they were: make room, and go on from "
+            "the last one with --resume"
+        ) from error
+
+
 def _ending(summary: dict[str, Any], folder: RunFolder) -> str:
-    averaged = summary["eval_loss_averaged"]
-    text = f", averaged {averaged:.4f}" if averaged is not None else ""
+    losses = {"evaluation loss": summary["eval_loss"], "averaged": summary["eval_loss_averaged"]}
+    text = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
     return (
-        f"done: evaluation loss {summary['eval_loss']:.4f}{text} (unigram entropy {summary['unigram_entropy']:.4f}) "
+        f"done: {text or 'no evaluation is recorded'} (unigram entropy {summary['unigram_entropy']:.4f}) "
         f"after {summary['tokens_trained']:,} tokens; see {folder.figure} and {folder.summary}"
     )
-
-
-def _tags(root: Path) -> str:
-    return ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "none: the folder is empty"

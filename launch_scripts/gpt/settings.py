@@ -30,8 +30,12 @@ class TrainingConfig(SectionConfig):
     steps: int = Field(0, ge=0, description="optimizer steps in all, e.g. 300")
     tokens: int | None = Field(None, ge=1, description="trained tokens in all, in place of steps or as another end")
     seed: int = Field(1234, ge=1, description="seed of the weights and of the sample order")
-    data: str = Field("stdlib", description="a text file, a folder of text files, a .bin/.idx prefix, or stdlib")
-    tokenizer: str | None = Field(None, description="a Hugging Face tokenizers file; null for bytes")
+    data: str = Field("stdlib", description="text or record files, a folder of them, a .bin/.idx prefix, or stdlib")
+    text_key: str = Field("text", min_length=1, description="what of a record (.jsonl, .parquet, ...) is its text")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="a Hugging Face tokenizers file, or the folder of one; null for bytes"
+    )
+    eod: str | None = Field(None, min_length=1, description="the tokenizer's end-of-document token")
     split: str = Field("98,2,0", description="shares of training, validation and test documents")
     eval_interval: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
     eval_samples: int = Field(
@@ -87,7 +91,9 @@ _OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "tokens": ("training", "tokens"),
     "seed": ("training", "seed"),
     "data": ("training", "data"),
+    "text_key": ("training", "text_key"),
     "tokenizer": ("training", "tokenizer"),
+    "eod": ("training", "eod"),
     "eval_interval": ("training", "eval_interval"),
     "save_interval": ("training", "save_interval"),
     "num_layers": ("model", "num_layers"),
@@ -111,8 +117,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     p.add_argument("--tag", help="with --resume: the checkpoint to go on from")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # some launchers add it
-    p.add_argument("--data", help="a text file, a folder of text files, or the prefix of a .bin/.idx dataset")
-    p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json")
+    p.add_argument("--data", help="text, .jsonl, .jsonl.gz or .parquet, a folder of such files, or a .bin/.idx prefix")
+    p.add_argument("--text-key", help='what of each record is its text, "text" if not given')
+    p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json, or the folder of one")
+    p.add_argument("--eod", help="the tokenizer's end-of-document token, such as '<|endoftext|>'")
     for flag in ("steps", "tokens", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
         p.add_argument(f"--{flag}", type=int)
     for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "pipeline-parallel", "zero-stage"):
@@ -127,6 +135,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     Raises:
         ConfigError: with the field, its value and the remedy.
     """
+    if args.tag is not None and not args.resume:
+        raise ConfigError(f"--tag: {args.tag!r} without --resume; add --resume to go on from that checkpoint")
     config = load_json(args.config)
     for flag, path in _OVERRIDES.items():
         value = getattr(args, flag)

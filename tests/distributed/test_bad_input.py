@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.distributed.test_pretrain import config, folder, load_script, run_script  # noqa: F401 - folder is a fixture
+from tests.distributed.test_pretrain import config, files, folder, load_script, run_script  # noqa: F401 - folder is a fixture
 from tests.harness import Launched
 
 RANKS = 2
@@ -86,6 +86,8 @@ CASES = {
     ),
     "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
     "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),
+    "data without a name": (config(), ("--data", ""), ["data", "''", "stdlib"]),
+    "a tag and no resume": (config(), ("--tag", "step00000002"), ["--tag", "step00000002", "--resume"]),
     "no text": (config(), ("--data", "{empty}"), ["data", "holds no text", "plain text files"]),
     "no such tokenizer": (config(), ("--tokenizer", "/no/tokenizer.json"), ["tokenizer", "/no/tokenizer.json"]),
     "nothing to resume": (config(), ("--resume", "--name", "never"), ["resume", "never", "without --resume"]),
@@ -121,13 +123,9 @@ def place(workers, folder):  # noqa: F811
     return folder
 
 
-def contents(path):
-    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
 def test_every_case(workers, place):
     runs = place / "runs"
-    before = contents(runs)
+    before = files(runs)
     for case, (settings, flags, parts) in CASES.items():
         path = place / "case.json"
         path.write_text(json.dumps(settings))
@@ -142,7 +140,7 @@ def test_every_case(workers, place):
         assert all(part in message for part in parts), (case, message)
         assert errors == [[message]] * RANKS, case
         assert all(seconds < 30 for _, _, seconds in results), case
-        assert contents(runs) == before, case
+        assert files(runs) == before, case
 
 
 def test_a_misspelt_key_is_said_once(workers, tmp_path):

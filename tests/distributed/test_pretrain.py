@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,11 @@ def metrics(folder, name):
 
 def summary(folder, name):
     return json.loads((folder / "runs" / name / "summary.json").read_text())
+
+
+def files(path):
+    """All files below a run's folder; but for the lock, which names the process that held it last."""
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def test_fp32_losses_agree_across_stages_and_layouts(workers, folder):
@@ -245,15 +252,64 @@ def test_gradient_accumulation_gives_the_same_run(workers, folder):
     assert two["tokens_trained"] == one["tokens_trained"] and two["length"] == one["length"]
 
 
+class _Services:
+    """Stand-ins for wandb and comet_ml, as they treat steps: a step that lies behind is dropped."""
+
+    def __init__(self):
+        self.kept, self.dropped, self.thinned, self.told = [], [], [], {}
+        self.wandb, self.comet = types.ModuleType("wandb"), types.ModuleType("comet_ml")
+        self.wandb.init, self.wandb.log, self.wandb.Image = lambda **_: None, self._log, lambda path: f"image {path}"
+        self.wandb.config = types.SimpleNamespace(update=lambda flat, **_: self.told.update(wandb=flat))
+        self.comet.start, self.comet.__version__ = lambda **_: self, "3.50.0"
+        self.log_parameters = lambda flat: self.told.update(comet=flat)
+        self.log_image = lambda path, name, step: self.told.update(image=(Path(path).name, name, step))
+
+    def _log(self, data, step=None, commit=None):
+        last = self.kept[-1][0] if self.kept else 0
+        (self.kept if step >= last else self.dropped).append((step, data))
+
+    def __internal_api__log_metric__(self, name, value, step):
+        self.thinned.append((name, step, value))
+
+
+def _watched(folder, settings):
+    services = _Services()
+    sys.modules["wandb"], sys.modules["comet_ml"] = services.wandb, services.comet
+    run_script(folder, "watched", settings)
+    return services.kept, services.dropped, services.thinned, services.told
+
+
 def test_deepspeeds_monitor_gets_the_same_values(workers, folder):
-    monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "monitor"), "job_name": "job"}}
-    workers(2).run(run_script, str(folder), "watched", {**config(), **monitor})
-    rows = metrics(folder, "watched")
-    written = {path.stem: path.read_text().splitlines()[1:] for path in (folder / "monitor" / "job").glob("*.csv")}
-    for name in ("train_loss", "eval_loss_averaged", "length"):
-        found = [tuple(map(float, line.split(","))) for line in written[f"Run_{name}"]]
-        values = zip(rows["tokens_trained"], rows[name], strict=True)
-        assert found == [(tokens, value) for tokens, value in values if value is not None], name
+    boards = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    place = {"enabled": True, "output_path": str(folder / "monitor")}
+    monitors = {
+        "csv_monitor": {**place, "job_name": "csv"},
+        "tensorboard": {**place, "job_name": "board"},
+        "wandb": {"enabled": True, "project": "p"},
+        "comet": {"enabled": True, "samples_log_interval": 32, "api_key": "secret"},
+    }
+    kept, dropped, thinned, told = workers(2).run(_watched, str(folder), {**config(), **monitors})[0]
+    rows, png = metrics(folder, "watched"), folder / "runs" / "watched" / "report.png"
+    read = (4, 8, 10, 12, 16, 20)  # the steps whose losses are read from the device; 8 samples each
+    written = {path.stem: path.read_text().splitlines()[1:] for path in (folder / "monitor" / "csv").glob("*.csv")}
+    for name in ("train_loss", "eval_loss_averaged", "length", "tokens_trained"):
+        expected = [(8 * step, rows[name][step - 1]) for step in read if rows[name][step - 1] is not None]
+        assert [tuple(map(float, line.split(","))) for line in written[f"Run_{name}"]] == expected, name
+        assert [(step, data[f"Run/{name}"]) for step, data in kept if f"Run/{name}" in data] == expected, name
+    # W&B keeps all of DeepSpeed's own series beside ours, Comet thins both by samples
+    assert [step for step, data in kept if "Train/Samples/lr" in data] == [8 * step for step in range(1, STEPS + 1)]
+    assert dropped == []
+    for name in ("Run/train_loss", "Train/Samples/lr"):
+        every = [step for series, step, _ in thinned if series == name]
+        assert every == [first + 32 * i for i, first in enumerate([every[0]] * 5)], (name, every)
+    assert told["wandb"] == told["comet"] and "secret" not in json.dumps(told)
+    assert told["wandb"]["model.hidden_size"] == 32 and told["wandb"]["weight_averaging.window"] == 3
+    assert told["image"] == ("report.png", "Run/report", 160) and kept[-1] == (160, {"Run/report": f"image {png}"})
+    found = boards.EventAccumulator(str(folder / "monitor" / "board"))
+    found.Reload()
+    assert "hidden_size" in found.Tensors("Run/settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert [image.step for image in found.Images("Run/report")] == [160]
+    assert [event.step for event in found.Scalars("Run/train_loss")] == [8 * step for step in read]
 
 
 def _resume_with(folder, json_config, *flags):
@@ -273,9 +329,24 @@ CHANGED = [
 def test_a_run_of_another_kind_is_not_resumed(workers, folder):
     pool = workers(2)
     pool.run(run_script, str(folder), "a", config())
-    kept = {p.name: p.read_bytes() for p in (folder / "runs" / "a").iterdir() if p.is_file()}
+    kept = files(folder / "runs" / "a")
     for changed, flags, parts in CHANGED:
         for error in pool.run(_resume_with, str(folder), changed, *flags, expect="errors", timeout=60):
             assert error is not None and error.type.endswith("CheckpointError"), error
             assert all(part in error.message for part in parts), error.message
-    assert {p.name: p.read_bytes() for p in (folder / "runs" / "a").iterdir() if p.is_file()} == kept
+    assert files(folder / "runs" / "a") == kept
+    streams = folder / "runs" / "a" / "checkpoints" / "step00000020" / "rng_rank_00001.safetensors"
+    whole = streams.read_bytes()
+    streams.write_bytes(whole[:100])  # of one rank, found after the engine was loaded
+    later = folder / "runs" / "a" / "metrics.csv"
+    later.write_text(later.read_text() + "21" + 14 * "," + "\n")
+    kept = files(folder / "runs" / "a")
+    for error in pool.run(_resume_with, str(folder), config(), expect="errors", timeout=60):
+        assert error is not None and "rng_rank_00001" in error.message, error
+    assert files(folder / "runs" / "a") == kept
+    streams.write_bytes(whole)
+    later.unlink()  # nothing depends on it: the run ends again, and says nothing of what it does not know
+    pool.run(_resume_with, str(folder), config(), timeout=60)
+    assert metrics(folder, "a")["step"] == []
+    found = summary(folder, "a")
+    assert (found["steps"], found["first_length"], found["eval_loss"]) == (20, None, None)

@@ -12,6 +12,7 @@ import torch
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError
 from ds_plugin.core.files import atomic_path, atomic_write, replace_folder
 from launch_scripts.gpt.folder import COLUMNS, RunFolder, read_metrics
+from tests.unit.core.test_files import full_disk
 
 HEADER = (
     "step,tokens_trained,tokens_read,tokens_carried,length,length_held,lr,train_loss,eval_loss,eval_loss_averaged,"
@@ -59,7 +60,14 @@ def test_resume_needs_a_checkpoint(folder: RunFolder, tmp_path: Path):
     assert RunFolder.open(tmp_path, "first", resume=True).path == folder.path
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", ".hidden"])
+def test_a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "runs").write_text("")
+    for resume in (False, True):
+        with pytest.raises(ConfigError if not resume else CheckpointError, match="runs/first"):
+            RunFolder.open(tmp_path / "runs", "first", resume=resume)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", ".hidden", "a\n", "\udcff"])
 def test_bad_names(tmp_path: Path, name: str):
     with pytest.raises(ConfigError, match="cannot name a folder"):
         RunFolder.open(tmp_path, name, resume=False)
@@ -98,38 +106,77 @@ def test_bad_rows(folder: RunFolder, row: dict):
         folder.append(row)
 
 
-def test_resume_cuts_later_rows(folder: RunFolder):
-    log(folder, 1, 2, 3, 4)
-    first_lines = folder.metrics.read_text().splitlines(keepends=True)[:3]
-    folder.cut_metrics(2)
-    assert folder.metrics.read_text() == "".join(first_lines)
-    log(folder, 3)
-    assert read_metrics(folder.metrics)["step"] == [1, 2, 3]
-    assert sorted(path.name for path in folder.path.iterdir()) == ["metrics.csv"]
+def resumed(folder: RunFolder, step: int, seal: dict) -> tuple[RunFolder, str | None]:
+    """The folder as the next process sees it, and what is said about metrics.csv."""
+    folder.close()
+    again = RunFolder(folder.path)
+    return again, again.go_on_from(step, json.loads(json.dumps(seal)))
+
+
+def test_resume_cuts_later_rows_when_the_next_is_written(folder: RunFolder):
+    log(folder, 1, 2)
+    seal = folder.seal()
+    log(folder, 3, 4)
+    whole = folder.metrics.read_text()
+    again, said = resumed(folder, 2, seal)
+    assert said is None and folder.metrics.read_text() == whole
+    log(again, 3)
+    assert folder.metrics.read_text() == "".join(whole.splitlines(keepends=True)[:4])
+    assert again.seal() == resumed(again, 3, again.seal())[0].seal()
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "metrics.csv"]
 
 
 def test_unfinished_last_line(folder: RunFolder):
     log(folder, 1, 2)
+    seal = folder.seal()
     folder.close()
     with open(folder.metrics, "a") as stream:
         stream.write("3,1")  # of 3,12345,...: the machine went down
     assert read_metrics(folder.metrics)["step"] == [1, 2]
-    folder.cut_metrics(3)
-    log(folder, 3)
-    assert read_metrics(folder.metrics)["step"] == [1, 2, 3]
+    again, said = resumed(folder, 2, seal)
+    log(again, 3)
+    assert said is None and read_metrics(folder.metrics)["step"] == [1, 2, 3]
 
 
-def test_cut_without_metrics(folder: RunFolder):
-    folder.cut_metrics(5)
-    assert not folder.metrics.exists()
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [(None, "lacks 3 of the 3"), ("", "lacks 3 of the 3"), ("step,tok", "lacks 3 of the 3"), (2, "lacks 1 of the 3")],
+)
+def test_rows_that_were_lost_are_said(folder: RunFolder, left: str | int | None, said: str):
+    log(folder, 1, 2, 3)
+    seal = folder.seal()
+    text = folder.metrics.read_text()
+    folder.metrics.unlink()
+    if left is not None:
+        folder.metrics.write_text("".join(text.splitlines(keepends=True)[: left + 1]) if left == 2 else str(left))
+    again, found = resumed(folder, 3, seal)
+    assert found is not None and said in found and "up to step 3" in found
+    log(again, 4)
+    assert read_metrics(folder.metrics)["step"] == ([1, 2, 4] if left == 2 else [4])
+    assert resumed(again, 4, again.seal())[1] is None  # the next resume finds what this run has left
 
 
-def test_header_that_was_not_finished(folder: RunFolder):
-    folder.metrics.write_text("step,tok")
-    assert read_metrics(folder.metrics)["step"] == []
-    folder.cut_metrics(0)
-    log(folder, 1)
-    assert folder.metrics.read_text().startswith(HEADER + "\n1,")
+@pytest.mark.parametrize("which", ["another run's", "changed", "a row too many", "doubled", "a folder", "not UTF-8"])
+def test_metrics_that_are_not_this_runs_are_refused(folder: RunFolder, which: str):
+    log(folder, 1, 2, 3)
+    seal = folder.seal()
+    header, *rows = folder.metrics.read_text().splitlines(keepends=True)
+    wrong = {
+        "another run's": [header, *(row.replace("0.1", "0.7") for row in rows)],
+        "changed": [header, rows[0], rows[1].replace("0.2", "0.25"), rows[2]],
+        "a row too many": [header, rows[0].replace("1,", "0,", 1), *rows],
+        "doubled": [header, *rows, *rows],
+        "not UTF-8": [],
+    }
+    folder.metrics.unlink()
+    if which == "a folder":
+        folder.metrics.mkdir()
+    else:
+        folder.metrics.write_bytes("".join(wrong[which]).encode() or b"\xff\n")
+    before = folder.metrics.stat().st_mtime_ns
+    with pytest.raises(DataError, match="metrics: .*metrics.csv'"):
+        resumed(folder, 3, seal)
+    assert folder.metrics.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -149,6 +196,37 @@ def test_damaged_metrics(folder: RunFolder, text: str, message: str):
 def test_missing_metrics(folder: RunFolder):
     with pytest.raises(DataError, match="does not exist"):
         read_metrics(folder.metrics)
+
+
+def test_a_full_disk_leaves_what_was_there(folder: RunFolder):
+    log(folder, 1, 2)
+    folder.write_summary({"loss": 0.1})
+    whole = folder.metrics.read_text()
+    with full_disk(len(whole) + 5):  # half a line fits
+        with pytest.raises(OSError):
+            log(folder, 3)
+        assert folder.metrics.read_text() == whole
+        with pytest.raises(OSError):
+            folder.write_summary({"loss": "x" * 1000})
+    assert json.loads(folder.summary.read_text()) == {"loss": 0.1}
+    log(folder, 3)
+    assert read_metrics(folder.metrics)["step"] == [1, 2, 3]
+    assert resumed(folder, 3, folder.seal())[1] is None
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "metrics.csv", "summary.json"]
+
+
+def test_a_resume_sweeps_what_a_killed_run_has_left_and_not_before_it_trains(folder: RunFolder):
+    log(folder, 1)
+    seal = folder.seal()
+    tag = folder.checkpoints / "step00000001"
+    tag.mkdir(parents=True)
+    left = [folder.path / "..averaged.0a1b.tmp", folder.checkpoints / ".latest.4.tmp", tag / ".run.5.tmp.json"]
+    for path in left:
+        path.write_text("x")
+    again, _ = resumed(folder, 1, seal)
+    assert all(path.exists() for path in left)
+    log(again, 2)
+    assert not any(path.exists() for path in left) and tag.exists()
 
 
 def test_summary(folder: RunFolder):

@@ -1,13 +1,9 @@
 """A pipeline's names and param groups, worked out by hand; what of an earlier run counts as one without a pipeline."""
 
-import json
-from types import SimpleNamespace
 
 import pytest
 
-from ds_plugin.core.errors import CheckpointError
 from ds_plugin.deepspeed_engine.completep import divided
-from launch_scripts.gpt.recorder import Recorder
 from megatron_patches.models.pipeline_gpt import gpt_name
 
 
@@ -35,18 +31,3 @@ def test_the_largest_groups_are_halved_until_there_are_enough():
         {"role": "b", "params": [5, 6], "lr": 0.5},
     ]
     assert len(groups) == 2 and groups[1]["params"] == [2, 3, 4, 5, 6]
-
-
-def test_a_run_of_other_stages_or_of_another_format_is_not_resumed(tmp_path):
-    saved = {"format": 1, "seed": 3, "model.pipeline_parallel": 1, "steps": 2, "seconds": 0.0, "flops": 1.0}
-    (tmp_path / "run.json").write_text(json.dumps(saved))
-    record = object.__new__(Recorder)
-    record.run = SimpleNamespace(training=SimpleNamespace(steps=2))
-    record._identity = lambda: {"seed": 3, "model.pipeline_parallel": 1}
-    record._compare(tmp_path)
-    record._identity = lambda: {"seed": 3, "model.pipeline_parallel": 2}
-    with pytest.raises(CheckpointError, match="model.pipeline_parallel 1, this run has 2"):
-        record._compare(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({**saved, "format": 0}))
-    with pytest.raises(CheckpointError, match="run.json' has format 0, this version reads 1"):
-        record._compare(tmp_path)
