@@ -313,7 +313,8 @@ def left(folder):
     return found
 
 
-def test_no_process_is_left_behind(tmp_path, tune):
+def test_no_process_is_left_behind(tmp_path, tune, monkeypatch):
+    monkeypatch.setattr(trial_module, "GRACE_SECONDS", 1.0)
     assert tune("--- --hang")[0] == 0  # each with a child in a session of its own that ignores SIGTERM
     assert started(tmp_path) == TRIALS and left(tmp_path) == []
 
