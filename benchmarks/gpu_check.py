@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -28,13 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "gpu" / "check.json"
 LIMIT = 340.0  # seconds for all of it, from the start of this file
 _BEGAN = time.monotonic()
-
-#: distribution -> the module that shows that it is there; DeepSpeed and Megatron-core import the second line's
-PACKAGES = {
-    **{name: name for name in ("torch", "deepspeed", "pydantic", "numpy", "safetensors", "psutil")},
-    **{name: name for name in ("einops", "hjson", "msgpack", "ninja", "packaging", "tqdm")},
-    "megatron-core": "megatron.core",
-}
 
 #: a part's status, and what a part yields with the reason when there is nothing here for it to run on
 NOT_RUN, NO_TIME = "not run", "no time was left"
@@ -53,8 +45,10 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
     ends = (_BEGAN + LIMIT) if limit is None else time.monotonic() + limit
     try:
         _environment(args.dry_run)
-        if lacking := missing(args.dry_run):
-            raise ImportError(lacking)
+        import torch
+
+        if not args.dry_run:
+            torch.cuda.init()
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
         from ds_plugin.cli import env
@@ -64,8 +58,13 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         startup.quiet()
         parts = importlib.import_module("gpu_parts")
         rig = parts.start(args.dry_run)
-    except (ImportError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ImportError as error:
+        wheels = f"{sys.executable} -m pip install --no-index --find-links DIR {error.name}"
+        print(f"error: {error}; install it, without a network from a folder of wheels: {wheels}", file=sys.stderr)
+        return 2
+    except (AssertionError, OSError, RuntimeError) as error:  # the first: torch is built without CUDA
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(f"error: {error} (CUDA_VISIBLE_DEVICES {visible!r}); --dry-run needs no GPU", file=sys.stderr)
         return 2
     described: Record = {
         "date": datetime.date.today().isoformat(),
@@ -133,31 +132,6 @@ def within(seconds: float) -> Iterator[None]:
 
 class OverTime(BaseException):
     """No `Exception`, which the frameworks may catch."""
-
-
-def missing(dry_run: bool) -> str | None:
-    """What this machine lacks. Little is imported for it."""
-
-    def there(module: str) -> bool:
-        with contextlib.suppress(ImportError):
-            return importlib.util.find_spec(module) is not None
-        return False
-
-    if absent := " ".join(name for name, module in PACKAGES.items() if not there(module)):
-        return (
-            f"packages are missing: {absent}; install them, without a network from a folder of their wheels: "
-            f"{sys.executable} -m pip install --no-index --find-links DIR {absent}"
-        )
-    if not dry_run:
-        import torch
-
-        try:
-            torch.cuda.init()
-        except (AssertionError, RuntimeError) as error:  # torch is built without CUDA; or there is no driver or device
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            why = f"{error} (torch {torch.__version__}, CUDA_VISIBLE_DEVICES {visible!r})"
-            return f"no GPU: {why}; --dry-run runs the check in miniature on a CPU"
-    return None
 
 
 def _environment(dry_run: bool) -> None:

@@ -236,8 +236,8 @@ def reached(points: Iterable[Point], rate: float) -> list[Reached]:
         )
         gains = [round(theirs / ours, 3) for theirs, ours in zip(base, mine, strict=True)]
         seconds = [round(value, 2) for value in mine[1:]]
-        place: list[Any] = list(vars(setting).values())
-        found.append(Reached(*place, rate, target, mine[0], *seconds, *gains))
+        row: list[Any] = [*vars(setting).values(), rate, target, mine[0], *seconds, *gains]
+        found.append(Reached(*row))
     return found
 
 
