@@ -12,12 +12,9 @@ parts:
 
 ``memory``  A snapshot, the mean of a window of 5, and what others do: torch's AveragedModel, and the mean of stacked
             snapshots, both on tensors of 4 MiB, as models have. The floor of the mean: it reads five arrays and writes
-            one, a memcpy reads one and writes one. A write to ordinary memory first reads the line it changes ("add in
-            place", which reads two arrays and writes one of them, takes no longer than a memcpy, so a memcpy reads its
-            target, too). One core's time goes by the lines it reads: (5 + 1) / (1 + 1) = 3 memcpys; the bytes without
-            that read give 6 / 2 = 3 as well. Counting every line moved, either way, would give 7 / 3, but says also
-            that reading alone takes a third of a memcpy; "read", a read-only sum, shows that it takes half of one. The
-            floor measured is a memcpy and four such reads. The bound is on the lower of these two.
+            one, a memcpy reads one and writes one, and a write first reads the line it changes ("add in place" takes
+            no longer than a memcpy), so by bytes as by lines read it is 6 / 2 = 3 memcpys. Measured, it is a memcpy and
+            four times "read", a read-only sum. The bound is on the lower of the two.
 ``threads`` The averages and what torch offers, on one thread and on two, in wall time; and the same again while as many
             other processes as there are cores want them: by how much each falls behind a plain copy on one thread,
             which shares the cores as well.
