@@ -29,15 +29,11 @@ VARIANTS = ("unpatched", "unpatched again", "forward", "folded")
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line per variant and write the JSON; exit code 1 when a bound of ``--check`` is broken."""
-    parser = common.parser(__doc__, check="fail above 1 %% of time, or any more memory")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
-    parser.add_argument("--batch", type=int, default=4, help="samples a step")
+    bound = "fail above 1 %% of time, or any more memory"
+    parser = common.parser(__doc__, bound, width=256, depth=8, length=128, batch=4, rounds=60)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--llama", action="store_true", help="SwiGLU, RMSNorm and no biases instead of GPT-3's")
     parser.add_argument("--fused", action="store_true", help="compile the residual adds, Megatron's and ours")
-    parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     trial.start_host()
@@ -45,13 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     time = common.times(steps, args.rounds)
     memory = {name: peak_memory(step) for name, step in steps.items()}
     for name in VARIANTS[1:]:
-        ratio, low, high = time[name]
-        spread = f"middle half {low:.4f} to {high:.4f}"
         more = memory[name] / memory["unpatched"]
-        print(f"{name}: step time {ratio:.4f} of unpatched ({spread}), peak memory {more:.4f}")
-    common.record(args, args.out, time=time, memory=memory)
-    dear = any(time[name][0] > 1.01 or memory[name] > memory["unpatched"] for name in ("forward", "folded"))
-    return 1 if args.check and dear else 0
+        print(f"{name}: step time over unpatched {common.said(time[name])}, peak memory {more:.4f}")
+    ours = ("forward", "folded")
+    limits: list[common.Limit] = [(f"{name}, time over unpatched", time[name]["ratio"], 1.01) for name in ours]
+    limits += [(f"{name}, bytes at the peak", memory[name], memory["unpatched"]) for name in ours]
+    return common.ended(args, limits, time=time, memory=memory)
 
 
 def build(variant: str, args: argparse.Namespace) -> Callable[[], None]:

@@ -29,29 +29,26 @@ ROUND = 20  # steps; the instruments report once in so many
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line per length and variant, write the JSON; exit code 1 when ``--check``'s bound is broken."""
-    parser = common.parser(__doc__, check="fail when the plugin costs more than 1 %%")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=4)
+    bound = "fail when the plugin costs more than 1 %%"
+    # rounds: 3 more than a multiple of 4, so that whole samples are carried
+    parser = common.parser(__doc__, bound, width=256, depth=4, batch=4, rounds=19)
     parser.add_argument("--lengths", default="32,64,128", help="lengths to measure; the last is half the full one")
-    parser.add_argument("--batch", type=int, default=4, help="samples a step")
-    parser.add_argument("--rounds", type=int, default=19, help="3 more than a multiple of 4: whole samples are carried")
     args = parser.parse_args(arguments)
     lengths = [int(length) for length in args.lengths.split(",")]
     common.start()
     steps = {name: build(name, args, lengths) for name in VARIANTS}
-    found = {}
-    for length in lengths:
-        found[length] = times(steps, args.rounds, length)
+    found = {length: times(steps, args.rounds, length) for length in lengths}
+    for length, rows in found.items():
         for name in VARIANTS[1:]:
-            ratio, low, high = found[length][name]
-            print(f"length {length}, {name}: {ratio:.4f} of DeepSpeed alone (middle half {low:.4f} to {high:.4f})")
-    common.record(args, args.out, time=found)
-    slow = any(row[name][0] > 1.01 for row in found.values() for name in VARIANTS[2:])
+            print(f"length {length}, {name}: over DeepSpeed alone {common.said(rows[name])}")
+    ours = [(length, name) for length in lengths for name in VARIANTS[2:]]
+    limits = [(f"length {length}, {name}", found[length][name]["ratio"], 1.01) for length, name in ours]
+    code = common.ended(args, limits, time=found)
     startup.leave()
-    return 1 if args.check and slow else 0
+    return code
 
 
-def times(steps: dict[str, Callable[[int], None]], rounds: int, length: int) -> dict[str, tuple[float, float, float]]:
+def times(steps: dict[str, Callable[[int], None]], rounds: int, length: int) -> dict[str, common.Row]:
     """`common.times` of the steps at one length."""
     return common.times({name: partial(step, length) for name, step in steps.items()}, rounds, each=ROUND)
 

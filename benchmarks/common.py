@@ -22,17 +22,41 @@ from ds_plugin.weight_averaging.state.fragments import Fragment
 
 VOCAB = 256
 Row = dict[str, float]
+Limit = tuple[str, float, float]  # what, its figure, at most
+_NUMBERS = {
+    "width": "of the model", "depth": "of the model", "length": "tokens of a sample", "batch": "samples a step",
+    "rounds": "in which the variants take turns",
+}  # fmt: skip
 
 # -- the command and its record --------------------------------------------------------------------------------------
 
 
-def parser(doc: str | None, check: str | None = None) -> argparse.ArgumentParser:
-    """Of a benchmark with this docstring; with ``--out`` and ``--check`` where it says what ``check`` fails on."""
+def parser(doc: str | None, check: str | None = None, **numbers: int) -> argparse.ArgumentParser:
+    """Of a benchmark with this docstring; with ``--out`` and ``--check`` where it says what ``check`` fails on.
+
+    ``numbers``: options that several have, and what they are by default.
+    """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if check is not None:
         made.add_argument("--out", type=Path, help="write the figures here")
         made.add_argument("--check", action="store_true", help=check)
+    for name, default in numbers.items():
+        made.add_argument(f"--{name}", type=int, default=default, help=f"{_NUMBERS[name]}; default: {default}")
     return made
+
+
+def ended(args: argparse.Namespace, limits: Iterable[Limit], **found: Any) -> int:
+    """Write what was found to ``args.out``, print the limits that are broken; the exit code of ``args.check``."""
+    lines = broken(limits)
+    record(args, args.out, **found, broken=lines)
+    for line in lines:
+        print(f"bound broken: {line}")
+    return int(args.check and bool(lines))
+
+
+def broken(limits: Iterable[Limit]) -> list[str]:
+    """Those that are not kept, a line each."""
+    return [f"{name}: {value:.4g}, at most {most:.4g}" for name, value, most in limits if not value <= most]
 
 
 def record(args: argparse.Namespace, out: Path | None, **found: Any) -> None:
@@ -102,14 +126,17 @@ def over(seconds: Sequence[float], reference: Sequence[float], factor: float = 1
     return {**row, "best": factor * min(seconds) / min(reference)}
 
 
-def times(
-    steps: Mapping[str, Callable[[], object]], rounds: int, each: int = 1
-) -> dict[str, tuple[float, float, float]]:
-    """By variant: median and quartiles over the rounds of its time over the first one's. ``each``: steps of a round."""
+def times(steps: Mapping[str, Callable[[], object]], rounds: int, each: int = 1) -> dict[str, Row]:
+    """By variant: `over` of its time over the first one's. ``each``: steps of a round."""
     seconds = interleaved(steps, rounds * each, clock, warmup=each)
     spent = {name: [sum(s[i : i + each]) for i in range(0, len(s), each)] for name, s in seconds.items()}
-    rows = {name: over(found, next(iter(spent.values()))) for name, found in spent.items()}
-    return {name: (row["ratio"], row["low"], row["high"]) for name, row in rows.items()}
+    return {name: over(found, next(iter(spent.values()))) for name, found in spent.items()}
+
+
+def said(row: Row) -> str:
+    """A ratio with its spread."""
+    best = f", best {row['best']:.4g}" if "best" in row else ""
+    return f"{row['ratio']:.4g} (middle half {row['low']:.4g} to {row['high']:.4g}{best})"
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -192,6 +219,21 @@ def small_gpt(
     config, spec = prepare(config, gpt.layer_spec(cfg) if spec is None else spec, section)
     model = gpt.build_gpt(cfg, vocab, config, spec)
     return model, config, finish(model, section)
+
+
+def step_of(engine: Any, batch: int, length: int) -> Callable[[], None]:
+    """One training step of a DeepSpeed engine, on samples that stay the same."""
+    from ds_plugin.sweeps import trial
+
+    tokens = torch.randint(0, VOCAB, (batch, length + 1))
+    pair = tokens[:, :-1].contiguous().to(engine.device), tokens[:, 1:].contiguous().to(engine.device)
+    engine.train()
+
+    def step() -> None:
+        engine.backward(trial.loss_of(engine, pair))
+        engine.step()
+
+    return step
 
 
 def deepspeed_json(batch: int) -> dict[str, Any]:

@@ -14,9 +14,9 @@ DIR gets curves.csv (a row per evaluation and average), summary.csv (steps saved
 scan.csv only. Runs that are there are not repeated: use another DIR for other settings.
 """
 
+import functools
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +25,11 @@ from typing import Any
 
 import common
 import small_runs
-from small_runs import Curve, reached, spread
+from small_runs import Curve, Sweep, grouped, reached, spread
 
 import ds_plugin
 from ds_plugin.sweeps import figure
-from ds_plugin.sweeps.records import read_records, write_records
+from ds_plugin.sweeps.records import write_records
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 
@@ -89,20 +89,16 @@ class Setting:
     regime: str
     lr: float
     seed: int
-    after: str = ""
+    after: str
 
     def __str__(self) -> str:
         return f"{self.regime} lr {self.lr:g} seed {self.seed}" + (f" spike, {self.after}" if self.after else "")
 
 
 @dataclass(frozen=True)
-class Point:
+class Point(Setting):
     """A row of curves.csv: the evaluation loss (nats per byte) of one average (or "raw") after ``step``."""
 
-    regime: str
-    lr: float
-    seed: int
-    after: str
     average: str
     step: int
     eval_loss: float
@@ -111,6 +107,14 @@ class Point:
     def setting(self) -> Setting:
         """Which run it is of."""
         return Setting(self.regime, self.lr, self.seed, self.after)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """By what rows are sorted."""
+        return self.setting, self.average, self.step
+
+    def __str__(self) -> str:
+        return f"{self.average} {self.eval_loss:.4f} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -209,8 +213,8 @@ def json_of(setting: Setting, plan: Plan) -> dict[str, Any]:
     return config if first is None else {**config, "weight_averaging": {"enabled": True, **first}}
 
 
-def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[float]]:
-    """One run in this process (`common.start`): evaluations, and training losses."""
+def train(setting: Setting, plan: Plan, cache: Path, losses: list[float] | None = None) -> list[Point]:
+    """One run in this process (`common.start`): evaluations. ``losses`` gets those of training."""
     regime, spike = plan.regimes[setting.regime], plan.spike if setting.after else None
     engine, text = small_runs.build(json_of(setting, plan), plan, setting.seed, cache)
     plugin = ds_plugin.get_plugin(engine)
@@ -219,7 +223,6 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
     samples = small_runs.Samples(plan, text, cache, count=count, seed=setting.seed)
     batches = samples.batches(regime.batch)
     points: list[Point] = []
-    losses: list[float] = []
 
     def evaluate(step: int) -> None:
         found = {"raw": small_runs.evaluate(engine, samples.evaluation)}
@@ -237,7 +240,8 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
         loss = small_runs.loss_of(engine, next(batches))
         engine.backward(loss)
         engine.step()
-        losses.append(loss.item())
+        if losses is not None:
+            losses.append(loss.item())
         for averager in watching.values():
             if averager is not plugin.averager and averager.due(step):
                 averager.snapshot(step)
@@ -249,7 +253,7 @@ def train(setting: Setting, plan: Plan, cache: Path) -> tuple[list[Point], list[
             plugin.restart_from_average("reset" if setting.after == "reset" else "keep")
             for averager in watching.values():  # what they hold is of the path that was left
                 averager.reset()
-    return points, losses
+    return points
 
 
 def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
@@ -260,21 +264,6 @@ def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
         else WeightAverager(WeightAveragingConfig.model_validate(section), plugin.averager.shards)
         for number, (name, section) in enumerate(regime.averages.items())
     }
-
-
-def sweep(settings: Iterable[Setting], plan: Plan, cache: Path, path: Path) -> list[Point]:
-    """The curves of all ``settings``; runs that are not in the file ``path`` are trained and added, one by one."""
-    points = read_records(Point, path) if path.is_file() else []
-    known = {point.setting for point in points}
-    for setting in settings:
-        if setting not in known:
-            new, _ = train(setting, plan, cache)
-            points = sorted([*points, *new], key=lambda p: (p.setting, p.average, p.step))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_records(Point, points, path)
-            last = {p.average: p.eval_loss for p in new}
-            print(f"{setting}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in last.items()), flush=True)
-    return points
 
 
 # -- steps saved -----------------------------------------------------------------------------------------------------
@@ -300,18 +289,16 @@ def saved(ours: Curve, theirs: Curve, step: int) -> tuple[float, float, float]:
 
 def curves_of(points: Iterable[Point]) -> dict[Setting, dict[str, Curve]]:
     """Raw evaluations by run and average, in the order of the steps."""
-    found: dict[Setting, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for point in sorted(points, key=lambda p: p.step):
-        found[point.setting][point.average].append((point.step, point.eval_loss))
-    return {setting: dict(curves) for setting, curves in found.items()}
+    found: dict[Setting, dict[str, Curve]] = {}
+    for (setting, average), curve in grouped(points, lambda p: p.place[:2]):
+        found.setdefault(setting, {})[average] = [(p.step, p.eval_loss) for p in curve]
+    return found
 
 
 def summary(points: Iterable[Point]) -> list[Saved]:
     """Every average against raw, and the first (lawa) against the others as well, in all runs without a spike."""
     rows = []
-    for setting, curves in sorted(curves_of(points).items()):
-        if setting.after:
-            continue
+    for setting, curves in curves_of(p for p in points if not p.after).items():
         smoothed = {name: smooth(curve) for name, curve in curves.items()}
         end = curves["raw"][-1][0]
         pairs = [(n, "raw") for n in curves if n != "raw"]
@@ -327,9 +314,7 @@ def summary(points: Iterable[Point]) -> list[Saved]:
 def recoveries(points: Iterable[Point], spike: Spike) -> list[Recovery]:
     """The rows of spike.csv."""
     rows = []
-    for setting, curves in sorted(curves_of(points).items()):
-        if not setting.after:
-            continue
+    for setting, curves in curves_of(p for p in points if p.after).items():
         before = dict(curves["raw"])[spike.after]
         first = spike.end if setting.after == "on" else spike.end + 1  # at the end itself, the restart is yet to come
         for name, curve in curves.items():
@@ -345,18 +330,15 @@ def recoveries(points: Iterable[Point], spike: Spike) -> list[Recovery]:
 def table(points: Sequence[Point], rows: Iterable[Saved]) -> list[str]:
     """Markdown: means (smallest to largest) over seeds of the steps saved, and the last evaluation."""
     last = {(p.setting, p.average): p.eval_loss for p in sorted(points, key=lambda p: p.step)}
-    grouped: dict[tuple[str, float, str, str], list[Saved]] = defaultdict(list)
-    for row in rows:
-        grouped[row.regime, row.lr, row.average, row.against].append(row)
     lines = []
-    for (regime, lr, average, against), found in sorted(
-        grouped.items(), key=lambda item: (item[0][:2], item[0][3] != "raw")
+    for (regime, lr, _, against, average), found in grouped(
+        rows, lambda r: (r.regime, r.lr, r.against != "raw", r.against, r.average)
     ):
         cells = [regime, f"{lr:g}", average, against]
         cells += [spread([row.steps_saved for row in found if row.share == share], ".0%") for share in SHARES]
-        seeds = sorted({row.seed for row in found})
-        cells.append(spread([mean(r.steps_saved for r in found if r.seed == s and r.share < 1) for s in seeds], ".0%"))
-        ends = [mean(last[Setting(regime, lr, s), name] for s in seeds) for name in (average, against)]
+        by_seed = dict(grouped(found, lambda row: row.seed))
+        cells.append(spread([mean(r.steps_saved for r in of if r.share < 1) for of in by_seed.values()], ".0%"))
+        ends = [mean(last[Setting(regime, lr, s, ""), name] for s in by_seed) for name in (average, against)]
         lines.append([*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"])
     shares = [f"saved at {share:.0%}" for share in SHARES]
     heads = ["regime", "lr", "average", "against", *shares, "25-75 %", "final loss (the other's)"]
@@ -373,32 +355,21 @@ def largest_rise(curve: Curve) -> float:
 
 def rate_table(points: Iterable[Point]) -> list[str]:
     """Markdown: the runs without a spike as they train, by learning rate."""
-    grouped: dict[tuple[str, float], list[Curve]] = defaultdict(list)
-    for setting, curves in curves_of(points).items():
-        if not setting.after:
-            grouped[setting.regime, setting.lr].append(curves["raw"])
+    raw = [(setting, curves["raw"]) for setting, curves in curves_of(p for p in points if not p.after).items()]
     lines = []
-    for (regime, lr), found in sorted(grouped.items()):
-        columns = [c[-1][1] for c in found], [largest_rise(c) for c in found]
+    for (regime, lr), found in grouped(raw, lambda run: (run[0].regime, run[0].lr)):
+        columns = [curve[-1][1] for _, curve in found], [largest_rise(curve) for _, curve in found]
         lines.append([regime, f"{lr:g}", *(spread(values, ".3f") for values in columns)])
     return common.markdown(["regime", "lr", "final raw loss", "largest rise of the raw loss"], lines)
 
 
 def spike_table(rows: Iterable[Recovery]) -> list[str]:
     """Markdown: means (smallest to largest) over seeds."""
-    grouped: dict[tuple[float, int, str], list[Recovery]] = defaultdict(list)
-    for row in rows:
-        grouped[row.lr, AFTER.index(row.after), row.average].append(row)
     lines = []
-    for (lr, after, average), found in sorted(grouped.items(), key=lambda item: item[0][:2]):
+    for (lr, after, average), found in grouped(rows, lambda row: (row.lr, AFTER.index(row.after), row.average)):
         cells = [f"{lr:g}", AFTER[after], average, f"{mean(row.before for row in found):.3f}"]
-        for values, how in (
-            ([row.highest for row in found], ".3f"),
-            ([row.steps for row in found], ".0f"),
-            ([row.last for row in found], ".3f"),
-        ):
-            cells.append(spread(values, how))
-        lines.append(cells)
+        shown = {"highest": ".3f", "steps": ".0f", "last": ".3f"}
+        lines.append([*cells, *(spread([getattr(row, name) for row in found], how) for name, how in shown.items())])
     heads = ["lr", "after the spike", "weights", "before", "highest after", "steps until back", "last"]
     return common.markdown(heads, lines)
 
@@ -442,7 +413,7 @@ def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
 
 def settings_of(plan: Plan, seeds: Sequence[int]) -> list[Setting]:
     """All runs without a spike, the highest rates first."""
-    return [Setting(name, lr, s) for name, regime in plan.regimes.items() for lr in regime.rates[::-1] for s in seeds]
+    return [Setting(name, lr, s, "") for name, of in plan.regimes.items() for lr in of.rates[::-1] for s in seeds]
 
 
 def spiked(plan: Plan, seeds: Sequence[int]) -> list[Setting]:
@@ -465,9 +436,11 @@ def scan(plan: Plan, seed: int, cache: Path, out: Path) -> None:
         name: replace(regime, averages=candidates(regime.averages["lawa"]["start_step"]), evaluate=2 * regime.evaluate)
         for name, regime in plan.regimes.items()
     }
+    plan = replace(plan, regimes=regimes)
+    sweep = Sweep(out, {Point: "scan.csv"}, functools.partial(train, plan=plan, cache=cache))
     for setting in settings_of(plan, [seed]):
-        points = sweep([setting], replace(plan, regimes=regimes), cache, out / "scan.csv")
-        rows = [row for row in summary(p for p in points if p.setting == setting) if row.against == "raw"]
+        sweep.train([setting])
+        rows = [row for row in summary(p for p in sweep.rows[Point] if p.setting == setting) if row.against == "raw"]
         for name in regimes[setting.regime].averages:
             gains = ", ".join(f"{row.steps_saved:.1%} at {row.share:.0%}" for row in rows if row.average == name)
             print(f"{setting}: {name:12s} {gains}", flush=True)
@@ -475,9 +448,7 @@ def scan(plan: Plan, seed: int, cache: Path, out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Scan, or measure and publish."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
+    parser = small_runs.parser(__doc__)
     parser.add_argument("--scan", action="store_true", help="try many averages on one seed instead")
     parser.add_argument("--seeds", help="default 2,3,4; with --scan 1")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny model: does it run?")
@@ -488,8 +459,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.scan:
         scan(plan, seeds[0], cache, args.out)
     else:
-        settings = settings_of(plan, seeds) + spiked(plan, seeds)
-        report(sweep(settings, plan, cache, args.out / "curves.csv"), plan, args.out)
+        sweep = Sweep(args.out, {Point: "curves.csv"}, functools.partial(train, plan=plan, cache=cache))
+        sweep.train(settings_of(plan, seeds) + spiked(plan, seeds))
+        report(sweep.rows[Point], plan, args.out)
     return 0
 
 

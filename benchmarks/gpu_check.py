@@ -1,26 +1,21 @@
 """Whether what is promised holds on a GPU: one command, on one GPU, without a network, within 6 minutes.
 
-    bash launch_scripts/gpu_check.sh [--out FILE.json] [--wheels DIR] [--dry-run]
+    bash launch_scripts/gpu_check.sh [--out FILE.json] [--dry-run]
 
 The parts and their bounds are in `gpu_parts`; a line is printed for each. The JSON has what each measured beside its
 bound, and is written anew after every part, so that what was found survives whatever comes next. A part that raises, or
 takes longer than its share of the time, has failed, and the rest goes on. Exit code 0; 1 when a part failed or found no
-time; 2 when nothing could be run, and why: no GPU, or packages that are missing. They may come as wheels: ``pip wheel
--w DIR deepspeed megatron-core`` where there is a network, and ``--wheels DIR`` here. With ``--dry-run`` all of it runs
-in miniature on a CPU: streams are a stand-in's, device memory is what torch's operations make, and times have no bound.
+time; 2 when nothing could be run, and why: no GPU, or packages that are missing. With ``--dry-run`` all of it runs in
+miniature on a CPU: streams are a stand-in's, device memory is what torch's operations make, and times have no bound.
 """
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import importlib
-import importlib.util
 import json
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,13 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "gpu" / "check.json"
 LIMIT = 340.0  # seconds for all of it, from the start of this file
 _BEGAN = time.monotonic()
-
-#: distribution -> the module that shows that it is there; DeepSpeed and Megatron-core import the second line's
-PACKAGES = {
-    **{name: name for name in ("torch", "deepspeed", "pydantic", "numpy", "safetensors", "psutil")},
-    **{name: name for name in ("einops", "hjson", "msgpack", "ninja", "packaging", "tqdm")},
-    "megatron-core": "megatron.core",
-}
 
 #: a part's status, and what a part yields with the reason when there is nothing here for it to run on
 NOT_RUN, NO_TIME = "not run", "no time was left"
@@ -52,18 +40,17 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=_FORMAT, allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU and a stand-in's streams")
     parser.add_argument("--out", type=Path, help=f"the JSON; default: {OUT.relative_to(ROOT)}, none in a dry run")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="install packages that are missing from here")
     args = parser.parse_args(arguments)
     out = args.out or (None if args.dry_run else OUT)
     ends = (_BEGAN + LIMIT) if limit is None else time.monotonic() + limit
     try:
-        if args.wheels is not None:
-            install(args.wheels)
-        if lacking := missing(args.dry_run):
-            raise Unfit("\n".join(lacking))
+        _environment(args.dry_run)
+        import torch
+
+        if not args.dry_run:
+            torch.cuda.init()
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-        _environment(args.dry_run)
         from ds_plugin.cli import env
         from ds_plugin.core.files import atomic_path
         from ds_plugin.deepspeed_engine import startup
@@ -71,8 +58,13 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         startup.quiet()
         parts = importlib.import_module("gpu_parts")
         rig = parts.start(args.dry_run)
-    except (Unfit, ImportError, OSError, RuntimeError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    except ImportError as error:
+        wheels = f"{sys.executable} -m pip install --no-index --find-links DIR {error.name}"
+        print(f"error: {error}; install it, without a network from a folder of wheels: {wheels}", file=sys.stderr)
+        return 2
+    except (AssertionError, OSError, RuntimeError) as error:  # the first: torch is built without CUDA
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        print(f"error: {error} (CUDA_VISIBLE_DEVICES {visible!r}); --dry-run needs no GPU", file=sys.stderr)
         return 2
     described: Record = {
         "date": datetime.date.today().isoformat(),
@@ -140,65 +132,6 @@ def within(seconds: float) -> Iterator[None]:
 
 class OverTime(BaseException):
     """No `Exception`, which the frameworks may catch."""
-
-
-class Unfit(Exception):
-    """This machine cannot run the check; a line for each thing that is missing."""
-
-
-def missing(dry_run: bool) -> list[str]:
-    """What this machine lacks, a line each. Nothing heavy is imported for it."""
-    absent = _absent()
-    found = []
-    if absent:
-        found.append(f"packages are missing: {' '.join(absent)}; install them, or give --wheels DIR with their wheels")
-    if dry_run:
-        return found
-    if "torch" not in absent and _torch_cuda() is None:
-        found.append("torch is built without CUDA; install a CUDA build of it")
-    if (why := _no_device()) is not None:
-        found.append(f"no GPU: {why}; --dry-run runs the check in miniature on a CPU")
-    return found
-
-
-def install(folder: Path) -> None:
-    """Have pip install what is missing from a folder of wheels, without a network."""
-    if not folder.is_dir():
-        raise Unfit(f"--wheels: {folder} is no folder; give the one that holds the wheels")
-    if absent := _absent():
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-index"]
-        if subprocess.run([*pip, "--find-links", str(folder), *absent], stdout=sys.stderr).returncode:
-            raise Unfit(f"--wheels: pip could not install {' '.join(absent)} from {folder}; its message is above")
-        importlib.invalidate_caches()
-
-
-def _absent() -> list[str]:
-    def there(module: str) -> bool:
-        with contextlib.suppress(ImportError):
-            return importlib.util.find_spec(module) is not None
-        return False
-
-    return [name for name, module in PACKAGES.items() if not there(module)]
-
-
-def _torch_cuda() -> str | None:
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    return runpy.run_path(str(Path(spec.origin).with_name("version.py")))["cuda"]
-
-
-def _no_device() -> str | None:
-    """Why the driver shows no GPU, asked by its own library, which opens no context."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "the NVIDIA driver (libcuda.so.1) is not here"
-    count = ctypes.c_int()
-    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if code or not count.value:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return f"the driver shows no device (code {code}, CUDA_VISIBLE_DEVICES {visible!r})"
-    return None
 
 
 def _environment(dry_run: bool) -> None:

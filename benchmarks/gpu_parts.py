@@ -11,7 +11,6 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -115,59 +114,33 @@ class Rig:
             return spans(json.loads(Path(folder, "trace.json").read_text()))
 
 
-class StandIn:
-    """What `SnapshotStager` uses of an accelerator: work of the training's stream is done at once, copies on another
-    one by a thread, in order. ``copied`` has when."""
+class StandIn(TorchFunctionMode):
+    """What `SnapshotStager` uses of an accelerator: its streams and events, of which all is done at once.
+
+    ``copied`` has when the copies of a stream that was entered ran.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.copied: list[Span] = []
-        self.thread = ThreadPoolExecutor(1)
 
     def set_device_index(self, device: torch.device) -> None: ...
-    def current_stream(self, device: torch.device) -> "Stream":
-        return Stream(None)
+    def current_stream(self, device: torch.device) -> "StandIn":
+        return self
 
-    def Stream(self, device: torch.device) -> "Stream":
-        return Stream(self)
+    Stream = Event = current_stream
 
-    def Event(self, device: torch.device) -> "Event":
-        return Event()
-
-
-class Event:
-    """Reached when the thread has done what its stream had to do by then."""
-
-    reached: Future[None] | None = None
-
-    def record(self, stream: "Stream") -> None:
-        self.reached = None if stream.owner is None else stream.owner.thread.submit(lambda: None)
-
+    def record(self, stream: "StandIn") -> None: ...
+    def wait_event(self, event: "StandIn") -> None: ...
     def query(self) -> bool:
-        return self.reached is None or self.reached.done()
-
-
-class Stream(TorchFunctionMode):
-    """The training's without an owner; else copies inside ``with stream`` are its thread's."""
-
-    def __init__(self, owner: StandIn | None):
-        super().__init__()
-        self.owner = owner
-
-    def wait_event(self, event: Event) -> None:
-        if event.reached is not None:
-            event.reached.result()
+        return True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.Tensor.copy_ or self.owner is None:
-            return func(*args, **(kwargs or {}))
-        self.owner.thread.submit(self._copy, *args)
-        return args[0]
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        assert self.owner is not None
         began = time.perf_counter()
-        target.copy_(source)
-        self.owner.copied.append((began, time.perf_counter()))
+        found = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.copy_:
+            self.copied.append((began, time.perf_counter()))
+        return found
 
 
 def start(dry_run: bool) -> Rig:
@@ -273,8 +246,7 @@ def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[fl
     return [loss.item() for loss in losses]
 
 
-def plugin_of(engine: Any) -> Any:
-    return ds_plugin.get_plugin(engine)
+plugin_of: Callable[[Any], Any] = ds_plugin.get_plugin
 
 
 def not_finite(losses: list[float]) -> int:
@@ -441,9 +413,9 @@ def completep(rig: Rig) -> Figures:
     args = Namespace(**shape._asdict(), dropout=0.0, llama=False, fused=False)
     steps = {name: bench_completep.build(name, args) for name in bench_completep.VARIANTS}
     found = common.times(steps, rig.rounds)
-    yield "unpatched again", found["unpatched again"][0]
+    yield "unpatched again", found["unpatched again"]["ratio"]
     for mode in ("forward", "folded"):
-        yield f"{mode}: time over unpatched", found[mode][0]
+        yield f"{mode}: time over unpatched", found[mode]["ratio"]
 
 
 def warmup(rig: Rig) -> Figures:
@@ -454,9 +426,9 @@ def warmup(rig: Rig) -> Figures:
     steps = {name: bench_warmup.build(name, args, rig.lengths) for name in bench_warmup.VARIANTS}
     for length in rig.lengths:
         found = bench_warmup.times(steps, args.rounds, length)
-        yield f"length {length}, DeepSpeed again", found[again][0]
+        yield f"length {length}, DeepSpeed again", found[again]["ratio"]
         for mode in modes:
-            yield f"length {length}, {mode}: time over DeepSpeed's", found[mode][0]
+            yield f"length {length}, {mode}: time over DeepSpeed's", found[mode]["ratio"]
 
 
 #: name -> the part, and the seconds it may take

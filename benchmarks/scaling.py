@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bench_averager
 import common
-import torch
 import torch.distributed as dist
 
 from ds_plugin.plan import costs
@@ -126,17 +126,10 @@ def measured(rounds: int, link: float | None) -> dict[str, Any]:
     plain = {**common.deepspeed_json(1), "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
     config = {**plain, "weight_averaging": AVERAGING}
     engine = ds_plugin.initialize(model=model, mpu=DeepSpeedMPU(), config=config)[0]
-    tokens = torch.randint(common.VOCAB, (1, _LENGTH))
-    positions = torch.arange(_LENGTH)[None]
-
-    def train() -> None:
-        engine.backward(engine(tokens, positions, None, labels=tokens).mean())
-        engine.step()
-
+    train = common.step_of(engine, 1, _LENGTH)
     rates = {}
     if processes == 1:
-        averaging = WeightAveragingConfig.model_validate({**AVERAGING, "interval": 1})
-        large = WeightAverager(averaging, common.Shards([_LARGE]))
+        large = bench_averager.averager_of(common.Shards([_LARGE]))
         operations = 6 * _LENGTH * sum(p.numel() for p in model.parameters())
         seconds = common.interleaved({"train": train}, rounds)["train"]
         rates = {"link": _rate(_snapshots(large, rounds), 4 * _LARGE), "flops": _rate(seconds, operations)}

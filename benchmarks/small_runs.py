@@ -1,13 +1,14 @@
-"""What the benchmarks share that train small models from scratch: a model, its data, a JSON, an evaluation.
+"""What the benchmarks share that train small models from scratch: a model, its data, an evaluation, sweeps, tables.
 
 One rank in one process, on the CPU; `common.start` makes the process such a one.
 """
 
+import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,6 +17,8 @@ import common
 import torch
 
 import ds_plugin
+from ds_plugin.sweeps import processes
+from ds_plugin.sweeps.records import read_records, write_records
 from launch_scripts.gpt import corpus, data
 from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
 from megatron_patches.models import gpt
@@ -95,6 +98,56 @@ def evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     found = mean(loss_of(engine, batch).item() for batch in batches)
     engine.train()
     return found
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark that sweeps."""
+    made = common.parser(doc)
+    made.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
+    made.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
+    return made
+
+
+class Sweep:
+    """The runs in a folder; trains those that are missing.
+
+    ``files``: kinds of rows and their files. A row says of which ``setting`` it is, and by its ``place`` it is sorted.
+    A run is there when it has a row of the last kind. ``train``: from a setting to its rows of all kinds. ``workers``:
+    so many processes; 0: this one.
+    """
+
+    def __init__(self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0):
+        self.out, self.files, self.train_one, self.workers = out, files, train, workers
+        out.mkdir(parents=True, exist_ok=True)
+        *_, (self._last, last) = files.items()
+        there = (out / last).is_file()
+        self.rows: dict[type, list[Any]] = {
+            kind: read_records(kind, out / name) if there else [] for kind, name in files.items()
+        }
+
+    def train(self, settings: Iterable[Any]) -> None:
+        """Train the settings that are missing, in the order given; one line of progress for each."""
+        known = {row.setting for row in self.rows[self._last]}
+        missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
+        ended = ((setting, self.train_one(setting)) for setting in missing)
+        if missing and self.workers:
+            ended = processes.results(self.train_one, missing, self.workers, common.start)  # type: ignore[assignment]
+        for number, (setting, rows) in enumerate(ended, start=1):
+            self.keep(rows)
+            print(f"[{number}/{len(missing)}] {setting}: {rows[-1]}", flush=True)
+
+    def keep(self, rows: Sequence[Any]) -> None:
+        """Add a run's rows to the files. What an interrupted call has left of it goes."""
+        for kind, name in self.files.items():
+            others = [row for row in self.rows[kind] if row.setting != rows[0].setting]
+            mine = [row for row in rows if type(row) is kind]
+            self.rows[kind] = sorted([*others, *mine], key=lambda row: row.place)
+            write_records(kind, self.rows[kind], self.out / name)
+
+
+def grouped(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:
+    """The rows by key, in the keys' order; those of a key stay in their own."""
+    return [(found, list(of_it)) for found, of_it in groupby(sorted(rows, key=key), key)]
 
 
 Curve = Sequence[tuple[float, float]]

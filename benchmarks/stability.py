@@ -20,18 +20,19 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import common
 import small_runs
+from small_runs import Sweep, grouped
 
 import ds_plugin
 from ds_plugin.core.loss_statistics import LossRatio
-from ds_plugin.sweeps import figure, processes
-from ds_plugin.sweeps.records import read_records, write_records
+from ds_plugin.sweeps import figure
+from ds_plugin.sweeps.records import write_records
 
 ARMS = ("plain", "truncate", "carry")
 SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
@@ -91,6 +92,12 @@ class Run(Setting):
     cpu_seconds: float
     wall_seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"evaluation loss {self.final_eval_loss:.4f}, largest loss ratio {self.max_loss_ratio:.2f}, "
+            f"{self.steps} steps, {self.cpu_seconds:.0f} s of CPU time"
+        )
+
 
 @dataclass(frozen=True)
 class Point(Setting):
@@ -102,12 +109,21 @@ class Point(Setting):
     wall_seconds: float
     eval_loss: float
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return *super().place, self.step
+
 
 @dataclass(frozen=True)
 class Losses(Setting):
     """A row of training_losses.csv, with every step's after one another."""
 
     losses: str
+
+    @property
+    def values(self) -> list[float]:
+        """By step."""
+        return [float(loss) for loss in self.losses.split()]
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,12 @@ class Reached(Setting):
     gain_wall: float
 
 
-Result = tuple[Run, list[Point], list[float]]
+#: the files of a folder
+FILES: dict[type, str] = {Point: "curves.csv", Losses: "training_losses.csv", Run: "stability.csv"}
+_SECONDS = ("cpu_seconds", "wall_seconds")
+# glibc gives large blocks back to the kernel at once and asks for them anew in the next layer, which was up to a third
+# of a full-length step's time and next to nothing of a short one's: left alone, it would flatter the warmup.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 # -- one run ---------------------------------------------------------------------------------------------------------
 
@@ -149,8 +170,8 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
     return config
 
 
-def train(setting: Setting, scale: Scale, cache: Path) -> Result:
-    """One training run in this process (`common.start`)."""
+def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
+    """One training run in this process (`common.start`): its rows of all kinds."""
     engine, text = small_runs.build(json_of(setting, scale), scale, setting.seed, cache)
     plugin = ds_plugin.get_plugin(engine)
     # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
@@ -158,6 +179,7 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
     samples = small_runs.Samples(scale, text, cache, count=count, seed=setting.seed)
     batches = plugin.batches(lambda n: samples.batches(setting.batch, n))
     ratio = LossRatio()
+    place: list[Any] = list(vars(setting).values())
     losses: list[float] = []
     points: list[Point] = []
     full_batch = setting.batch * scale.length
@@ -176,8 +198,8 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
         trained = plugin.ledger.trained if plugin.ledger is not None else trained + full_batch
         if trained // mark > before // mark or trained >= scale.tokens:
             found = small_runs.evaluate(engine, samples.evaluation)
-            at: dict[str, Any] = {"step": len(losses), "tokens": trained, "cpu_seconds": cpu, "wall_seconds": wall}
-            points.append(Point(**vars(setting), **at, eval_loss=round(found, 5)))
+            at: list[Any] = [len(losses), trained, round(cpu, 3), round(wall, 3), round(found, 5)]
+            points.append(Point(*place, *at))
     read = plugin.ledger.read if plugin.ledger is not None else trained
     evaluated = [point.eval_loss for point in points if math.isfinite(point.eval_loss)]
     run = Run(
@@ -193,89 +215,15 @@ def train(setting: Setting, scale: Scale, cache: Path) -> Result:
         cpu_seconds=round(cpu, 2),
         wall_seconds=round(wall, 2),
     )
-    return run, points, losses
-
-
-# -- the sweep -------------------------------------------------------------------------------------------------------
-
-
-class Sweep:
-    """The runs in a folder; trains those that are missing, in worker processes."""
-
-    def __init__(self, out: Path, scale: Scale, cache: Path, workers: int):
-        self.out, self.scale, self.cache, self.workers = out, scale, cache, workers
-        self.runs: list[Run] = []
-        self.points: list[Point] = []
-        self.losses: dict[Setting, list[float]] = {}
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "stability.csv").is_file():  # the last of the three that `keep` writes
-            self.runs = read_records(Run, out / "stability.csv")
-            self.points = read_records(Point, out / "curves.csv")
-            rows = read_records(Losses, out / "training_losses.csv")
-            self.losses = {row.setting: [float(loss) for loss in row.losses.split()] for row in rows}
-
-    def train(self, settings: Iterable[Setting]) -> None:
-        """Train the settings that are missing, in the order given; one line of progress for each."""
-        known = {run.setting for run in self.runs}
-        missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
-        if not missing:
-            return
-        os.environ |= _MALLOC
-        one = functools.partial(train, scale=self.scale, cache=self.cache)
-        ended = processes.results(one, missing, self.workers, common.start)
-        for number, (setting, result) in enumerate(ended, start=1):
-            run = self.keep(*result)
-            print(
-                f"[{number}/{len(missing)}] {setting}: evaluation loss {run.final_eval_loss:.4f}, largest loss ratio "
-                f"{run.max_loss_ratio:.2f}, {run.steps} steps, {run.cpu_seconds:.0f} s of CPU time",
-                flush=True,
-            )
-
-    def keep(self, run: Run, points: list[Point], losses: list[float]) -> Run:
-        """Add a run to the files. What an interrupted call has left of it goes."""
-        others = [point for point in self.points if point.setting != run.setting]
-        self.points = sorted([*others, *points], key=lambda p: (p.place, p.step))
-        self.losses[run.setting] = losses
-        self.runs = sorted([*self.runs, run], key=lambda r: r.place)
-        rounded = [replace(p, **{name: round(getattr(p, name), 3) for name in _SECONDS}) for p in self.points]
-        write_records(Point, rounded, self.out / "curves.csv")
-        order = sorted(self.losses, key=lambda setting: setting.place)
-        rows = [Losses(**vars(s), losses=" ".join(f"{loss:.4g}" for loss in self.losses[s])) for s in order]
-        write_records(Losses, rows, self.out / "training_losses.csv")
-        write_records(Run, self.runs, self.out / "stability.csv")
-        return run
-
-
-_SECONDS = ("cpu_seconds", "wall_seconds")
-
-# glibc gives large blocks back to the kernel at once and asks for them anew in the next layer, which was up to a third
-# of a full-length step's time and next to nothing of a short one's: left alone, it would flatter the warmup.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    return [*points, Losses(**vars(setting), losses=" ".join(f"{loss:.4g}" for loss in losses)), run]
 
 
 # -- what it says ----------------------------------------------------------------------------------------------------
 
 
-def plain_runs(runs: Iterable[Run], batch: int, seed: int) -> list[Run]:
-    """Those without the method, of a batch size and seed."""
-    return [run for run in runs if (run.arm, run.batch, run.seed) == ("plain", batch, seed)]
-
-
-def best_rate(runs: Iterable[Run], batch: int, seed: int) -> float:
-    """The learning rate of the plain run with the lowest evaluation loss."""
-    return min(plain_runs(runs, batch, seed), key=lambda run: run.best_eval_loss).lr
-
-
-def spiking_rate(runs: Iterable[Run], batch: int, seed: int) -> float | None:
-    """The lowest learning rate at which the plain run spiked; None when none did."""
-    return min((run.lr for run in plain_runs(runs, batch, seed) if run.max_loss_ratio > SPIKE), default=None)
-
-
 def reached(points: Iterable[Point], rate: float) -> list[Reached]:
     """When each run reached the best loss of the plain run of its batch and seed at ``rate``."""
-    curves: dict[Setting, list[Point]] = {}
-    for point in points:
-        curves.setdefault(point.setting, []).append(point)
+    curves = {Setting(*of): curve for of, curve in grouped(points, lambda point: tuple(vars(point.setting).values()))}
     found = []
     for setting in sorted(curves, key=lambda setting: setting.place):
         plain = curves.get(Setting("plain", setting.batch, rate, setting.seed))
@@ -288,33 +236,27 @@ def reached(points: Iterable[Point], rate: float) -> list[Reached]:
         )
         gains = [round(theirs / ours, 3) for theirs, ours in zip(base, mine, strict=True)]
         seconds = [round(value, 2) for value in mine[1:]]
-        place = setting.arm, setting.batch, setting.lr, setting.seed
-        found.append(Reached(*place, rate, target, mine[0], *seconds, *gains))
+        row: list[Any] = [*vars(setting).values(), rate, target, mine[0], *seconds, *gains]
+        found.append(Reached(*row))
     return found
 
 
 def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
     """Markdown: a row per batch, learning rate and arm over its seeds. Gains over seeds that reached the target."""
-    rows: dict[tuple[int, float, int], list[Run]] = {}
-    for run in runs:
-        rows.setdefault((run.batch, run.lr, ARMS.index(run.arm)), []).append(run)
     gains = {time.setting: time for time in times}
     heads = "batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss"
     lines = []
-    for (batch, lr, arm), chosen in sorted(rows.items()):
+    for (batch, lr, arm), chosen in grouped(runs, lambda run: (run.batch, run.lr, ARMS.index(run.arm))):
         arrived = [gains[run.setting] for run in chosen if run.setting in gains]
         there = [time for time in arrived if math.isfinite(time.tokens)]
         cells = [f"{batch}", f"{lr:g}", ARMS[arm], f"{len(chosen)}"]
         cells.append(", ".join(f"{run.max_loss_ratio:.2f}" for run in chosen))
         cells.append(", ".join(f"{run.steps_above_1_2} / {run.steps_above_1_5}" for run in chosen))
         cells += [f"{mean(r.final_eval_loss for r in chosen):.3f}", f"{mean(r.best_eval_loss for r in chosen):.3f}"]
-        if there:
-            missed = f" ({len(there)} of {len(arrived)} seeds)" if len(there) < len(arrived) else ""
-            cells.append(f"{mean(t.tokens for t in there) / 1e6:.2f} M{missed}")
-            each = ([t.gain_tokens for t in there], [t.gain_cpu for t in there], [t.gain_wall for t in there])
-            cells += [small_runs.spread(values, ".2f") for values in each]
-        else:
-            cells += ["never" if arrived else "", "", "", ""]
+        missed = f" ({len(there)} of {len(arrived)} seeds)" if len(there) < len(arrived) else ""
+        tokens = f"{mean(t.tokens for t in there) / 1e6:.2f} M{missed}" if there else "never" if arrived else ""
+        each = [[getattr(t, name) for t in there] for name in ("gain_tokens", "gain_cpu", "gain_wall")]
+        cells += [tokens, *(small_runs.spread(values, ".2f") if there else "" for values in each)]
         lines.append(cells)
     return common.markdown(
         [*heads.split(" | "), "tokens to target", "gain in tokens", "in CPU time", "in wall time"], lines
@@ -323,22 +265,23 @@ def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
 
 def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
     """A column per learning rate: training loss of the first seed; evaluation loss against tokens and CPU time."""
-    everything = [p for p in sweep.points if p.batch == batch and p.lr in rates and math.isfinite(p.eval_loss)]
+    everything = [p for p in sweep.rows[Point] if p.batch == batch and p.lr in rates and math.isfinite(p.eval_loss)]
     floor = min(point.eval_loss for point in everything)
     seeds = sorted({point.seed for point in everything})
+    losses = {row.setting: row.values for row in sweep.rows[Losses]}
     with figure.panels(path, 3, len(rates), figsize=(4.4 * len(rates), 9), sharey="row") as axes:
         for (top, middle, bottom), lr in zip(axes.T, rates, strict=True):
             top.set_title(f"{batch} samples a step, lr {lr:g}", fontsize=11)
             for arm in ARMS:
                 setting = Setting(arm, batch, lr, seeds[0])
-                if setting in sweep.losses:
-                    top.plot(sweep.losses[setting], color=_COLOURS[arm], linewidth=0.8, label=arm)
+                if setting in losses:
+                    top.plot(losses[setting], color=_COLOURS[arm], linewidth=0.8, label=arm)
                 for seed in seeds:
                     curve = [p for p in everything if (p.arm, p.lr, p.seed) == (arm, lr, seed)]
-                    losses = [p.eval_loss for p in curve]
                     style = {"color": _COLOURS[arm], "linewidth": 1.2, "alpha": 0.8}
-                    middle.plot([p.tokens / 1e6 for p in curve], losses, **style)
-                    bottom.plot([p.cpu_seconds for p in curve], losses, **style)
+                    losses_of = [p.eval_loss for p in curve]
+                    middle.plot([p.tokens / 1e6 for p in curve], losses_of, **style)
+                    bottom.plot([p.cpu_seconds for p in curve], losses_of, **style)
             top.set_xlabel("step")
             middle.set_xlabel("trained tokens (M)")
             bottom.set_xlabel("CPU seconds of training")
@@ -358,30 +301,33 @@ def _numbers(kind: type) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables and figures")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
+    parser = small_runs.parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=_numbers(int), default=[8, 32], help="samples a step")
     parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
     parser.add_argument("--seeds", type=_numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
-    sweep = Sweep(args.out, Scale(tokens=args.tokens), args.cache.absolute(), args.workers)
+    os.environ |= _MALLOC  # for the workers
+    one = functools.partial(train, scale=Scale(tokens=args.tokens), cache=args.cache.absolute())
+    sweep = Sweep(args.out, FILES, one, args.workers)
     batch, first = max(args.batches), args.seeds[0]
     sweep.train(Setting("plain", batch, lr, first) for lr in sorted(args.rates))
-    best = best_rate(sweep.runs, batch, first)
-    rates = sorted({best, FACTOR * best, spiking_rate(sweep.runs, batch, first) or best})
+    plain = [run for run in sweep.rows[Run] if (run.arm, run.batch, run.seed) == ("plain", batch, first)]
+    best = min(plain, key=lambda run: run.best_eval_loss).lr
+    spiked = [run.lr for run in plain if run.max_loss_ratio > SPIKE]  # in the order of the rates
+    rates = sorted({best, FACTOR * best, *spiked[:1]})
     print(f"batch {batch}: compared at learning rates {', '.join(f'{lr:g}' for lr in rates)}", flush=True)
     sweep.train(Setting(arm, batch, lr, seed) for seed in args.seeds for lr in rates for arm in ARMS)
     beyond = [Setting(arm, batch, lr, first) for lr in sorted(args.rates) if lr > rates[-1] for arm in ARMS]
     others = [Setting("plain", b, lr, first) for b in args.batches if b != batch for lr in rates if lr > best]
     sweep.train([*beyond, *others])
-    times = reached([point for point in sweep.points if point.batch == batch], best)
-    same = [t for lr in rates if lr != best for t in reached(sweep.points, lr) if (t.batch, t.lr) == (batch, lr)]
+    points = sweep.rows[Point]
+    times = reached([point for point in points if point.batch == batch], best)
+    same = [t for lr in rates if lr != best for t in reached(points, lr) if (t.batch, t.lr) == (batch, lr)]
     write_records(Reached, [*times, *same], args.out / "reached.csv")
     draw(sweep, batch, rates, args.out / "stability.png")
-    print("\n".join(table(sweep.runs, times)))
+    print("\n".join(table(sweep.rows[Run], times)))
     for row in same:
         if row.arm != "plain":
             print(f"{row.arm} lr {row.lr:g} seed {row.seed}: gain over the plain run of that rate {row.gain_cpu:.2f}x")

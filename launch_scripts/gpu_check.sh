@@ -3,7 +3,6 @@
 # Nothing is set up: it takes DS_PLUGIN_PYTHON, an environment that is activated, .venv, or python3. Arguments:
 #
 #   --out FILE.json    where the results go
-#   --wheels DIR       install packages that are missing from this folder of wheels
 #   --dry-run          all of it in miniature on a CPU
 set -euo pipefail
 

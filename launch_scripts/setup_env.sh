@@ -42,7 +42,7 @@ import hashlib, importlib.util, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 files = b"".join((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-missing = [name for name in ("torch", "deepspeed", "megatron", "pytest") if importlib.util.find_spec(name) is None]
+missing = [name for name in ("torch", "deepspeed", "megatron", "pytest", "xdist") if importlib.util.find_spec(name) is None]
 print(hashlib.sha256(files + repr((str(root), sys.version, missing)).encode()).hexdigest())
 PYTHON
 }

@@ -11,4 +11,6 @@ echo "== ruff"
 echo "== mypy"
 "$PY" -m mypy
 echo "== pytest"
-"$PY" -m pytest "$@"
+# Two processes: most tests have work for one core. A file's tests stay in one of them, with what they have trained; in
+# the order of the folders, as those with ranks take longest. In one process: bash launch_scripts/test.sh -n 0
+"$PY" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

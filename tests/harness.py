@@ -34,6 +34,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 from tests.fork_server import Job, Outcome, RankError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,11 @@ def benchmark(name: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+def slow(*values: Any, **settings: Any) -> Any:
+    """A case of a parametrized test that only ``-m slow`` runs: the others cover each value of every parameter."""
+    return pytest.param(*values, marks=pytest.mark.slow, **settings)
 
 
 # Every rank inherits these from the fork server. They are set before torch is imported, which is when most are read.

@@ -10,6 +10,7 @@ from ds_plugin.deepspeed_engine.readings import step_was_finite
 from ds_plugin.weight_averaging import swap
 from ds_plugin.weight_averaging.state.fragments import check
 from tests.distributed import plain
+from tests.harness import slow
 from tests.reference import averaging as reference
 
 
@@ -81,20 +82,20 @@ def _different(found, expected):
 LAYOUTS = [
     # ranks, stage, precision, more of zero_optimization
     (3, 0, "fp32", {}),
-    (3, 1, "fp32", {}),
-    (3, 2, "fp32", {}),
-    (3, 3, "fp32", {}),
+    slow(3, 1, "fp32", {}),
+    slow(3, 2, "fp32", {}),
+    slow(3, 3, "fp32", {}),
     (3, 3, "fp32", {"sub_group_size": 300}),
     (3, 3, "fp32", {"stage3_param_persistence_threshold": 0}),
     (3, 2, "fp32", {"offload_optimizer": {"device": "cpu"}}),
-    (3, 3, "fp32", {"offload_optimizer": {"device": "cpu"}}),
+    slow(3, 3, "fp32", {"offload_optimizer": {"device": "cpu"}}),
     (2, 3, "bf16", {"offload_optimizer": {"device": "cpu"}}),
     (2, 1, "bf16", {}),
     (2, 2, "bf16", {}),
-    (2, 3, "bf16", {}),
+    slow(2, 3, "bf16", {}),
     (2, 0, "bf16", {}),
     (1, 1, "fp32", {}),
-    (4, 2, "fp32", {}),
+    slow(4, 2, "fp32", {}),
     (4, 3, "bf16", {}),
 ]
 

@@ -24,6 +24,7 @@ from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.merge.merge import merge
 from launch_scripts.gpt.export import export_average
 from tests.distributed import pipelined, plain
+from tests.harness import slow
 from tests.reference import averaging as reference
 
 AVERAGING = {"enabled": True, "window": 2, "interval": 1}
@@ -115,13 +116,13 @@ def _publish(zero, precision, sections, folder):
 
 
 LAYOUTS = [
-    (3, 0, "fp32", {}),
+    slow(3, 0, "fp32", {}),
     (3, 1, "fp32", {}),
-    (3, 2, "fp32", {}),
+    slow(3, 2, "fp32", {}),
     (3, 3, "fp32", {}),
     (2, 0, "bf16", {}),
     (2, 2, "bf16", {}),
-    (2, 3, "bf16", {}),
+    slow(2, 3, "bf16", {}),
     (2, 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),  # BF16_Optimizer
 ]
 

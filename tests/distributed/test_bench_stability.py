@@ -1,5 +1,6 @@
 """The stability benchmark: its arithmetic by hand, and a miniature of it. Losses and times are for the real one."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -13,18 +14,19 @@ def _sweep(out, text, cache):
     bench = harness.benchmark("stability")
     bench.common.start()
     scale = bench.Scale(tokens=10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
-    sweep = bench.Sweep(Path(out), scale, Path(cache), workers=1)
+    train = functools.partial(bench.train, scale=scale, cache=Path(cache))
+    sweep = bench.Sweep(Path(out), bench.FILES, train)
     settings = [bench.Setting(arm, 4, 1e-2, 1) for arm in bench.ARMS]
-    for setting in settings:
-        sweep.keep(*bench.train(setting, scale, Path(cache)))
-    again = bench.Sweep(Path(out), scale, Path(cache), workers=1)
+    sweep.train(settings)
+    again = bench.Sweep(Path(out), bench.FILES, None, workers=1)
     again.train(settings)  # nothing is missing: it would take a pool of processes
-    assert again.runs == sweep.runs
-    times = bench.reached(again.points, 1e-2)
+    assert again.rows == sweep.rows
+    runs, points = again.rows[bench.Run], again.rows[bench.Point]
+    times = bench.reached(points, 1e-2)
     bench.draw(again, 4, [1e-2], Path(out) / "figure.png")
-    losses = {setting.arm: found for setting, found in again.losses.items()}
-    points = [(point.arm, point.tokens) for point in again.points]
-    return [vars(run) for run in again.runs], points, losses, [vars(t) for t in times], bench.table(again.runs, times)
+    losses = {row.arm: row.values for row in again.rows[bench.Losses]}
+    at = [(point.arm, point.tokens) for point in points]
+    return [vars(run) for run in runs], at, losses, [vars(t) for t in times], bench.table(runs, times)
 
 
 def test_all_arms_train_the_same_tokens(workers, tmp_path):

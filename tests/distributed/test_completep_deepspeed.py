@@ -12,6 +12,7 @@ from ds_plugin.cli.main import main
 from ds_plugin.core.errors import PluginError
 from megatron_patches.models import gpt
 from tests.distributed.test_completep import BASE, DECAY, EPS, LR, VOCAB, build, section
+from tests.harness import slow
 
 LENGTH, STEPS, BATCH = 12, 10, 4
 SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "seq_length": LENGTH}
@@ -316,7 +317,7 @@ def _flattened(zero, folder):
     return said
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, slow(2), 3])
 def test_groups_out_of_their_ratios_are_refused_at_the_step(workers, tmp_path, zero):
     first, second = workers(2).run(_flattened, zero, str(tmp_path))
     assert first == second
@@ -373,7 +374,7 @@ def _convert(folder):
     return done, again, printed.getvalue()
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [(1, 2), (1, 1), (3, 2), (3, 1)])
+@pytest.mark.parametrize(("zero", "ranks"), [slow(1, 2), (1, 1), (3, 2), slow(3, 1)])
 def test_interrupted_and_resumed_is_uninterrupted(workers, tmp_path, zero, ranks):
     """Bit for bit from the checkpoint and from its universal form; on another number of ranks sums are rounded."""
     expected = workers(ranks).run(_uninterrupted, zero, str(tmp_path), small())[0]
@@ -477,7 +478,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [slow(m) if m in ("stage 1", "stage 3 offload", "stage 1 bf16") else m for m in MODES])
 def test_folded_mode_clips_as_the_forward_mode_does(workers, mode):
     zero, changes, tolerance = MODES[mode]
     if "offload" in mode:  # without DeepSpeed's own CPU Adam, which would have to be compiled

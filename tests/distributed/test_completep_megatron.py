@@ -21,6 +21,7 @@ from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.completep import optimizer as host
 from megatron_patches.models import gpt
+from tests.harness import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, STEPS, MICRO_BATCHES, MICRO_SIZE = 64, 8, 10, 4, 2
@@ -218,7 +219,7 @@ def references(workers):
     return {tied: workers(1).run(whole_weights_and_reference, tied)[0] for tied in (False, True)}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [slow(name) if name == "one rank" else name for name in LAYOUTS])
 def test_layouts_train_as_torch_does(workers, references, name):
     ranks, layout = LAYOUTS[name]
     weights = {tied: reference[0] for tied, reference in references.items()}
@@ -577,8 +578,11 @@ def script(said):
 
 @pytest.mark.parametrize(
     ("said", "table"),
-    [({"residual": "forward"}, GROUPS), ({"residual": "folded"}, FOLDED_GROUPS), ({"base_head_dim": 4}, FOLDED_GROUPS)],
-    ids=["forward", "folded", "not said"],
+    [
+        pytest.param({"residual": "forward"}, GROUPS, id="forward"),
+        slow({"residual": "folded"}, FOLDED_GROUPS, id="folded"),
+        pytest.param({"base_head_dim": 4}, FOLDED_GROUPS, id="not said"),
+    ],
 )
 def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
     untouched, names, groups, messages, losses, weights, restored, plain = workers(1).run(script, said)[0]

@@ -10,24 +10,31 @@ from ds_plugin.plan.roles_table import minimum_ratio, rules_table
 from ds_plugin.sweeps import coord_check
 from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
 from ds_plugin.sweeps.records import read_records
+from tests.harness import slow
 
 RECIPES = ("completep", "mup", "standard")
 
 
-def _command(out):
-    arguments = ["coord-check", "--widths", "64,128", "--depths", "2,8,16", "--seeds", "1", "--out", out]
-    return main(arguments)
+def _command(out, depths, steps):
+    arguments = ["coord-check", "--widths", "64,128", "--depths", depths, "--steps", steps, "--seeds", "1"]
+    return main([*arguments, "--out", out])
 
 
-def test_small_grid(workers, tmp_path):
-    assert workers(1).run(_command, str(tmp_path / "out"), timeout=240) == [0]
+@pytest.mark.parametrize(
+    ("depths", "steps", "bounds"),
+    [("2,8", 4, (2, 3, 6)), slow("2,8,16", 10, (2, 4, 8))],
+    ids=["8 layers", "16 layers"],
+)
+def test_small_grid(workers, tmp_path, depths, steps, bounds):
+    assert workers(1).run(_command, str(tmp_path / "out"), depths, str(steps), timeout=240) == [0]
     rows = read_records(Row, tmp_path / "out" / "coord_check.csv")
-    assert len({(r.recipe, r.width, r.depth) for r in rows}) == 3 * 2 * 3
-    assert {r.step for r in rows} == set(range(1, 11))
+    assert len({(r.recipe, r.width, r.depth) for r in rows}) == 3 * 2 * len(depths.split(","))
+    assert {r.step for r in rows} == set(range(1, steps + 1))
     spreads = {recipe: coord_check.spread(rows, recipe) for recipe in RECIPES}
-    assert spreads["completep"] < 2 < 4 < spreads["mup"] and 8 < spreads["standard"], spreads
+    flat, deep, wide = bounds
+    assert spreads["completep"] < flat < deep < spreads["mup"] and wide < spreads["standard"], spreads
     # at the base shape every recipe is the same training run
-    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step, r.layer) == (64, 2, 10, LAST_BLOCK)}
+    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step, r.layer) == (64, 2, steps, LAST_BLOCK)}
     assert len(set(base.values())) == 1 and set(base) == set(RECIPES)
     assert (tmp_path / "out" / "coord_check.png").stat().st_size > 20_000
 

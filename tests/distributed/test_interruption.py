@@ -6,17 +6,23 @@ import re
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.test_pretrain import ROOT, config, folder, metrics, summary  # noqa: F401 - folder is a fixture
-from tests.harness import Launched, launch
+from tests.distributed.test_pretrain import (  # noqa: F401 - folder is a fixture
+    ROOT,
+    config,
+    folder,
+    metrics,
+    run_script,
+    summary,
+)
+from tests.harness import Launched, launch, slow
 
 SCRIPT = ROOT / "launch_scripts" / "pretrain_gpt.py"
+WARNING = r"\w+Warning: .*"  # `startup.quiet` knows every message of an ordinary run
 
 
-@pytest.mark.parametrize(
-    ("zero", "steps"),
-    [pytest.param(1, 60, marks=pytest.mark.slow), pytest.param(3, 60, marks=pytest.mark.slow), (3, 30)],
-)
-def test_killed_after_half_the_steps_and_resumed(folder, zero, steps):  # noqa: F811
+@pytest.mark.parametrize(("zero", "steps", "all_launched"), [slow(1, 60, True), slow(3, 60, True), (3, 30, False)])
+def test_killed_after_half_the_steps_and_resumed(workers, folder, zero, steps, all_launched):  # noqa: F811
+    """``all_launched``: the uninterrupted run and the resumed one as well; else their ranks are forked ones."""
     settings = config(zero_optimization__stage=zero)
     saved = steps // 2
     settings["training"] |= {"steps": steps, "save_interval": saved, "log_interval": 1, "eval_interval": 10}
@@ -26,17 +32,25 @@ def test_killed_after_half_the_steps_and_resumed(folder, zero, steps):  # noqa: 
     arguments = [SCRIPT, "--deepspeed_config", path, "--data", folder / "text"]
     arguments += ["--runs", folder / "runs", "--cache", folder / "cache", "--name"]
 
-    ended = launch([*arguments, "whole"], ranks=2, timeout=120)
-    assert ended.returncode == 0, ended.stdout
-    assert not re.findall(r"\w+Warning: .*", ended.stdout)  # `startup.quiet` knows every message of an ordinary run
+    def run_to_the_end(name, *flags):
+        if not all_launched:
+            workers(2).run(run_script, str(folder), name, settings, *flags)
+            return
+        ended = launch([*arguments, name, *flags], ranks=2, timeout=120)
+        assert ended.returncode == 0, ended.stdout
+        assert not re.findall(WARNING, ended.stdout)
+        assert not flags or f"resumed from step {saved}" in ended.stdout
+
+    run_to_the_end("whole")
     cut = folder / "runs" / "cut"
     with Launched([*arguments, "cut"], ranks=2) as launched:
         launched.wait_for_file(cut / "metrics.csv", f"\n{saved + 3},", timeout=120)
         launched.kill()
+        assert not re.findall(WARNING, launched.output)
     assert not (cut / "summary.json").exists()
-    ended = launch([*arguments, "cut", "--resume"], ranks=2, timeout=120)
-    assert ended.returncode == 0, ended.stdout
-    assert f"resumed from step {saved}" in ended.stdout
+    before = (cut / "metrics.csv").read_text().splitlines()[: 1 + saved]
+    run_to_the_end("cut", "--resume")
+    assert (cut / "metrics.csv").read_text().splitlines()[: 1 + saved] == before  # times too: not trained again
 
     whole = metrics(folder, "whole")
     assert whole["step"] == list(range(1, steps + 1)) and len(set(whole["length"])) == 4

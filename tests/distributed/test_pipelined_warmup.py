@@ -13,6 +13,7 @@ import torch.distributed as dist
 import ds_plugin
 from tests.distributed import pipelined
 from tests.distributed.pipelined import BATCH, LENGTH, LR, MICRO, Layout
+from tests.harness import slow
 
 # 4 + 12 * step / 6 tokens: 6, 8, 10, 12, 14, 16, 16
 WARMUP = {
@@ -128,9 +129,14 @@ def name_of(layout):
 
 
 CASES = [(layout, mode) for layout in LAYOUTS for mode in MODES if layout.pipe < 3 or mode == "carry"]
+USUAL = {"pp1-dp2-tp1-carry", "pp2-dp1-tp1-truncate", "pp3-dp1-tp1-carry", "pp2-dp2-tp2-truncate"}
+NAMED = {f"{name_of(layout)}-{mode}": (layout, mode) for layout, mode in CASES}
 
 
-@pytest.mark.parametrize(("layout", "mode"), CASES, ids=[f"{name_of(layout)}-{mode}" for layout, mode in CASES])
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    [(pytest.param if name in USUAL else slow)(*case, id=name) for name, case in NAMED.items()],
+)
 def test_every_layout_trains_what_the_schedule_says(once, layout, mode):
     expected = once(2, by_hand, mode)[0]
     passes = min(layout.pipe + 1, layout.accumulation)  # the preflight's
@@ -144,7 +150,7 @@ def test_every_layout_trains_what_the_schedule_says(once, layout, mode):
         assert found["ledger"] == [tuple(n * BATCH * MICRO for n in ledger) for ledger in LEDGERS[mode]]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [slow("truncate"), "carry"])
 def test_evaluations_leave_training_alone(once, mode):
     layout = Layout(pipe=2, data=2)
     both = [once(layout.ranks, trained, layout, mode, evaluations)[0][0] for evaluations in (True, False)]
@@ -241,7 +247,7 @@ def with_batch_function(mode, when):
     return losses, evaluations
 
 
-@pytest.mark.parametrize(("mode", "when"), [("truncate", "before"), ("truncate", "after"), ("carry", "after")])
+@pytest.mark.parametrize(("mode", "when"), [("truncate", "before"), slow("truncate", "after"), ("carry", "after")])
 def test_a_batch_function_sees_full_length_micro_batches(workers, once, mode, when):
     expected = once(2, trained, Layout(pipe=2), mode)[0][0]
     for losses, evaluations in workers(2).run(with_batch_function, mode, when):
@@ -264,7 +270,7 @@ def with_one_reader(layout, mode):
     return [engine.train_batch(data).item() for _ in range(STEPS)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [slow("truncate"), "carry"])
 def test_one_rank_may_read_for_its_tensor_parallel_group(workers, once, mode):
     expected = once(2, by_hand, mode)[0]["losses"]
     layout = Layout(pipe=2, tensor=2)
@@ -348,10 +354,10 @@ RECOMPUTE = {"activation_checkpoint_interval": 1, "use_reentrant": False}
 @pytest.mark.parametrize(
     ("layout", "zero", "precision", "sections", "settings", "reader"),
     [
-        (Layout(pipe=2), 0, "fp32", {}, {"seed_layers": True}, "an iterator"),
+        slow(Layout(pipe=2), 0, "fp32", {}, {"seed_layers": True}, "an iterator"),
         (Layout(pipe=3), 1, "fp32", {"pipeline": RECOMPUTE}, {}, "carry"),
         (Layout(pipe=2, data=2), 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}, {}, "an iterator"),
-        (Layout(pipe=2), 0, "bf16", {}, {"dynamic_shape": True}, "the engine's own"),
+        slow(Layout(pipe=2), 0, "bf16", {}, {"dynamic_shape": True}, "the engine's own"),
         (Layout(), 1, "bf16", {}, {}, "the engine's own"),
     ],
     ids=["zero0-fp32", "zero1-fp32-carry", "zero1-bf16-fp32", "zero0-bf16-loader", "one-stage"],
@@ -412,7 +418,7 @@ def resumed(folder, mode):
     return train(engine, data if mode == "carry" else source(engine, mode), STEPS - INTERRUPTED)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [slow("truncate"), "carry"])
 def test_a_resumed_run_is_the_uninterrupted_one(workers, once, tmp_path, mode):
     whole = workers(RESUMED.ranks).run(uninterrupted, str(tmp_path), mode)
     expected = once(RESUMED.ranks, trained, RESUMED, mode, True)[0][0]

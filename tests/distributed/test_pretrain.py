@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from launch_scripts.gpt.folder import read_metrics
 from megatron_patches import megatron_on_cpu
+from tests.harness import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -107,9 +109,10 @@ def files(path):
     return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_fp32_losses_agree_across_stages_and_layouts(workers, folder):
+@pytest.mark.parametrize("others", [[(2, 3, 1), (4, 1, 2)], slow([(2, 1, 1), (2, 2, 1)])], ids=["some", "the rest"])
+def test_fp32_losses_agree_across_stages_and_layouts(workers, folder, others):
     runs = {}
-    for ranks, zero, tensor_parallel in [(2, 0, 1), (2, 1, 1), (2, 2, 1), (2, 3, 1), (4, 1, 2)]:
+    for ranks, zero, tensor_parallel in [(2, 0, 1), *others]:
         name = f"zero{zero}tp{tensor_parallel}"
         compared = workers(ranks).run(
             run_script, str(folder), name, config(zero_optimization__stage=zero, model__tensor_parallel=tensor_parallel)
@@ -152,7 +155,7 @@ def test_the_summary_is_what_was_measured(workers, folder):
     assert sum(t.numel() for t in averaged.values()) == found["parameters"]
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [slow(0), 1, 2, slow(3)])
 def test_bf16_trains(workers, folder, zero):
     workers(2).run(run_script, str(folder), "bf16", config(), "--precision", "bf16", "--zero-stage", str(zero))
     rows = metrics(folder, "bf16")
@@ -173,8 +176,8 @@ def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, fold
     settings["sequence_length_warmup"] |= warmup
     pool.run(run_script, str(folder), "whole", settings)
     # what an interruption after step 13 leaves: the checkpoint of step 10 and three rows more
-    pool.run(run_script, str(folder), "cut", settings)
     cut = folder / "runs" / "cut"
+    shutil.copytree(folder / "runs" / "whole", cut)
     (cut / "summary.json").unlink()
     (cut / "checkpoints" / "latest").write_text("step00000010")
     lines = (cut / "metrics.csv").read_text().splitlines(keepends=True)

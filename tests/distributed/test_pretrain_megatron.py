@@ -21,6 +21,7 @@ from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, PluginError
 from megatron_patches.training_loop import preflight
 from tests.distributed import plain
+from tests.harness import slow
 from tests.reference import averaging
 
 FOLDER = Path(__file__).resolve().parents[1] / "reference" / "megatron_loop"
@@ -202,7 +203,7 @@ def of_adam(training):
     training.setup_model_and_optimizer, training.evaluate_and_print_results = set_up, with_states
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [slow("tensor"), "pipeline", "data"])
 def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
     """Passes at full length before the first short iteration, of a resumed run, too: everything else is as without."""
     options = {**LAYOUTS[layout], "dropout": 0.1, "save": str(tmp_path / "run"), "save_interval": 2}

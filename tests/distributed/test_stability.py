@@ -15,6 +15,7 @@ from ds_plugin.core.errors import StateError
 from ds_plugin.core.loss_statistics import StabilityMonitor, adam_variance
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from tests.distributed import plain
+from tests.harness import slow
 from tests.reference import stability as reference
 
 ACCUMULATION = 2
@@ -68,19 +69,19 @@ def _against_gathered(zero, precision, extra, sections):
 
 LAYOUTS = [
     # ranks, stage, precision, more of zero_optimization, more of the JSON
-    (1, 0, "fp32", {}, {}),
+    slow(1, 0, "fp32", {}, {}),
     (3, 0, "fp32", {}, {}),
     (3, 1, "fp32", {}, {}),
-    (3, 2, "fp32", {}, {}),
-    (3, 3, "fp32", {}, {}),
+    slow(3, 2, "fp32", {}, {}),
+    slow(3, 3, "fp32", {}, {}),
     (2, 3, "fp32", {"sub_group_size": 300}, {}),
-    (2, 0, "bf16", {}, {}),
-    (2, 1, "bf16", {}, {}),
+    slow(2, 0, "bf16", {}, {}),
+    slow(2, 1, "bf16", {}, {}),
     (2, 2, "bf16", {}, {}),
     (3, 3, "bf16", {}, {}),
     (2, 1, "bf16", {}, {"data_types": {"grad_accum_dtype": "fp32"}}),  # BF16_Optimizer
     (2, 2, "fp32", {"offload_optimizer": {"device": "cpu"}}, {}),
-    (2, 3, "bf16", {"offload_optimizer": {"device": "cpu"}}, {}),
+    slow(2, 3, "bf16", {"offload_optimizer": {"device": "cpu"}}, {}),
 ]
 
 
@@ -143,7 +144,7 @@ def _against_one_process(zero):
     return losses, expected, reports
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero", [0, slow(1), slow(2), 3])
 def test_equals_one_process(workers, zero):
     for losses, expected, reports in workers(2).run(_against_one_process, zero):
         assert [report.loss_ratio for report in reports[1:]] == pytest.approx(reference.ratios(losses), rel=1e-4)
@@ -404,7 +405,9 @@ def _resume(zero, precision, folder):
     return run(False), run(True)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("zero", "precision"), [slow(0, "fp32"), (0, "bf16"), slow(1, "bf16"), slow(2, "fp32"), (3, "fp32")]
+)
 def test_a_resumed_run_reports_what_an_uninterrupted_one_does(workers, tmp_path, zero, precision):
     results = workers(2).run(_resume, zero, precision, str(tmp_path))
     for whole, resumed in results:

@@ -10,7 +10,7 @@ import pytest
 
 from launch_scripts.gpt import settings
 from tests.distributed.test_pretrain import ROOT, config, folder, metrics  # noqa: F401 - folder is a fixture
-from tests.harness import RANK_ENV
+from tests.harness import RANK_ENV, slow
 
 
 def tune(folder, json_config, *flags):  # noqa: F811
@@ -59,7 +59,7 @@ def test_a_search_finds_a_json_that_the_script_takes(folder):  # noqa: F811
 @pytest.mark.parametrize(
     ("launcher", "lr", "outcome"),
     [
-        ("deepspeed --num_accelerators 1 --master_port 29618", 1.0, "fluctuated"),
+        slow("deepspeed --num_accelerators 1 --master_port 29618", 1.0, "fluctuated"),
         ("torchrun --nproc_per_node 1 --master_port 29619", 100.0, "diverged"),
     ],
 )

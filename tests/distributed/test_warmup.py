@@ -17,6 +17,7 @@ from ds_plugin.core.loss_statistics import LossRatio
 from megatron_patches import megatron_on_cpu
 from megatron_patches.models import gpt
 from tests.distributed import plain
+from tests.harness import slow
 
 MICROS = 3  # accumulation steps
 # 4 + 12 * t / 8, floored to 4: 4 4 8 8 8 12 12 16; then full
@@ -85,7 +86,7 @@ def _whole(zero, steps):
     return run(*carry(zero), steps)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, slow(2), 4])
 def test_every_token_read_is_trained_exactly_once(workers, ranks):
     by_rank = workers(ranks).run(_carried_run, 24)
     samples = ranks * plain.MICRO * MICROS
@@ -103,7 +104,7 @@ def test_every_token_read_is_trained_exactly_once(workers, ranks):
     assert [[row[0] for row in rows] for rows in by_rank] == [lengths] * ranks
 
 
-@pytest.mark.parametrize(("zero", "before"), [(0, 1), (1, 4), (3, 7), (2, 12)])
+@pytest.mark.parametrize(("zero", "before"), [(0, 1), slow(1, 4), (3, 7), slow(2, 12)])
 def test_killed_and_resumed_it_trains_the_same(workers, tmp_path, zero, before):
     pool = workers(2)
     resumed = pool.run(_killed_and_resumed, str(tmp_path), zero, before, 16)
@@ -506,13 +507,13 @@ def _trained(zero, precision, preflight, mode, accumulation=1, offload=False):
 @pytest.mark.parametrize(
     ("zero", "precision", "mode", "accumulation", "offload"),
     [
-        (0, "fp32", "truncate", 2, False),
+        slow(0, "fp32", "truncate", 2, False),
         (0, "fp16", "truncate", 1, False),
-        (1, "bf16", "truncate", 1, False),
+        slow(1, "bf16", "truncate", 1, False),
         (1, "fp32", "truncate", 2, True),
         (2, "fp32", "carry", 1, False),
-        (2, "bf16", "truncate", 2, True),
-        (3, "fp32", "truncate", 1, False),
+        slow(2, "bf16", "truncate", 2, True),
+        slow(3, "fp32", "truncate", 1, False),
         (3, "bf16", "truncate", 2, True),
     ],
 )

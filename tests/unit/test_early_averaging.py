@@ -1,5 +1,6 @@
 """The benchmark of early averaging: its arithmetic by hand, and a miniature of it. Losses are for the real one."""
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ def _miniature(out, text, cache):
     bench.common.start()
     plan, out, cache = replace(bench.SMOKE, data=text), Path(out), Path(cache)
     settings = bench.settings_of(plan, [1]) + bench.spiked(plan, [1])
-    points = bench.sweep(settings, plan, cache, out / "curves.csv")
+    sweep = bench.Sweep(out, {bench.Point: "curves.csv"}, functools.partial(bench.train, plan=plan, cache=cache))
+    sweep.train(settings)
+    points = sweep.rows[bench.Point]
     bench.report(points, plan, out)
-    bench.train = None  # everything is there
-    assert bench.sweep(settings, plan, cache, out / "curves.csv") == points
+    again = bench.Sweep(out, {bench.Point: "curves.csv"}, None)
+    again.train(settings)  # everything is there
+    assert again.rows[bench.Point] == points
     return [vars(p) for p in points], [vars(r) for r in bench.summary(points)]
 
 
@@ -30,10 +34,11 @@ def _watched(text, cache):
     bench = harness.benchmark("early_averaging")
     bench.common.start()
     plan, cache = replace(bench.SMOKE, data=text), Path(cache)
-    constant = bench.Setting("constant", 1e-2, 1)
+    constant = bench.Setting("constant", 1e-2, 1, "")
     unwatched = replace(plan, regimes={"constant": replace(plan.regimes["constant"], averages={})})
-    _, alone = bench.train(constant, unwatched, cache)
-    points, watched = bench.train(constant, plan, cache)
+    alone, watched, spiked = [], [], []
+    bench.train(constant, unwatched, cache, alone)
+    points = bench.train(constant, plan, cache, watched)
     small = bench.small_runs
     rates, masters, build = [], [], small.build
 
@@ -51,7 +56,7 @@ def _watched(text, cache):
         return engine, text
 
     small.build = built
-    _, spiked = bench.train(replace(constant, after="on"), plan, cache)
+    bench.train(replace(constant, after="on"), plan, cache, spiked)
     small.build = build
     engine, expected = built.engine, {}
     text = small.corpus.prepare(text, tokenizer=None, cache_dir=cache)
@@ -155,4 +160,4 @@ def test_recovery_from_a_spike_by_hand():
         ("reset", "raw"): (3.0, math.inf, 2.2),
     }
     lines = bench.spike_table(rows.values())
-    assert len(lines) == 2 + 4 and "never" in lines[-1] and lines[2].startswith("| 0.1 | on | raw | 2.000 | 6.000")
+    assert len(lines) == 2 + 4 and "never" in lines[-1] and lines[3].startswith("| 0.1 | on | raw | 2.000 | 6.000")

@@ -8,7 +8,7 @@ import deepspeed
 import pytest
 import torch
 
-from tests.harness import Launched, WorkerError, WorkerPools, launch
+from tests.harness import Launched, WorkerError, WorkerPools, launch, slow
 
 
 def _rank_and_sum(offset: int, scale: int = 1) -> tuple[int, float, float]:
@@ -216,7 +216,7 @@ def _train(stage: int, tensor_parallel: int = 1) -> tuple[int, list[float]]:
     return engine.dp_world_size, losses
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [slow(2), slow(3), 4])
 def test_deepspeed_engines_follow_one_another(workers: WorkerPools, ranks: int) -> None:
     # Every layout follows one that leaves other groups, hooks and patched constructors behind.
     layouts = [(1, 1), (3, 1), (1, 2), (3, 1), (1, 1)] if ranks % 2 == 0 else [(1, 1), (3, 1), (1, 1)]
@@ -270,6 +270,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow  # test_bad_input.py starts a launcher whose ranks fail
 def test_launch_returns_output_and_exit_code(script: Path) -> None:
     done = launch([script, "--fail"], ranks=2, timeout=60)
     assert done.returncode == 3
@@ -278,6 +279,7 @@ def test_launch_returns_output_and_exit_code(script: Path) -> None:
     assert 0 < done.seconds < 60
 
 
+@pytest.mark.slow  # test_interruption.py kills one
 def test_launched_group_can_be_killed(script: Path) -> None:
     with Launched([script, "--sleep"], ranks=2) as launched:
         launched.wait_for("rank 0 of 2", timeout=60)

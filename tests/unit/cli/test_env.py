@@ -1,21 +1,26 @@
 """``ds-plugin env``."""
 
-import subprocess
-import sys
+import contextlib
+import io
 from importlib.metadata import version
 
 from ds_plugin.cli import env
 from ds_plugin.cli.main import main
 
 
-def test_env_names_versions_accelerator_options_and_patches():
-    ended = subprocess.run([sys.executable, "-m", "ds_plugin", "env"], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    rows = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines() if not line.startswith("active patches"))
+def _said():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["env"]) == 0
+    return said.getvalue()
+
+
+def test_env_names_versions_accelerator_options_and_patches(workers):
+    [said] = workers(1).run(_said)  # nothing is patched there
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines() if not line.startswith("active patches"))
     assert rows["deepspeed"] == version("deepspeed") and rows["torch"] == version("torch")
     assert rows["accelerator"].split()[0].rstrip(",") in ("cpu", "1", "2", "4", "8")
     assert {"apex", "transformer-engine", "tensorboard"} <= set(rows)
-    assert ended.stdout.splitlines()[-1].split() == ["active", "patches", "none"]
+    assert said.splitlines()[-1].split() == ["active", "patches", "none"]
 
 
 def test_active_patches_are_listed(capsys):

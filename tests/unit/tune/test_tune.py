@@ -313,14 +313,17 @@ def left(folder):
     return found
 
 
-def test_no_process_is_left_behind(tmp_path, tune):
+def test_no_process_is_left_behind(tmp_path, tune, monkeypatch):
+    monkeypatch.setattr(trial_module, "GRACE_SECONDS", 1.0)
     assert tune("--- --hang")[0] == 0  # each with a child in a session of its own that ignores SIGTERM
     assert started(tmp_path) == TRIALS and left(tmp_path) == []
 
 
 def test_ctrl_c_ends_the_trial(tmp_path, tune, monkeypatch):
     def interrupt(*_):
-        assert left(tmp_path)
+        deadline = time.monotonic() + 60
+        while len(left(tmp_path)) < 2 and time.monotonic() < deadline:  # the script and its child
+            time.sleep(0.05)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trial_module, "judge", interrupt)
