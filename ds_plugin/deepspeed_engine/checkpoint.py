@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,12 +23,14 @@ from deepspeed.utils import logger
 from safetensors import SafetensorError
 
 from ds_plugin.config import PluginConfig
+from ds_plugin.core import seals
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
 from ds_plugin.core.files import atomic_write, write_text
 from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.seals import Sealer
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.completep import CompleteP
-from ds_plugin.deepspeed_engine.ranks import from_rank_0, gathered
+from ds_plugin.deepspeed_engine.ranks import from_rank_0, gathered, warn
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.spike import SpikeWatch
@@ -48,10 +51,15 @@ class Methods(Protocol):
     averager: WeightAverager | None
     spikes: SpikeWatch | None
     completep: CompleteP | None
+    sealer: Sealer
+    verify: bool
 
 
-def save(plugin: Methods, folder: Path) -> None:
-    """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise."""
+def save(plugin: Methods, folder: Path) -> str:
+    """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise.
+
+    Returns the save's id.
+    """
     engine = plugin.engine
     save_id = from_rank_0(lambda: uuid.uuid4().hex)
     manifest = {
@@ -64,12 +72,47 @@ def save(plugin: Methods, folder: Path) -> None:
         "model": _shapes(plugin),
         "state": _state(plugin),
     }
+    share = _share(plugin)
     with raise_on_all_ranks(), _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        plugin.sealer.open(folder, share["index"])
         if plugin.averager is not None:
             window_files.save(folder, plugin.averager, save_id=save_id, **_place(plugin))
         if (engine.local_rank if engine.use_node_local_storage() else dist.get_rank()) == 0:
             write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    return save_id
+
+
+def seal(plugin: Methods, folder: Path, save_id: str) -> None:
+    """Begin to seal the tag folder, when all ranks have written all of it. Every rank calls it.
+
+    Where DeepSpeed still writes its files, in the background, ours alone are sealed.
+    """
+    ours = [folder / MANIFEST, *folder.glob(window_files.shard_name(0).replace("00000", "*"))]
+    parts = ours if plugin.engine.checkpoint_engine.is_decoupled() else [folder]
+    plugin.sealer.close(folder, parts, save_id=save_id, **_share(plugin))
+
+
+def verify(plugin: Methods, folder: Path) -> None:
+    """Compare the tag folder, DeepSpeed's own files included, with its seals. Every rank calls it.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another save; nothing has been loaded yet.
+    """
+    plugin.sealer.wait()
+    if plugin.verify:
+        share = _share(plugin)
+        with raise_on_all_ranks():
+            for unseen in seals.verify(folder, **share):
+                warn("%s: not all of this checkpoint could be compared with what was saved", unseen)
+
+
+def _share(plugin: Methods) -> dict[str, int]:
+    """Which of the processes that see this rank's folder this is, and of how many."""
+    if plugin.engine.use_node_local_storage():
+        here, nodes = socket.gethostname(), gathered(socket.gethostname())
+        return {"index": nodes[: dist.get_rank()].count(here), "of": nodes.count(here)}
+    return {"index": dist.get_rank(), "of": dist.get_world_size()}
 
 
 @contextlib.contextmanager
@@ -179,7 +222,10 @@ def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
     if tag is None:
         remedy = "give the folder that engine.load_checkpoint() was given, or tag= beside it"
         raise CheckpointError(f"resume_from: {folder} names no latest checkpoint; {remedy}")
-    load(plugin, folder / tag, check(plugin, folder / tag, same_optimizer=False, universal=universal))
+    manifest = check(plugin, folder / tag, same_optimizer=False, universal=universal)
+    if manifest is not None:
+        verify(plugin, folder / tag)
+    load(plugin, folder / tag, manifest)
 
 
 def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:
@@ -228,6 +274,9 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     )
     for name in empty:
         shutil.rmtree(target / "zero" / name)
+    sealer = Sealer()
+    sealer.close(target, [target], save_id=uuid.uuid4().hex, index=0, of=1)
+    sealer.wait()
 
 
 def _windows(folder: Path) -> list[Path]:

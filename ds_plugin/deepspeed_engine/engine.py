@@ -28,6 +28,7 @@ from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.core.replaced import replaced
+from ds_plugin.core.seals import Sealer
 from ds_plugin.deepspeed_engine import checkpoint, compat, publish, readings
 from ds_plugin.deepspeed_engine.backward import BackwardPasses
 from ds_plugin.deepspeed_engine.completep import CompleteP
@@ -58,6 +59,9 @@ class Plugin:
         self._pipeline: PipelineLengths | None = None
         self._scheduler: TokenScheduler | None = None
         self._passes: BackwardPasses | None = None
+        self.sealer = Sealer()
+        #: whether a checkpoint's files are compared with what was saved, before anything is loaded
+        self.verify = True
         with self._undone_on_error():
             section = config.sequence_length_warmup
             self.warmup = SequenceLengthWarmup(engine, section, shorten) if section is not None else None
@@ -372,7 +376,7 @@ class Plugin:
             self._between_steps()
         tag, root = call.arguments["tag"], Path(call.arguments["save_dir"])
         call.arguments["tag"] = tag = str(tag) if tag is not None else f"global_step{self.engine.global_steps}"
-        checkpoint.save(self, root / tag)
+        save_id = checkpoint.save(self, root / tag)
         latest = call.arguments["save_latest"] and not self.engine.checkpoint_engine.is_decoupled()
         if latest:  # DeepSpeed would write it in place; a crash there would leave it empty
             call.arguments["save_latest"] = False
@@ -383,6 +387,7 @@ class Plugin:
                     write_text(root / "latest", tag)
         if averager is not None:
             publish.publish_with_checkpoint(self.engine, averager, root / tag)
+        checkpoint.seal(self, root / tag, save_id)
         return result
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -402,6 +407,8 @@ class Plugin:
             same_optimizer=optimizer_too,
             universal=universal,
         )
+        if manifest is not None:
+            checkpoint.verify(self, root / tag)
         groups = self.completep.state() if universal and self.completep is not None else []
         result = self._own["load_checkpoint"](*call.args, **call.kwargs)
         if result[0] is None:
