@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ran
 from ds_plugin.core.files import atomic_write, write_text
 from ds_plugin.core.manifest import MANIFEST
 from ds_plugin.core.ranks import gathered, warn
+from ds_plugin.core.seals import Sealer
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.completep import CompleteP
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
@@ -46,10 +48,12 @@ class Methods(Protocol):
     averager: WeightAverager | None
     spikes: SpikeWatch | None
     completep: CompleteP | None
+    sealer: Sealer
 
 
-def save(plugin: Methods, folder: Path) -> None:
-    """Write the state of every enabled method into the tag folder. Every rank calls it; all succeed or all raise."""
+def save(plugin: Methods, folder: Path) -> str:
+    """Write the state of every enabled method into the tag folder; the save's id. Every rank calls it; all succeed or
+    all raise."""
     engine, averager = plugin.engine, plugin.averager
     save_id = gathered(uuid.uuid4().hex)[0]
     manifest = {
@@ -65,6 +69,7 @@ def save(plugin: Methods, folder: Path) -> None:
     with raise_on_all_ranks():
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            plugin.sealer.open(folder)
             if averager is not None:
                 window_files.save(folder, averager, save_id=save_id, **_place(engine))
             if compat.is_first_at(engine):
@@ -73,6 +78,21 @@ def save(plugin: Methods, folder: Path) -> None:
             what = f"{folder}: the methods' state cannot be written ({error})"
             remedy = "make room or give another folder, and save again: earlier checkpoints are as they were"
             raise CheckpointError(f"{what}; {remedy}") from error
+    return save_id
+
+
+def sealer(engine: Any) -> Sealer:
+    """For the checkpoints that this rank sees. Every rank calls it."""
+    if engine.use_node_local_storage():
+        here, nodes = socket.gethostname(), gathered(socket.gethostname())
+        return Sealer(nodes[: dist.get_rank()].count(here), nodes.count(here))
+    return Sealer(dist.get_rank(), dist.get_world_size())
+
+
+def seal(plugin: Methods, folder: Path, save_id: str) -> None:
+    """Begin to seal the tag folder, which all ranks have written; where DeepSpeed still writes, our own files alone."""
+    ours = [folder / MANIFEST, *folder.glob(window_files.shard_name(0).replace("00000", "*"))]
+    plugin.sealer.close(folder, ours if plugin.engine.checkpoint_engine.is_decoupled() else [folder], save_id)
 
 
 @contextlib.contextmanager
@@ -156,7 +176,10 @@ def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
     if tag is None:
         remedy = "give the folder that engine.load_checkpoint() was given, or tag= beside it"
         raise CheckpointError(f"resume_from: {folder} names no latest checkpoint; {remedy}")
-    load(plugin, folder / tag, check(plugin, folder / tag, same_optimizer=False))
+    manifest = check(plugin, folder / tag, same_optimizer=False)
+    if manifest is not None:
+        plugin.sealer.check(folder / tag)
+    load(plugin, folder / tag, manifest)
 
 
 def latest_tag(engine: Any, folder: Path) -> str | None:
@@ -219,6 +242,9 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     )
     for stand_in in empty:
         shutil.rmtree(stand_in)
+    own = Sealer(0, 1)
+    own.close(target, [target], uuid.uuid4().hex)
+    own.wait()
 
 
 def _state(plugin: Methods) -> dict[str, Any]:

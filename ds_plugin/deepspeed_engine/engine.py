@@ -60,6 +60,8 @@ class Plugin:
         self.engine, self.config = engine, config
         self.trained_length: int | None = None  # of the last step, in tokens; None without sequence length warmup
         self._own: dict[str, Callable[..., Any]] = {}  # the engine's methods that ours stand in for
+        #: compares a checkpoint's files with what was saved before anything is loaded; ``sealer.verify = False``: not
+        self.sealer = checkpoint.sealer(engine)
         with contextlib.ExitStack() as undo:
             self._build(shorten, undo)
             if resume_from is not None:
@@ -348,7 +350,7 @@ class Plugin:
             self._between_steps()
         given, root = call.arguments, Path(call.arguments["save_dir"])
         given["tag"] = str(given["tag"] if given["tag"] is not None else f"global_step{self.engine.global_steps}")
-        checkpoint.save(self, root / given["tag"])
+        save_id = checkpoint.save(self, root / given["tag"])
         latest = given["save_latest"] and not self.engine.checkpoint_engine.is_decoupled()
         if latest:  # DeepSpeed would write it in place; a crash there would leave it empty
             given["save_latest"] = False
@@ -359,6 +361,7 @@ class Plugin:
                     write_text(root / "latest", given["tag"])
         if averager is not None:
             publish.publish_with_checkpoint(self.engine, averager, root / given["tag"])
+        checkpoint.seal(self, root / given["tag"], save_id)
         return result
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -371,6 +374,8 @@ class Plugin:
         run, optimizer_too = not given["load_module_only"], given["load_optimizer_states"]
         same_model = given["custom_load_fn"] is None and given["load_module_strict"]
         manifest = checkpoint.check(self, folder, same_model=same_model, same_run=run, same_optimizer=optimizer_too)
+        if manifest is not None:
+            self.sealer.check(folder)
         completep = self.completep if self.engine.load_universal_checkpoint() else None
         groups = completep.state() if completep is not None else []
         result = self._own["load_checkpoint"](*call.args, **call.kwargs)

@@ -136,6 +136,7 @@ def _saved(folder, zero, section=SLIDING):
     engine = plain.make(_config(zero, "fp32", section))
     plain.train(engine, 3)
     engine.save_checkpoint(folder, tag="saved")
+    ds_plugin.get_plugin(engine).sealer.wait()
     return _average(engine)
 
 
@@ -163,7 +164,7 @@ def test_ordinary_checkpoints_where_deepspeed_loads_them(workers, tmp_path, save
 
 
 def _refused(folder, cases):
-    """What an engine of ZeRO 2 says to each damage, and whether its window was left empty."""
+    """What an engine of ZeRO 2 says to each damage, and whether its own window was left alone."""
     messages = {}
     for name, damage in cases.items():
         engine = plain.make(_config(2, "fp32", SLIDING))
@@ -177,7 +178,7 @@ def _refused(folder, cases):
             engine.load_checkpoint(folder, tag=name, load_optimizer_states=False)
         except PluginError as error:
             messages[name] = f"{type(error).__name__} {error}"
-        assert not ds_plugin.get_plugin(engine).has_average
+        assert ds_plugin.get_plugin(engine).averager.steps == [1]  # it was looked at before anything was loaded
     return messages
 
 
@@ -215,12 +216,12 @@ def _other_run(tag):
 
 
 REFUSED = {
-    "missing": (_missing, [shard_name(2), "is missing", "--tag"]),
-    "truncated": (_truncated, [shard_name(2), "damaged", "--tag"]),
-    "altered": (_altered, [shard_name(2), "damaged", "not those that were saved"]),
-    "altered_layout": (_altered_layout, [shard_name(1), "damaged", "metadata"]),
-    "other_rank": (_other_rank, [shard_name(1), "rank 0", "expects 1"]),
-    "other_run": (_other_run, [shard_name(1), "save_id"]),
+    "missing": (_missing, [shard_name(2), "missing", "no-verify"]),
+    "truncated": (_truncated, [shard_name(2), "bytes", "no-verify"]),
+    "altered": (_altered, [shard_name(2), "no-verify"]),
+    "altered_layout": (_altered_layout, [shard_name(1), "no-verify"]),
+    "other_rank": (_other_rank, [shard_name(1), "no-verify"]),
+    "other_run": (_other_run, [shard_name(1), "no-verify"]),
 }
 
 

@@ -1,7 +1,9 @@
 """A run killed in mid-step and resumed, under the real launcher."""
 
 import json
+import random
 import re
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -59,3 +61,35 @@ def test_killed_after_half_the_steps_and_resumed(workers, folder, zero, steps, a
     assert summary(folder, "cut")["averaged_steps"] == summary(folder, "whole")["averaged_steps"] == last
     first, second = (load_file(folder / "runs" / name / "averaged.safetensors") for name in ("whole", "cut"))
     assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("zero", [1, 3])
+def test_killed_fifteen_times_at_any_moment(folder, zero, record_property):  # noqa: F811
+    """In a step, in a save, while it is sealed, at the start: what is on disk then carries the run on bit for bit."""
+    steps, rounds, moments = 400, 15, random.Random(zero)
+    settings = config(zero_optimization__stage=zero)
+    settings["training"] |= {"steps": steps, "save_interval": 3, "log_interval": 1, "eval_interval": 50}
+    settings["sequence_length_warmup"]["duration"] = {"steps": steps // 2}
+    path = folder / "config.json"
+    path.write_text(json.dumps(settings))
+    arguments = [SCRIPT, "--deepspeed_config", path, "--data", folder / "text"]
+    arguments += ["--runs", folder / "runs", "--cache", folder / "cache", "--name"]
+    ended = launch([*arguments, "whole"], ranks=2, timeout=600)
+    assert ended.returncode == 0, ended.stdout
+
+    cut = folder / "runs" / "cut" / "metrics.csv"
+    for number in range(rounds):
+        trained = len(cut.read_text().splitlines()) if number else 1
+        with Launched([*arguments, "cut", *(["--resume"] if number else [])], ranks=2) as launched:
+            launched.wait_for_file(cut, f"\n{trained + 5},", timeout=300)
+            time.sleep(moments.uniform(0, 0.5))
+            launched.kill()
+    assert not (cut.parent / "summary.json").exists(), "the run ended before it was killed so often"
+    ended = launch([*arguments, "cut", "--resume"], ranks=2, timeout=600)
+    assert ended.returncode == 0, ended.stdout
+    assert metrics(folder, "cut") == metrics(folder, "whole")
+    first, second = (load_file(folder / "runs" / name / "averaged.safetensors") for name in ("whole", "cut"))
+    assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
+    record_property("kills", {"tried": rounds, "clear": rounds, "silent": 0, "hung": 0, "lost": 0})
