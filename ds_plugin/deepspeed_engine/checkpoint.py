@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write, write_text
-from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.files import atomic_write, parse_json, read_json, read_tag, write_text
+from ds_plugin.core.manifest import MANIFEST, Manifest
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.completep import CompleteP
 from ds_plugin.deepspeed_engine.ranks import from_rank_0, gathered
@@ -35,6 +35,7 @@ from ds_plugin.weight_averaging.state import files as window_files
 from ds_plugin.weight_averaging.state.fragments import plain_name
 
 FORMAT = 2
+_ANOTHER = "restore it, or resume from another checkpoint"
 _CONVERT = "ds-plugin to-universal FOLDER TARGET"
 _FILES_OF_STAGE = {0: 0, 1: 1, 2: 1, 3: 3}  # of ZeRO: stages 1 and 2 write the same
 
@@ -113,14 +114,14 @@ def check(
         CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
     """
     path = folder / MANIFEST
-    exists, text = from_rank_0(lambda: (folder.is_dir(), path.read_text("utf-8") if path.is_file() else None))
+    exists, data = from_rank_0(lambda: (folder.is_dir(), path.read_bytes() if path.is_file() else None))
     here, missing = _shapes(plugin), f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin"
     with raise_on_all_ranks():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
-        if text is not None:
+        if data is not None:
             with _readable(path, "resume from"):
-                manifest: dict[str, Any] = json.loads(text)
+                manifest: dict[str, Any] = parse_json(data, path, Manifest, remedy=_ANOTHER)
                 _compare(plugin, manifest, path, here if same_model else None)
                 if same_run:
                     _compare_runs(plugin, manifest, path)
@@ -234,7 +235,7 @@ def _windows(folder: Path) -> list[Path]:
     """The averaging window's files in ``folder`` that belong to its manifest: not those of an earlier, larger save."""
     path = folder / MANIFEST
     with _readable(path, "convert"):
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path, Manifest)
         ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
         found = [folder / window_files.shard_name(rank) for rank in range(ranks)]
     for path in found:
@@ -246,7 +247,7 @@ def _windows(folder: Path) -> list[Path]:
 def latest_tag(load_dir: str | Path, *, universal: bool = False) -> str | None:
     """The tag DeepSpeed would load from ``load_dir``, or None when there is none. Every rank calls it, rank 0 reads."""
     path = Path(load_dir) / ("latest_universal" if universal else "latest")
-    return from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
+    return from_rank_0(lambda: read_tag(path, remedy=_ANOTHER) if path.is_file() else None)
 
 
 def _state(plugin: Methods) -> dict[str, Any]:

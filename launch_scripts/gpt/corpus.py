@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch.distributed as dist
 
 from ds_plugin.core.errors import DataError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_path, atomic_write
+from ds_plugin.core.files import atomic_path, atomic_write, read_json
 from launch_scripts.gpt.text import STDLIB, TextFile, cut, document_limit, find_text_files, read_text
 from launch_scripts.gpt.tokens import Encoder, load_encoder
 
@@ -262,14 +262,8 @@ def _write_sidecar(path: Path, corpus: Corpus, **more: Any) -> None:
 
 
 def _read_sidecar(path: Path, prefix: Path, source: str) -> Corpus:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = {name: record[name] for name in Corpus.__dataclass_fields__}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"data: '{path}' is not a description that this program wrote ({error!r}); delete it and start again"
-        ) from error
-    return Corpus(**known | {"prefix": prefix, "source": source})
+    found: Corpus = read_json(path, Corpus, error=DataError, remedy="delete it and start again")
+    return replace(found, prefix=prefix, source=source)
 
 
 def _whole(prefix: Path) -> bool:

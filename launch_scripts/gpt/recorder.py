@@ -16,7 +16,7 @@ import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core import rng
 from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_write
+from ds_plugin.core.files import atomic_write, read_json, read_tag
 from ds_plugin.sequence_length_warmup.plan import plan
 from launch_scripts.gpt import report
 from launch_scripts.gpt.corpus import Corpus
@@ -202,7 +202,7 @@ class Recorder:
         """
         root = self.folder.checkpoints
         with raise_on_all_ranks():
-            tag = tag or (root / "latest").read_text().strip()
+            tag = tag or read_tag(root / "latest", remedy=f"give --tag one of {_tags(root)}")
             path = root / tag
             if not path.is_dir():
                 raise CheckpointError(f"resume: '{path}' does not exist; give --tag one of {_tags(root)}")
@@ -215,12 +215,8 @@ class Recorder:
         self.progress.message(f"resumed from step {self.engine.global_steps}")
 
     def _compare(self, path: Path) -> None:
-        try:
-            saved = json.loads((path / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"resume: '{path / 'run.json'}' cannot be read ({error}); give another --tag"
-            ) from None
+        wanted = {"format": Any, "steps": int, "seconds": float, "flops": float}
+        saved = read_json(path / "run.json", wanted, remedy="give another --tag")
         if saved.get("format") != FORMAT:
             raise CheckpointError(
                 f"resume: '{path / 'run.json'}' has format {saved.get('format')!r}, this version reads {FORMAT}; "
