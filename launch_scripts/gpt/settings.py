@@ -153,7 +153,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     model = parse_section(GPTConfig, "model", config.pop("model"))
     training = parse_section(TrainingConfig, "training", config.pop("training"))
     deepspeed, plugin = split_config(config)
-    json_check.check(deepspeed)
+    ranks, rest = divmod(dist.get_world_size() if dist.is_initialized() else 0, model.model_ranks)
+    json_check.check(deepspeed, ranks if ranks and not rest else None, auto=True)  # the rest is refused with the groups
     limit = training.steps or None
     training = _with_steps(config, training, model, plugin)
     _fill_auto(config, training, model, plugin)
