@@ -11,15 +11,17 @@ Importing this package is cheap: DeepSpeed is imported when one of the names bel
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_plugin.config import PluginConfig, split_config
+    from ds_plugin.config import PluginConfig
     from ds_plugin.deepspeed_engine.attach import attach, detach, get_plugin, initialize
     from ds_plugin.deepspeed_engine.engine import Plugin
+    from ds_plugin.deepspeed_engine.json_check import split_config
 
 __all__ = ["Plugin", "PluginConfig", "attach", "detach", "get_plugin", "initialize", "split_config"]
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("PluginConfig", "split_config"), "ds_plugin.config"),
+    "PluginConfig": "ds_plugin.config",
+    "split_config": "ds_plugin.deepspeed_engine.json_check",
     "Plugin": "ds_plugin.deepspeed_engine.engine",
 }
 

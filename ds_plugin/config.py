@@ -1,10 +1,9 @@
 """The JSON file: one section per method, taken out before DeepSpeed reads the rest."""
 
 import copy
-import json
 import logging
+import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.json_files import read_json, trouble
 from ds_plugin.core.settings_model import SectionConfig, nearest, parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.translate import translate
@@ -49,21 +49,21 @@ def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """A config given as a path or a mapping, as a dict of its own (the caller's is never changed).
 
     Raises:
-        ConfigError: the file does not exist, is not JSON, repeats a key, or does not hold an object.
+        ConfigError: the file cannot be read as a JSON object (`read_json` says why), or some value is nested too deep,
+            an integer beyond 64 bits, or a number that is not finite.
     """
-    if isinstance(source, Mapping):
-        return copy.deepcopy(dict(source))
-    try:
-        config = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_no_repeated_keys)
-    except OSError as error:
-        raise ConfigError(
-            f"config file {str(source)!r} cannot be read ({error.strerror}); give an existing JSON file"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"config file {str(source)!r} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"config file {str(source)!r} must hold a JSON object, got {type(config).__name__}")
-    return config
+    config, where = source, ""
+    if isinstance(source, (str, Path)):
+        where, remedy = f"{source}: ", "give a file with a JSON object"
+        config = read_json(Path(source), error=ConfigError, remedy=remedy)
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"the config is a {type(config).__name__}; give a path or a dict")
+    judged = dict(config)
+    if judged.get("steps_per_print") == math.inf:  # as Accelerate writes it
+        del judged["steps_per_print"]
+    if wrong := trouble(judged, settings=True):
+        raise ConfigError(f"{where}{wrong}; write another value")
+    return copy.deepcopy(dict(config))
 
 
 def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], PluginConfig]:
@@ -92,10 +92,3 @@ def say_once(notes: Iterable[str]) -> None:
         if os.environ.get("RANK", "0") == "0" and note not in _said:
             _said.add(note)
             logging.getLogger("ds_plugin").warning("%s", note)
-
-
-def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-    if repeated:
-        raise ConfigError(f"the config file repeats the key(s) {', '.join(repeated)}; keep one of each")
-    return dict(pairs)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from ds_plugin.completep import rules
 from ds_plugin.completep.rules import Multipliers, Ratios, Recipe, Role
-from ds_plugin.core.settings_model import SectionConfig
+from ds_plugin.core.settings_model import Layers, Ratio, SectionConfig, Width
 
 #: by recipe, the settings that it does not react to; the base's size is asked for all the same
 WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
@@ -22,11 +22,10 @@ class CompletePConfig(SectionConfig):
     """The base model, whose hyperparameters the JSON holds, and the depth exponent."""
 
     enabled: bool = False
-    base_width: int = Field(ge=1, description="hidden size of the model the hyperparameters were tuned on, e.g. 256")
-    base_depth: int = Field(ge=1, description="number of layers of the model the hyperparameters were tuned on, e.g. 2")
-    base_head_dim: int | None = Field(
+    base_width: Width = Field(description="hidden size of the model the hyperparameters were tuned on, e.g. 256")
+    base_depth: Layers = Field(description="number of layers of the model the hyperparameters were tuned on, e.g. 2")
+    base_head_dim: Width | None = Field(
         None,
-        ge=1,
         description="its head size, e.g. 64; null when this model's heads have the same size; 1 for 1/head size",
     )
     recipe: Recipe = Field(
@@ -40,8 +39,8 @@ class CompletePConfig(SectionConfig):
         "default forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
     )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
-    batch_ratio: float = Field(1.0, gt=0, description="completed_p: this run's batch in tokens over the base run's")
-    token_ratio: float = Field(1.0, gt=0, description="completed_p: this run's training tokens over the base run's")
+    batch_ratio: Ratio = Field(1.0, description="completed_p: this run's batch in tokens over the base run's")
+    token_ratio: Ratio = Field(1.0, description="completed_p: this run's training tokens over the base run's")
     eps_scope: Literal["table", "all"] = Field(
         "table",
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",

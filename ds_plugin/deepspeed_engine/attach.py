@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import copy
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ds_plugin.completep.supported import is_foreign_pipeline
 from ds_plugin.config import PluginConfig, split_config
 from ds_plugin.core.errors import ConfigError, StateError
 from ds_plugin.core.ranks import warn
-from ds_plugin.deepspeed_engine import compat, completep
+from ds_plugin.deepspeed_engine import compat, completep, json_check
 from ds_plugin.deepspeed_engine.engine import Plugin
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.sequence_length_warmup.slicing import Shorten
@@ -63,6 +64,7 @@ def initialize(
         what = "initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config)"
         raise ConfigError(f"{what}; {len(configs) or 'none'} were given")
     given["config"], sections = split_config(configs[0])
+    json_check.check(given["config"], _ranks(given["config"], model, mpu, mesh_param))
     if sections.weight_averaging is not None:
         refuse_nvme(given["config"])
     _refuse_conflicts(sections, model, mpu)
@@ -84,6 +86,19 @@ def initialize(
     if hasattr(args, "local_rank"):
         args.local_rank = engine.local_rank  # as DeepSpeed does to the arguments it is given
     return (engine, *rest[:-1], engine.lr_scheduler)  # type: ignore[return-value]
+
+
+def _ranks(config: Mapping[str, Any], model: Any, mpu: Any, mesh_param: Any) -> int | None:
+    """Data-parallel ranks as DeepSpeed will count them; None where it makes groups of its own."""
+    if mesh_param is not None or {"sequence_parallel_size", "data_parallel_size", "tensor_parallel"} & config.keys():
+        return None
+    mpu = model.mpu() if isinstance(model, deepspeed.PipelineModule) else mpu
+    if mpu is not None:
+        return mpu.get_data_parallel_world_size() if hasattr(mpu, "get_data_parallel_world_size") else None
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    world = os.environ.get("WORLD_SIZE", "")  # as launchers say it
+    return int(world) if world.isdecimal() else None
 
 
 def attach(
@@ -160,6 +175,8 @@ def _build(**given: Any) -> Any:
     token = _running.set(True)
     try:
         return _deepspeed_initialize(**given)
+    except AssertionError as error:  # DeepSpeed's way to refuse settings
+        raise ConfigError(f"deepspeed.initialize refuses the settings: {error}") from error
     finally:
         _running.reset(token)
 

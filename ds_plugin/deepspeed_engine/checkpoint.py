@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
 from ds_plugin.core.files import atomic_write, write_text
-from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.json_files import parse_json, read_json, read_tag
+from ds_plugin.core.manifest import MANIFEST, Manifest
 from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.core.seals import Sealer
 from ds_plugin.deepspeed_engine import compat
@@ -36,6 +37,7 @@ from ds_plugin.weight_averaging.state import files as window_files
 from ds_plugin.weight_averaging.state.fragments import plain_name
 
 FORMAT = 2
+_ANOTHER = "restore it, or resume from another checkpoint"
 _CONVERT = "ds-plugin to-universal FOLDER TARGET"
 
 
@@ -117,14 +119,14 @@ def check(
             Or it is missing and needed: for CompleteP, or the param groups' settings, which a universal one lacks.
     """
     path, universal = folder / MANIFEST, _universal(plugin.engine)
-    exists, text = from_rank_0(lambda: (folder.is_dir(), path.read_text("utf-8") if path.is_file() else None))
+    exists, data = from_rank_0(lambda: (folder.is_dir(), path.read_bytes() if path.is_file() else None))
     here, missing = _shapes(plugin.engine), f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin"
     with raise_on_all_ranks():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
-        if text is not None:
+        if data is not None:
             with _readable(path, "resume from"):
-                manifest: dict[str, Any] = json.loads(text)
+                manifest: dict[str, Any] = parse_json(data, path, Manifest, remedy=_ANOTHER)
                 _compare(plugin, manifest, path, here if same_model else None)
                 if same_run:
                     _compare_runs(plugin, manifest, path)
@@ -185,7 +187,7 @@ def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
 def latest_tag(engine: Any, folder: Path) -> str | None:
     """The tag DeepSpeed would load from ``folder``, or None when there is none. Every rank calls it, rank 0 reads."""
     path = folder / ("latest_universal" if _universal(engine) else "latest")
-    return from_rank_0(lambda: path.read_text("utf-8").strip() if path.is_file() else None)
+    return from_rank_0(lambda: read_tag(path, remedy=_ANOTHER) if path.is_file() else None)
 
 
 def _universal(engine: Any) -> bool:
@@ -210,7 +212,7 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     if not (path := folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} holds no {MANIFEST}; give a checkpoint's tag folder, saved with a method on")
     with _readable(path, "convert"):
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path, Manifest)
         ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
     windows = [folder / window_files.shard_name(rank) for rank in range(ranks)]
     if missing := [window for window in windows if not window.is_file()]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ds_plugin.config import PluginConfig, load_json, split_config
 from ds_plugin.core.arguments import MOST
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.settings_model import nearest, parse_section
+from ds_plugin.core.settings_model import Ranks, Rate, Tokens, nearest, parse_section
 from ds_plugin.deepspeed_engine import json_check
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.plan.costs import Layout
@@ -24,9 +24,9 @@ from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 MEGATRON = "megatron"
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _Size = Annotated[int, Field(ge=1, le=MOST, description="a whole number, 1 or more")]
-_Rate = Annotated[float, Field(ge=0, allow_inf_nan=False, description="a number, 0 or more")]
+_Rate = Annotated[Rate, Field(description="a number, 0 or more")]
+_Warmup = Annotated[float, Field(ge=0, le=1e15)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Training(BaseModel):
     model_config = ConfigDict(strict=True)
 
     steps: int = Field(0, ge=0, le=MOST)
-    tokens: int | None = Field(None, ge=1, le=10**18)
+    tokens: Tokens | None = None
 
 
 class _Options(BaseModel):
@@ -64,12 +64,12 @@ class _Options(BaseModel):
     global_batch_size: _Size
     train_iters: _Size
     vocab_size: _Size
-    lr: float = Field(gt=0, allow_inf_nan=False, description="a number above 0")
+    lr: Rate = Field(gt=0, description="a number above 0")
     weight_decay: _Rate
     min_lr: _Rate = 0.0
-    lr_warmup_iters: _Rate | None = None
-    lr_warmup_samples: _Rate = 0.0
-    context_parallel_size: _Size = 1
+    lr_warmup_iters: _Warmup | None = None
+    lr_warmup_samples: _Warmup = 0.0
+    context_parallel_size: Ranks = 1
     make_vocab_size_divisible_by: _Size = 128
 
 
@@ -93,7 +93,8 @@ def read_job(
     model = parse_section(GPTConfig, MEGATRON if options else "model", config.pop("model"))
     training = config.pop("training")
     deepspeed, methods = split_config(config)
-    json_check.check(deepspeed)
+    skipped = "scheduler" if options else None  # Megatron-LM has its own
+    json_check.check({key: value for key, value in deepspeed.items() if key != skipped}, auto=True)
     if not deepspeed.get("optimizer"):
         raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
     context = options.get("context-parallel-size", 1)
@@ -103,7 +104,7 @@ def read_job(
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {context} parallel ranks do not divide "
             f"--world-size {ranks}; plan for a multiple of {model.model_ranks * context}, or lower one of them"
         )
-    batch, micro = _batch(deepspeed, layout)
+    batch, micro = json_check.batch_sizes(deepspeed, layout.data)
     if options:
         from megatron_patches.training_loop.options import check_options
 
@@ -125,23 +126,6 @@ def read_job(
 def _hint(name: str, there: Iterable[str], otherwise: str) -> str:
     guess = nearest(name, there)
     return f'is "{guess}" meant to be it?' if guess else otherwise
-
-
-def _batch(config: Mapping[str, Any], layout: Layout) -> tuple[int, int]:
-    """Samples of a step and of a micro-batch: given two of the three keys, DeepSpeed works out the third."""
-    batch, micro, steps = (config.get(name) for name in _BATCH)
-    if batch is None and micro is None:
-        raise ConfigError(f"{_BATCH[1]}: missing; write the samples per rank and micro-batch, e.g. 8")
-    unit = (micro or 1) * (steps or 1) * layout.data
-    batch = batch or unit
-    if batch % unit or (batch != unit and micro and steps):
-        given = "".join(f" x {name} {config[name]}" for name in _BATCH[1:] if config.get(name) is not None)
-        nearby = unit if micro and steps else f"{max(1, batch // unit) * unit} or {(batch // unit + 1) * unit}"
-        raise ConfigError(
-            f"train_batch_size: {batch} does not fit {layout.data} data-parallel rank(s){given} = {unit}; write "
-            f"{nearby}, or another number of ranks"
-        )
-    return batch, micro or batch // unit
 
 
 def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule | None:

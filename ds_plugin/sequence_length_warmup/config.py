@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ds_plugin.core.settings_model import SectionConfig
+from ds_plugin.core.settings_model import Length, LossRatio, SectionConfig, Steps, Tokens, Waiting
 from ds_plugin.sequence_length_warmup.pacing import Custom
 
 INTERLEAVE = 8  # consecutive steps then train different samples, and CPU memory holds eight batches
+MOST_STEPS = 10**6  # of a warmup: what plans a run walks over each of them
 SCHEDULES = ("linear", "root", "discrete")
 #: field -> the setting that it belongs to
 _BELONGS = {
@@ -25,8 +26,8 @@ _BELONGS = {
 class Duration(SectionConfig):
     """How long the warmup lasts: in optimizer steps or in trained tokens, all data-parallel ranks together."""
 
-    steps: int | None = Field(None, ge=1, description="the number of optimizer steps until the full length, e.g. 150")
-    tokens: int | None = Field(None, ge=1, description="the trained tokens until the full length, e.g. 1000000")
+    steps: Steps | None = Field(None, le=MOST_STEPS, description="optimizer steps until the full length, e.g. 150")
+    tokens: Tokens | None = Field(None, description="the trained tokens until the full length, e.g. 1000000")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Duration":
@@ -57,32 +58,42 @@ class LearningRate(SectionConfig):
 class Adaptive(SectionConfig):
     """When ``"pacing": "adaptive"`` holds the length."""
 
-    loss_ratio: float = Field(default=1.2, gt=1.0, description="hold while a loss exceeds this times the lowest before")
-    variance_max: float | None = Field(default=None, gt=0.0, description="hold while an element of sqrt(v) exceeds it")
+    loss_ratio: LossRatio = Field(default=1.2, description="hold while a loss exceeds this times the lowest before")
+    variance_max: float | None = Field(
+        default=None, gt=0.0, le=1e38, description="hold while an element of sqrt(v) exceeds it"
+    )
 
 
 class SequenceLengthWarmupConfig(SectionConfig):
     """Lengths are in tokens of one sample."""
 
     enabled: bool = False
-    start_length: int = Field(8, ge=1, description="the length of the first step in tokens, e.g. 8")
-    end_length: int = Field(ge=1, description="the full sample length in tokens, e.g. 1024")
+    start_length: Length = Field(8, description="the length of the first step in tokens, e.g. 8")
+    end_length: Length = Field(description="the full sample length in tokens, e.g. 1024")
     schedule: str = "linear"
     duration: Duration = Field(description='{"steps": N} or {"tokens": N}, until the full length')
-    root_degree: int | None = Field(None, ge=1, description="of the root schedule: (t/T) ** (1 / root_degree), e.g. 2")
-    lengths: list[int] | None = Field(None, description="of the discrete schedule, e.g. [64, 256, 1024]")
-    boundaries: list[int] | None = Field(None, description="the last step (or token) of each length but the last")
-    multiple_of: int = Field(8, ge=1, description="lengths are floored to a multiple of this (8 suits tensor cores)")
-    max_distinct_lengths: int | None = Field(None, ge=2, description="the most shapes a compiler may see, e.g. 8")
+    root_degree: int | None = Field(
+        None, ge=1, le=1000, description="of the root schedule: (t/T) ** (1 / root_degree), e.g. 2"
+    )
+    lengths: list[Length] | None = Field(None, max_length=1000, description="of the discrete schedule, [64, 256, 1024]")
+    boundaries: list[Tokens] | None = Field(
+        None, max_length=1000, description="the last step (or token) of each length but the last"
+    )
+    multiple_of: Length = Field(8, description="lengths are floored to a multiple of this (8 suits tensor cores)")
+    max_distinct_lengths: int | None = Field(
+        None, ge=2, le=1000, description="the most shapes a compiler may see, e.g. 8"
+    )
     mode: Literal["truncate", "carry", "mask"] = "truncate"
-    interleave: int | None = Field(None, ge=1, description="of the carry mode: batches that are open at a time, e.g. 8")
+    interleave: int | None = Field(
+        None, ge=1, le=1000, description="of the carry mode: batches that are open at a time, in memory, e.g. 8"
+    )
     shifts_labels: bool | None = Field(
         None, description="of the carry mode: the model shifts its labels itself; null: as its class's name tells"
     )
     learning_rate: LearningRate = LearningRate()
     pacing: Literal["schedule", "adaptive"] = "schedule"
     adaptive: Adaptive | None = None
-    report_interval: int = Field(20, ge=1, description="steps between two readings of the stability instruments")
+    report_interval: Waiting = Field(20, description="steps between two readings of the stability instruments")
     variance: bool = Field(False, description="reports read Adam's second moments, too: one pass over them each")
     preflight: bool = True
 
@@ -158,7 +169,7 @@ class SequenceLengthWarmupConfig(SectionConfig):
             return None
         try:
             found: Any = pkgutil.resolve_name(self.schedule)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # importing runs the module, which may raise anything
             raise ValueError(
                 f"sequence_length_warmup.schedule: {self.schedule!r} cannot be imported ({error}); write "
                 "'package.module:function' of a function (share, start, end) -> length that Python can import here"

@@ -4,7 +4,9 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.carry import CarryOrder
+from ds_plugin.sequence_length_warmup.config import MOST_STEPS
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 
 
@@ -25,6 +27,9 @@ def walk(
 
     It is the run of ``steps`` steps, or the shortest one that trains at least ``tokens`` tokens; ``batch`` is in
     samples. Adaptive pacing is planned as if it never held.
+
+    Raises:
+        ConfigError: the warmup takes more than `MOST_STEPS`.
     """
     config, full = scheduler.config, scheduler.config.end_length
     assert (steps is None) != (tokens is None)
@@ -44,6 +49,9 @@ def walk(
         else:
             trained, read = trained + batch * (full if config.mode == "mask" else length), read + batch * full
         step += 1
+        if step > MOST_STEPS:
+            what = f"sequence_length_warmup.duration: {config.duration.total} {config.duration.unit} take more than"
+            raise ConfigError(f"{what} {MOST_STEPS:,} steps of {batch} samples; write a shorter one, or a larger batch")
         yield Plan(step, trained, read, length)
 
 

@@ -7,7 +7,7 @@ There are two: the top-level ``curriculum_learning``, which DeepSpeed 0.19.8 ref
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -64,13 +64,14 @@ _KINDS: dict[str, type[SectionConfig]] = {"fixed_linear": _Linear, "fixed_root":
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy in which our section stands for DeepSpeed's, and one note for each section that was translated.
+    """A copy in which our section stands for DeepSpeed's, and a note for each section that was translated or
+    that DeepSpeed ignores.
 
     Raises:
         ConfigError: a curriculum of lengths that cannot be ours, two sections that set the length, or dynamic batching
             together with the warmup.
     """
-    new, notes = copy.deepcopy(dict(config)), []
+    new, notes = copy.deepcopy(dict(config)), list(_elsewhere(config))
     removed, sampling = new.pop(LEGACY, None), object_at(new, "data_efficiency", "data_sampling")
     removed_on = removed.get("enabled", False) is not False if isinstance(removed, dict) else removed is not None
     if LEGACY in config and not removed_on:
@@ -79,6 +80,9 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     metrics = object_at(block, "curriculum_metrics")
     switched = all(part.get("enabled") for part in (object_at(new, "data_efficiency"), sampling, block))
     metric = next((name for name in metrics if name in METRICS and switched), None)  # others choose samples
+    if block.get("enabled") and not switched and METRICS.keys() & metrics:
+        off = "data_efficiency" if sampling.get("enabled") else "data_efficiency.data_sampling"
+        notes.append(f'{BLOCK}: DeepSpeed ignores its lengths, since {off} is not on; write "enabled": true there, too')
     ours_on = object_at(new, OURS).get("enabled") or (OURS in new and (removed_on or metric))
     # the block's switch alone turns DeepSpeed's sampler on, whatever "enabled" says above it
     given = [name for name, on in ((OURS, ours_on), (LEGACY, removed_on), (BLOCK, block.get("enabled"))) if on]
@@ -125,6 +129,15 @@ def _section(path: str, raw: Any, model: type[_Curriculum]) -> dict[str, Any]:
         remedy = 'write that section in its place, which takes functions, too, "schedule": "package.module:function"'
         raise ConfigError(f'{path} is read as "{OURS}": {error}; or {remedy}') from None
     return section
+
+
+def _elsewhere(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """A note for each curriculum that stands where nobody reads it."""
+    for key, value in config.items():
+        if key == LEGACY and f"{above}{key}" not in (LEGACY, BLOCK):
+            yield f"{above}{key}: DeepSpeed reads a curriculum at {BLOCK} alone and ignores this one; move it there"
+        elif isinstance(value, dict):
+            yield from _elsewhere(value, f"{above}{key}.")
 
 
 def object_at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Text for the sweeps: bytes as they lie on disk, or the tokens of a Megatron dataset."""
 
 import importlib.util
-import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from ds_plugin.core.errors import DataError
+from ds_plugin.core.json_files import read_json
 
 STDLIB = "stdlib"
 _RECORDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
@@ -77,10 +78,6 @@ def find(source: str, least: int) -> Text:
 def _kind_of_dataset(prefix: str) -> tuple[np.dtype, int]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    try:
-        vocab = int(json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f'--data: {prefix}.json does not say the size of the vocabulary ({error}); write {{"vocab_size": N}} there'
-        ) from None
+    wanted, remedy = {"vocab_size": PositiveInt}, 'write {"vocab_size": N} there'
+    vocab = read_json(Path(f"{prefix}.json"), wanted, error=DataError, remedy=remedy)["vocab_size"]
     return np.dtype(IndexedDataset(prefix).index.dtype), vocab

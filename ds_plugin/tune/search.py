@@ -22,6 +22,7 @@ from ds_plugin.config import load_json, split_config
 from ds_plugin.core.arguments import above, checked, count, existing_file, new_folder, several
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.files import write_text
+from ds_plugin.core.json_files import read_json
 from ds_plugin.sequence_length_warmup.translate import object_at, translate
 from ds_plugin.tune.trial import MULTIPLES, Trial, watched
 
@@ -121,10 +122,14 @@ def _tune(args: argparse.Namespace) -> int:
     interval = max(1, steps // EVALUATIONS)
     steps -= steps % interval  # the last one is evaluated
     settings = [tuned(config, 8, 1), str(args.script), args.launcher, args.arguments, args.threshold, steps]
-    found = load_json(record) if record.exists() else {"settings": settings, "trials": []}
-    if found.get("settings") != settings:
+    found: dict[str, Any] = {"settings": settings, "trials": []}
+    if record.exists():
+        wanted = {"settings": list[Any], "trials": list[Trial]}
+        found = read_json(record, wanted, error=ConfigError, remedy="give another folder by --out")
+    if found["settings"] != settings:
         raise ConfigError(f"--out: '{record}' is of a search with other settings; give another folder")
-    known = {(old["start_length"], old["duration"]): Trial(**old) for old in found["trials"]}
+    known = {(old.start_length, old.duration): old for old in found["trials"]}
+    found["trials"] = [asdict(old) for old in known.values()]
 
     def run(start: int, duration: int) -> Trial:
         if (start, duration) in known:

@@ -2,14 +2,15 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ds_plugin.core.settings_model import SectionConfig
+from ds_plugin.core.settings_model import LossRatio, SectionConfig, Steps, Waiting
 
 #: the weights that have a name, here and in ``merge --weights``; `window.read_weights` works them out
 KINDS = ("mean", "minus-sqrt", "cosine", "wma")
+_Horizon = Annotated[int, Field(ge=1, le=10**6)]  # in fp32 the weight of one snapshot is lost above it
 #: names that have another meaning elsewhere, or are written in another way here, and what to write for them
 OTHER_KINDS = {
     "uniform": "write 'mean'",
@@ -21,8 +22,8 @@ OTHER_KINDS = {
 class RestartConfig(SectionConfig):
     """When training goes back to the average by itself: the loss has risen, and stays up."""
 
-    loss_ratio: float = Field(1.5, gt=1.0, description="a loss above this times the lowest before it is too high")
-    patience: int = Field(10, ge=1, description="so many steps in a row; the losses are compared as often")
+    loss_ratio: LossRatio = Field(1.5, description="a loss above this times the lowest before it is too high")
+    patience: Waiting = Field(10, description="so many steps in a row; the losses are compared as often")
     moments: Literal["keep", "reset"] = Field("keep", description="of the optimizer; reset: they start at zero")
 
 
@@ -32,14 +33,16 @@ class WeightAveragingConfig(SectionConfig):
     enabled: bool = False
     mode: Literal["sliding", "block", "ema"] = "sliding"
     window: int = Field(5, ge=1, le=10_000, description="how many snapshots are averaged, e.g. 5")
-    interval: int = Field(ge=1, description="optimizer steps between two snapshots, e.g. 10")
+    interval: Steps = Field(description="optimizer steps between two snapshots, e.g. 10")
     start_step: int = Field(
-        0, ge=0, description="no snapshot before this step; averages that reach into the LR warmup are worse than raw"
+        0, ge=0, le=10**9, description="no snapshot before it; those that reach into the LR warmup are worse than raw"
     )
     weights: str | list[float] = Field(
         "mean", description='"mean", "minus-sqrt", "cosine", "wma", or one number for each snapshot of the window'
     )
-    horizons: list[int] | None = Field(None, description="mode ema: averages over about so many snapshots, [10, 100]")
+    horizons: list[_Horizon] | None = Field(
+        None, max_length=16, description="mode ema: averages over so many snapshots, each a copy in memory, [10, 100]"
+    )
     deltas: Literal["fp32", "bf16"] = Field(
         "fp32", description='mode sliding: "bf16" keeps older snapshots as differences, in about half the memory'
     )
@@ -74,7 +77,7 @@ class WeightAveragingConfig(SectionConfig):
     @field_validator("horizons")
     @classmethod
     def _distinct_horizons(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and (not value or min(value) < 1 or len(set(value)) < len(value)):
+        if value is not None and (not value or len(set(value)) < len(value)):
             raise ValueError(f"got {value!r}; write different numbers of snapshots, at least 1 each, e.g. [10, 100]")
         return value
 

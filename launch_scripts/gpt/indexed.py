@@ -9,7 +9,7 @@ import pydantic
 from pydantic import Field
 
 from ds_plugin.core.errors import DataError
-from ds_plugin.core.settings_model import parse_section
+from ds_plugin.core.json_files import read_json
 from launch_scripts.gpt.tokens import LARGEST_VOCABULARY
 
 _COUNT_AT_MOST = 1 << 26
@@ -32,12 +32,8 @@ class Description(pydantic.BaseModel):
 
 def read_description(path: Path) -> Description:
     """Raises DataError: it cannot be read, or is not a description that this program wrote."""
-    try:
-        return parse_section(Description, path.name, json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"data: '{path}' is not a description that this program wrote ({error}); delete it and start again"
-        ) from error
+    found: Description = read_json(path, Description, error=DataError, remedy="delete it and start again")
+    return found
 
 
 def is_description(path: Path) -> bool:

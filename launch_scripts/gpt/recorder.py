@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core import rng
-from ds_plugin.core.errors import CheckpointError, PluginError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
 from ds_plugin.deepspeed_engine import monitor
 from ds_plugin.sequence_length_warmup.plan import plan
@@ -70,6 +70,7 @@ class Recorder:
         self._unwritten: list[dict[str, Any]] = []  # rows for metrics.csv; more than none where the disk is full
         self._said = False  # that they wait
         self._row: dict[str, Any] = {}
+        self._skipped = self._skipped_in_a_row = 0  # steps so far, as the engine counts them; up to this one
         self._flops, self._per_token = 0.0, Flops(engine.module, run.model)
         self._trained_before = 0
 
@@ -108,7 +109,7 @@ class Recorder:
         if not self._unread:
             self._window_started, self._window_tokens = time.monotonic(), self._tokens()[0]
         self._losses = []
-        self._trained_before = self._tokens()[0]
+        self._trained_before, self._skipped = self._tokens()[0], self.engine.skipped_steps
         self._row = {
             "length": self.plugin.length or self.run.model.seq_length,
             "lr": self.engine.get_lr()[0],
@@ -121,7 +122,12 @@ class Recorder:
         self._losses.append(loss.detach())
 
     def after_step(self) -> None:
-        """Close the step's row, before it is evaluated; read the losses that wait when it is time."""
+        """Close the step's row, before it is evaluated; read the losses that wait when it is time.
+
+        Raises:
+            StateError: on every rank, so many steps in a row had no update that the run gets nowhere.
+        """
+        self._refuse_standstill()
         trained, read = self._tokens()
         step, cfg = self.engine.global_steps, self.run.training
         length = self._row["length"] if not self._full_length() else self.run.model.seq_length
@@ -137,6 +143,16 @@ class Recorder:
         self._unread.append((self._row, torch.stack(self._losses).mean().float()))
         if self.finished or any(step % n == 0 for n in (cfg.log_interval, cfg.eval_interval, cfg.save_interval)):
             self._read()
+
+    def _refuse_standstill(self) -> None:
+        skipped, most = self.engine.skipped_steps > self._skipped, self.run.training.skipped_in_a_row
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= most:
+            raise StateError(
+                f"step {self.engine.global_steps}: {most} steps in a row were skipped, since gradients were not "
+                "finite; go on from an earlier checkpoint with a lower learning rate or in bf16, or raise "
+                "training.skipped_in_a_row"
+            )
 
     def evaluation(self, loss: float) -> None:
         """The loss of the weights as trained, after this step."""

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from ds_plugin.config import PluginConfig, load_json, split_config
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.settings_model import SectionConfig, nearest, parse_section
+from ds_plugin.core.settings_model import SectionConfig, Steps, Tokens, Waiting, nearest, parse_section
 from ds_plugin.deepspeed_engine import json_check
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.sequence_length_warmup.plan import Plan, plan
@@ -27,9 +27,9 @@ from megatron_patches.models.gpt import GPTConfig
 class TrainingConfig(SectionConfig):
     """The ``training`` section: how long, on what, what is measured along the way. Intervals are in optimizer steps."""
 
-    steps: int = Field(0, ge=0, description="optimizer steps in all, e.g. 300")
-    tokens: int | None = Field(None, ge=1, description="trained tokens in all, in place of steps or as another end")
-    seed: int = Field(1234, ge=1, description="seed of the weights and of the sample order")
+    steps: int = Field(0, ge=0, le=10**9, description="optimizer steps in all, e.g. 300")
+    tokens: Tokens | None = Field(None, description="trained tokens in all, in place of steps or as another end")
+    seed: int = Field(1234, ge=1, le=2**31 - 1, description="seed of the weights and of the sample order")
     data: str = Field("stdlib", description="text or record files, a folder of them, a .bin/.idx prefix, or stdlib")
     text_key: str = Field("text", min_length=1, description="what of a record (.jsonl, .parquet, ...) is its text")
     tokenizer: str | None = Field(
@@ -37,13 +37,14 @@ class TrainingConfig(SectionConfig):
     )
     eod: str | None = Field(None, min_length=1, description="the tokenizer's end-of-document token")
     split: str = Field("98,2,0", description="shares of training, validation and test documents")
-    eval_interval: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
+    eval_interval: Steps = Field(50, description="steps between evaluations; the last step is always evaluated")
     eval_samples: int = Field(
-        64, ge=1, description="samples of an evaluation, the same every time (rounded up to whole micro-batches)"
+        64, ge=1, le=10**6, description="samples of an evaluation, always the same (rounded up to whole micro-batches)"
     )
-    save_interval: int = Field(100, ge=1, description="steps between checkpoints; the last step is always saved")
-    log_interval: int = Field(5, ge=1, description="steps between two reads of the training loss")
-    data_workers: int = Field(0, ge=0, description="processes that load data, per rank")
+    save_interval: Steps = Field(100, description="steps between checkpoints; the last step is always saved")
+    log_interval: Waiting = Field(5, description="steps between two reads of the training loss")
+    data_workers: int = Field(0, ge=0, le=256, description="processes that load data, per rank")
+    skipped_in_a_row: Steps = Field(1000, description="so many steps without an update (fp16 overflows) end the run")
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainingConfig":
@@ -162,7 +163,8 @@ def load_settings(args: argparse.Namespace) -> Settings:
     model = parse_section(GPTConfig, "model", config.pop("model"))
     training = parse_section(TrainingConfig, "training", config.pop("training"))
     deepspeed, plugin = split_config(config)
-    json_check.check(deepspeed)
+    ranks, rest = divmod(dist.get_world_size() if dist.is_initialized() else 0, model.model_ranks)
+    json_check.check(deepspeed, ranks if ranks and not rest else None, auto=True)  # the rest is refused with the groups
     limit = training.steps or None
     training = _with_steps(config, training, model, plugin)
     _fill_auto(config, training, model, plugin)

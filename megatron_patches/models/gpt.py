@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from ds_plugin.core.errors import ConfigError, StateError
-from ds_plugin.core.settings_model import SectionConfig
+from ds_plugin.core.settings_model import Layers, Length, Ranks, SectionConfig, Width
 from megatron_patches import megatron_on_cpu
 
 VOCAB_MULTIPLE = 64  # every usual tensor-parallel size divides it: the model's size does not depend on that
@@ -34,12 +34,12 @@ _MAX_SEED = 2**31 - 1  # megatron adds up to 2718 + tensor_parallel, and numpy t
 class GPTConfig(SectionConfig):
     """The shape of a decoder-only transformer and how it is cut. Unknown keys and wrong types are errors."""
 
-    num_layers: int = Field(ge=1, description="transformer layers")
-    hidden_size: int = Field(ge=1, description="width of the residual stream")
-    num_attention_heads: int = Field(ge=1, description="query heads; divides hidden_size")
-    num_query_groups: int | None = Field(None, ge=1, description="key/value heads; None: one per query head")
-    ffn_hidden_size: int | None = Field(None, ge=1, description="width of the MLP; None: 4 * hidden_size")
-    seq_length: int = Field(ge=1, description="longest sequence in tokens; also the number of learned positions")
+    num_layers: Layers = Field(description="transformer layers")
+    hidden_size: Width = Field(description="width of the residual stream")
+    num_attention_heads: Width = Field(description="query heads; divides hidden_size")
+    num_query_groups: Width | None = Field(None, description="key/value heads; None: one per query head")
+    ffn_hidden_size: Width | None = Field(None, description="width of the MLP; None: 4 * hidden_size")
+    seq_length: Length = Field(description="longest sequence in tokens; also the number of learned positions")
     position_embedding: Literal["learned", "rope"] = Field("learned", description="absolute table or rotary")
     normalization: Literal["LayerNorm", "RMSNorm"] = Field("LayerNorm", description="kind of every norm")
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="swiglu adds a gate of the MLP's width")
@@ -47,9 +47,9 @@ class GPTConfig(SectionConfig):
     bias: bool = Field(True, description="biases of the linear layers (the output layer never has one)")
     tie_embeddings: bool = Field(False, description="use the word embedding as the output layer")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residual branches")
-    init_std: float = Field(0.02, gt=0.0, description="standard deviation of the initial weights")
-    tensor_parallel: int = Field(1, ge=1, description="ranks that share each layer")
-    pipeline_parallel: int = Field(1, ge=1, description="stages of DeepSpeed's pipeline; divides num_layers")
+    init_std: float = Field(0.02, gt=0.0, le=10.0, description="standard deviation of the initial weights")
+    tensor_parallel: Ranks = Field(1, description="ranks that share each layer")
+    pipeline_parallel: Ranks = Field(1, description="stages of DeepSpeed's pipeline; divides num_layers")
 
     @property
     def query_groups(self) -> int:

@@ -19,7 +19,8 @@ from ds_plugin.completep.supported import unwrapped
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
 from ds_plugin.core.files import write_text
-from ds_plugin.core.manifest import MANIFEST
+from ds_plugin.core.json_files import read_json, read_tag
+from ds_plugin.core.manifest import MANIFEST, Manifest
 from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
@@ -78,12 +79,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A manifest, or None: there is none. Raises CheckpointError for one that is damaged or of another version."""
     if not path.is_file():
         return None
-    try:
-        manifest = dict(json.loads(path.read_text("utf-8")))
-        found, _, _ = manifest["format"], manifest["iteration"], dict(manifest["sections"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); restore it, or load another iteration") from None
-    if found != FORMAT:
+    remedy = "restore it, or load another iteration"
+    manifest: dict[str, Any] = read_json(path, Manifest, remedy=remedy)
+    if lacking := {"format", "iteration", "sections"} - manifest.keys():
+        raise CheckpointError(f"{path} is damaged (it has no {min(lacking)}); {remedy}")
+    if (found := manifest["format"]) != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}; use the one that wrote it")
     return manifest
 
@@ -125,10 +125,10 @@ def _to_load(options: Any) -> tuple[Path, int, bool] | None:
     if root is None:
         return None
     tracker = Path(root, TRACKER)
-    text = tracker.read_text("utf-8").strip() if tracker.is_file() else ""
+    text = read_tag(tracker, remedy="restore it, or give --ckpt-step") if tracker.is_file() else ""
     if text == "release":  # weights alone, of no iteration
         return Path(root), 0, True
-    if not step and not text.isdigit():  # nothing, or what Megatron-LM refuses
+    if not step and not (text.isdecimal() and len(text) < 19):  # nothing, or what Megatron-LM refuses
         return None
     return Path(root), step or int(text), finetune
 

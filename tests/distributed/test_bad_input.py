@@ -61,7 +61,7 @@ CASES = {
         (),
         ["managed_gradient_accumulation", "False", "remove it"],
     ),
-    "no sections": ([config()], (), ["must hold a JSON object", "got list"]),
+    "no sections": ([config()], (), ["a list in place of a JSON object"]),
     "no section of DeepSpeed's": ({**config(), "zero_optimization": 5}, (), ["zero_optimization: 5", "a JSON object"]),
     "two that are none": (
         {**config(), "optimizer": [], "scheduler": "x"},
@@ -83,6 +83,18 @@ CASES = {
         {**config(), "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
         (),
         ["weight_averaging", "'nvme'", "write 'cpu' or 'none'"],
+    ),
+    "more steps than any run": (config(), ("--steps", "3000000000"), ["training.steps", "1000000000", "3000000000"]),
+    "a seed of 33 bits": (config(), ("--seed", "4294967296"), ["training.seed", "2147483647", "4294967296"]),
+    "a misspelt params": (
+        {**config(), "optimizer": {"type": "AdamW", "paams": {"lr": 0.1}}},
+        (),
+        ["optimizer.paams", 'did you mean "params"?'],
+    ),
+    "a batch that does not fit": (
+        {**config(), "train_batch_size": 7},
+        (),
+        ["train_batch_size: 7 does not fit", "data-parallel rank(s)"],
     ),
     "ranks do not divide": (config(model__tensor_parallel=4), (), ["tensor_parallel = 4", "2 ranks"]),
     "no such data": (config(), ("--data", "/no/such/place"), ["data", "/no/such/place", "stdlib"]),

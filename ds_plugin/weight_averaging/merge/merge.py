@@ -18,6 +18,7 @@ import torch
 
 from ds_plugin.core.errors import ConfigError, PluginError
 from ds_plugin.core.files import sync_folder
+from ds_plugin.core.json_files import read_tag
 from ds_plugin.weight_averaging.config import KINDS, OTHER_KINDS
 from ds_plugin.weight_averaging.merge.deepspeed import read_deepspeed
 from ds_plugin.weight_averaging.merge.inputs import RESTORE, Mean, Source, compare, opened, refuse
@@ -28,6 +29,7 @@ SHARD_BYTES = 5 * 10**9  # of an output that has no sharding to follow; Hugging 
 OUTPUT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OURS = "weight_averaging_rank_"  # the plugin's window files, which lie beside DeepSpeed's
 _MEGATRONS_LATEST = "latest_checkpointed_iteration.txt"
+_RETAG = f"{RESTORE}, or give the tag's folder"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # what transformers calls its files
 _LOCK = ".lock"
 
@@ -193,24 +195,17 @@ def open_source(path: Path) -> Source:
 
         return read_torch_dist(path)
     if (path / _MEGATRONS_LATEST).is_file():
-        tag = _tag(path / _MEGATRONS_LATEST)
+        tag = read_tag(path / _MEGATRONS_LATEST, remedy=_RETAG)
         return open_source(path / (f"iter_{int(tag):07d}" if tag.isdecimal() else tag))
     what = f"{path} holds neither *.safetensors, nor DeepSpeed's *_optim_states.pt, nor torch_dist's .metadata, nor a"
     what += f" file 'latest' or '{_MEGATRONS_LATEST}'"
     refuse(not (path / "latest_universal").is_file(), what, "give the folder that does")
-    return open_source(path / _tag(path / "latest_universal"))
-
-
-def _tag(file: Path) -> str:
-    """The name of the checkpoint that a file says is the newest one."""
-    tag = file.read_text("utf-8").strip()
-    refuse(not tag, f"{file} is empty and names no checkpoint", f"{RESTORE}, or give the tag's folder")
-    return tag
+    return open_source(path / read_tag(path / "latest_universal", remedy=_RETAG))
 
 
 def _named_by_latest(path: Path) -> Source:
     """DeepSpeed's newest checkpoint in a folder, which may be a Trainer's and hold the 16-bit weights as well."""
-    tag = _tag(path / "latest")
+    tag = read_tag(path / "latest", remedy=_RETAG)
     remedy = f"{RESTORE}, or remove 'latest' to merge the safetensors beside it"
     refuse(not (path / tag).is_dir(), f"{path / 'latest'} names {tag}, which is missing", remedy)
     source = open_source(path / tag)

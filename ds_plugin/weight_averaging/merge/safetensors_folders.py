@@ -7,19 +7,32 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 
+from ds_plugin.core.json_files import parse_json, read_json
 from ds_plugin.weight_averaging.merge import inputs
-from ds_plugin.weight_averaging.merge.inputs import DTYPES, Mean, Piece, Stored, damaged, refuse, without_wrappers
+from ds_plugin.weight_averaging.merge.inputs import (
+    DTYPES,
+    RESTORE,
+    Mean,
+    Piece,
+    Stored,
+    damaged,
+    refuse,
+    without_wrappers,
+)
 from ds_plugin.weight_averaging.publish.layout import Entry, File, index_of, plan_file, plan_files
 
 _COPIED_BYTES = 100 * 10**6
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx", ".gguf")
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
+#: of an index; each file lies beside it
+_INDEXED = {"weight_map": dict[str, Annotated[str, Field(pattern=r"^[^/\x00]+$")]]}
 _STATE = ("latest", "latest_universal", "trainer_state.json", "zero_to_fp32.py", "ds_plugin.json")
 
 
@@ -94,9 +107,8 @@ def read_safetensors(path: Path, files: list[Path], index: Path | None) -> Sourc
     wanted: dict[str, str] = {}
     if index is not None:
         source.index = index.name
-        with damaged(index):
-            wanted = without_wrappers(json.loads(index.read_text("utf-8"))["weight_map"], index)
-            files = [path / name for name in sorted(set(wanted.values()))]
+        wanted = without_wrappers(read_json(index, _INDEXED, remedy=RESTORE)["weight_map"], index)
+        files = [path / name for name in sorted(set(wanted.values()))]
     for file in files:
         source.files[file.name], found = _read_header(file)
         for name, stored in without_wrappers(found, file).items():
@@ -119,7 +131,7 @@ def _read_header(path: Path) -> tuple[dict[str, str] | None, dict[str, Stored]]:
     tensors = {}
     with damaged(path), open(path, "rb") as file, safe_open(path, "pt"):
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length), object_pairs_hook=_once)
+        header = parse_json(file.read(length), path, remedy=RESTORE)
         metadata = header.pop("__metadata__", None)
         for name, entry in header.items():
             what = f"{path}: tensor {name} is {entry['dtype']}, which has no mean"
@@ -128,13 +140,6 @@ def _read_header(path: Path) -> tuple[dict[str, str] | None, dict[str, Stored]]:
             piece = Piece(path, 8 + length + entry["data_offsets"][0], shape.numel())
             tensors[name] = Stored(DTYPES[entry["dtype"]], shape, [piece])
         return metadata, tensors
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)[:200]}")
-    return found
 
 
 def is_model_folder(path: Path) -> bool:
@@ -155,9 +160,7 @@ def refuse_quantized(folder: Path) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     """``config.json``; empty where there is none."""
     path = folder / _CONFIG
-    with damaged(path):
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return read_json(path, remedy=RESTORE) if path.is_file() else {}
 
 
 def _copy_others(folder: Path, out: Path, dtype: torch.dtype | None) -> None:

@@ -12,7 +12,6 @@ and ``metadata.json`` are the newest checkpoint's, copied unread.
 """
 
 import io
-import json
 import math
 import pickle
 import re
@@ -28,7 +27,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, fil
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES, Inert, Mean, Source, Stored, damaged, refuse
+from ds_plugin.core.json_files import read_json
+from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES, RESTORE, Inert, Mean, Source, Stored, damaged, refuse
 
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
@@ -116,9 +116,8 @@ def read_torch_dist(path: Path) -> TorchDist:
     Raises:
         CheckpointError: a file is missing, truncated or damaged, of another format, or holds foreign classes.
     """
-    with damaged(path / "metadata.json"):
-        config = json.loads((path / "metadata.json").read_text("utf-8"))
-        backend, version = config["sharded_backend"], config.get("sharded_backend_version", 1)
+    config = read_json(path / "metadata.json", {"sharded_backend": str}, remedy=RESTORE)
+    backend, version = config["sharded_backend"], config.get("sharded_backend_version", 1)
     what = f"{path / 'metadata.json'}: the format is {backend} {version}, merge reads torch_dist 1"
     refuse((backend, version) != ("torch_dist", 1), what, "convert it")
     with damaged(path / ".metadata"), open(path / ".metadata", "rb") as file:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ds_plugin.core.errors import StateError
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.weight_averaging.averager import WeightAverager
@@ -28,3 +29,16 @@ def test_a_run_that_is_too_short_is_told(steps, parts):
     )
     text = " ".join(record._shortfalls())
     assert all(part in text for part in parts) and bool(text) == bool(parts), text
+
+
+def test_a_run_that_gets_nowhere_ends():
+    """Three steps in a row that change nothing; one that does begins the count anew."""
+    record, step = Recorder.__new__(Recorder), 0
+    record.run = SimpleNamespace(training=SimpleNamespace(skipped_in_a_row=3))
+    record.engine, record._skipped_in_a_row = SimpleNamespace(skipped_steps=0), 0
+    with pytest.raises(StateError, match="step 8: 3 steps in a row were skipped"):
+        for step, skipped in enumerate((0, 1, 1, 0, 0, 1, 1, 1, 0), start=1):
+            record._skipped, record.engine.global_steps = record.engine.skipped_steps, step
+            record.engine.skipped_steps += skipped
+            record._refuse_standstill()
+    assert step == 8

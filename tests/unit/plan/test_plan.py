@@ -322,7 +322,7 @@ BAD = [
     (recipe(zero_optimization=NVME), 2, [NVME_REFUSED]),
     (recipe(bf16=1), 2, ["bf16: 1", "a JSON object"]),
     (recipe(zero_optimization={"stge": 1}), 2, ["zero_optimization.stge", 'did you mean "stage"?']),
-    ([1], 2, ["must hold a JSON object", "got list"]),
+    ([1], 2, ["a list in place of a JSON object"]),
     (recipe(optimizer={"type": "AdamW", "params": {"lr": "x"}}), 2, ["optimizer.params.lr", "got 'x'"]),
     (recipe(training={"tokens": 9}, sequence_length_warmup=None, optimizer=None), 2, ["optimizer: missing"]),
     (megatron(lr=0), 2, ["megatron.lr", "greater than 0, got 0"]),

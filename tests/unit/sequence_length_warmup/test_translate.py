@@ -163,8 +163,6 @@ def test_the_removed_section_is_dropped_when_off(off):
         {"data_efficiency": {"enabled": True, "data_sampling": None}},
         metrics(block={"enabled": False}),
         {"sequence_length_warmup": OURS, **metrics(block={"enabled": False})},
-        metrics(sampling={"enabled": False}),
-        metrics(efficiency={"enabled": False}),
         metrics("vocabularyrarity", RARITY),  # chooses samples; their length is no affair of it
         {"sequence_length_warmup": {**OURS, "enabled": False}, **metrics("vocabularyrarity", RARITY)},
         {"data_efficiency": {"data_sampling": {"dynamic_batching": {"enabled": True, "max_tokens": 100}}}},
@@ -380,3 +378,27 @@ def test_command_names_a_place_it_cannot_write(old_file, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: argument --out: ") and error.count("\n") == 1
     assert "no/new.json is not a file" in error
+
+
+IGNORED = [
+    # a curriculum that DeepSpeed does not read, and what is said of it
+    ({"data_efficiency": {"enabled": True, "curriculum_learning": linear()}}, ["data_efficiency.curriculum_learning"]),
+    ({"zero_optimization": {"curriculum_learning": {"enabled": True}}}, ["zero_optimization.curriculum_learning: "]),
+    (metrics(efficiency={"enabled": False}), [f"{PATH}: ", "since data_efficiency is not on"]),
+    (metrics(sampling={"enabled": False}), [f"{PATH}: ", "since data_efficiency.data_sampling is not on"]),
+]
+
+
+@pytest.mark.parametrize(("config", "parts"), IGNORED)
+def test_a_curriculum_that_deepspeed_ignores_is_told(config, parts, tmp_path, capsys):
+    new, notes = translate(config)
+    assert new == config and len(notes) == 1 and all(part in notes[0] for part in parts), notes
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(config))
+    assert main(["translate-config", "--config", str(path)]) == 0
+    assert notes[0] in capsys.readouterr().err
+
+
+def test_a_curriculum_that_is_off_or_read_has_no_such_note():
+    for config in (metrics(block={"enabled": False}), metrics(), metrics("voc", RARITY), {**HOST}):
+        assert not [note for note in translate(config)[1] if "ignores" in note]
