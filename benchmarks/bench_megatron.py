@@ -160,7 +160,7 @@ def rank(arguments: list[str]) -> None:
     """
     from megatron_patches.training_loop import script
 
-    path, given, sections = script.read_arguments(arguments)
+    path, given, sections, _ = script.read_arguments(arguments)
     script.prepare_host(path)
     script.install(sections)
     training = importlib.import_module(script.TRAINING)

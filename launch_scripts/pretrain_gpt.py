@@ -149,7 +149,7 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
 
     record = Recorder(engine, run, folder, text, progress)
     if args.resume:
-        record.resume(args.tag)
+        record.resume(args.tag, verify=not args.no_verify)
     batches = plugin.batches(training_batches)  # (*) of each step's length, from the step the engine is at
     engine.train()
     while not record.finished:

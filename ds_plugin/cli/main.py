@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        said = "what is finished is kept; tune-warmup, lr-transfer and merge go on from there with the same command"
+        said = "what is finished is kept; tune-warmup and lr-transfer go on from there with the same command"
         print(f"interrupted: {said}", file=sys.stderr)
         return 130
 
@@ -63,6 +63,8 @@ def _parser() -> Parser:
     add("folder", type=Path, help="the tag folder, e.g. checkpoints/global_step100")
     add("target", type=Path, help="a new folder, e.g. checkpoints/global_step100_universal")
     add("--workers", type=count, default=1, help="processes of DeepSpeed's converter")
+    add = command("verify", verify, "compare a checkpoint's files with what was saved").add_argument
+    add("folder", type=Path, help="the tag folder; of Megatron-LM's, SAVE/ds_plugin/iter_0000100")
     what = "the weighted mean of checkpoints, as safetensors or torch_dist"
     add = command("merge", merge_checkpoints, what).add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="oldest first; of one kind")
@@ -112,6 +114,15 @@ def merge_checkpoints(args: argparse.Namespace) -> int:
     from ds_plugin.weight_averaging.merge.merge import command
 
     return command(args)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Name the first file that is not what was saved, or what could not be looked at."""
+    from ds_plugin.core import seals
+
+    unseen = seals.verify(args.folder)
+    print("\n".join(unseen or [f"{args.folder}: every file is as it was saved"]))
+    return 1 if unseen else 0
 
 
 def to_universal(args: argparse.Namespace) -> int:

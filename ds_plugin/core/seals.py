@@ -20,8 +20,8 @@ from ds_plugin.core.ranks import warn
 
 _NAME = "ds_plugin_seal_{:05d}.json"
 _REMEDY = (
-    "restore the file, give another checkpoint, or load it as it is (get_plugin(engine).sealer.verify = False; with a "
-    "script, --no-verify)"
+    "restore the file, give another checkpoint, or load it as it is (get_plugin(engine).sealer.verify = False; the "
+    "script's --no-verify; in Megatron-LM's loop --ds-plugin-no-verify)"
 )
 
 

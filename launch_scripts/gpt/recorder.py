@@ -250,7 +250,7 @@ class Recorder:
                 "from the last one with --resume"
             ) from error
 
-    def resume(self, tag: str | None = None) -> None:
+    def resume(self, tag: str | None = None, *, verify: bool = True) -> None:
         """Go on from a checkpoint: the engine, the methods, the random streams and metrics.csv. Writes nothing.
 
         Raises:
@@ -267,6 +267,7 @@ class Recorder:
             saved = read_saved(path / "run.json", self._identity())
             if self.first:
                 lost = self.folder.go_on_from(saved["step"], saved["metrics"])
+        self.plugin.sealer.verify = verify
         self.engine.load_checkpoint(str(root), tag=tag)
         with raise_on_all_ranks():
             if self.engine.global_steps != saved["step"]:

@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=Path, default=Path("data"), help="folder for prepared data")
     p.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     p.add_argument("--tag", help="with --resume: the checkpoint to go on from")
+    p.add_argument("--no-verify", action="store_true", help="with --resume: do not compare files with what was saved")
     p.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # some launchers add it
     p.add_argument("--data", help="text, .jsonl, .jsonl.gz or .parquet, a folder of such files, or a .bin/.idx prefix")
     p.add_argument("--text-key", help='what of each record is its text, "text" if not given')

@@ -44,8 +44,8 @@ _SAMPLES = "consumed samples:"  # in the line that Megatron-LM prints of an iter
 class Loop(state.Methods):
     """Holds the methods' state; made before the script runs."""
 
-    def __init__(self, sections: PluginConfig, get_args: Callable[[], Any]):
-        super().__init__(sections, get_args)
+    def __init__(self, sections: PluginConfig, get_args: Callable[[], Any], *, verify: bool = True):
+        super().__init__(sections, get_args, verify=verify)
         self._ready = False  # model, optimizer and state are there
         self._last = 0  # length of the iteration that ran last
         self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
@@ -84,10 +84,11 @@ class Loop(state.Methods):
 
     def load_checkpoint(self, stock: Stock, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Refuse what no run can go on from, and remember what was loaded: our state follows when it has a place."""
-        state.check(self, model)
-        found = stock(model, *args, **kwargs)
-        if (iteration := found[0]) > 0 and not self.options().finetune:
-            self._loaded = (Path(self.options().load), iteration)
+        read = state.check(self, model)
+        found, options = stock(model, *args, **kwargs), self.options()
+        if (iteration := found[0]) > 0 and not options.finetune:
+            counted_anew = getattr(options, "override_ckpt_iteration", None) is not None
+            self._loaded = (Path(options.load), read if counted_anew and read is not None else iteration)
         return found
 
     def build_train_valid_test_data_iterators(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
@@ -203,11 +204,15 @@ class Loop(state.Methods):
         """Our files are on disk before Megatron-LM's tracker file names the iteration."""
         if self.averager is not None:
             self.averager.refuse_while_swapped("save_checkpoint()")
-        if self._ready:  # before, Megatron-LM only converts what it has read
-            state.save(self, Path(self.options().save), iteration)
-            if self.averager is not None and self.averager.config.save_average and self.averager.steps:
-                self._save_averages(self.averager, stock, iteration, *args, **kwargs)
-        return stock(iteration, *args, **kwargs)
+        if not self._ready:  # Megatron-LM only converts what it has read
+            return stock(iteration, *args, **kwargs)
+        root = Path(self.options().save)
+        save_id = state.save(self, root, iteration)
+        if self.averager is not None and self.averager.config.save_average and self.averager.steps:
+            self._save_averages(self.averager, stock, iteration, *args, **kwargs)
+        result = stock(iteration, *args, **kwargs)
+        state.seal(self, root, iteration, save_id)
+        return result
 
     def _save_averages(self, averager: WeightAverager, stock: Stock, *args: Any, **kwargs: Any) -> None:
         """The weights alone, by Megatron-LM's own function and format, so that its tools and layouts read them."""

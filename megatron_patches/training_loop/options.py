@@ -9,7 +9,6 @@ from ds_plugin.core.errors import ConfigError
 #: values of an option, beside none, that every method goes with
 _FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam",), "softmax_type": ("vanilla", "off-by-one")}
 _STATE = {
-    "the weights of one iteration would come with the method's state of another": "override_ckpt_iteration",
     "nothing is trained": "freeze_all_layers",
     "the method's state is saved with ordinary checkpoints only": "non_persistent_save_interval",
     "a conversion leaves the method's state behind; convert without it": "ckpt_convert_format",
@@ -26,6 +25,8 @@ _REFUSED = {
         "packed samples have no length to shorten": "sft",
         "its samples are generated": "perform_rl_step",
         "images have no length": "vision_pretraining",
+        "the other model's logits are of the full length": "logits_save_dir logits_load_dir",
+        "its samples say where their documents end at the full length": "dataloader_inter_document_masking",
         **_STATE,
     },
     "weight_averaging": {

@@ -29,6 +29,8 @@ _KEPT = {  # what an option keeps of every pass
     "fine_grained_activation_offloading": "what the first pass has shown of the activations",
     "moe_routing_trace_path": _TRACE,
     "save_tokens_per_expert_interval": _TRACE,
+    "save_activations_interval": _TRACE,
+    "save_dgrads_interval": _TRACE,
 }
 
 

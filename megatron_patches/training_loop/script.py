@@ -27,6 +27,7 @@ from megatron_patches.apply_completep import all_or_none, apply_completep, in_fo
 from megatron_patches.training_loop.loop import Loop
 
 FLAG = "--ds-plugin-config"
+NO_VERIFY = "--ds-plugin-no-verify"
 OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
 TRAINING = "megatron.training.training"
 #: what the loop calls by name in its own module
@@ -47,9 +48,9 @@ _installed: tuple[PluginConfig, Sequence[Change]] | None = None
 def run(arguments: Sequence[str]) -> int:
     """Run a script with its own arguments; the exit code. ``arguments``: the script, and what it is given."""
     try:
-        script, given, sections = read_arguments(arguments)
+        script, given, sections, verify = read_arguments(arguments)
         prepare_host(script)
-        install(sections)
+        install(sections, verify=verify)
     except PluginError as error:  # before there are process groups: every rank has found the same
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -72,18 +73,19 @@ def _say(error: PluginError) -> None:
         print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
-def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig]:
-    """The script, its own arguments, and the sections of the plugin's file. Raises ConfigError: there is no such
-    script, or the file is missing, wrong or given twice."""
+def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig, bool]:
+    """The script, its own arguments, the sections of the plugin's file, and whether checkpoints are verified. Raises
+    ConfigError: there is no such script, or the file is missing, wrong or given twice."""
     script = Path(arguments[0])
     if not script.is_file():
         raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(FLAG, dest="files", action="append", nargs="?", default=[])
+    parser.add_argument(NO_VERIFY, dest="verify", action="store_false")
     found, rest = parser.parse_known_args(arguments[1:])
     if len(found.files) != 1 or not found.files[0]:
         raise ConfigError(f"{FLAG}: given {len(found.files)} time(s); give it once, with a JSON file")
-    return script.resolve(), rest, PluginConfig.from_dict(load_json(found.files[0]))
+    return script.resolve(), rest, PluginConfig.from_dict(load_json(found.files[0])), found.verify
 
 
 def prepare_host(script: Path) -> None:
@@ -111,8 +113,9 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
         install(section if isinstance(section, PluginConfig) else PluginConfig.from_dict(load_json(section)))
 
 
-def install(sections: PluginConfig) -> None:
+def install(sections: PluginConfig, *, verify: bool = True) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
+    ``verify``: compare a checkpoint's files with what was saved before it is loaded.
 
     `megatron_patches.revert()` undoes it. Another loop calls nothing that is wrapped: the first step of any optimizer
     is refused as long as Megatron-LM's has not been set up.
@@ -131,7 +134,7 @@ def install(sections: PluginConfig) -> None:
         if module in sys.modules:
             raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
     training = _training()
-    loop, guard = Loop(sections, training.get_args), _first_step()
+    loop, guard = Loop(sections, lambda: training.get_args(), verify=verify), _first_step()  # a script may replace it
     patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
     with all_or_none(patches):
         if sections.completep is not None:

@@ -22,6 +22,7 @@ from ds_plugin.core.files import write_text
 from ds_plugin.core.json_files import read_json, read_tag
 from ds_plugin.core.manifest import MANIFEST, Manifest
 from ds_plugin.core.ranks import gathered, warn
+from ds_plugin.core.seals import Sealer
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.state import files as window_files
@@ -45,6 +46,16 @@ class Methods:
     options: Callable[[], Any]  # Megatron-LM's ``get_args``: there are none before the script has read them
     lengths: Lengths | None = None
     averager: WeightAverager | None = None
+    verify: bool = True  # compare a checkpoint's files with what was saved, before Megatron-LM loads them
+    _sealer: Sealer | None = None
+
+    @property
+    def sealer(self) -> Sealer:
+        """For the checkpoints, which all ranks see; there are no ranks before the script has started."""
+        if self._sealer is None:
+            self._sealer = Sealer(dist.get_rank(), dist.get_world_size())
+            self._sealer.verify = self.verify
+        return self._sealer
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -52,12 +63,13 @@ def folder_of(root: Path, iteration: int) -> Path:
     return root / "ds_plugin" / f"iter_{iteration:07d}"
 
 
-def save(loop: Methods, root: Path, iteration: int) -> None:
-    """Write the state of every method that is on. Every rank calls it; all succeed or all raise."""
+def save(loop: Methods, root: Path, iteration: int) -> str:
+    """Write the state of every method that is on; the save's id. Every rank calls it; all succeed or all raise."""
     save_id = gathered(uuid.uuid4().hex)[0]
     folder = folder_of(root, iteration)
     with raise_on_all_ranks():
         folder.mkdir(parents=True, exist_ok=True)
+        loop.sealer.open(folder)
         if loop.averager is not None:
             window_files.save(folder, loop.averager, save_id=save_id, **_place())
     with raise_on_all_ranks():  # the manifest last: it says that the rest is there
@@ -67,6 +79,16 @@ def save(loop: Methods, root: Path, iteration: int) -> None:
             _write(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
             if getattr(loop.options(), "save_retain_interval", None) is not None:
                 _forget_retired(root, iteration)
+    return save_id
+
+
+def seal(loop: Methods, root: Path, iteration: int, save_id: str) -> None:
+    """Begin to seal our files and Megatron-LM's, which it has written; with ``--async-save`` it still writes: ours
+    alone. Every rank calls it."""
+    folder, theirs = folder_of(root, iteration), root / f"iter_{iteration:07d}"
+    with raise_on_all_ranks():  # all have written
+        pass
+    loop.sealer.close(folder, [folder] if loop.options().async_save else [folder, theirs], save_id)
 
 
 def _write(loop: Methods, folder: Path, iteration: int, **entries: Any) -> None:
@@ -100,18 +122,26 @@ def mark_average(loop: Methods, root: Path, iteration: int) -> None:
             _write(loop, folder_of(root, iteration), iteration, average_of=loop.averager.steps)
 
 
-def check(loop: Methods, model: Any) -> None:
-    """Look at what Megatron-LM is about to load into ``model``, its chunks. Every rank calls it, and has the same
-    CheckpointError: a run would be resumed from an average or with another ``completep``; or, with ``--finetune``,
-    weights would get another forward pass than they were trained in."""
-    with raise_on_all_ranks():
-        if dist.get_rank() == 0 and (found := _to_load(loop.options())) is not None:
-            root, iteration, weights_alone = found
-            path = folder_of(root, iteration) / MANIFEST
-            if weights_alone:
-                _check_weights(loop, path, model[0])
-            else:
-                _resumable(loop, path, iteration)
+def check(loop: Methods, model: Any) -> int | None:
+    """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Every rank
+    calls it, and has the same CheckpointError: a run would be resumed from an average, from damaged files or with
+    another ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
+    found = from_rank_0(lambda: _to_load(loop.options()))
+    if found is None:
+        return None
+    root, iteration, weights_alone = found
+    path = folder_of(root, iteration) / MANIFEST
+
+    def looked_at() -> bool:
+        """Whether there is something of ours, which goes with this run."""
+        if weights_alone:
+            _check_weights(loop, path, model[0])
+            return path.is_file()
+        return _resumable(loop, path, iteration) is not None
+
+    if from_rank_0(looked_at):
+        loop.sealer.check(path.parent)
+    return iteration
 
 
 def _to_load(options: Any) -> tuple[Path, int, bool] | None:
@@ -195,6 +225,9 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
         if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
             save_id, ranks = manifest["save_id"], manifest["world_size"]
             window_files.load(folder, loop.averager, save_id=save_id, saved_ranks=ranks, **_place())
+    if loop.averager is not None and (again := loop.options().iteration) < iteration:  # --override-ckpt-iteration
+        warn("weight averaging: iterations are counted from %d again; the window starts empty", again)
+        loop.averager.reset()
 
 
 def _forget_retired(root: Path, iteration: int) -> None:

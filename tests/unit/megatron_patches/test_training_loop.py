@@ -140,7 +140,8 @@ def test_an_option_that_is_off_or_unknown_to_a_version_is_no_conflict():
         ("use_torch_fsdp2", True, "completep"),
         ("hybrid_layer_pattern", "M*M-", "completep"),
         ("hybrid_attention_ratio", 0.5, "completep"),
-        ("override_ckpt_iteration", 20, "sequence_length_warmup"),
+        ("logits_load_dir", "teacher", "sequence_length_warmup"),
+        ("dataloader_inter_document_masking", True, "sequence_length_warmup"),
         ("freeze_all_layers", True, "weight_averaging"),
     ):
         alone = dataclasses.replace(PluginConfig(), **{method: getattr(sections, method)})
@@ -154,8 +155,10 @@ def test_the_command_line_is_the_scripts_own_but_for_one_flag(tmp_path):
     program.write_text("")
     methods.write_text(json.dumps({"sequence_length_warmup": WARMUP}))
     for flag in (["--ds-plugin-config", str(methods)], [f"--ds-plugin-config={methods}"]):
-        found, rest, sections = script.read_arguments([str(program), "--lr", "1", *flag, "--seq-length", "32"])
-        assert found == program and rest == ["--lr", "1", "--seq-length", "32"]
+        given = [str(program), "--lr", "1", *flag, "--seq-length", "32"]
+        found, rest, sections, verify = script.read_arguments(given)
+        assert found == program and rest == ["--lr", "1", "--seq-length", "32"] and verify
+        assert script.read_arguments([*given, "--ds-plugin-no-verify"])[1:] == (rest, sections, False)
         assert sections.sequence_length_warmup is not None and sections.weight_averaging is None
     for wrong, words in (
         ([str(tmp_path / "no.py")], "does not exist"),
