@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch.distributed as dist
 
-from ds_plugin.deepspeed_engine.ranks import warn
+from ds_plugin.core.ranks import warn
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.sequence_length_warmup.ledger import Ledger
 
