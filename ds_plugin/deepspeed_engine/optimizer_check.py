@@ -24,19 +24,18 @@ def check(config: Mapping[str, Any], *, auto: bool) -> None:
     zero = config.get("zero_optimization") or {}
     offloaded = (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
     name, params = _section(config, "optimizer", "AdamW")
-    optimizer = _optimizer(name, params, offloaded) if name else optim.AdamW([_parameter()])
+    optimizer = _optimizer(name, params or {}, offloaded) if name else optim.AdamW([_parameter()])
     name, params = _section(config, "scheduler", "WarmupCosineLR")
     if name:
-        if config["scheduler"].get("params") is None:  # of an optimizer DeepSpeed does without
-            raise ConfigError(f"scheduler.params: missing; write {{}} for the defaults of {name}")
         _check_scheduler(name, params, optimizer, auto)
 
 
-def _section(config: Mapping[str, Any], section: str, usual: str) -> tuple[str | None, dict[str, Any]]:
+def _section(config: Mapping[str, Any], section: str, usual: str) -> tuple[str | None, dict[str, Any] | None]:
     found = config.get(section) or {}
     if found and found.get("type") is None:
         raise ConfigError(f'{section}.type: missing, without it DeepSpeed ignores the section; write e.g. "{usual}"')
-    return found.get("type"), dict(found.get("params") or {})
+    params = found.get("params")
+    return found.get("type"), None if params is None else dict(params)
 
 
 def _optimizer(name: str, params: dict[str, Any], offloaded: bool) -> optim.Optimizer:
@@ -69,11 +68,13 @@ def _optimizer(name: str, params: dict[str, Any], offloaded: bool) -> optim.Opti
         raise ConfigError(f"{where}: {params!r} is refused by {kind.__name__}: {_line(error)}") from None
 
 
-def _check_scheduler(name: str, params: dict[str, Any], optimizer: optim.Optimizer, auto: bool) -> None:
+def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.Optimizer, auto: bool) -> None:
     from deepspeed.runtime import lr_schedules
 
     schedulers = _classes({**vars(optim.lr_scheduler), **vars(lr_schedules)}, "get_last_lr")  # DeepSpeed's come first
     _check_known("scheduler.type", name, "WarmupCosineLR", schedulers)
+    if params is None:  # of an optimizer DeepSpeed does without
+        raise ConfigError(f"scheduler.params: missing; write {{}} for the defaults of {name}")
     where, known = f"scheduler.params of {name}", _parameters(schedulers[name])
     for key, value in params.items():
         _check_known(where, key, next(iter(known)), known)
