@@ -90,14 +90,15 @@ set -m
     "$script" --deepspeed_config "$ROOT/configs/quickstart.json" --name "$name" --runs "$runs" --cache "$ROOT/data" \
     ${options[@]+"${options[@]}"} "$@" &
 launcher=$!
+exec 2>/dev/null # from here on only bash itself would speak there, of a job that was ended
 for signal in INT TERM HUP; do
     # shellcheck disable=SC2064 # the names as they are now
-    trap "kill -s $signal -- -$launcher 2>/dev/null || true" "$signal"
+    trap "kill -s $signal -- -$launcher || true" "$signal"
 done
 while true; do # a signal interrupts the waiting
     status=0
-    { wait "$launcher"; } 2>/dev/null || status=$? # without bash's own word about a job that was ended
-    kill -0 "$launcher" 2>/dev/null || break
+    wait "$launcher" || status=$?
+    kill -0 "$launcher" || break
 done
 [ "$status" -eq 0 ] || exit "$status"
 
