@@ -33,7 +33,7 @@ from ds_plugin.sweeps.records import write_records
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 
-ALL = 10**9  # an ema horizon beyond any run's number of snapshots: the plain mean of all of them, which is SWA
+ALL = 10**6  # an ema horizon beyond any run's number of snapshots: the plain mean of all of them, which is SWA
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the run, where steps saved are read
 SMOOTHED = 5  # evaluations in the centred mean that both curves of a comparison are smoothed with
 AFTER = ("on", "keep", "reset")  # what follows the spike: nothing, or a restart with moments kept or reset

@@ -43,7 +43,8 @@ def parse_json(
         if wrong is None:
             if model is None or isinstance(model, Mapping):  # other keys are kept
                 model = with_config(ConfigDict(extra="allow"))(TypedDict("Object", dict(model or {})))  # type: ignore
-            return pydantic.TypeAdapter(model).validate_json(data, strict=True)
+            text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")  # file names may be no UTF-8
+            return pydantic.TypeAdapter(model).validate_json(text, strict=True)
     except RecursionError:
         wrong = "nested too deep"
     except pydantic.ValidationError as invalid:

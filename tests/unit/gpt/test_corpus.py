@@ -308,7 +308,7 @@ def test_half_a_dataset(tmp_path: Path, there: str, missing: str, given: str):
         (".idx", b"cut", "is not a Megatron index"),
         (".bin", b"cut", "its index needs at least 7"),
         (".bin", b"", "bin' is empty"),
-        (".json", b"{", "is not a description"),
+        (".json", b"{", "json is damaged"),
     ],
 )
 def test_damaged_dataset(folder: Path, tmp_path: Path, damage: str, content: bytes, message: str):
@@ -366,9 +366,9 @@ def test_an_index_that_cannot_be(tmp_path: Path, index: tuple, message: str | No
         ({"documents": 1}, "says 7 tokens in 1 documents"),
         ({"eod": 256}, "with 256 at the end of each and 256 in all"),
         ({"vocab_size": 100}, "holds token 195, but .*json' has only 100"),
-        ({"vocab_size": 2**31}, "is not a description"),
-        ({"unigram_entropy": math.nan}, "is not a description"),
-        ({"eod": -1}, "is not a description"),
+        ({"vocab_size": 2**31}, "json is damaged"),
+        ({"unigram_entropy": math.nan}, "json is damaged"),
+        ({"eod": -1}, "json is damaged"),
     ],
 )
 def test_a_description_that_does_not_fit(folder: Path, tmp_path: Path, changed: dict, message: str):

@@ -280,7 +280,7 @@ def other_shape(folder):
         (lambda folder: (folder / "common.pt").unlink(), r"step1/common.pt is missing"),
         (
             lambda folder: (folder / "metadata.json").unlink(),
-            r"step1/metadata.json is missing",
+            r"step1/metadata.json cannot be read",
         ),
         (lambda folder: (folder / "metadata.json").write_text("[]"), r"step1/metadata.json is damaged"),
         (
