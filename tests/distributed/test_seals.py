@@ -35,7 +35,7 @@ def _sibling(path):
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_no_damage_to_any_file_goes_unseen(workers, tmp_path, zero):
+def test_no_damage_to_any_file_goes_unseen(workers, tmp_path, zero, record_property):
     workers(2).run(_saved, zero, str(tmp_path))
     first, second = tmp_path / "first", tmp_path / "second"
     files = sorted(path for path in second.rglob("*") if path.is_file())
@@ -56,6 +56,7 @@ def test_no_damage_to_any_file_goes_unseen(workers, tmp_path, zero):
             path.write_bytes(whole)
             tried += 1
     assert seals.verify(second) == [] and tried >= 5 * len(files)
+    record_property("tried", tried)
 
 
 def _resumes(zero, folder, of):
@@ -76,7 +77,7 @@ def _resumes(zero, folder, of):
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_a_resume_looks_before_it_loads(workers, tmp_path, zero):
+def test_a_resume_looks_before_it_loads(workers, tmp_path, zero, record_property):
     pool = workers(2)
     pool.run(_saved, zero, str(tmp_path))
     states = sorted(path.name for path in (tmp_path / "second").glob("*optim_states.pt"))
@@ -95,3 +96,4 @@ def test_a_resume_looks_before_it_loads(workers, tmp_path, zero):
         assert said.keys() == wanted.keys() and nothing == {} and rest == expected and rest[-1] == 8
         for name, path in wanted.items():
             assert path in said[name] and "no-verify" in said[name], said[name]
+    record_property("tried", len(wanted))

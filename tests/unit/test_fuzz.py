@@ -221,7 +221,7 @@ COUNTS = [1, pytest.param(10, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("times", COUNTS)
-def test_recipes_through_the_reader_of_plan(times, tmp_path):
+def test_recipes_through_the_reader_of_plan(times, tmp_path, record_property):
     rng, found, path = random.Random(18), [], tmp_path / "recipe.json"
     recipes = {name: json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in RECIPES}
     for name in list(RECIPES)[:2]:  # what is imported takes its time
@@ -236,14 +236,17 @@ def test_recipes_through_the_reader_of_plan(times, tmp_path):
                 source = path
             found.append((mutation, judged(planned, source, *RECIPES[name])))
     assert not (bad := wrong(found)), "\n".join(bad)
-    assert 0.1 < sum(verdict == "accepted" for _, verdict in found) / len(found) < 0.5
+    accepted = sum(verdict == "accepted" for _, verdict in found)
+    assert 0.1 < accepted / len(found) < 0.5
+    record_property("tried", len(found))
+    record_property("allowed", accepted)
 
 
 PUT_IN = (b"\xff", b"\0", b"[" * 100_000, b"9" * 5_000, b"NaN", b"1e999", b'"', b"\\ud800")
 
 
 @pytest.mark.parametrize("times", COUNTS)
-def test_recipes_as_damaged_text(times, tmp_path):
+def test_recipes_as_damaged_text(times, tmp_path, record_property):
     """Bytes that are cut, flipped, doubled or put in: refused, or still the JSON that somebody may have meant."""
     rng, path, found = random.Random(81), tmp_path / "recipe.json", Counter()
     texts = [(ROOT / "configs" / f"{name}.json").read_bytes() for name in RECIPES]
@@ -263,6 +266,8 @@ def test_recipes_as_damaged_text(times, tmp_path):
             path.write_bytes(text)
             found[judged(planned, path, *list(RECIPES.values())[i % len(texts)])] += 1
     assert found.keys() <= {"accepted", "refused"} and found["refused"] > 50 * times, found
+    record_property("tried", found.total())
+    record_property("allowed", found["accepted"])
 
 
 def _initialized(config):
@@ -289,11 +294,13 @@ def _sections_on_a_rank(count):
                 found.append((mutation, judged(_initialized, config)))
             elif i % 10 == 0:  # what the reader refuses, initialize refuses, too
                 found.append((mutation, judged(_initialized, config).replace("accepted", "built all the same")))
-    return wrong(found), sum(verdict == "accepted" for _, verdict in found) / len(found)
+    return wrong(found), len(found), sum(verdict == "accepted" for _, verdict in found)
 
 
 @pytest.mark.parametrize("times", COUNTS)
-def test_sections_through_split_config_and_initialize(times, workers):
-    bad, share = workers(1).run(_sections_on_a_rank, 200 * times)[0]
+def test_sections_through_split_config_and_initialize(times, workers, record_property):
+    bad, tried, accepted = workers(1).run(_sections_on_a_rank, 200 * times)[0]
     assert not bad, "\n".join(bad)
-    assert 0.1 < share < 0.6
+    assert 0.1 < accepted / tried < 0.6
+    record_property("tried", tried)
+    record_property("allowed", accepted)

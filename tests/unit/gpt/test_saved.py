@@ -44,7 +44,8 @@ def test_a_latest_that_cannot_be_read_names_the_tags(tmp_path, content):
         (tmp_path / tag).mkdir()
     if content is not None:
         (tmp_path / "latest").write_bytes(content)
-    with pytest.raises(CheckpointError, match="latest (cannot be read|names no checkpoint).*give --tag one of step00000010, step00000020"):
+    said = "latest (cannot be read|names no checkpoint).*give --tag one of step00000010, step00000020"
+    with pytest.raises(CheckpointError, match=said):
         latest_tag(tmp_path)
     (tmp_path / "latest").write_text("step00000010\n")
     assert latest_tag(tmp_path) == "step00000010"
