@@ -16,6 +16,7 @@ import random
 import reprlib
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -179,6 +180,9 @@ def _rank_main(job: Job, rank: int, pipe: Connection, foreign: Sequence[Connecti
         _initialize(job, rank)
         fn, args, kwargs = pickle.loads(job.payload)
         outcome = pickle.dumps(Outcome(result=fn(*args, **kwargs)))
+        for thread in threading.enumerate():  # the interpreter would wait for them; they seal checkpoints
+            if thread.name == "seal":
+                thread.join()
     except BaseException as error:
         what = RankError(type(error).__name__, str(error))
         outcome = pickle.dumps(Outcome(error=what, traceback=_format(error)))

@@ -23,6 +23,7 @@ _REMEDY = (
     "restore the file, give another checkpoint, or load it as it is (get_plugin(engine).sealer.verify = False; the "
     "script's --no-verify; in Megatron-LM's loop --ds-plugin-no-verify)"
 )
+_running: list[threading.Thread] = []  # of this process
 
 
 class Sealer:
@@ -32,7 +33,6 @@ class Sealer:
     def __init__(self, index: int, of: int):
         self.index, self.of = index, of
         self.verify = True  #: whether `check` looks
-        self._thread: threading.Thread | None = None
 
     def open(self, folder: Path) -> None:
         """Before anything is written: what an earlier save into ``folder`` sealed holds no longer."""
@@ -47,19 +47,21 @@ class Sealer:
         files = sorted({file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))})
         mine = [file for file in files if _is_sealed(file)][self.index :: self.of]
         # no daemon: a process that ends well ends after it
-        self._thread = threading.Thread(target=_seal, args=(folder, mine, save_id, self.index, self.of), name="seal")
-        self._thread.start()
+        thread = threading.Thread(target=_seal, args=(folder, mine, save_id, self.index, self.of), name="seal")
+        _running.append(thread)
+        thread.start()
 
     def wait(self) -> None:
-        """Until the last save is sealed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Until this process has sealed what it saved."""
+        while _running:
+            _running.pop().join()
 
     def check(self, folder: Path) -> None:
         """`verify` a checkpoint together. Every rank calls it. Raises CheckpointError, on all alike."""
         self.wait()
         if self.verify:
+            with raise_on_all_ranks():  # every rank has sealed what it saved
+                pass
             with raise_on_all_ranks():
                 for unseen in verify(folder, index=self.index, of=self.of):
                     warn("%s: not all of this checkpoint could be compared with what was saved", unseen)

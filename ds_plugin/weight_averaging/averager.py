@@ -7,7 +7,7 @@ A snapshot goes to CPU memory: no collective, no accelerator memory; from an acc
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -67,8 +67,13 @@ class WeightAverager:
         self._shapes = [master.shape for master in masters]
         storage = Storage(config, masters, modes.buffers(config))
         self.memory, self.files = storage.reserve(_SMALLER[config.mode])
-        with raise_on_all_ranks():
-            kept, self._spare = storage.allocate()
+        buffers: Any = None
+        try:
+            with raise_on_all_ranks():
+                buffers = storage.allocate()
+            kept, self._spare = buffers
+        finally:
+            del buffers  # else whoever holds on to an error would hold on to files
         self._mode, self._exchangeable = modes.make(config, kept), storage.exchangeable
         self._copies = stager.copies_from(masters)
         if self._copies is not None:
