@@ -28,6 +28,7 @@ parts:
             matmul, a snapshot 4 N bytes: N cancels (and so do ranks, which divide both), and "tokens" says from how
             many tokens a step, all ranks together, a snapshot every 100 steps is less than 0.1 % of it. On a GPU these
             are upper limits: snapshots are timed to their end here, and hide behind training there.
+``seal``    What a save waits for when its files are sealed: the hashing itself is a thread's, while training goes on.
 """
 
 import argparse
@@ -37,6 +38,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -97,6 +99,8 @@ def limits(found: dict[str, Found]) -> Iterator[common.Limit]:
         yield f"the mean of {K}, in times its floor", ratio["mean"] / floor, 1.5
         for ours, peer in (("snapshot", "AveragedModel"), ("mean", "stacked mean")):
             yield f"{ours} over {peer}", ratio[ours] / ratio[peer], 1.0
+    if sealed := found.get("seal"):
+        yield "a save that is sealed, over one that is not", sealed["a save"]["ratio"], 1.05
     if rows := found.get("threads"):
         for ours, peer, limit in _AGAINST:
             for on in (1, 2):
@@ -347,12 +351,34 @@ def step(args: argparse.Namespace) -> Found:
     }
 
 
+def seal(args: argparse.Namespace) -> Found:
+    """DeepSpeed's save_checkpoint, which begins to seal what it has written, over one that does not."""
+    import ds_plugin
+
+    engine, once, _ = _engine(args)
+    once()
+    ds_plugin.attach(engine, {"weight_averaging": {"enabled": True, "interval": INTERVAL, "window": K}})
+    sealer = ds_plugin.get_plugin(engine).sealer
+    close = sealer.close
+    with tempfile.TemporaryDirectory() as folder:
+
+        def save(sealed: bool) -> None:
+            vars(sealer)["close"] = close if sealed else lambda *args: None
+            engine.save_checkpoint(folder, tag="tag")
+
+        variants = {"sealed": partial(save, True), "not sealed": partial(save, False)}
+        seconds = interleaved(variants, args.rounds, time.perf_counter, before=sealer.wait)
+        sealer.wait()
+    return {"a save": over(seconds["sealed"], seconds["not sealed"])}
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "memory": memory,
     "threads": threads,
     "ranks": ranks,
     "gather": gather,
     "step": step,
+    "seal": seal,
 }
 
 
