@@ -164,7 +164,7 @@ def _of_trial(config: dict[str, Any], interval: int) -> dict[str, Any]:
     """The JSON of a trial. The run's own number of steps stays: schedules and the order of samples depend on it."""
     config.pop("weight_averaging", None)
     if "training" in config:  # a script of one's own may have another place for them
-        config["training"] |= {"eval_interval": interval, "save_interval": sys.maxsize}
+        config["training"] |= {"eval_interval": interval, "save_interval": 10**9}
     split_config(config)  # refuses what the methods would, before anything is started
     return config
 

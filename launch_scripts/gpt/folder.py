@@ -172,12 +172,13 @@ class RunFolder:
         return f"metrics.csv lacks {lost} of the {seal['rows']} rows up to step {step}" if lost > 0 else None
 
     def settle(self) -> None:
-        """Make metrics.csv what `go_on_from` has found, once; the file is replaced as a whole. What a killed run was
-        about to write goes."""
-        if self._kept is None:
-            return
-        write_text(self.metrics, _HEADER + "".join(self._kept))
-        self._kept = None
+        """Make metrics.csv what `go_on_from` has found, once; the file is replaced as a whole."""
+        if self._kept is not None:
+            write_text(self.metrics, _HEADER + "".join(self._kept))
+            self._kept = None
+
+    def sweep(self) -> None:
+        """What a killed run was about to write goes. While no rank of this one writes."""
         for folder in filter(Path.is_dir, (self.path, self.checkpoints, *self.checkpoints.glob("*"))):
             sweep_temporaries(folder)
 

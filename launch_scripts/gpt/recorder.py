@@ -276,6 +276,8 @@ class Recorder:
                     f"{self.engine.global_steps}; give another --tag, one of {tags(root)}"
                 )
             rng.load(path / f"rng_rank_{dist.get_rank():05d}.safetensors")
+            if self.first:
+                self.folder.sweep()
         self._earlier_seconds, self._flops = saved["seconds"], saved["flops"]
         for line in filter(None, [self._other_steps(saved["steps"]), lost]):
             self.progress.message(f"note: {line}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ds_plugin
 from ds_plugin.cli.main import main
+from ds_plugin.core import seals
 from ds_plugin.core.errors import CheckpointError, PluginError
 from ds_plugin.deepspeed_engine import checkpoint
 from ds_plugin.weight_averaging.state.files import shard_name
@@ -128,7 +129,8 @@ def test_what_a_conversion_takes_along(tmp_path, monkeypatch):
     assert not (tmp_path / "copied" / shard_name(1)).samefile(folder / shard_name(1))
     for target in (tmp_path / "linked", tmp_path / "copied"):
         names = ["ds_plugin.json", shard_name(0), shard_name(1)]
-        assert sorted(path.name for path in target.iterdir()) == names
+        assert sorted(path.name for path in target.iterdir()) == sorted([*names, "ds_plugin_seal_00000.json"])
+        assert seals.verify(target) == []
         assert all((target / name).read_bytes() == (folder / name).read_bytes() for name in names)
 
 

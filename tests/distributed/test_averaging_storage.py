@@ -167,9 +167,10 @@ def test_too_little_disk_ends_all_ranks_alike(workers, tmp_path):
 
 def _order(by_user):
     """What comes before what in two steps of three micro-batches each."""
+    order = []
+    WeightAverager.before_step = lambda averager: order.append("wait")  # this process ends with the test
     engine = plain.make(plain.host_config(1, accumulation=3, weight_averaging=plain.AVERAGING))
-    averager, order, host_step = ds_plugin.get_plugin(engine).averager, [], engine.optimizer.step
-    averager.before_step = lambda: order.append("wait")
+    host_step = engine.optimizer.step
     engine.optimizer.step = lambda *a, **k: (order.append("step"), host_step(*a, **k))[1]
     for index in range(6):
         if by_user:  # two micro-batches a step, whatever the JSON says

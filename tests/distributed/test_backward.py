@@ -158,4 +158,4 @@ ASKED = [("sequence_length_warmup", '"adaptive"'), ("weight_averaging", "restart
 def test_a_loss_that_nobody_tells_is_asked_for(workers, section, name):
     [error] = workers(1).run(_not_told, {section: SECTIONS[section]}, expect="errors")
     assert error.type == "StateError" and name in error.message, error
-    assert "engine.backward(loss), or loss.backward() on the loss that the model returns" in error.message
+    assert "call engine.backward(loss), or loss.backward() on the" in error.message
