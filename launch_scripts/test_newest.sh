@@ -15,7 +15,7 @@ fi
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
 failed=0
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PY" -m pytest "$@" | tee "$log" || failed=$?
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$PY" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" | tee "$log" || failed=$?
 "$PY" - "$log" <<'PYTHON'
 import datetime, pathlib, platform, sys
 from importlib.metadata import version

@@ -308,6 +308,8 @@ def _plain(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
 
 def _compare_runs(plugin: Methods, manifest: dict[str, Any], path: Path) -> None:
     """What the methods' state needs."""
+    if lost := manifest["sections"].keys() - manifest["state"].keys():
+        raise CheckpointError(f"{path} is damaged (no state of {min(lost)}, which was on); {_ANOTHER}")
     state = manifest["state"].get("sequence_length_warmup") or {}
     if plugin.warmup is not None and state:
         plugin.warmup.check_state(state)

@@ -185,6 +185,8 @@ def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | No
         raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
     if manifest["iteration"] != iteration:
         raise CheckpointError(f"{path} is of iteration {manifest['iteration']}, not {iteration}; restore the file")
+    if "sequence_length_warmup" in manifest["sections"] and not manifest.get("lengths"):
+        raise CheckpointError(f"{path} is damaged (no state of sequence_length_warmup, which was on); restore the file")
     averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
     if averages and (sizes := manifest["model_parallel"]) != _sizes():
         raise CheckpointError(

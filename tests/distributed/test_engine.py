@@ -145,6 +145,7 @@ CHANGED = [
     ("damaged", ["weight_averaging_rank_00001.safetensors", "bytes", "no-verify"]),
     ("manifest", ["ds_plugin.json", "damaged"]),
     ("mixed", ["ds_plugin.json", "no-verify"]),
+    ("stateless", ["ds_plugin.json", "no state of sequence_length_warmup"]),
     ("absent", ["no checkpoint", "global_step5"]),
 ]
 
@@ -168,6 +169,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
     elif change == "mixed":
         manifest = json.loads((tag / "ds_plugin.json").read_text())
         (tag / "ds_plugin.json").write_text(json.dumps({**manifest, "global_steps": 4}))
+    elif change == "stateless":
+        manifest = json.loads((tag / "ds_plugin.json").read_text())
+        del manifest["state"]["sequence_length_warmup"]
+        (tag / "ds_plugin.json").write_text(json.dumps(manifest))
     elif change == "absent":
         tag.rename(tmp_path / "elsewhere")
     else:

@@ -221,7 +221,7 @@ def test_a_trial_is_the_beginning_of_the_real_run(tmp_path, tune):
     tune("--- --data text --name other")
     config = json.loads((tmp_path / "out" / TRIALS[0] / "config.json").read_text())
     assert config["training"]["steps"] == 200  # the schedules' and the sample order's
-    assert config["training"]["eval_interval"] == 2 and config["training"]["save_interval"] > 1e9
+    assert config["training"]["eval_interval"] == 2 and config["training"]["save_interval"] == 10**9
     assert "weight_averaging" not in config
     assert config["sequence_length_warmup"]["start_length"] == 8
     log = (tmp_path / "out" / TRIALS[0] / "log.txt").read_text()

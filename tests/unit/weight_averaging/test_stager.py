@@ -209,9 +209,9 @@ def test_what_fails_in_the_worker_is_raised_by_the_next_call(device, call):
 
 def test_the_worker_says_which_device_is_its_own(device):
     """The stand-in, too, knows a thread that has not: its first question is one of no device."""
-    copies, asked = SnapshotStager(CPU, device), []
+    copies, asked, target = SnapshotStager(CPU, device), [], [torch.zeros(1)]
     device.let_go.set()
-    copies.begin([torch.zeros(1)], [torch.ones(1)], lambda: asked.append(device.current_stream(CPU)))
+    copies.begin(target, [torch.ones(1)], lambda: asked.append(device.current_stream(CPU)))
     copies.drain()
     assert asked == [device.training] and device.strays == []
     stray = threading.Thread(target=device.current_stream, args=[CPU], name="stray")
