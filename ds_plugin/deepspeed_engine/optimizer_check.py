@@ -32,7 +32,7 @@ def check(config: Mapping[str, Any], *, auto: bool) -> None:
 
 def _section(config: Mapping[str, Any], section: str, usual: str) -> tuple[str | None, dict[str, Any] | None]:
     found = config.get(section) or {}
-    if found and found.get("type") is None:
+    if found and not found.get("type"):
         raise ConfigError(f'{section}.type: missing, without it DeepSpeed ignores the section; write e.g. "{usual}"')
     params = found.get("params")
     return found.get("type"), None if params is None else dict(params)
@@ -86,6 +86,9 @@ def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.
                 raise ConfigError(f"scheduler.params.{key}: {value!r}; write a number from {least} to {most:g}")
     types = (lr_schedules.WARMUP_LOG_RATE, lr_schedules.WARMUP_LINEAR_RATE)
     _check_known("scheduler.params.warmup_type", params.get("warmup_type", types[0]), types[0], types)
+    total: Any = params.get("total_num_steps")
+    if _is_number(total) and (total < 1 or total != int(total)):
+        raise ConfigError(f"scheduler.params.total_num_steps: {total!r}; write a whole number of steps")
     if auto and params.get("total_num_steps") == "auto":
         params["total_num_steps"] = 10**9
     # a learning rate for each param group: here is one group

@@ -37,7 +37,7 @@ class WeightAveragingConfig(SectionConfig):
     start_step: int = Field(
         0, ge=0, le=10**9, description="no snapshot before it; those that reach into the LR warmup are worse than raw"
     )
-    weights: str | list[float] = Field(
+    weights: str | list[Annotated[float, Field(ge=-1e9, le=1e9)]] = Field(
         "mean", description='"mean", "minus-sqrt", "cosine", "wma", or one number for each snapshot of the window'
     )
     horizons: list[_Horizon] | None = Field(

@@ -154,6 +154,9 @@ NULLABLE = OPTIONAL & {
 ACCEPTED = {
     "a number that the field may have": lambda m: is_number(m.before) and is_number(m.after) and 0 <= m.after <= 1e15,
     "Accelerate's is infinite": lambda m: m.path[-1] == "steps_per_print" and is_number(m.after),
+    "DeepSpeed counts them itself": lambda m: m.path[-1] == "total_num_steps" and is_number(m.after) and m.after >= 1,
+    "a rate for each param group": lambda m: m.path[-1] == "warmup_max_lr" and m.kind == "wrapped",
+    "nothing given, all has a default": lambda m: m.after == {} and m.path[-1] in ("learning_rate", "params"),
     "another flag": lambda m: isinstance(m.before, bool) and isinstance(m.after, bool) and m.kind == "value",
     "it has a default": lambda m: m.kind == "removed" and m.path[-1] in OPTIONAL,
     "null is its default": lambda m: m.kind == "value" and m.after is None and m.path[-1] in NULLABLE,
