@@ -1,5 +1,6 @@
 """What was tried to break runs, and what came of it: ``python tests/reliability.py`` runs the long forms of the tests
-below, thirty kills among them, and writes docs/results/reliability.md. About half an hour on two cores.
+below, thirty kills among them, and writes docs/results/reliability.md. About half an hour. With words, only
+the rows that begin with one of them are made anew: ``python tests/reliability.py recipes kills``.
 
 A test tells with ``record_property("tried", ...)`` what it has tried; any other counts as one try for each set of
 parameters. A try is clear when it ended in one error that names the thing (or, where that is the point, in a run that
@@ -36,7 +37,11 @@ KINDS = {
 
 def main() -> int:
     """Run everything, write the page; 0 when nothing was silent, hung or lost."""
-    rows = {kind: tally(files, "lost" if kind.startswith("kills") else "silent") for kind, files in KINDS.items()}
+    rows = written()
+    for kind, files in KINDS.items():
+        if len(sys.argv) == 1 or kind.startswith(tuple(sys.argv[1:])):
+            rows[kind] = tally(files, "lost" if kind.startswith("kills") else "silent")
+    rows = {kind: rows[kind] for kind in KINDS if kind in rows}
     bad = any(row[column] for row in rows.values() for column in ("silent", "hung", "lost"))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "megatron-core"))
     lines = [
@@ -55,6 +60,13 @@ def main() -> int:
     PAGE.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
     return int(bad)
+
+
+def written() -> dict[str, Counter[str]]:
+    """The rows of the page as it is."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.is_file() else []
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {kind: Counter(dict(zip(COLUMNS, map(int, row), strict=True))) for kind, *row in cells[1:]}
 
 
 def tally(files: list[str], failed: str) -> Counter[str]:
