@@ -15,6 +15,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
+for name in PROCESSES NODES NODE_RANK MASTER_PORT; do
+    value="${!name-}"
+    if [ -n "$value" ] && [[ ! "$value" =~ ^[0-9]{1,6}$ || "$name $((10#$value))" =~ ^(PROCESSES|NODES)\ 0$ ]]; then
+        (_fail "$name is '$value'; give a whole number") || exit 2
+    fi
+done
+recipe="${RECIPE:-$ROOT/configs/gpt-tiny_all_megatron-2xcpu.json}"
+[ -f "$recipe" ] || (_fail "RECIPE is '$recipe', which is no file; give a JSON with the methods' sections") || exit 2
 script="${MEGATRON:-}/pretrain_gpt.py"
 if [ ! -f "$script" ]; then
     _fail "MEGATRON is '${MEGATRON:-}', which holds no pretrain_gpt.py; give the folder of a Megatron-LM checkout:" \
@@ -23,7 +31,6 @@ fi
 if ! "$PY" -c "import regex, six, yaml" 2>/dev/null; then
     _fail "Megatron-LM's script needs packages that are missing: $PY -m pip install six regex pyyaml"
 fi
-recipe="${RECIPE:-$ROOT/configs/gpt-tiny_all_megatron-2xcpu.json}"
 
 gpus="$("$PY" -c 'import torch; print(torch.cuda.device_count())')"
 processes="${PROCESSES:-$((gpus > 0 ? gpus : 2))}"
