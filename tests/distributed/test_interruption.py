@@ -68,7 +68,7 @@ def test_killed_after_half_the_steps_and_resumed(workers, folder, zero, steps, a
 @pytest.mark.parametrize("zero", [1, 3])
 def test_killed_fifteen_times_at_any_moment(folder, zero, record_property):  # noqa: F811
     """In a step, in a save, while it is sealed, at the start: what is on disk then carries the run on bit for bit."""
-    steps, rounds, moments = 400, 15, random.Random(zero)
+    steps, rounds, moments = 150, 15, random.Random(zero)
     settings = config(zero_optimization__stage=zero)
     settings["training"] |= {"steps": steps, "save_interval": 3, "log_interval": 1, "eval_interval": 50}
     settings["sequence_length_warmup"]["duration"] = {"steps": steps // 2}
