@@ -13,7 +13,7 @@ MANIFEST = "ds_plugin.json"
 
 @with_config(ConfigDict(extra="allow"))
 class Manifest(TypedDict, total=False):
-    """For `files.read_json`. Which of the keys are there depends on the framework, and on what was saved."""
+    """For `json_files.read_json`. Which of the keys are there depends on the framework, and on what was saved."""
 
     format: Any
     save_id: str
