@@ -12,7 +12,11 @@ from typing import Any
 from ds_plugin.core.arguments import Parser, count, new_file, positive
 from ds_plugin.core.errors import ConfigError, PluginError
 
-FRAMEWORKS = ("megatron",)
+#: whose scripts run here -> by which imports they are known
+FRAMEWORKS = {
+    "megatron": {"megatron"},
+    "huggingface": {"transformers", "accelerate", "trl", "lightning", "pytorch_lightning", "axolotl", "llamafactory"},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +54,7 @@ def _parser() -> Parser:
     add = command("run", run_script, "a framework's own script, with the methods in it").add_argument
     add("--framework", choices=FRAMEWORKS, help="whose script it is, where its imports do not tell")
     add("--config", metavar="FILE", help="the JSON with the methods' sections")
+    add("-m", "--module", action="store_true", help="SCRIPT is a module's name, such as axolotl.cli.train")
     add("script", metavar="SCRIPT.py")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own")
     command("env", show_environment, "versions, accelerator, optional packages, active patches")
@@ -78,8 +83,13 @@ def _parser() -> Parser:
 
 def run_script(args: argparse.Namespace) -> int:
     """Run a script of the framework that its own imports name."""
-    if args.framework is None:
-        framework_of(Path(args.script))
+    framework = args.framework or ("huggingface" if args.module else framework_of(Path(args.script)))
+    if framework == "huggingface":
+        from ds_plugin.huggingface import script as of_huggingface
+
+        return of_huggingface.run(args.script, args.arguments, config=args.config, module=args.module)
+    if args.module:
+        raise ConfigError(f"run: -m {args.script}: Megatron-LM's are scripts; give the file")
     from megatron_patches.training_loop import script
 
     return script.run([args.script, *args.arguments, *(["--ds-plugin-config", args.config] if args.config else [])])
@@ -98,8 +108,9 @@ def framework_of(path: Path) -> str:
     named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     packages = {name.partition(".")[0] for name in named}
-    if "megatron" in packages:
-        return "megatron"
+    for framework, own in FRAMEWORKS.items():
+        if packages & own:
+            return framework
     said = f"imports no framework whose scripts run here; say --framework {' or '.join(FRAMEWORKS)}"
     if "deepspeed" in packages or "ds_plugin" in packages:
         said = (

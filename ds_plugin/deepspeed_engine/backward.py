@@ -2,9 +2,10 @@
 
 ``engine.backward(loss)`` and, since DeepSpeed 0.19 under ZeRO, ``loss.backward()`` both begin in one private method,
 which a hook on the engine's outputs calls before any gradient of the module. It is told no loss: that comes with
-``engine.backward(loss)`` and ``engine.scale(loss)``, or is the one that the model returned; so with
-``scale_wrt_gas=False``, whose loss was divided by a number of micro-batches that not every step has. (The outputs of
-``engine.module(...)`` have no hooks: their loss is seen in ``engine.backward`` alone.)
+``engine.backward(loss)`` and ``engine.scale(loss)``, or is the one that the model returned. With
+``scale_wrt_gas=False`` a loss is its micro-batch's part of the step's, and counts times their number; where that is not
+known, the model's own does. (The outputs of ``engine.module(...)`` have no hooks: their loss is seen in
+``engine.backward`` alone.)
 """
 
 import contextlib
@@ -28,6 +29,7 @@ class BackwardPasses:
         self.open = False  # a micro-batch has been accumulated that no step has used yet
         self._refuse, self._record = refuse, record
         self._told = False  # the loss, by engine.backward() or engine.scale() since the last forward pass
+        self.micro_batches: int | None = None  # of the step that is open, where the training loop says so
         self._passed = False  # a backward pass went through a loss that the model returned
 
     def install(self, undo: contextlib.ExitStack) -> None:
@@ -45,10 +47,12 @@ class BackwardPasses:
         whole = args[1] if len(args) > 1 else kwargs.get("scale_wrt_gas", True)
         if whole:
             self._tell(loss)
+        elif self.micro_batches is not None:
+            self._tell(loss.detach() * self.micro_batches)
         self.open, self._passed = True, False
         result = self._backward(loss, *args, **kwargs)
-        if not whole and not self._passed:  # the model's own was not among it: better than none
-            self._tell(loss)
+        if not whole and self.micro_batches is None and not self._passed:
+            self._tell(loss)  # the model's own was not among it: better than none
         return result
 
     def scale(self, loss: Any) -> Any:

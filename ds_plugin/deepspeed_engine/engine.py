@@ -15,7 +15,7 @@ load       our manifest is checked first, then DeepSpeed loads, then our state
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,21 @@ class Plugin:
             return self.warmup.batches(source)
         return WholeBatches(self.engine, source)
 
+    def cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A micro-batch, by argument name, cut to the length of the step that it is for; without sequence length
+        warmup, the batch itself.
+
+        ``engine(...)`` cuts what it is given. A loop that reads or counts labels outside the model cuts first, every
+        micro-batch of a step, and gives ``engine(...)`` what is returned. Raises as `SequenceLengthWarmup.cut` does.
+        """
+        return self.warmup.cut(batch) if self.warmup is not None else batch
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Say how many micro-batches the accumulation step that begins has, in a loop that divides its losses by that
+        itself (``engine.backward(loss, scale_wrt_gas=False)``): the step's loss is then their sum."""
+        if self._passes is not None:
+            self._passes.micro_batches = micro_batches
+
     @property
     def has_average(self) -> bool:
         """Whether there is a snapshot, so that `averaged_weights` can be entered."""
@@ -205,6 +220,8 @@ class Plugin:
         dtype: torch.dtype | None = None,
         horizon: int | None = None,
         max_shard_bytes: int = 5 * 10**9,
+        replace: bool = False,
+        form: publish.Form | None = None,
     ) -> list[Path]:
         """Write the average into a new ``folder`` as safetensors, in Hugging Face's layout; returns its weight files.
 
@@ -214,16 +231,16 @@ class Plugin:
         configuration beside it.
 
         ``dtype``: of all floating-point tensors; if not given each one's own in the model, so bit for bit what
-        `averaged_weights` computes with. ``horizon``: as there. ``max_shard_bytes``: of one file.
+        `averaged_weights` computes with. ``horizon``: as there. ``max_shard_bytes``: of one file. ``replace``: what the
+        folder holds goes when the new average is whole. ``form``: other names and files, see `publish.Form`.
 
         Raises:
             StateError: as `averaged_weights` does, or the model is laid out in a way that is not known.
             ConfigError: a wrong argument, ``folder`` holds something, or experts or DeepSpeed's AutoTP are in use.
             PluginError: the folder cannot be written, such as on a full disk.
         """
-        return publish.publish(
-            self.engine, self._between_steps(), folder, dtype=dtype, horizon=horizon, max_shard_bytes=max_shard_bytes
-        )
+        given: dict[str, Any] = {"dtype": dtype, "horizon": horizon, "max_shard_bytes": max_shard_bytes}
+        return publish.publish(self.engine, self._between_steps(), folder, replace=replace, form=form, **given)
 
     def save_averaged_checkpoint(
         self, save_dir: str | Path, tag: str | None = None, horizon: int | None = None, **client: Any

@@ -34,7 +34,7 @@ def log(plugin: Measured, values: Mapping[str, Any]) -> None:
     """Write the methods' state after the last step, and ``values`` (numbers; None: not measured), which win."""
     engine = plugin.engine
     if engine.monitor.enabled:
-        events = {**_state(plugin), **values}.items()
+        events = {**measured(plugin), **values}.items()
         step = engine.global_samples
         engine.monitor.write_events([(f"{PREFIX}{k}", float(v), step) for k, v in events if v is not None])
 
@@ -98,8 +98,8 @@ def _each(engine: Any, tensorboard: Callable, wandb: Callable, comet: Callable) 
             warn("monitor: %s did not take it (%s: %s)", send.__name__, type(error).__name__, error)
 
 
-def _state(plugin: Measured) -> dict[str, Any]:
-    """No collective, no device sync."""
+def measured(plugin: Measured) -> dict[str, Any]:
+    """The methods' state after the last step (None: not measured). No collective, no device sync."""
     state: dict[str, Any] = {}
     if plugin.warmup is None:
         return state

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,17 @@ AVERAGED = "averaged"  # the folder of the average that is published with a chec
 _OF_AVERAGES = re.compile(rf"{AVERAGED}(_horizon_\d+)?(\.previous)?|\.{AVERAGED}(_horizon_\d+)?\.[0-9a-f]+\.tmp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GATED = "linear_fc1"  # megatron-core's name for the two halves of a gated unit's first layer, laid end to end
+
+@dataclass(frozen=True)
+class Form:
+    """How a published folder differs from the model's own names and files."""
+
+    #: a tensor's name in the file, of its plain name in the model; None: it is left out
+    name: Callable[[str], str | None] = str
+    stem: str = "model"  # of the files' names
+    #: writes what else belongs into the folder, on the first rank, before the folder appears
+    beside: Callable[[Path], None] | None = None
+
 
 # -- what this rank holds --------------------------------------------------------------------------------------------
 
@@ -69,8 +80,10 @@ class Held:
         return [(start, part.detach().reshape(-1)[:count])]
 
 
-def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype: torch.dtype | None) -> list[Held]:
-    """Every parameter and persistent buffer of this rank's model."""
+def _held(
+    engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype: torch.dtype | None, form: Form
+) -> list[Held]:
+    """Every parameter and persistent buffer of this rank's model that has a name in the file."""
     module, ranks = unwrapped(engine.module), compat.tensor_parallel_size(engine)
     fragments, tensor_rank = shards.fragments(), compat.model_coordinate(engine)[0]
     check(fragments, average)
@@ -85,6 +98,11 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
     )
     found = []
     for name, tensor, aliases in _tensors(module):
+        mine = parts.pop(name, [])
+        if (named := form.name(name)) is None:
+            if mine:
+                raise ConfigError(f"publish: {name} is averaged and has no name in what is written; do not train it")
+            continue
         _refuse_tensor(name, tensor, ranks)
         whole = tuple(compat.global_shape(tensor))
         cut = layout.Cut(max(1, math.prod(whole)))
@@ -93,8 +111,8 @@ def _held(engine: Any, shards: MasterShards, average: list[torch.Tensor], dtype:
             stride = 2 if name.startswith(gated) else getattr(tensor, "partition_stride", 1)
             whole, cut = layout.cut_along(whole, tensor.partition_dim, stride, tensor_rank, ranks)
         written = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        entry = layout.Entry(name, written, whole, aliases, bool(sliced), hasattr(tensor, compat.ZERO3_PART))
-        found.append(Held(entry, cut, parts.pop(name, []), tensor))
+        entry = layout.Entry(named, written, whole, aliases, bool(sliced), hasattr(tensor, compat.ZERO3_PART))
+        found.append(Held(entry, cut, mine, tensor))
     if parts:
         raise StateError(f"publish: the model has no parameter {next(iter(parts))} any more; do not rename parameters")
     return found
@@ -140,9 +158,10 @@ def publish(
     horizon: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     replace: bool = False,
+    form: Form | None = None,
 ) -> list[Path]:
-    """Write the average into the new folder ``folder``; see `engine.Plugin.publish`. ``replace``: what the folder holds
-    goes when the new average is whole."""
+    """Write the average into the new folder ``folder``; see `engine.Plugin.publish`."""
+    form = form or Form()
     with raise_on_all_ranks():
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"publish: dtype={dtype}; give one of {', '.join(map(str, DTYPES))}, or leave it out")
@@ -151,7 +170,7 @@ def publish(
         refuse(engine)
     average = averager.read(horizon)
     with raise_on_all_ranks():
-        held = _held(engine, averager.shards, average, dtype)
+        held = _held(engine, averager.shards, average, dtype, form)
     tensor_rank, stage = compat.model_coordinate(engine)[:2]
     place = stage, tensor_rank
     first = gathered(place).index(place) == this_rank()
@@ -159,13 +178,15 @@ def publish(
     reports = gathered(layout.Report(place, tuple(h.entry for h in held) if first else None, averaged))
     with raise_on_all_ranks():
         entries, mine = layout.agree(reports, this_rank(), averager.shards.layout, compat.PIPELINE_TIED)
-        files = layout.plan_files(entries, max_shard_bytes)
+        files = layout.plan_files(entries, max_shard_bytes, stem=form.stem)
         shares = [(held[i], held[i].average if of_average else held[i].own()) for i, of_average in mine]
     with _new_folder(Path(folder), replace) as (final, staging):
         with _disk(final, sum(file.size for file in files)):
             if this_rank() == 0:
                 write_config(unwrapped(engine.module), staging, dtype)
-                _create(staging, files)
+                if form.beside is not None:
+                    form.beside(staging)
+                _create(staging, files, form.stem)
         with _disk(final):
             _write(staging, files, shares)
     return [final / file.name for file in files]
@@ -235,11 +256,11 @@ def _in_use(folder: Path) -> bool:
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _create(folder: Path, files: Sequence[layout.File]) -> None:
+def _create(folder: Path, files: Sequence[layout.File], stem: str) -> None:
     """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour. And which
     file has which tensor, where there are several."""
     if len(files) > 1:
-        write_text(folder / "model.safetensors.index.json", layout.index_of(files))
+        write_text(folder / f"{stem}.safetensors.index.json", layout.index_of(files))
     for file in files:
         with open(folder / file.name, "xb") as opened:
             try:

@@ -180,6 +180,37 @@ class SequenceLengthWarmup:
         self._batches.add(batches)
         return batches
 
+    def cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """One micro-batch of the step that comes next, by argument name, cut before its labels are used or counted. In
+        the mask mode, which cuts nothing, the batch itself.
+
+        Raises:
+            ConfigError: as `slicing.cut_batch` does; in the first micro-batch, on every rank.
+            StateError: the carry mode, or samples that are divided over ranks, which are cut by `batches`.
+        """
+        if self.config.mode == "mask":
+            return batch
+        self._refuse_uncut()
+        self._reads = True
+        (), cut, read, trained = self._cut_arguments((), dict(batch), self.length)
+        self.count(read, trained)
+        return cut
+
+    def _cut_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool = True) -> Any:
+        assert self._shorten is not None
+        first, self._first = self._first and trains, self._first and not trains
+        # what cannot be cut in a run shows in its first batch; every rank says so
+        with raise_on_all_ranks() if first else contextlib.nullcontext():
+            return self._shorten(args, kwargs, length)
+
+    def _refuse_uncut(self) -> None:
+        if self.carries or self.parts > 1:
+            what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
+            raise StateError(
+                f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
+                "ds_plugin.get_plugin(engine).batches(from_micro_batch): an iterator from the n-th micro-batch on"
+            )
+
     def _close_batches(self) -> None:
         for batches in self._batches:
             batches.close()
@@ -193,18 +224,9 @@ class SequenceLengthWarmup:
         trains = torch.is_grad_enabled()
         if self._reads:
             self._check_cut(self._named(args, kwargs), length)  # counted where they were read
-        elif self.carries or self.parts > 1:
-            what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
-            raise StateError(
-                f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
-                "ds_plugin.get_plugin(engine).batches(from_micro_batch): an iterator from the n-th micro-batch on"
-            )
         else:
-            assert self._shorten is not None
-            first, self._first = self._first and trains, self._first and not trains
-            # what cannot be cut in a run shows in its first batch; every rank says so
-            with raise_on_all_ranks() if first else contextlib.nullcontext():
-                args, kwargs, read, trained = self._shorten(args, kwargs, length)
+            self._refuse_uncut()
+            args, kwargs, read, trained = self._cut_arguments(args, kwargs, length, trains)
             if trains:
                 self.count(read, trained)
         if trains:

@@ -18,6 +18,7 @@ FLOORS = (
     ("ds_plugin.sequence_length_warmup", "ds_plugin.completep", "ds_plugin.weight_averaging"),
     ("ds_plugin.config",),
     ("ds_plugin.deepspeed_engine", "megatron_patches"),
+    ("ds_plugin.huggingface",),
     ("ds_plugin.plan", "ds_plugin.tune", "ds_plugin.sweeps"),
     ("ds_plugin.cli",),
     ("launch_scripts",),
@@ -69,7 +70,7 @@ def forbidden(root: Path) -> list[str]:
         floor, part = floor_of(module)
         for name in sorted(named):
             if name in FRONTS:
-                if floor < 4:  # tools and scripts may use the front door
+                if floor < 5:  # tools and scripts may use the front door
                     found.append(f"{module} -> {name}")
                 continue
             other, other_part = floor_of(name)

@@ -53,10 +53,12 @@ class File(NamedTuple):
     size: int
 
 
-def plan_files(entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, str] = _NONE) -> list[File]:
+def plan_files(
+    entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, str] = _NONE, stem: str = "model"
+) -> list[File]:
     """The files, in the order of ``entries``: each of ``max_bytes`` of tensors at most, unless one tensor is larger.
 
-    Named as Hugging Face names them: ``model.safetensors`` if there is one, else ``model-00001-of-0000N.safetensors``.
+    Named as Hugging Face names them: ``<stem>.safetensors`` if there is one, else ``<stem>-00001-of-0000N...``.
     ``metadata``: what their headers say besides the format.
     """
     metadata = {"format": "pt", **metadata}
@@ -66,8 +68,8 @@ def plan_files(entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, 
             parts.append([])
         parts[-1].append(entry)
     if len(parts) == 1:
-        return [plan_file("model.safetensors", parts[0], metadata)]
-    names = (f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
+        return [plan_file(f"{stem}.safetensors", parts[0], metadata)]
+    names = (f"{stem}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1))
     return [plan_file(name, part, metadata) for name, part in zip(names, parts, strict=True)]
 
 

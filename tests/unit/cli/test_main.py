@@ -34,13 +34,28 @@ def test_whose_script_it_is_can_be_said(tmp_path, started):
     assert started == [[str(path)]]
 
 
+def test_a_hugging_face_script_or_module_is_run_with_its_arguments(tmp_path, monkeypatch):
+    from ds_plugin.huggingface import script as of_huggingface
+
+    given = []
+    monkeypatch.setattr(of_huggingface, "run", lambda *args, **settings: given.append((*args, settings)) or 0)
+    path = tmp_path / "train.py"
+    path.write_text("from trl import SFTTrainer\n")
+    assert main(["run", "--config", "methods.json", str(path), "--lr", "1", "--help"]) == 0
+    assert main(["run", "-m", "axolotl.cli.train", "config.yml"]) == 0
+    assert given == [
+        (str(path), ["--lr", "1", "--help"], {"config": "methods.json", "module": False}),
+        ("axolotl.cli.train", ["config.yml"], {"config": None, "module": True}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (None, "cannot be read as a Python script: [Errno 2]"),
         ("def", "cannot be read as a Python script: invalid syntax"),
         ("import deepspeed", "ds_plugin.initialize"),
-        ("import torch", "--framework megatron"),
+        ("import torch", "--framework megatron or huggingface"),
     ],
 )
 def test_what_cannot_be_run_is_one_error(tmp_path, capsys, started, text, said):

@@ -1,0 +1,135 @@
+"""Where the methods come in: reversible patches of functions that the libraries look up when they call them.
+
+``deepspeed.initialize``            reads the sections; before any checkpoint is loaded, so that a resume restores ours
+``Accelerator._prepare_deepspeed``  keeps the sections out of Accelerate's sight, and gives "auto" its value
+of the Trainer, six methods         see `trainer`
+"""
+
+import contextvars
+import functools
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_plugin.config import load_json
+from ds_plugin.core.errors import ConfigError, PluginError
+from ds_plugin.core.patch import Patch
+from ds_plugin.core.ranks import warn
+from ds_plugin.deepspeed_engine import attach
+from ds_plugin.huggingface import sections, trainer
+
+_ACCELERATE = "accelerate.accelerator.Accelerator"
+_TRAINER = "transformers.trainer.Trainer"
+_patches: list[Patch] = []
+_given: dict[str, Any] = {}  # the sections that enable() was given, which no DeepSpeed JSON holds
+#: of the model that Accelerate prepares
+_prepared: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("sections", default=None)
+
+
+def enable(config: str | Path | Mapping[str, Any] | None = None) -> None:
+    """Put the methods into this process's Trainer, Accelerate and Lightning. Call it before a model is prepared.
+
+    Whose DeepSpeed JSON has a section gets its method; in a process without one nothing changes. ``config``: a JSON
+    with the sections, for runs whose DeepSpeed JSON cannot hold them, such as one that ``accelerate config`` made.
+
+    Raises:
+        ConfigError: ``config`` is wrong, or neither transformers, accelerate nor lightning is installed.
+        PluginError: a library has no function of a name that is patched.
+    """
+    given = sections.of(load_json(config)) if config is not None else {}
+    if config is not None and not given:
+        raise ConfigError(f"enable: the config has none of the sections {', '.join(sections.SECTIONS)}; add one")
+    if not _patches:
+        _apply(_make())
+    _given.clear()
+    _given.update(given)
+
+
+def disable() -> None:
+    """Undo `enable`. Engines that have their methods keep them; `ds_plugin.detach` takes those off."""
+    while _patches:
+        _patches.pop().revert()
+    _given.clear()
+
+
+def _make() -> list[Patch]:
+    found = {name for name in ("transformers", "accelerate", "lightning") if importlib.util.find_spec(name)}
+    if not found:
+        raise ConfigError("enable: none of transformers, accelerate and lightning is installed; install one")
+    made = [_patch("deepspeed.initialize", _initialize, "reads the methods' sections")]
+    if "accelerate" in found:
+        made.append(_patch(f"{_ACCELERATE}._prepare_deepspeed", _prepare, "keeps the sections out of Accelerate's way"))
+    if "transformers" in found:
+        made += [_patch(f"{_TRAINER}.{name}", *hook) for name, hook in trainer.HOOKS.items()]
+    return made
+
+
+def _patch(target: str, ours: Callable[..., Any], reason: str) -> Patch:
+    """``ours`` is called with the function in whose place it is, then with that one's arguments."""
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(patch.original, *args, **kwargs)
+
+    try:
+        functools.update_wrapper(replacement, pkgutil.resolve_name(target))
+    except AttributeError:
+        pass  # the patch names what is missing
+    patch = Patch(target, replacement, reason=reason, prefixes=())
+    return patch
+
+
+def _apply(made: list[Patch]) -> None:
+    try:
+        for patch in made:
+            patch.apply()
+            _patches.append(patch)
+    except PluginError:
+        disable()
+        raise
+
+
+def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
+    """Accelerate builds an engine of the model among ``args``."""
+    import torch
+
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    model = next((arg for arg in args if isinstance(arg, torch.nn.Module)), None)
+    if model is None:  # data loaders alone: nothing is built
+        return original(accelerator, *args)
+    owner = trainer.of_accelerator(accelerator)
+    with sections.out_of(config) as found:
+        if both := sorted(found.keys() & _given.keys()):
+            raise ConfigError(f"{both[0]}: stands in the DeepSpeed JSON and in the one given to enable(); remove one")
+        token = _prepared.set(sections.resolve({**_given, **found}, model, getattr(owner, "args", None)))
+        try:
+            if owner is not None:
+                trainer.refuse(_prepared.get() or {})
+            return original(accelerator, *args)
+        finally:
+            _prepared.reset(token)
+
+
+def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a library calls for an engine: with the sections where something is trained, without them where not, as of
+    a reference model or before an evaluation."""
+    name = next((name for name in ("config", "config_params") if isinstance(kwargs.get(name), Mapping)), None)
+    if name is None:  # a script's own call
+        return attach.initialize(*args, **kwargs) if _has_sections(kwargs) else original(*args, **kwargs)
+    config = dict(kwargs[name])
+    with sections.out_of(config) as found:
+        kwargs[name] = config
+        prepared = _prepared.get()
+        if kwargs.get("optimizer") is None and kwargs.get("model_parameters") is None:
+            if found or prepared:
+                warn("this engine has no optimizer: it trains nothing, and gets none of the methods")
+            return original(*args, **kwargs)
+        given = sections.resolve({**_given, **found}, kwargs.get("model"), None) if prepared is None else prepared
+        kwargs[name] = {**config, **given}
+        return attach.initialize(*args, **kwargs)
+
+
+def _has_sections(kwargs: Mapping[str, Any]) -> bool:
+    given = (kwargs.get("config"), kwargs.get("config_params"), getattr(kwargs.get("args"), "deepspeed_config", None))
+    return any(isinstance(source, (str, Path)) and sections.of(load_json(source)) for source in given)

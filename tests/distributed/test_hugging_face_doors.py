@@ -1,0 +1,182 @@
+"""What a Trainer's user may do besides: labels read outside the model, adapters, the best model, several Trainers; and
+what is refused."""
+
+import json
+
+import pytest
+import transformers
+
+from ds_plugin import huggingface
+from ds_plugin.core.errors import PluginError
+from ds_plugin.deepspeed_engine import attach
+from tests.distributed.test_hugging_face import history
+from tests.hugging_face import (
+    ACCUMULATION,
+    LENGTH,
+    MICRO,
+    SECTIONS,
+    CollateByHand,
+    build,
+    collate,
+    config_of,
+    trainer_of,
+)
+
+QUIET = {"eval_strategy": "no", "max_steps": 4}
+
+
+def _pair(folder, config=None, **arguments):
+    """``(loss, gradient norm)`` of each step by hand, and by the section."""
+    found = []
+    for sections, collator in (({}, CollateByHand()), (SECTIONS, collate)):
+        model = arguments.pop("models", None)
+        one = trainer_of(folder / "run", config_of(2, **sections), collator, model=model, **{**QUIET, **arguments})
+        one.train()
+        found.append(history(one, "loss", "grad_norm"))
+    return found
+
+
+def _outside(folder):
+    """Label smoothing pops the labels, and a loss function of the user's is given them."""
+    huggingface.enable()
+    smooth = _pair(folder, label_smoothing_factor=0.1)
+    checkpointed = _pair(folder, gradient_checkpointing=True)
+    return {"smooth": smooth, "checkpointed": checkpointed}
+
+
+def test_labels_are_cut_where_a_loss_is_computed_outside_the_model(workers, tmp_path):
+    found = workers(2).run(_outside, tmp_path)[0]
+    for by_hand, ours in found.values():
+        assert ours == by_hand and len(ours) == 4
+    assert found["smooth"] != found["checkpointed"]
+
+
+def _best(folder):
+    """The best average's checkpoint is loaded at the end; two checkpoints are kept."""
+    huggingface.enable()
+    config = folder / "config.json"
+    config.write_text(json.dumps(config_of(1, **SECTIONS)))
+    run = trainer_of(
+        folder / "run",
+        str(config),
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        save_total_limit=2,
+        max_steps=5,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_averaged_loss",
+    )
+    run.train()
+    evals = history(run, "eval_loss", "eval_averaged_loss", of="eval_loss")
+    other = trainer_of(folder / "other", config_of(1), **QUIET)  # a second one, without the methods
+    other.train()
+    again = run.evaluate()
+    return {
+        "evals": evals,
+        "best": (run.state.best_global_step, run.state.best_metric),
+        "kept": sorted(p.name for p in (folder / "run").iterdir()),
+        "loaded": (again["eval_loss"], again["eval_averaged_loss"]),
+        "other": "length" in other.state.log_history[0],
+    }
+
+
+def test_the_best_average_is_found_and_loaded(workers, tmp_path):
+    found = workers(2).run(_best, tmp_path)[0]
+    averaged = {step: loss for step, _, loss in found["evals"]}
+    assert averaged[1] is None and len(averaged) == 5  # the first snapshot is of the second step
+    best = min((loss, step) for step, loss in averaged.items() if loss is not None)
+    assert found["best"] == best[::-1]
+    assert f"checkpoint-{best[1]}" in found["kept"] and len(found["kept"]) <= 2
+    raw = {step: loss for step, loss, _ in found["evals"]}
+    assert found["loaded"] == (raw[best[1]], best[0])
+    assert not found["other"]
+
+
+def _adapter(folder):
+    """LoRA: base frozen, a low rank on the attention."""
+    import peft
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    def model():
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
+        return peft.get_peft_model(build(), settings)
+
+    huggingface.enable()
+    by_hand, ours = [], []
+    for sections, collator, found in (({}, CollateByHand(), by_hand), (SECTIONS, collate, ours)):
+        run = trainer_of(folder / "run", config_of(3, **sections), collator, model=model(), **QUIET, save_steps=2)
+        run.train()
+        found.append(history(run, "loss", "grad_norm"))
+    run.save_model(str(folder / "final"))
+    evaluated = run.evaluate()["eval_averaged_loss"]
+    unset_hf_deepspeed_config()
+    published = peft.PeftModel.from_pretrained(build(), folder / "final" / "averaged")
+    loaded = trainer_of(folder / "loaded", config_of(3), model=published).evaluate()["eval_loss"]
+    files = sorted(p.name for p in (folder / "final" / "averaged").iterdir())
+    return {"by_hand": by_hand, "ours": ours, "evaluated": evaluated, "loaded": loaded, "files": files}
+
+
+def test_an_adapter_is_averaged_and_published_as_one(workers, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed (pip install 'ds-plugin[hf]')")
+    found = workers(2).run(_adapter, tmp_path)[0]
+    assert found["ours"] == found["by_hand"]
+    assert found["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert found["loaded"] == pytest.approx(found["evaluated"], abs=1e-6)
+
+
+class Late(transformers.TrainerCallback):
+    """What an obvious callback does."""
+
+    def on_train_begin(self, *args, **kwargs):
+        huggingface.enable()
+
+
+def _refused(folder):
+    """What is said, by case."""
+    said = {}
+
+    def case(name, act):
+        try:
+            act()
+            said[name] = "nothing"
+        except PluginError as error:
+            said[name] = str(error)
+
+    def train(sections, **arguments):
+        trainer_of(folder / "run", config_of(1, **sections), **{**QUIET, **arguments}).train()
+
+    warmup = {**SECTIONS["sequence_length_warmup"], "end_length": 32}
+    late = trainer_of(folder / "late", config_of(1, sequence_length_warmup=warmup), **QUIET)
+    late.add_callback(Late())
+    huggingface.disable()
+    case("late", late.train)
+    case("carry", lambda: train({"sequence_length_warmup": {**warmup, "mode": "carry"}}))
+    case("auto", lambda: train({"sequence_length_warmup": {**warmup, "start_length": "auto"}}))
+    case("misspelt", lambda: train({"sequence_length_warmpu": warmup}))
+    huggingface.enable({"sequence_length_warmup": warmup})
+    case("twice", lambda: train(SECTIONS))
+    huggingface.enable()
+    train({}, save_strategy="steps", save_steps=2, max_steps=2)
+    foreign = trainer_of(folder / "run", config_of(1, **SECTIONS), **QUIET)
+    foreign.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    said["foreign"] = history(foreign, "length", "tokens_trained")
+    huggingface.enable({"weight_averaging": SECTIONS["weight_averaging"]})
+    one = trainer_of(folder / "given", config_of(1), **QUIET)
+    one.train()
+    said["given"] = list(attach.get_plugin(one.deepspeed).averager.steps)
+    return said
+
+
+def test_what_is_refused_says_so(workers, tmp_path):
+    said = workers(1).run(_refused, tmp_path)[0]
+    assert "before trainer.train()" in said["late"]
+    assert 'mode: "carry" needs a loop' in said["carry"] and 'write "truncate"' in said["carry"]
+    assert 'sequence_length_warmup.start_length: "auto" follows from nothing' in said["auto"]
+    assert 'did you mean "sequence_length_warmup"' in said["misspelt"]
+    assert "stands in the DeepSpeed JSON and in the one given to enable()" in said["twice"]
+    assert said["given"] == [2, 4]
+    # of a checkpoint without the methods, the steps count as full-length ones
+    full = 2 * MICRO * ACCUMULATION * LENGTH
+    lengths, trained = [length for _, length, _ in said["foreign"]], [tokens for *_, tokens in said["foreign"]]
+    assert lengths == [None, None, 24, 32] and trained[2] > full
