@@ -1,6 +1,7 @@
 """Sequence length warmup on a DeepSpeed engine: what length the step has, and what becomes of every token."""
 
 import contextlib
+import copy
 import math
 import weakref
 from collections.abc import Mapping
@@ -191,10 +192,17 @@ class SequenceLengthWarmup:
         if self.config.mode == "mask":
             return batch
         self._refuse_uncut()
+        if not isinstance(batch, Mapping):
+            what = f"a micro-batch is a {type(batch).__name__}, which has no argument names"
+            raise ConfigError(f"sequence_length_warmup: {what}; give a dict such as the model's forward takes")
         self._reads = True
         (), cut, read, trained = self._cut_arguments((), dict(batch), self.length)
         self.count(read, trained)
-        return cut
+        if type(batch) is dict:
+            return cut
+        whole: Any = copy.copy(batch)  # for its own kind: users read batch.input_ids
+        whole.update(cut)
+        return whole
 
     def _cut_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int, trains: bool = True) -> Any:
         assert self._shorten is not None

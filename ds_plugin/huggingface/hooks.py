@@ -9,6 +9,7 @@ import contextvars
 import functools
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ds_plugin.core.patch import Patch
 from ds_plugin.core.ranks import warn
 from ds_plugin.deepspeed_engine import attach
 from ds_plugin.huggingface import sections, trainer
+from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten
 
 _ACCELERATE = "accelerate.accelerator.Accelerator"
 _TRAINER = "transformers.trainer.Trainer"
@@ -127,7 +129,17 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
         given = sections.resolve({**_given, **found}, kwargs.get("model"), None) if prepared is None else prepared
         kwargs[name] = {**config, **given}
+        kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)
         return attach.initialize(*args, **kwargs)
+
+
+def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:
+    """Lightning gives its engine a batch and a number, by position, and has its forward redirected to training_step."""
+    modules = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    if not any(module is not None and isinstance(model, module.LightningModule) for module in modules):
+        return None
+    cut = ByName(model.training_step, micro_batch=config.get("train_micro_batch_size_per_gpu"))
+    return lambda args, kwargs, length: cut(args, kwargs, length)
 
 
 def _has_sections(kwargs: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """A loop of Accelerate's with the three methods, on text that every Python has.
 
-    torchrun --nproc-per-node 1 launch_scripts/examples/accelerate_loop.py [--steps 40] [--out runs/accelerate]
+torchrun --nproc-per-node 1 launch_scripts/examples/accelerate_loop.py [--steps 40] [--out runs/accelerate]
 """
 
 import argparse

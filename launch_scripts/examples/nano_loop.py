@@ -1,6 +1,6 @@
 """A small GPT in plain torch and a loop of one's own, with sequence length warmup and weight averaging.
 
-    torchrun --nproc-per-node 1 launch_scripts/examples/nano_loop.py [--steps 40] [--out runs/nano]
+torchrun --nproc-per-node 1 launch_scripts/examples/nano_loop.py [--steps 40] [--out runs/nano]
 """
 
 import argparse

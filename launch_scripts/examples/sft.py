@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with sequence length warmup and weight averaging; nothing in it is ours:
 
-    torchrun --nproc-per-node 1 -m ds_plugin run launch_scripts/examples/sft.py [--steps 20] [--out runs/sft]
+torchrun --nproc-per-node 1 -m ds_plugin run launch_scripts/examples/sft.py [--steps 20] [--out runs/sft]
 """
 
 import argparse
