@@ -5,8 +5,7 @@
     with ds_plugin.get_plugin(engine).averaged_weights():
         evaluate()
 
-Importing this package is cheap: DeepSpeed is imported when one of the names below is first used.
-"""
+Importing this package is cheap: DeepSpeed is imported when one of the names below is first used."""
 
 from typing import TYPE_CHECKING, Any
 

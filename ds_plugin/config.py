@@ -46,12 +46,8 @@ class PluginConfig:
 
 
 def load_json(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A config given as a path or a mapping, as a dict of its own (the caller's is never changed).
-
-    Raises:
-        ConfigError: the file cannot be read as a JSON object (`read_json` says why), or some value is nested too deep,
-            an integer beyond 64 bits, or a number that is not finite.
-    """
+    """A config given as a path or a mapping, as a dict of its own (the caller's is never changed). Raises ConfigError:
+    the file cannot be read as a JSON object (`read_json` says why), or `trouble` finds a value that is no setting."""
     config, where = source, ""
     if isinstance(source, (str, Path)):
         where, remedy = f"{source}: ", "give a file with a JSON object"
@@ -70,11 +66,8 @@ def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
     """Separate our sections from DeepSpeed's: ``(config for deepspeed.initialize, validated sections)``.
 
     DeepSpeed's own sequence length curricula are read as ``sequence_length_warmup``, which the log says once.
-
-    Raises:
-        ConfigError: as `load_json` does; a wrong field in one of the sections, a misspelt section name, or a curriculum
-            of DeepSpeed's that cannot be translated.
-    """
+    Raises ConfigError as `load_json` does, or for a wrong field in one of the sections, a misspelt section name, or a
+    curriculum that cannot be translated."""
     config, notes = translate(load_json(source))
     say_once(notes)
     for key in config:

@@ -18,7 +18,7 @@ from typing import Any
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import check_model
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
-from ds_plugin.core.patch import Change, Patch, Switch
+from ds_plugin.core.patch import Change, Patch
 from megatron_patches.completep.build import scaled_builds
 from megatron_patches.completep.layers import give_back
 from megatron_patches.completep.optimizer import build_optimizer, check_scheduler
@@ -105,7 +105,7 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     scheduler = _patch(
         "optimizer_param_scheduler.OptimizerParamScheduler.__init__", build_scheduler, "warmup starts at 0"
     )
-    given = Switch("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
+    given = Change("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
     return model, language_model, optimizer, scheduler, given
 
 

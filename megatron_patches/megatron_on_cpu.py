@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
-from ds_plugin.core.patch import Change, Patch, Switch
+from ds_plugin.core.patch import Change, Patch
 
 # Private names of torch and megatron, here only. `_lazy_call` queues a callback until CUDA is initialised, that is for
 # ever on such a machine; megatron's tracker sets generator states through it: a fork would silently do nothing.
@@ -254,9 +254,9 @@ _backward_patch = Patch(
 )
 
 _CHANGES: list[Change] = [
-    Switch("torch function mode", _enter_mode, _leave_mode, reason='send device "cuda" to the CPU'),
+    Change("torch function mode", _enter_mode, _leave_mode, reason='send device "cuda" to the CPU'),
     _backward_patch,
-    Switch(
+    Change(
         _TRACKER_LOGGER,
         lambda: logging.getLogger(_TRACKER_LOGGER).addFilter(_quiet_fork),
         lambda: logging.getLogger(_TRACKER_LOGGER).removeFilter(_quiet_fork),

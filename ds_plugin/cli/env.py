@@ -7,12 +7,8 @@ import platform
 from ds_plugin import __version__
 
 _REQUIRED = ("torch", "deepspeed", "megatron-core", "pydantic", "numpy", "safetensors", "tokenizers")
-_OPTIONAL = {
-    "apex": "apex.optimizers",
-    "transformer-engine": "transformer_engine",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-}
+_OPTIONAL = {"apex": "apex.optimizers", "transformer-engine": "transformer_engine"}
+_OPTIONAL |= {name: name for name in ("tensorboard", "wandb")}
 
 
 def versions() -> dict[str, str]:
@@ -40,10 +36,7 @@ def accelerator() -> str:
 
 
 def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return next((found.version for found in importlib.metadata.distributions(name=name)), None)
 
 
 def _usable(module: str) -> bool:

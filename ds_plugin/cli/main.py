@@ -96,11 +96,8 @@ def run_script(args: argparse.Namespace) -> int:
 
 
 def framework_of(path: Path) -> str:
-    """Whose script this is, by the packages it imports; it is not executed.
-
-    Raises:
-        ConfigError: it cannot be read, or imports no framework whose scripts run here.
-    """
+    """Whose script this is, by the packages it imports; it is not executed. Raises ConfigError: it cannot be read, or
+    imports no framework whose scripts run here."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
@@ -113,15 +110,13 @@ def framework_of(path: Path) -> str:
             return framework
     said = f"imports no framework whose scripts run here; say --framework {' or '.join(FRAMEWORKS)}"
     if "deepspeed" in packages or "ds_plugin" in packages:
-        said = (
-            "is a script of DeepSpeed, which needs one line: ds_plugin.initialize(...) in place of "
-            "deepspeed.initialize(...); then start it with the deepspeed launcher"
-        )
+        line = "ds_plugin.initialize(...) in place of deepspeed.initialize(...); then start it with deepspeed"
+        said = f"is a script of DeepSpeed, which needs one line: {line}"
     raise ConfigError(f"run: {str(path)!r} {said}")
 
 
 def merge_checkpoints(args: argparse.Namespace) -> int:
-    """See `ds_plugin.weight_averaging.merge`."""
+    """As `ds_plugin.weight_averaging.merge` does."""
     from ds_plugin.weight_averaging.merge.merge import command
 
     return command(args)
@@ -158,8 +153,7 @@ def translate_config(args: argparse.Namespace) -> int:
         print(text, end="")
     else:
         write_text(args.out, text)
-    for note in notes or ["nothing to translate"]:
-        print(f"note: {note}", file=sys.stderr)
+    print("\n".join(f"note: {note}" for note in notes or ["nothing to translate"]), file=sys.stderr)
     return 0
 
 
@@ -171,6 +165,5 @@ def show_environment(args: argparse.Namespace) -> int:
     optional = {name: version or "not found (optional)" for name, version in env.optional().items()}
     patches = "; ".join(f"{patch.name} ({patch.reason})" for patch in active()) or "none"
     rows = {**env.versions(), "accelerator": env.accelerator(), **optional, "active patches": patches}
-    for name, value in rows.items():
-        print(f"{name:<20} {value}")
+    print("\n".join(f"{name:<20} {value}" for name, value in rows.items()))
     return 0

@@ -83,19 +83,15 @@ def coordinate_check(args: argparse.Namespace) -> int:
     coord_check.draw(rows, path.with_suffix(".png"), title=title)
     for recipe in args.recipes:
         changes = coord_check.changes(rows, recipe).values()
-        print(
-            f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x "
-            f"(last block moved {min(changes):.3g} to {max(changes):.3g} over {len(changes)} shapes)"
-        )
+        said = f"last block moved {min(changes):.3g} to {max(changes):.3g} over {len(changes)} shapes"
+        print(f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x ({said})")
     print(f"{path} {path.with_suffix('.png')}")
     return 0
 
 
 def learning_rate_transfer(args: argparse.Namespace) -> int:
-    """Sweep, write lr_transfer.csv and lr_transfer.png, print the optimum of each shape and how far it moved.
-
-    The CSV is written after every run; a second start with the same settings goes on with what is missing.
-    """
+    """Sweep, write lr_transfer.csv after every run and lr_transfer.png, print the optimum of each shape and how far it
+    moved. A second start with the same settings goes on with what is missing."""
     from ds_plugin.sweeps.text import find
 
     found = find(args.data, args.length + 2)  # two places to begin at
@@ -106,23 +102,20 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
     path = args.out / "lr_transfer.csv"
     described = {**dataclasses.asdict(base), "steps": args.steps, "text": found.source, "tokens": found.tokens}
-    known = _known_settings(args.out / "lr_transfer.json", json.dumps(described, indent=1))
+    settings, text, old = args.out / "lr_transfer.json", json.dumps(described, indent=1), []
+    if settings.exists():  # of an earlier sweep
+        if settings.read_text() != text:
+            raise ConfigError(f"--out: {settings} is of a sweep with other settings; give another folder")
+        old = read_records(lr_transfer.Run, path) if path.exists() else []
+    write_text(settings, text)
 
     def keep(runs: list[lr_transfer.Run], said: str) -> None:
         write_records(lr_transfer.Run, runs, path)
         say(said)
 
-    runs = lr_transfer.sweep(
-        shapes,
-        base,
-        rates=[2.0**n for n in args.exponents],
-        seeds=range(1, args.seeds + 1),
-        steps=args.steps,
-        text=found,
-        workers=args.workers,
-        known=read_records(lr_transfer.Run, path) if known and path.exists() else [],
-        keep=keep,
-    )
+    plan: dict[str, Any] = {"rates": [2.0**n for n in args.exponents], "seeds": range(1, args.seeds + 1)}
+    plan |= {"steps": args.steps, "text": found, "workers": args.workers}
+    runs = lr_transfer.sweep(shapes, base, **plan, known=old, keep=keep)
     title = f"base {base.width} x {base.depth}, {args.steps} steps of {base.batch} x {base.length}, {args.seeds} seeds"
     lr_transfer.draw(runs, path.with_suffix(".png"), title=title)
     print("\n".join(lr_transfer.summary(lr_transfer.transfer(runs, base))))
@@ -144,12 +137,3 @@ def _start(args: argparse.Namespace, sizes: Any, **changes: Any) -> tuple[list[A
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     return shapes, base, lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
-
-
-def _known_settings(path: Path, settings: str) -> bool:
-    """Whether an earlier sweep with these settings is in the folder; refuses one with others."""
-    known = path.exists()
-    if known and path.read_text() != settings:
-        raise ConfigError(f"--out: {path} is of a sweep with other settings; give another folder")
-    write_text(path, settings)
-    return known

@@ -32,12 +32,12 @@ def checked(make: Callable[[str], Any], fits: Callable[[Any], Any], what: str) -
 
 
 def above(bound: float) -> Callable[[str], float]:
-    """The type of finite numbers above ``bound``."""
+    """Finite numbers above ``bound``."""
     return checked(float, lambda value: bound < value < math.inf, f"a finite number above {bound:g}")
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """The type of values of a kind with commas in between."""
+    """Values of a kind with commas in between."""
     return lambda text: tuple(kind(part) for part in text.split(","))
 
 

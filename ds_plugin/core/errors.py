@@ -1,13 +1,12 @@
-"""The errors a user can cause, and the one way they reach every rank.
+"""The errors a user can cause, and what ranks tell each other outside the training step: without communication there is
+one rank. Each message names the field or file, the value it got and what to write instead.
 
-Each message names the field or file, the value it got and what to write instead.
-"""
+torch is imported when it is needed: errors are raised before it is."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
-
-from ds_plugin.core.ranks import gathered, this_rank
 
 T = TypeVar("T")
 
@@ -34,14 +33,36 @@ class StateError(PluginError, RuntimeError):
     """A call that makes no sense now, such as a training step while the averaged weights are swapped in."""
 
 
+def this_rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gathered(mine: T) -> list[T]:
+    """``mine`` of every rank, by rank; every rank calls it. What rank 0 has, on all: ``gathered(mine)[0]``."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def warn(text: str, *args: object) -> None:
+    """In rank 0's log."""
+    if this_rank() == 0:
+        logging.getLogger("ds_plugin").warning(text, *args)
+
+
 @contextlib.contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Run a block that holds no collective; if it fails on any rank, fail on every rank with the same error.
+    """Run a block that holds no collective; if it fails on any rank, fail on every rank with the same error: a file
+    missing on one node would leave the others waiting in the next collective.
 
-    Without this, a file missing on one node ends one rank and leaves the others waiting in the next collective.
-    The first failing rank's error wins; an unexpected exception on a rank is re-raised there with its own traceback.
-    Costs one small all-gather of Python objects: for set-up, save and load, never for the training step.
-    """
+    The first failing rank's error wins; an unexpected exception is re-raised on its rank with its own traceback. Costs
+    one small all-gather of Python objects: for set-up, save and load, never for the training step."""
     caught: Exception | None = None
     try:
         yield

@@ -16,7 +16,6 @@ from ds_plugin.core.errors import StateError
 
 LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]+)\.tmp(\.\w+)?")  # `atomic_path`'s, and hidden folders named like them
-
 _held: set[tuple[int, int]] = set()  # the lock files of this process, by device and inode
 
 
@@ -24,13 +23,11 @@ _held: set[tuple[int, int]] = set()  # the lock files of this process, by device
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` for the block to write; put it in place when the block succeeds.
 
-    After a crash `path` holds either its old content or all of the new one. If the block raises, the temporary file
-    goes and `path` stays as it was. Several of these in one `with` statement are put in place from the last to the
-    first: name the file that marks the set as complete first.
+    After a crash `path` holds its old content or all of the new one; if the block raises, the old. Several of these in
+    one `with` statement are put in place from the last to the first: name the one that marks the set as complete first.
 
     The temporary name is hidden, ends in the same suffix (some writers choose a format by it) and carries the process
-    id, so that two processes that write the same file do not meet.
-    """
+    id, so that two processes that write the same file do not meet."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -46,16 +43,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def sweep_temporaries(folder: Path, *, idle_seconds: float = 0.0) -> list[str]:
     """Remove what `atomic_path` and its like have left in `folder` in processes that were killed; returns the names.
-
     Only where nobody else writes, or with `idle_seconds`: then what was touched since, or is a living process's, stays.
     """
     swept = []
     for path in Path(folder).iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match is None:
+        if (match := _TEMPORARY.fullmatch(path.name)) is None:
             continue
         with contextlib.suppress(OSError):  # another start may be at it, too
-            if idle_seconds and (time.time() - path.stat().st_mtime < idle_seconds or _lives(match[1])):
+            lives = match[1].isdecimal() and Path("/proc", match[1]).exists()
+            if idle_seconds and (lives or time.time() - path.stat().st_mtime < idle_seconds):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
@@ -65,12 +61,8 @@ def sweep_temporaries(folder: Path, *, idle_seconds: float = 0.0) -> list[str]:
     return sorted(swept)
 
 
-def _lives(process: str) -> bool:
-    return process.isdecimal() and Path("/proc", process).exists()
-
-
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then put it in place: see `atomic_path`."""
+    """`atomic_path`, filled by `write`."""
     with atomic_path(path) as temporary:
         write(temporary)
 
@@ -81,10 +73,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(staging: Path, final: Path) -> None:
-    """Rename the folder `staging` to `final`. Whenever this is killed, a whole folder is there, old or new.
-
-    No rename replaces a folder that holds something, so the old one steps aside first, as `<name>.previous`.
-    """
+    """Rename the folder `staging` to `final`. Whenever this is killed, a whole folder is there, old or new: no rename
+    replaces a folder that holds something, so the old one steps aside first, as `<name>.previous`."""
     previous = final.with_name(f"{final.name}.previous")
     if final.exists() and any(final.iterdir()):
         shutil.rmtree(previous, ignore_errors=True)  # of a kill after both renames
@@ -107,12 +97,8 @@ def hold_folder(folder: Path) -> None:
     """Keep the existing `folder` for this process until it ends, however it ends. A second call in it changes nothing.
 
     It is an flock on ``folder/.lock``, which says who holds it. The file stays: deleted, it would let two processes
-    lock two files of the same name. Where the file system has no locks nothing is held, and the log says so.
-
-    Raises:
-        StateError: another process holds it; the message says which.
-        OSError: the folder is not there or cannot be written.
-    """
+    lock two files of the same name. Where the file system has no locks nothing is held, and the log says so. Raises
+    StateError: another process holds it; OSError: the folder is not there or cannot be written."""
     path = Path(folder) / LOCK
     while True:
         if path.exists() and _identity(path.stat()) in _held:  # not opened again: over NFS, closing it would unlock it
@@ -123,9 +109,8 @@ def hold_folder(folder: Path) -> None:
         except BlockingIOError:
             holder = os.pread(descriptor, 400, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise StateError(
-                f"'{folder}' is in use by {holder}; wait until that has ended, or use another folder"
-            ) from None
+            what = f"'{folder}' is in use by {holder}"
+            raise StateError(f"{what}; wait until that has ended, or use another folder") from None
         except OSError as error:
             os.close(descriptor)
             said = "'%s' cannot be locked (%s): a second run in this folder would not be noticed"
@@ -137,9 +122,8 @@ def hold_folder(folder: Path) -> None:
     _held.add(_identity(os.fstat(descriptor)))  # and the descriptor stays open
     with contextlib.suppress(OSError):  # the lock holds without its text
         os.ftruncate(descriptor, 0)
-        since, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)[:200]
-        text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
-        os.pwrite(descriptor, text.encode(errors="replace"), 0)
+        who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        os.pwrite(descriptor, f"{who} ({' '.join(sys.argv)[:200]})".encode(errors="replace"), 0)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

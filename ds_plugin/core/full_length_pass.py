@@ -1,7 +1,5 @@
 """The passes of one step at full length before the first short one: an out-of-memory shows at once, not hours later.
-
-The passes are the framework's own, with room held for what the optimizer's first step will keep.
-"""
+They are the framework's own, with room held for what the optimizer's first step will keep."""
 
 import contextlib
 import itertools
@@ -32,26 +30,25 @@ def full_length_pass(
     rank's random streams are afterwards what they were. All ranks go on, or none. Raises torch.OutOfMemoryError with a
     note that says where it came from and by which ``means`` a step fits; nothing made in the block is kept."""
     held: list[torch.Tensor] = []
-    buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
     with ending_together():
         streams = rng.capture()
+        # by named_buffers: in Megatron's DDP, "buffers" is a list
+        buffers = [buffer for module in modules for _, buffer in module.named_buffers()]
+        values: list[torch.Tensor] = []
         try:
-            # by named_buffers: in Megatron's DDP, "buffers" is a list
-            buffers += [(buffer, buffer.clone()) for module in modules for _, buffer in module.named_buffers()]
+            values += [buffer.clone() for buffer in buffers]
             held += room()
             yield
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)  # they would keep the activations while the error is known
-            error.add_note(
-                f"sequence_length_warmup: the preflight, a step at the full length of {length} tokens, does not fit, "
-                f'as at the end of the warmup; use {means}, or write "preflight": false to find out then'
-            )
+            what = f"the preflight, a step at the full length of {length} tokens, does not fit, as at the warmup's end"
+            error.add_note(f'sequence_length_warmup: {what}; use {means}, or write "preflight": false to find out then')
             raise
         finally:
             held.clear()  # an error's traceback would keep it
             rng.restore(streams)
             with torch.no_grad():
-                for buffer, value in buffers:
+                for buffer, value in zip(buffers, values, strict=False):  # none where there was no room for them
                     buffer.copy_(value)
 
 
@@ -80,13 +77,11 @@ def ending_together() -> Iterator[None]:
 
     The others wait in collectives that it never joins, for half an hour, and no exception reaches a thread that waits
     there. So each rank looks into the process group's store from another thread, and where it finds an error, prints it
-    and ends the process. Raises StateError: a collective has told by an error of its own that another rank failed.
-    """
+    and ends the process. Raises StateError: a collective has told by an error of its own that another rank failed."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
-    group_store = dist.distributed_c10d._get_default_store()
-    store = dist.PrefixStore(f"ds_plugin/ending_together/{next(_COUNT)}", group_store)
+    store = dist.PrefixStore(f"ds_plugin/ending_together/{next(_COUNT)}", dist.distributed_c10d._get_default_store())
     over = threading.Event()
 
     def watch() -> None:

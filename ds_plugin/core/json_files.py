@@ -1,4 +1,5 @@
-"""The one way small files are read: one error that names the file, what is wrong in it, and the remedy."""
+"""The one way small files are read: one error that names the file, what is wrong in it, and the remedy; and what a
+folder of ours says of itself."""
 
 import json
 import math
@@ -6,30 +7,46 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError
+from ds_plugin.core.settings_model import Ranks
 
 RESTORE = "restore it"
 _DEEPEST = 100  # configurations nest about ten deep; Python's own limit would end what copies or writes them
 _LONGEST = 4096  # characters of a text, as of a path
 _TAG_BYTES = 240  # a folder's name has 255 at most, and a framework may put something in front
+MANIFEST = "ds_plugin.json"  # beside DeepSpeed's own files, in a checkpoint's tag folder
+
+
+@with_config(ConfigDict(extra="allow"))
+class Manifest(TypedDict, total=False):
+    """Which of the keys are there depends on the framework, and on what was saved."""
+
+    format: Any
+    save_id: str
+    global_steps: int
+    iteration: int
+    world_size: Ranks
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    sections: dict[str, dict[str, Any]]
+    model: dict[str, list[int]]
+    state: dict[str, dict[str, Any] | list[Any]]
+    lengths: dict[str, Any] | None
 
 
 def read_json(
     path: Path, model: Any = None, *, error: type[PluginError] = CheckpointError, remedy: str = RESTORE
 ) -> Any:
-    """What a small JSON file holds: an object of JSON types, or what ``model`` makes of it.
-
-    ``model``: a type that pydantic takes, or a mapping of the keys that must be there to the types of their values.
+    """What a small JSON file holds: an object of JSON types, or what ``model`` makes of it: a type that pydantic takes,
+    or a mapping of the keys that must be there to the types of their values.
 
     Raises ``error``, with the file, what is wrong in it and ``remedy``: it cannot be read, is not JSON in UTF-8,
-    repeats a key or nests too deep, or a value is not of the model's type.
-    """
+    repeats a key or nests too deep, or a value is not of the model's type."""
     return parse_json(_read(path, error, remedy), path, model, error=error, remedy=remedy)
 
 
@@ -102,7 +119,6 @@ def _read(path: Path, error: type[PluginError], remedy: str) -> bytes:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-    if repeated:
+    if repeated := sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1):
         raise ValueError(f"it repeats the key(s) {', '.join(repeated)}; keep one of each")
     return dict(pairs)

@@ -1,11 +1,9 @@
-"""The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance.
-
-They cost a few operations on a scalar on the device per micro-batch: no sync, no collective. For a report all ranks
-exchange one small vector; where the variance is asked for, each reads its own shard of Adam's state.
-"""
+"""The stability instruments of arXiv 2108.06084: the loss ratio and Adam's variance. They cost a few operations on a
+scalar on the device per micro-batch: no sync, no collective. For a report all ranks exchange one small vector; where
+the variance is asked for, each reads its own shard of Adam's state."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -26,12 +24,10 @@ _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a
 class LossRatio:
     """``loss_t / min(loss_1 .. loss_(t-1))`` step by step, the largest, and how many were above each threshold.
 
-    The lowest is looked for among the steps that were not longer: a longer context makes a lower loss, and a short step
-    after a long one, as the carry mode has them, is no spike. Where lengths only grow, it is the paper's ratio.
-
-    ``beyond_noise``, for what acts on it, is the last ratio less what noise may have done: two standard errors off the
-    loss, and as many on top of the lowest. A mean over a handful of labels is as often 20 % off.
-    """
+    The lowest is of the steps that were not longer: a longer context makes a lower loss, and a short step after a long
+    one, as in the carry mode, is no spike. Where lengths only grow, it is the paper's ratio. ``beyond_noise`` is the
+    last ratio less what noise may have done: two standard errors off the loss, and as many on top of the lowest. A mean
+    over a handful of labels is as often 20 % off."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         state = state or {"lowest": [], "highest": None, "above": [0] * len(THRESHOLDS)}
@@ -43,8 +39,8 @@ class LossRatio:
 
     def feed(self, loss: float | None, length: int = 0, error: float = 0.0) -> float | None:
         """The ratio of the next step's loss, all ranks' mean with its standard error, at ``length`` tokens a sample.
-        None: it is the first loss, or not known (None), or zero or below. A loss that is not finite has an infinite
-        ratio, also as the first. Neither is ever the lowest."""
+        None: it is the first, not known, or not above 0. One that is not finite has an infinite ratio, also as the
+        first. Neither is ever the lowest."""
         ratio = self.beyond_noise = None
         if loss is not None and not math.isfinite(loss):
             ratio = self.beyond_noise = math.inf
@@ -62,7 +58,7 @@ class LossRatio:
         return ratio
 
     def state(self) -> dict[str, Any]:
-        """Everything, for Python's json, which keeps floats exactly (and infinity as ``Infinity``)."""
+        """For Python's json, which keeps floats exactly (and infinity as ``Infinity``)."""
         lowest = [[length, *low] for length, low in sorted(self._lowest.items())]
         return {"lowest": lowest, "highest": self.highest, "above": list(self.above)}
 
@@ -98,7 +94,6 @@ class Correlation:
         return max(-1.0, min(1.0, self.xy / scale)) if scale > 0 else None
 
     def state(self) -> list[float]:
-        """Everything, for Python's json."""
         return list(astuple(self))
 
 
@@ -109,23 +104,11 @@ class Readings(Protocol):
     def device(self) -> torch.device: ...  # where losses and gradient norms are
     @property
     def step(self) -> int: ...  # optimizer steps so far, equal on all ranks
-
-    def gradient_norm(self) -> torch.Tensor | float | None:
-        """The last step's, of the whole model, below 0 or not finite if it was not finite. None: not known."""
-
-    def adam_variances(self) -> list[torch.Tensor]:
-        """Adam's second moments, the live tensors; none where there are none or they are not in this process."""
-
-    def state_copies(self) -> int:
-        """On how many ranks each of their elements lies."""
-
-
-class Summed(Protocol):
-    """Integers of this rank since the last exchange, as many on every rank, that the next one adds up."""
-
-    def mine(self) -> Sequence[int]: ...
-
-    def exchanged(self, totals: Sequence[float]) -> None: ...  # the sums, on every rank; `mine` begins anew
+    # the last step's, of the whole model, below 0 or not finite if it was not finite; None: not known
+    def gradient_norm(self) -> torch.Tensor | float | None: ...
+    # Adam's second moments, the live tensors; none where there are none or they are not in this process
+    def adam_variances(self) -> list[torch.Tensor]: ...
+    def state_copies(self) -> int: ...  # on how many ranks each of their elements lies
 
 
 def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -135,7 +118,7 @@ def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | Non
     norms, maxima = [], []
     for variance in readings.adam_variances():
         for chunk in variance.reshape(-1).split(_CHUNK_CPU if variance.is_cpu else _CHUNK_DEVICE):
-            if chunk.numel() == 0:
+            if not chunk.numel():
                 continue
             # torch.sum adds up pairwise, 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
             # ord=0.5), without a temporary, adds up in sequence: 8 % off for 30 million on a CPU.
@@ -158,35 +141,39 @@ class Report:
     beyond_noise: tuple[float | None, ...] = ()  # see `LossRatio`: of every step since the report before, oldest first
 
 
+@dataclass(eq=False)
 class StabilityMonitor:
     """The instruments on one training, read every ``interval`` optimizer steps by one collective over all ranks.
 
-    A step's loss is the mean over all its micro-batches that have one. One without labels has none: its mean is NaN,
-    its gradient 0. So a step is infinite only if no micro-batch of any rank had a finite loss, or if its gradient norm
-    was not finite.
-
-    ``extra``: numbers by name that must be equal on all ranks, such as the length. ``variance``: reports hold Adam's,
-    too, at a pass over its state each; raises StateError where the framework keeps that in a way not known.
+    A step's loss is the mean over its micro-batches that have one: without labels the mean is NaN, the gradient 0. So a
+    step is infinite only if no micro-batch of any rank had a finite loss, or if its gradient norm was not finite.
+    ``extra``: numbers by name that must be equal on all ranks. ``variance``: reports hold Adam's, at a pass over its
+    state each; raises StateError where that lies in a way not known. ``summed``: a `TokenCounts`, to be added up too.
     """
 
-    #: of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
-    _ratios: list[tuple[float | None, float | None]]
-    _closed: int  # steps whose losses have not: their slots come first, the one after them is open
+    readings: Readings
+    interval: int
+    extra: Callable[[], Mapping[str, float]] = dict
+    variance: bool = False
+    summed: Any = None
 
-    def __init__(
-        self,
-        readings: Readings,
-        interval: int,
-        extra: Callable[[], Mapping[str, float]] = dict,
-        *,
-        variance: bool = False,
-        summed: Summed | None = None,
-    ):
-        if variance:
-            readings.adam_variances()  # so that it raises now and not at the first report
-        self.readings, self.interval, self.extra = readings, interval, extra
-        self.variance, self.summed = variance, summed
+    def __post_init__(self) -> None:
+        if self.variance:
+            self.readings.adam_variances()  # so that it raises now and not at the first report
         self.load_state(None)
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take over a saved state; None starts afresh. What was recorded since is dropped. If it is already as long as
+        this run's interval, which may be another, the report comes with the next step."""
+        state = state or {"loss_ratio": None, "with_l1": [], "with_max": [], "ratios": []}
+        self.loss_ratio = LossRatio(state["loss_ratio"])
+        self.with_l1, self.with_max = Correlation(*state["with_l1"]), Correlation(*state["with_max"])
+        #: of the interval's steps whose losses have been exchanged: the ratio, and how much of it is beyond noise
+        self._ratios: list[tuple[float | None, float | None]] = [(ratio, beyond) for ratio, beyond in state["ratios"]]
+        n, self._closed = self.interval, 0  # steps whose losses have not: their slots come first, then the open one's
+        self._lengths, self._counts = [0] * n, [0] * n  # tokens of a sample; micro-batches with a mean
+        # of the finite means: their sum, the sum of their squares, how many they are
+        self._booked = torch.zeros(3, n, dtype=torch.float64, device=self.readings.device)
 
     def record(self, loss: torch.Tensor) -> None:
         """Book one micro-batch's unscaled loss on the open step: any shape, its mean counts. No sync, no collective."""
@@ -198,8 +185,7 @@ class StabilityMonitor:
 
     def close_step(self, length: int = 0) -> Report | None:
         """The optimizer step is over; every rank calls it. A `Report` if it was the interval's last one. ``length``: of
-        its samples in tokens, equal on all ranks; see `LossRatio`. Raises StateError, on all ranks, if a number of
-        ``extra`` or the step differs between them."""
+        its samples in tokens. Raises StateError, on all ranks, if ``extra`` or the step differs between them."""
         self._book_gradient_norm()
         self._lengths[self._closed] = length
         self._closed += 1
@@ -212,18 +198,16 @@ class StabilityMonitor:
             return None
         l1, maximum = self._exchange(variance=self.variance)
         ratios, beyond_noise = zip(*self._ratios, strict=True)
-        largest = max((ratio for ratio in ratios if ratio is not None), default=None)
-        report = Report(self.readings.step, ratios[-1], largest, l1, maximum, beyond_noise)
         self._ratios = []
-        self.with_l1.add(report.loss_ratio, l1)
-        self.with_max.add(report.loss_ratio, maximum)
-        return report
+        self.with_l1.add(ratios[-1], l1)
+        self.with_max.add(ratios[-1], maximum)
+        largest = max((ratio for ratio in ratios if ratio is not None), default=None)
+        return Report(self.readings.step, ratios[-1], largest, l1, maximum, beyond_noise)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json: the paper's numbers over all steps reported so far. No collective."""
-        counts = zip(THRESHOLDS, self.loss_ratio.above, strict=True)
         return {
-            **{f"steps_above_{threshold}": count for threshold, count in counts},
+            **{f"steps_above_{at}": n for at, n in zip(THRESHOLDS, self.loss_ratio.above, strict=True)},
             "max_loss_ratio": self.loss_ratio.highest,
             "pearson_variance_l1": self.with_l1.value,
             "pearson_variance_max": self.with_max.value,
@@ -231,26 +215,12 @@ class StabilityMonitor:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs, for Python's json; equal on all ranks. **Every rank calls it**: it holds a collective.
-
         The losses of an interval that is not over are exchanged now and the ratios kept until its report, which so is
-        bitwise the one of a run that was not saved. An open step is left out, as DeepSpeed leaves out its gradients.
-        """
+        bitwise that of a run that was not saved. An open step is left out, as DeepSpeed leaves out its gradients."""
         if self._closed:
             self._exchange()
         parts = {name: getattr(self, name).state() for name in ("loss_ratio", "with_l1", "with_max")}
         return {**parts, "ratios": list(self._ratios)}
-
-    def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a saved state; None starts afresh. What was recorded since is dropped. If it is already as long as
-        this run's interval, which may be another, the report comes with the next step."""
-        state = state or {"loss_ratio": None, "with_l1": [], "with_max": [], "ratios": []}
-        self.loss_ratio = LossRatio(state["loss_ratio"])
-        self.with_l1, self.with_max = Correlation(*state["with_l1"]), Correlation(*state["with_max"])
-        self._ratios = [(ratio, beyond) for ratio, beyond in state["ratios"]]
-        n, self._closed = self.interval, 0
-        self._lengths, self._counts = [0] * n, [0] * n  # tokens of a sample; micro-batches with a mean
-        # of the finite means: their sum, the sum of their squares, how many they are
-        self._booked = torch.zeros(3, n, dtype=torch.float64, device=self.readings.device)
 
     def _book_gradient_norm(self) -> None:
         """A norm that is not finite makes the step's sum infinite; one below 0 is DeepSpeed's mark of such. No sync."""
@@ -261,12 +231,11 @@ class StabilityMonitor:
             booked.fill_(math.inf)
 
     def _exchange(self, *, variance: bool = False) -> tuple[float | None, float | None]:
-        """Feed the closed steps' global losses to the loss ratio; the global l1 norm and maximum of the variances.
+        """Feed the closed steps' losses to the loss ratio; returns the l1 norm and maximum of the variances.
 
-        One vector per rank, in float64 (token counts do not fit float32): by slot `_booked`; with ``variance`` l1 norm
-        and maximum; by slot how many losses there were; the numbers to compare; those to add up. Every rank works out
-        the same from the same table, on the CPU: in which order a GPU adds up depends on its kind.
-        """
+        One float64 vector per rank (token counts do not fit float32): by slot `_booked`; with ``variance`` l1 norm and
+        maximum; by slot how many losses there were; the numbers to compare; those to add up. Every rank works out the
+        same from the same table, on the CPU: in which order a GPU adds up depends on its kind."""
         n, device = self.interval, self.readings.device
         equal = {"step": self.readings.step, **self.extra()}
         parts = [self._booked.flatten()]
@@ -315,8 +284,5 @@ def _mean(total: float, squares: float, finite: float, count: float) -> tuple[fl
 def _refuse_different(numbers: np.ndarray, names: list[str]) -> None:
     """``numbers``: [ranks, names]. Raises StateError for the first name whose number differs from rank 0's."""
     for column, rank in np.argwhere((numbers != numbers[0]).T):
-        here, there = numbers[rank, column], numbers[0, column]
-        raise StateError(
-            f"{names[column]} is {here:.17g} on rank {rank} and {there:.17g} on rank 0, so they train different runs; "
-            "give all ranks the same JSON and the same checkpoint"
-        )
+        what = f"{names[column]} is {numbers[rank, column]:.17g} on rank {rank} and {numbers[0, column]:.17g} on rank 0"
+        raise StateError(f"{what}, so they train different runs; give all ranks the same JSON and the same checkpoint")

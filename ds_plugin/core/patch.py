@@ -1,12 +1,12 @@
 """One record per change to a framework: what was replaced, by what, why, and how to put it back.
 
 Frameworks copy names at import time (``from torch.cuda import _lazy_call``), so a patch rebinds every module-level name
-that holds the same function or class. So does reverting, also in modules imported while the patch was on.
-"""
+that holds the same function or class. So does reverting, also in modules imported while the patch was on."""
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,6 +15,22 @@ from ds_plugin.core.errors import PluginError, StateError
 
 _ABSENT = object()
 _DISTRIBUTIONS = {"megatron": "megatron-core"}
+_REGISTRY: list["Change"] = []
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` in the block, and afterwards again what the object itself held: nothing at all where
+    its class has the attribute, as methods are shadowed."""
+    before = vars(owner).get(name, _ABSENT)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            vars(owner).pop(name, None)
+        else:
+            setattr(owner, name, before)
 
 
 class Active(NamedTuple):
@@ -25,7 +41,7 @@ class Active(NamedTuple):
 
 
 class Change:
-    """A reversible change to this process, listed by `active()` while it is on, as a pair of functions."""
+    """A reversible change to this process, as a pair of functions: a log filter, say. `active()` lists what is on."""
 
     def __init__(self, name: str, on: Callable[[], None], off: Callable[[], None], *, reason: str) -> None:
         self.name, self.reason, self._on, self._off = name, reason, on, off
@@ -48,21 +64,15 @@ class Change:
             _REGISTRY.remove(self)
 
 
-class Switch(Change):
-    """A change that is no attribute: a log filter, a torch function mode."""
-
-
 class Patch(Change):
     """Replace one symbol of a framework, wherever it is bound.
 
-    target: dotted path of a module attribute or of a class attribute (``"torch.cuda.synchronize"``,
-        ``"megatron.core.x.Class.method"``). Modules on the way are imported.
+    target: dotted path of a module's or a class's attribute (``"megatron.core.x.Class.method"``).
     replacement: the new value, as it should lie in the module or class: wrap a static method in `staticmethod`. With
         `prefixes` it must be an object of the patch's own, since `revert` rebinds every name that holds it.
     prefixes: packages searched for copies of a module-level function or class; () leaves copies alone.
 
-    `original` is the framework's object while the patch is on, so that a replacement can call it.
-    """
+    `original` is the framework's object while the patch is on, so that a replacement can call it."""
 
     def __init__(self, target: str, replacement: Any, *, reason: str, prefixes: tuple[str, ...] = ("megatron",)):
         super().__init__(target, self._replace, self._restore, reason=reason)
@@ -99,9 +109,6 @@ class Patch(Change):
                 names[name] = new
 
 
-_REGISTRY: list[Change] = []
-
-
 def active() -> list[Active]:
     """The changes that are on, oldest first."""
     return [Active(change.name, change.reason) for change in _REGISTRY]
@@ -128,16 +135,13 @@ def _owner_of(path: str, target: str) -> Any:
 
 def _get(owner: Any, name: str, target: str) -> Any:
     if not hasattr(owner, name):
-        label = f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
-        raise _missing(target, f"{label} has no attribute {name!r}")
+        raise _missing(target, f"{getattr(owner, '__qualname__', owner.__name__)} has no attribute {name!r}")
     return getattr(owner, name)
 
 
 def _missing(target: str, detail: str) -> PluginError:
     package = target.split(".")[0]
     distribution = _DISTRIBUTIONS.get(package, package)
-    try:
-        found = f"{distribution} {metadata.version(distribution)}"
-    except metadata.PackageNotFoundError:
-        found = f"{distribution} (not installed)"
-    return PluginError(f"cannot patch {target} in {found}: {detail}; use a version this plugin was tested with")
+    found = next((there.version for there in metadata.distributions(name=distribution)), "(not installed)")
+    what = f"cannot patch {target} in {distribution} {found}"
+    return PluginError(f"{what}: {detail}; use a version this plugin was tested with")

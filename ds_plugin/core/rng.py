@@ -43,7 +43,7 @@ def capture() -> dict[str, torch.Tensor]:
     streams["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         streams["cuda"] = torch.cuda.get_rng_state()
-    for name, state in _tracker_states().items():
+    for name, state in ({} if (tracker := _tracker()) is None else tracker.get_states()).items():
         streams[_TRACKER + name] = state.get_state() if isinstance(state, torch.Generator) else state
     # Clones: the tracker may hold one tensor under two names, which safetensors refuses to write.
     return {name: state.detach().cpu().contiguous().clone() for name, state in streams.items()}
@@ -51,12 +51,10 @@ def capture() -> dict[str, torch.Tensor]:
 
 def restore(streams: dict[str, torch.Tensor], source: str = "the given states") -> None:
     """Put back what `capture` returned. Raises CheckpointError as `load` does; ``source`` names them in its message."""
-    here, there = sorted(capture()), sorted(streams)
-    if here != there:
-        raise CheckpointError(
-            f"random streams: '{source}' holds {there}, this rank has {here}; resume on the same kind of machine with "
-            "the same model-parallel set-up, after the model is built"
-        )
+    if (here := sorted(capture())) != (there := sorted(streams)):
+        what = f"'{source}' holds {there}, this rank has {here}"
+        remedy = "resume on the same kind of machine with the same model-parallel set-up, after the model is built"
+        raise CheckpointError(f"random streams: {what}; {remedy}")
     try:
         (version, internal, gauss), numpy_state = (json.loads(bytes(streams[n].tolist())) for n in ("python", "numpy"))
         python_state = (version, tuple(internal), gauss)
@@ -66,14 +64,15 @@ def restore(streams: dict[str, torch.Tensor], source: str = "the given states") 
         torch.Generator().set_state(streams["torch"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"random streams: '{source}' is damaged ({error}); {_ANOTHER}") from error
-    if tracked := _tracker_states():
+    if (tracker := _tracker()) is not None:
+        tracked = dict(tracker.get_states())
         for name, state in tracked.items():
             saved = streams[_TRACKER + name]
             if isinstance(state, torch.Generator):  # CUDA graphs hold on to this very object
                 state.set_state(saved)
             else:
                 tracked[name] = saved.to(state.device).clone()
-        _tracker().set_states(tracked)
+        tracker.set_states(tracked)
     if "cuda" in streams:
         torch.cuda.set_rng_state(streams["cuda"])
     random.setstate(python_state)
@@ -84,12 +83,7 @@ def restore(streams: dict[str, torch.Tensor], source: str = "the given states") 
 def _tracker() -> Any:
     """Megatron-core's CudaRNGStatesTracker if this process has set one up, else None: asking megatron-core for it would
     set one up, and fix its kind before the model had a chance to choose."""
-    module = sys.modules.get("megatron.core.tensor_parallel.random")
-    if module is None or not getattr(module, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False):
-        return None
-    return module.get_cuda_rng_tracker()
-
-
-def _tracker_states() -> dict[str, Any]:
-    tracker = _tracker()
-    return dict(tracker.get_states()) if tracker is not None and tracker.is_initialized() else {}
+    module: Any = sys.modules.get("megatron.core.tensor_parallel.random")
+    known = getattr(module, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", False)
+    tracker = module.get_cuda_rng_tracker() if known else None
+    return tracker if tracker is not None and tracker.is_initialized() else None

@@ -2,8 +2,7 @@
 
 After a save the processes that share its folder divide its files among them; each hashes its share in a thread, while
 training goes on, and writes ``ds_plugin_seal_00000.json`` and so on into the folder of our own files. A process that
-is killed meanwhile leaves its share without a seal, which a resume says.
-"""
+is killed meanwhile leaves its share without a seal, which a resume says."""
 
 import hashlib
 import json
@@ -14,21 +13,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks, warn
 from ds_plugin.core.files import write_text
-from ds_plugin.core.ranks import warn
 
 _NAME = "ds_plugin_seal_{:05d}.json"
-_REMEDY = (
-    "restore the file, give another checkpoint, or load it as it is (get_plugin(engine).sealer.verify = False; the "
-    "script's --no-verify; in Megatron-LM's loop --ds-plugin-no-verify)"
-)
+_REMEDY = "restore it, give another, or load it unverified (sealer.verify = False, --no-verify, --ds-plugin-no-verify)"
 _running: list[threading.Thread] = []  # of this process
 
 
 class Sealer:
     """Seals one save after another, off the training's thread: number ``index`` of the ``of`` processes that see the
-    same folders. Every one of them makes the same calls."""
+    same folders, which all make the same calls."""
 
     def __init__(self, index: int, of: int):
         self.index, self.of = index, of
@@ -40,16 +35,13 @@ class Sealer:
         (folder / _NAME.format(self.index)).unlink(missing_ok=True)
 
     def close(self, folder: Path, parts: Iterable[Path], save_id: str) -> None:
-        """After everything is written, by all: begin to seal.
-
-        ``folder``: where the seals lie. ``parts``: files, and folders with all that is in them, beside or below it.
-        """
+        """After everything is written, by all: begin to seal ``parts``, files and whole folders, into ``folder``."""
         files = sorted({file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))})
-        mine = [file for file in files if _is_sealed(file)][self.index :: self.of]
-        # no daemon: a process that ends well ends after it
-        thread = threading.Thread(target=_seal, args=(folder, mine, save_id, self.index, self.of), name="seal")
-        _running.append(thread)
-        thread.start()
+        # neither folders, seals, nor temporary files
+        files = [file for file in files if file.is_file() and not file.name.startswith((".", "ds_plugin_seal_"))]
+        arguments = (folder, files[self.index :: self.of], save_id, self.index, self.of)
+        _running.append(threading.Thread(target=_seal, args=arguments, name="seal"))  # a process ends after it
+        _running[-1].start()
 
     def wait(self) -> None:
         """Until this process has sealed what it saved."""
@@ -68,14 +60,10 @@ class Sealer:
 
 
 def verify(folder: str | Path, *, index: int = 0, of: int = 1) -> list[str]:
-    """Compare a checkpoint's files with its seals, or every ``of``-th of them from ``index`` on.
+    """Compare a checkpoint's files with the seals in ``folder``, or every ``of``-th of them from ``index`` on. Returns
+    a line for each seal that is missing, since it was removed or the run ended before it was written.
 
-    ``folder``: that of the seals. Returns what could not be looked at, a line each: seals that are missing, since they
-    were removed or the run ended before they were written.
-
-    Raises:
-        CheckpointError: a file is missing, or a file or seal is damaged or of another save.
-    """
+    Raises CheckpointError: a file is missing, or a file or seal is damaged or of another save."""
     folder = Path(folder)
     seals = [_read(path) for path in sorted(folder.glob("ds_plugin_seal_*.json"))]
     if not seals:
@@ -122,8 +110,3 @@ def _own(seal: dict[str, Any]) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _is_sealed(path: Path) -> bool:
-    """Neither a folder, a seal, nor a temporary file."""
-    return path.is_file() and not path.name.startswith((".", "ds_plugin_seal_"))

@@ -1,8 +1,6 @@
-"""The pydantic base of every section this project reads, and how its errors are worded.
-
-Unknown keys are forbidden and defaults validated, as by DeepSpeed; but values are not coerced (``"8"`` is not 8, nor
-``true`` 1), and nothing is dropped in silence (DeepSpeed drops ``"auto"``).
-"""
+"""The pydantic base of every section this project reads, and how its errors are worded. Unknown keys are forbidden and
+defaults validated, as by DeepSpeed; but values are not coerced (``"8"`` is not 8, nor ``true`` 1), and nothing is
+dropped in silence (DeepSpeed drops ``"auto"``)."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -33,9 +31,7 @@ LossRatio = Annotated[float, Field(gt=1.0, le=1e3)]  # a thousand times the lowe
 class SectionConfig(pydantic.BaseModel):
     """One section of the JSON: strict types, unknown keys rejected, immutable once read."""
 
-    model_config = pydantic.ConfigDict(
-        extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = {"extra": "forbid", "strict": True, "frozen": True, "validate_default": True, "allow_inf_nan": False}
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -44,11 +40,8 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def parse_section(model: type[Section], name: str, raw: Any) -> Section:
-    """Validate the JSON value ``raw`` of section ``name``.
-
-    Raises:
-        ConfigError: one message listing every wrong field as ``section.field``, the value it got, and the remedy.
-    """
+    """Validate the JSON value ``raw`` of section ``name``. Raises ConfigError: one message listing every wrong field as
+    ``section.field``, the value it got, and the remedy."""
     if not isinstance(raw, Mapping):
         raise ConfigError(f'"{name}" must be a JSON object like {{"enabled": true}}, got {raw!r}')
     try:
@@ -60,7 +53,8 @@ def parse_section(model: type[Section], name: str, raw: Any) -> Section:
 def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) -> str:
     location = [str(part) for part in item["loc"]]
     field = ".".join(filter(None, [name, *location]))
-    kind, value, context = item["type"], _shown(item["input"]), item.get("ctx", {})
+    kind, value, context = item["type"], repr(item["input"]), item.get("ctx", {})
+    value = value if len(value) <= 300 else f"{value[:300]}..."
     if kind in ("extra_forbidden", "missing"):
         fields = _model_at(model, location[:-1]).model_fields
         if kind == "missing":
@@ -74,11 +68,6 @@ def _sentence(model: type[pydantic.BaseModel], name: str, item: ErrorDetails) ->
     if kind == "value_error":  # our own validators word the whole remedy
         return f"{field}: {context['error']}" if location else str(context["error"])
     return f"{field}: {item['msg'][0].lower()}{item['msg'][1:]}, got {value}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _model_at(model: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from ds_plugin.completep.supported import is_foreign_pipeline
 from ds_plugin.config import PluginConfig, split_config
-from ds_plugin.core.errors import ConfigError, StateError
-from ds_plugin.core.ranks import warn
+from ds_plugin.core.errors import ConfigError, StateError, warn
 from ds_plugin.deepspeed_engine import compat, completep, json_check
 from ds_plugin.deepspeed_engine.engine import Plugin
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
@@ -47,17 +47,13 @@ def initialize(
     lr_scheduler)``.
 
     Reads the sections of the methods from the same JSON, strips them before DeepSpeed sees it, and wires the enabled
-    methods to the engine; with none, it is exactly DeepSpeed's.
+    methods to the engine; with none, it is exactly DeepSpeed's. With ``completep``, ``optimizer`` is absent (the JSON's
+    AdamW), a function of the param groups, or an Adam over the model's parameters, which gives the base model's
+    hyperparameters and gets the roles' groups; ``lr_scheduler`` is absent or a function of the optimizer. ``shorten``:
+    for sequence length warmup of a model whose arguments are not recognised; see `slicing.Shorten`.
 
-    With ``completep``, ``optimizer`` is absent (the JSON's AdamW), a function of the param groups, or an Adam over the
-    model's parameters, which gives the base model's hyperparameters and gets the roles' groups; ``lr_scheduler`` is
-    absent or a function of the optimizer. ``shorten``: for sequence length warmup of a model whose arguments are not
-    recognised; see `slicing.Shorten`.
-
-    Raises:
-        ConfigError: a wrong setting in one of the sections, or a combination that cannot work: before anything is
-            built, or else the engine is destroyed, and an optimizer that was given has its own param groups again.
-    """
+    Raises ConfigError: a wrong setting, or a combination that cannot work: before anything is built, or else the engine
+    is destroyed, and an optimizer that was given has its own param groups again."""
     given = {name: value for name, value in locals().items() if name != "shorten"}
     configs = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
     if len(configs) != 1:
@@ -115,12 +111,9 @@ def attach(
     has loaded a checkpoint already, as a trainer's has before its callbacks run: the folder that
     ``engine.load_checkpoint`` was given, and ``tag`` if it was given one; the methods' state is restored from there.
 
-    Raises:
-        ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
-            ``engine`` is no engine.
-        StateError: the engine already has a plugin.
-        CheckpointError: ``resume_from`` is not the checkpoint that was loaded, or does not fit this run.
-    """
+    Raises ConfigError: a wrong setting, ``completep`` enabled (its param groups must exist before the engine does), or
+    ``engine`` is no engine. StateError: it already has a plugin. CheckpointError: ``resume_from`` is not the checkpoint
+    that was loaded, or does not fit this run."""
     if tag is not None and resume_from is None:
         raise ConfigError(f"attach: tag={tag!r} without resume_from=, the folder that it is in; give both")
     _refuse_no_engine(engine, "attach")
@@ -133,17 +126,10 @@ def attach(
         raise ConfigError(f"sequence_length_warmup: {what}; remove one of the two")
     _refuse_conflicts(sections, engine.module, engine.mpu)
     plugin = _register(engine, sections, shorten, resume_from=resume_from, tag=tag)
-    steps, counts = engine.global_steps, []
-    if plugin.warmup is not None:
-        counts.append(f"count as steps at full length ({plugin.warmup.ledger.trained:,} tokens trained)")
-    if plugin.averager is not None:
-        counts.append("are in no average")
-    if resume_from is None and steps > 0 and counts:
-        said = (
-            "attach: the %d steps that the engine has made already %s. If it has loaded a checkpoint of a run with "
-            "this plugin, give attach(..., resume_from=FOLDER), the folder that engine.load_checkpoint() was given"
-        )
-        warn(said, steps, " and ".join(counts))
+    if resume_from is None and engine.global_steps > 0 and (plugin.warmup or plugin.averager) is not None:
+        said = "attach: the %d steps that the engine has made count as steps at full length, and are in no average"
+        remedy = "If it has loaded a checkpoint of a run with this plugin, give attach(..., resume_from=FOLDER)"
+        warn(f"{said}. {remedy}", engine.global_steps)
     return plugin
 
 
@@ -166,11 +152,9 @@ def _build(**given: Any) -> Any:
     """DeepSpeed's own ``initialize``; on a CPU it is spared what it would compile for inference."""
     if _running.get():
         found = f"{_deepspeed_initialize.__module__}.{_deepspeed_initialize.__qualname__}"
-        raise StateError(
-            f"initialize: {found} had taken the place of deepspeed.initialize before ds_plugin was first used, and "
-            "each calls the other; write deepspeed.initialize = ds_plugin.initialize, or import ds_plugin before"
-        )
-    if compat.starts_on_cpu():
+        what = f"{found}, in deepspeed.initialize's place before ds_plugin was first used, calls ds_plugin in turn"
+        raise StateError(f"initialize: {what}; write deepspeed.initialize = ds_plugin.initialize")
+    if get_accelerator().device_name() == "cpu" and not deepspeed.comm.is_initialized():
         compat.skip_inference_kernel()
     token = _running.set(True)
     try:
@@ -196,8 +180,8 @@ def _register(engine: Any, sections: PluginConfig, *given: Any, **resume: Any) -
     if _ATTRIBUTE in engine.__dict__:
         raise StateError("this engine already has a plugin; call ds_plugin.detach(engine) first")
     if sections != PluginConfig() and engine.load_universal_checkpoint() and engine.zero_optimization_stage() == 0:
-        what = "DeepSpeed loads no weights from universal checkpoints with zero_optimization.stage 0"
-        raise ConfigError(f"checkpoint.load_universal: {what}; write stage 1, 2 or 3")
+        what = "DeepSpeed loads no weights with zero_optimization.stage 0; write stage 1, 2 or 3"
+        raise ConfigError(f"checkpoint.load_universal: {what}")
     engine.__dict__[_ATTRIBUTE] = plugin = Plugin(engine, sections, *given, **resume)
     return plugin
 
@@ -230,10 +214,8 @@ def _destroy(engine: Any) -> None:
 def _refuse_conflicts(sections: PluginConfig, model: Any, mpu: Any) -> None:
     if sections.completep is not None and is_foreign_pipeline(model):  # its stages' parameters have no names
         what = f"DeepSpeed's pipeline engine with a {type(model).__name__}, whose parameters' roles are not known"
-        remedy = 'build it with megatron_patches.models.pipeline_gpt.build_pipeline, or write "enabled": false'
-        raise ConfigError(f"completep: {what}; {remedy}")
+        raise ConfigError(f"completep: {what}; build it with megatron_patches.models.pipeline_gpt.build_pipeline")
     ranks = mpu.get_tensor_model_parallel_world_size() if hasattr(mpu, "get_tensor_model_parallel_world_size") else 1
     if ranks > 1 and getattr(getattr(model, "config", None), "qk_layernorm", False):
-        what = "DeepSpeed does not sum the gradients of different heads, and the norms on queries and keys would drift"
-        remedy = "use tensor parallelism 1 or Megatron-LM's loop"
-        raise ConfigError(f"qk_layernorm with tensor parallelism {ranks}: {what} apart; {remedy}")
+        what = "DeepSpeed does not sum its gradients over the heads' ranks; use 1, or Megatron-LM's loop"
+        raise ConfigError(f"qk_layernorm with tensor parallelism {ranks}: {what}")

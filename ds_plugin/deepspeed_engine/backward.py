@@ -5,8 +5,7 @@ which a hook on the engine's outputs calls before any gradient of the module. It
 ``engine.backward(loss)`` and ``engine.scale(loss)``, or is the one that the model returned. With
 ``scale_wrt_gas=False`` a loss is its micro-batch's part of the step's, and counts times their number; where that is not
 known, the model's own does. (The outputs of ``engine.module(...)`` have no hooks: their loss is seen in
-``engine.backward`` alone.)
-"""
+``engine.backward`` alone.)"""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat
 
 
@@ -25,9 +24,8 @@ class BackwardPasses:
         """``refuse(what)`` raises when no gradient may change now; ``record(loss)`` notes a micro-batch's loss, which
         stays on the device; None: nobody asks for losses. Raises StateError: this DeepSpeed lacks a name."""
         compat.need(engine, compat.BACKWARD_PROLOGUE, compat.SCALE)
-        self.engine = engine
+        self.engine, self._refuse, self._record = engine, refuse, record
         self.open = False  # a micro-batch has been accumulated that no step has used yet
-        self._refuse, self._record = refuse, record
         self._told = False  # the loss, by engine.backward() or engine.scale() since the last forward pass
         self.micro_batches: int | None = None  # of the step that is open, where the training loop says so
         self._passed = False  # a backward pass went through a loss that the model returned

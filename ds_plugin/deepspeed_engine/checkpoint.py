@@ -2,37 +2,28 @@
 
 ``ds_plugin.json`` is the manifest: what the checkpoint was trained with, and the small state that is equal on all
 ranks. The averaging window is in files of its own. All carry the id of the save they belong to, and are on disk before
-DeepSpeed's ``latest`` names the tag.
-"""
+DeepSpeed's ``latest`` names the tag. ``plugin``: an `engine.Plugin`."""
 
 import argparse
-import contextlib
 import functools
 import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, from_rank_0, gathered, raise_on_all_ranks, warn
 from ds_plugin.core.files import atomic_write, write_text
-from ds_plugin.core.json_files import parse_json, read_json, read_tag
-from ds_plugin.core.manifest import MANIFEST, Manifest
-from ds_plugin.core.ranks import gathered, warn
+from ds_plugin.core.json_files import MANIFEST, Manifest, parse_json, read_json, read_tag
 from ds_plugin.core.seals import Sealer
+from ds_plugin.core.settings_model import Ranks
 from ds_plugin.deepspeed_engine import compat
-from ds_plugin.deepspeed_engine.completep import CompleteP
-from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
-from ds_plugin.weight_averaging.averager import WeightAverager
-from ds_plugin.weight_averaging.spike import SpikeWatch
 from ds_plugin.weight_averaging.state import files as window_files
 from ds_plugin.weight_averaging.state.fragments import plain_name
 
@@ -41,23 +32,19 @@ _ANOTHER = "restore it, or resume from another checkpoint"
 _CONVERT = "ds-plugin to-universal FOLDER TARGET"
 
 
-class Methods(Protocol):
-    """The methods on one engine; None: off."""
-
-    engine: Any
-    config: PluginConfig
-    warmup: SequenceLengthWarmup | None
-    averager: WeightAverager | None
-    spikes: SpikeWatch | None
-    completep: CompleteP | None
-    sealer: Sealer
-
-
-def save(plugin: Methods, folder: Path) -> str:
+def save(plugin: Any, folder: Path) -> str:
     """Write the state of every enabled method into the tag folder; the save's id. Every rank calls it; all succeed or
     all raise."""
     engine, averager = plugin.engine, plugin.averager
     save_id = gathered(uuid.uuid4().hex)[0]
+    state: dict[str, Any] = {}
+    if plugin.warmup is not None:
+        state["sequence_length_warmup"] = plugin.warmup.state()
+    if averager is not None:
+        spikes = {"spikes": plugin.spikes.state()} if plugin.spikes is not None else {}
+        state["weight_averaging"] = {"steps": averager.steps, **spikes}
+    if plugin.completep is not None:
+        state["completep"] = plugin.completep.state()
     manifest = {
         "format": FORMAT,
         "save_id": save_id,
@@ -66,7 +53,7 @@ def save(plugin: Methods, folder: Path) -> str:
         "zero_stage": int(engine.zero_optimization_stage()),
         "sections": plugin.config.to_dict(),
         "model": _shapes(engine),
-        "state": _state(plugin),
+        "state": state,  # the small one, equal on all ranks
     }
     with raise_on_all_ranks():
         try:
@@ -77,9 +64,8 @@ def save(plugin: Methods, folder: Path) -> str:
             if compat.is_first_at(engine):
                 write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
         except (OSError, SafetensorError) as error:  # nothing is half-written (`core.files`)
-            what = f"{folder}: the methods' state cannot be written ({error})"
-            remedy = "make room or give another folder, and save again: earlier checkpoints are as they were"
-            raise CheckpointError(f"{what}; {remedy}") from error
+            what = f"{folder}: the methods' state cannot be written ({error}); earlier checkpoints are as they were"
+            raise CheckpointError(f"{what}, make room or give another folder, and save again") from error
     return save_id
 
 
@@ -91,47 +77,38 @@ def sealer(engine: Any) -> Sealer:
     return Sealer(dist.get_rank(), dist.get_world_size())
 
 
-def seal(plugin: Methods, folder: Path, save_id: str) -> None:
+def seal(plugin: Any, folder: Path, save_id: str) -> None:
     """Begin to seal the tag folder, which all ranks have written; where DeepSpeed still writes, our own files alone."""
     ours = [folder / MANIFEST, *folder.glob(window_files.shard_name(0).replace("00000", "*"))]
     plugin.sealer.close(folder, ours if plugin.engine.checkpoint_engine.is_decoupled() else [folder], save_id)
 
 
-@contextlib.contextmanager
-def _readable(path: Path, remedy: str) -> Iterator[None]:
-    """A manifest that does not hold what it should, as our own error."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it, or {remedy} another checkpoint") from None
-
-
 def check(
-    plugin: Methods, folder: Path, *, same_model: bool = True, same_run: bool = True, same_optimizer: bool = True
+    plugin: Any, folder: Path, *, same_model: bool = True, same_run: bool = True, same_optimizer: bool = True
 ) -> dict[str, Any] | None:
     """Read the manifest and compare it with this run, before DeepSpeed loads anything. None: there is no manifest.
 
     ``same_model=False`` leaves the parameters' shapes to DeepSpeed (a custom or lenient load); ``same_run=False``
     leaves out what only a resume needs, ``same_optimizer=False`` what only the optimizer's state needs.
 
-    Raises:
-        CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe.
-            Or it is missing and needed: for CompleteP, or the param groups' settings, which a universal one lacks.
-    """
-    path, universal = folder / MANIFEST, _universal(plugin.engine)
+    Raises CheckpointError: the folder does not exist, or the manifest is damaged or of another model, layout or recipe;
+    or it is missing and needed: for CompleteP, or the param groups' settings, which a universal one lacks."""
+    path, universal = folder / MANIFEST, plugin.engine.load_universal_checkpoint()
     exists, data = from_rank_0(lambda: (folder.is_dir(), path.read_bytes() if path.is_file() else None))
     here, missing = _shapes(plugin.engine), f"{folder} holds no {MANIFEST}: a checkpoint of a run without this plugin"
     with raise_on_all_ranks():
         if not exists:
             raise CheckpointError(f"there is no checkpoint in {folder}; give the tag of one that exists")
         if data is not None:
-            with _readable(path, "resume from"):
+            try:
                 manifest: dict[str, Any] = parse_json(data, path, Manifest, remedy=_ANOTHER)
                 _compare(plugin, manifest, path, here if same_model else None)
                 if same_run:
                     _compare_runs(plugin, manifest, path)
                 if universal or (same_run and same_optimizer):
                     _compare_layouts(plugin.engine, manifest, path)
+            except (ValueError, KeyError, TypeError) as error:  # it does not hold what it should
+                raise CheckpointError(f"{path} is damaged ({error}); {_ANOTHER}") from None
             return manifest
         if universal:
             what = f"{path} is missing, which DeepSpeed's converter leaves behind"
@@ -143,7 +120,7 @@ def check(
     return None
 
 
-def load(plugin: Methods, folder: Path, manifest: dict[str, Any] | None) -> None:
+def load(plugin: Any, folder: Path, manifest: dict[str, Any] | None) -> None:
     """Restore every enabled method from the tag folder, after DeepSpeed has restored the engine. ``manifest``: as
     `check` returned it; without one, the methods start at the engine's step."""
     state, averager = manifest["state"] if manifest else {}, plugin.averager
@@ -170,14 +147,12 @@ def load(plugin: Methods, folder: Path, manifest: dict[str, Any] | None) -> None
         raise
 
 
-def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
-    """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already. ``folder``,
-    ``tag``: as ``engine.load_checkpoint`` was given them. Raises as `check` and `load` do; that it was this checkpoint
-    shows in the step."""
+def resume(plugin: Any, folder: Path, tag: str | None) -> None:
+    """Restore every enabled method from a checkpoint that DeepSpeed has loaded into the engine already, which shows in
+    the step. ``folder``, ``tag``: as ``engine.load_checkpoint`` was given them. Raises as `check` and `load` do."""
     tag = tag if tag is not None else latest_tag(plugin.engine, folder)
     if tag is None:
-        remedy = "give the folder that engine.load_checkpoint() was given, or tag= beside it"
-        raise CheckpointError(f"resume_from: {folder} names no latest checkpoint; {remedy}")
+        raise CheckpointError(f"resume_from: {folder} names no latest checkpoint; give what was loaded, or tag=")
     manifest = check(plugin, folder / tag, same_optimizer=False)
     if manifest is not None:
         plugin.sealer.check(folder / tag)
@@ -186,24 +161,17 @@ def resume(plugin: Methods, folder: Path, tag: str | None) -> None:
 
 def latest_tag(engine: Any, folder: Path) -> str | None:
     """The tag DeepSpeed would load from ``folder``, or None when there is none. Every rank calls it, rank 0 reads."""
-    path = folder / ("latest_universal" if _universal(engine) else "latest")
+    path = folder / ("latest_universal" if engine.load_universal_checkpoint() else "latest")
     return from_rank_0(lambda: read_tag(path, remedy=_ANOTHER) if path.is_file() else None)
-
-
-def _universal(engine: Any) -> bool:
-    return bool(engine.load_universal_checkpoint())
 
 
 def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) -> None:
     """Convert the checkpoint in a tag folder with DeepSpeed's ``ds_to_universal``, and take our files along; the
-    averaging window's are resharded when they are read.
+    averaging window's are resharded when they are read. Raises CheckpointError: no manifest in ``folder``, or a damaged
+    one; a file is missing, or ``target`` exists.
 
     megatron-core's layers save an extra state that is None, on which the converter fails under ZeRO 1/2. It passes over
-    what is there already, so an empty file stands in for each of them meanwhile.
-
-    Raises:
-        CheckpointError: no manifest in ``folder``, or a damaged one; or a file is missing, or ``target`` exists.
-    """
+    what is there already, so an empty file stands in for each of them meanwhile."""
     from deepspeed.checkpoint import ds_to_universal
 
     folder, target = Path(folder), Path(target)
@@ -211,9 +179,8 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
         raise CheckpointError(f"{target} exists already; give a new folder for the universal checkpoint")
     if not (path := folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} holds no {MANIFEST}; give a checkpoint's tag folder, saved with a method on")
-    with _readable(path, "convert"):
-        manifest = read_json(path, Manifest)
-        ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
+    manifest = read_json(path, {"world_size": Ranks, "state": dict[str, Any]}, remedy="restore it, or convert another")
+    ranks = manifest["world_size"] if "weight_averaging" in manifest["state"] else 0
     windows = [folder / window_files.shard_name(rank) for rank in range(ranks)]
     if missing := [window for window in windows if not window.is_file()]:
         raise CheckpointError(f"{missing[0]} is missing, a rank's averaging window; restore it, or convert another")
@@ -231,35 +198,14 @@ def to_universal(folder: str | Path, target: str | Path, *, workers: int = 1) ->
     for stand_in in empty:
         stand_in.mkdir(parents=True)
         (stand_in / "fp32.pt").touch()
-    ds_to_universal.main(
-        argparse.Namespace(
-            input_folder=str(folder),
-            output_folder=str(target),
-            num_extract_workers=workers,
-            num_merge_workers=workers,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,  # what it asks for describes tensor parallelism only
-        )
-    )
+    options = {"num_extract_workers": workers, "num_merge_workers": workers, "keep_temp_folder": False, "strict": True}
+    options |= {"inject_missing_state": True}  # what it asks for describes tensor parallelism only
+    ds_to_universal.main(argparse.Namespace(input_folder=str(folder), output_folder=str(target), **options))
     for stand_in in empty:
         shutil.rmtree(stand_in)
     own = Sealer(0, 1)
     own.close(target, [target], uuid.uuid4().hex)
     own.wait()
-
-
-def _state(plugin: Methods) -> dict[str, Any]:
-    """The small state, equal on all ranks. Every rank calls it: some of it is brought together first."""
-    state: dict[str, Any] = {}
-    if plugin.warmup is not None:
-        state["sequence_length_warmup"] = plugin.warmup.state()
-    if plugin.averager is not None:
-        spikes = {"spikes": plugin.spikes.state()} if plugin.spikes is not None else {}
-        state["weight_averaging"] = {"steps": plugin.averager.steps, **spikes}
-    if plugin.completep is not None:
-        state["completep"] = plugin.completep.state()
-    return state
 
 
 def _place(engine: Any) -> dict[str, Any]:
@@ -276,7 +222,7 @@ def _shapes(engine: Any) -> dict[str, list[int]]:
     return shapes
 
 
-def _compare(plugin: Methods, manifest: dict[str, Any], path: Path, here: dict[str, list[int]] | None) -> None:
+def _compare(plugin: Any, manifest: dict[str, Any], path: Path, here: dict[str, list[int]] | None) -> None:
     """What the weights need. ``here``: the model's shapes; None leaves them to DeepSpeed."""
     if manifest.get("averaged"):
         what = f"the folder holds the average of steps {manifest['steps']} for zero_to_fp32, and no run to resume"
@@ -287,16 +233,14 @@ def _compare(plugin: Methods, manifest: dict[str, Any], path: Path, here: dict[s
     saved = manifest["model"]
     if here is not None and saved != here:
         if _plain(saved) == _plain(here):
-            names = f"parameters are named {next(iter(saved))} and so on, this model's {next(iter(here))}"
-            remedy = "wrap it as it was then, or by model.compile(), which changes no name"
-            raise CheckpointError(f"{path}: the checkpoint's {names}: one was wrapped, as by torch.compile; {remedy}")
+            wrapped = f"named {next(iter(saved))} and so on, this model's {next(iter(here))}: one was wrapped"
+            raise CheckpointError(f"{path}: parameters are {wrapped}; wrap it as it was then, or by model.compile()")
         name = next(name for name in [*saved, *here] if saved.get(name) != here.get(name))
         shapes = f"{saved.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} in this model"
         raise CheckpointError(f"{path}: parameter {name} is {shapes}; build the model the checkpoint was trained with")
-    recipe, ours = manifest["sections"].get("completep"), plugin.config.to_dict().get("completep")
-    section = plugin.config.completep
-    same = recipe == ours if recipe is None or section is None else not section.differences(recipe)
-    if not same:
+    recipe, section = manifest["sections"].get("completep"), plugin.config.completep
+    ours = plugin.config.to_dict().get("completep")
+    if recipe != ours if recipe is None or section is None else section.differences(recipe):
         what = f"trained with completep {json.dumps(recipe)}, this run asks for {json.dumps(ours)}"
         raise CheckpointError(f"{path}: {what}; give the same section")
 
@@ -306,7 +250,7 @@ def _plain(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
     return {plain_name(name).removeprefix("module."): shape for name, shape in shapes.items()}
 
 
-def _compare_runs(plugin: Methods, manifest: dict[str, Any], path: Path) -> None:
+def _compare_runs(plugin: Any, manifest: dict[str, Any], path: Path) -> None:
     """What the methods' state needs."""
     if lost := manifest["sections"].keys() - manifest["state"].keys():
         raise CheckpointError(f"{path} is damaged (no state of {min(lost)}, which was on); {_ANOTHER}")
@@ -326,7 +270,7 @@ def _compare_layouts(engine: Any, manifest: dict[str, Any], path: Path) -> None:
     stage but 1 and 2; universal ones of ZeRO 1/2 and of ZeRO 3 hold different things under the same names."""
     saved, stage = manifest["zero_stage"], int(engine.zero_optimization_stage())
     ranks, here = manifest["world_size"], dist.get_world_size()
-    if _universal(engine):
+    if engine.load_universal_checkpoint():
         if (saved == 3) != (stage == 3):
             what = f"a universal checkpoint of zero_optimization.stage {saved} cannot be resumed with stage {stage}"
             raise CheckpointError(f"{path}: {what}; write stage {saved}")

@@ -1,8 +1,5 @@
-"""Everything private this package touches in DeepSpeed, named once and probed before training.
-
-Read in deepspeed 0.19.8. `need` raises one clear error when a name is missing, so that a new DeepSpeed fails at start
-and not in the middle of a run.
-"""
+"""Everything private this package touches in DeepSpeed (read in 0.19.8), named once and probed before training: `need`
+raises one clear error when a name is missing, so that a new DeepSpeed fails at start and not in the middle of a run."""
 
 import contextlib
 import functools
@@ -12,10 +9,8 @@ from typing import Any
 
 import torch
 
-from ds_plugin.core.errors import StateError
-from ds_plugin.core.patch import Patch
-from ds_plugin.core.ranks import this_rank
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.errors import StateError, this_rank
+from ds_plugin.core.patch import Patch, replaced
 
 ZERO3_MASTERS = "fp32_partitioned_groups_flat"
 #: by the class that wraps an optimizer (for bf16 those of FP16 too): its kind; where it keeps this rank's fp32 masters;
@@ -29,11 +24,15 @@ WRAPPERS = {
 }
 FRAGMENT = "_hp_mapping"  # of a parameter, ZeRO 1/2 and BF16_Optimizer: its part in this rank's partition, or None
 ZERO3_PARTITION_RANK = "ds_zero_partition_rank"  # of a parameter: which of its parts this rank holds
-# -- how the low-precision copies are refreshed from them ------------------------------------------------------------
-REFRESH = "update_lp_params"  # ZeRO 1/2 and BF16_Optimizer
+REFRESH = "update_lp_params"  # the low-precision copies from them, ZeRO 1/2 and BF16_Optimizer; the next three: ZeRO 3
 ZERO3_RELEASE = "_partition_all_parameters"  # drop gathered parameters, or they would keep their old values
 ZERO3_REASSIGN = "_reassign_or_swap_out_partitioned_parameters"  # per sub-group: masters -> low-precision partition
 ZERO3_INVALIDATE = "invalidate_secondary_tensor"  # ZeRO++ secondary shards
+OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
+ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
+ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: steps the sub-groups left on the device
+ZERO3_PART = "ds_tensor"  # of a parameter: this rank's part of it, flat, the last ones padded
+ZERO3_QUANTIZED = "ds_quant_scale"  # of that part, where weights that are not trained are kept quantized
 
 # -- the gradient norm that clipping uses ----------------------------------------------------------------------------
 ZERO12_NORM = "get_grad_norm_direct"  # (gradients, params): once for each param group
@@ -46,15 +45,24 @@ BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose 
 BF16_GRADIENTS = "fp32_groups_gradients"  # [group][parameter], the same tensors
 FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the norm of the parameters' own gradients
 
-# -- the handles of the engine's own hooks on its module, before and after its forward pass -------------------------
-MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")
-
-# -- where a backward pass through the engine's outputs begins, by engine.backward(loss) and loss.backward() alike ----
-BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on the outputs: before any gradient of the module
+# -- the engine's passes and steps -------------------------------------------------------------------------------------
+MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")  # the handles of its own hooks on its module
+BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on its outputs: before any gradient of the module, however
 SCALE = "scale"  # (loss): what a user calls before `loss.backward()` in fp16
+TAKE_STEP = "_take_model_step"  # a pipeline's too: before clipping, once for each accumulation step
+UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")  # settings (attribute, method) under which masters change elsewhere
 
-# -- where the engine takes an optimizer step, a pipeline's too: before clipping, once for each accumulation step -----
-TAKE_STEP = "_take_model_step"
+# -- the pipeline engine ---------------------------------------------------------------------------------------------
+PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
+PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
+PIPELINE_INSTRUCTIONS = "_INSTRUCTION_MAP"  # which method is called for each instruction of a schedule
+PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
+PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
+PIPELINE_COMPUTE_LOSS = "_compute_loss"
+PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
+PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
+EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
+PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
 
 
 def before_steps(engine: Any, call: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
@@ -68,10 +76,6 @@ def before_steps(engine: Any, call: Callable[[], None]) -> contextlib.AbstractCo
     return replaced(engine, TAKE_STEP, take_step)
 
 
-# -- engine settings under which masters change at other times than in step(): an attribute, a method ----------------
-UPDATES_OUTSIDE_STEP = ("zenflow", "super_offload")
-
-
 def is_on(engine: Any, name: str) -> bool:
     """Whether a setting is on that this DeepSpeed may not know: an attribute or method of the engine."""
     value = getattr(engine, name, False)
@@ -82,10 +86,9 @@ def need(owner: Any, *names: str) -> None:
     """Raise `StateError` naming the first attribute that ``owner`` lacks: this DeepSpeed is not laid out as known."""
     for name in names:
         if not hasattr(owner, name):
-            raise StateError(
-                f"deepspeed {importlib.metadata.version('deepspeed')}: {type(owner).__name__} has no attribute "
-                f"{name!r}, which this package needs (read in 0.19.8); install a tested version of DeepSpeed"
-            )
+            what = f"{type(owner).__name__} has no attribute {name!r}, which this package needs (read in 0.19.8)"
+            version = importlib.metadata.version("deepspeed")
+            raise StateError(f"deepspeed {version}: {what}; install a tested version of DeepSpeed")
 
 
 def is_engine(thing: Any) -> bool:
@@ -115,13 +118,6 @@ def has_experts(engine: Any) -> bool:
     return bool(engine.has_moe_layers)
 
 
-def first_expert(engine: Any) -> str | None:
-    """The name of a parameter that is an expert's, by DeepSpeed's and megatron-core's mark; None if there is none."""
-    from deepspeed.moe.utils import is_moe_param
-
-    return next((name for name, p in engine.module.named_parameters() if is_moe_param(p)), None)
-
-
 def global_shape(parameter: torch.nn.Parameter) -> list[int]:
     """The shape of a parameter before ZeRO-3 partitioned it."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
@@ -142,14 +138,6 @@ def skip_inference_kernel() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, and from waiting for the lock that a killed
     compile leaves, for ever. ``megatron_patches.active()`` shows it, ``megatron_patches.revert()`` undoes it."""
     _INFERENCE_KERNEL.apply()
-
-
-def starts_on_cpu() -> bool:
-    """Whether DeepSpeed's communication is still to start in this process, and on a CPU."""
-    import deepspeed.comm
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator().device_name() == "cpu" and not deepspeed.comm.is_initialized()
 
 
 # -- passes that are no step of the run -----------------------------------------------------------------------------
@@ -220,25 +208,6 @@ def kept_by(optimizer: Any) -> int | None:
     return int(bool(settings.get("momentum"))) if isinstance(optimizer, torch.optim.SGD) else None
 
 
-# -- Adam's second moments -------------------------------------------------------------------------------------------
-OPTIMIZER_STATE = "state"  # of a wrapper: forwards the wrapped optimizer's, keyed by its flat or whole parameters
-ADAM_VARIANCE = "exp_avg_sq"  # torch's Adam(W), FusedAdam, DeepSpeedCPUAdam
-ZERO3_SECOND_OPTIMIZER = "backup_optimizer"  # with an offload ratio below 1: steps the sub-groups left on the device
-
-# -- the pipeline engine ---------------------------------------------------------------------------------------------
-PIPELINE_BATCHES = ("batch_fn", "data_iterator")  # what each micro-batch goes through, where it is read
-PIPELINE_RUN = "_exec_schedule"  # (schedule): one stage's part of a step
-PIPELINE_INSTRUCTIONS = "_INSTRUCTION_MAP"  # which method is called for each instruction of a schedule
-PIPELINE_BUFFERS = "pipe_buffers"  # name -> one slot for each micro-batch in flight
-PIPELINE_MICRO_OFFSET = "micro_offset"  # of the module: micro-batches so far, of which layers' seeds are made
-PIPELINE_COMPUTE_LOSS = "_compute_loss"
-PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
-
-# -- where a rank stands in the model ----------------------------------------------------------------------------------
-PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
-EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
-
-
 def model_coordinate(engine: Any) -> tuple[int, ...]:
     """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third. Ranks of
     one coordinate hold the same weights, whole or in parts; others may hold others under the same names."""
@@ -259,21 +228,8 @@ def is_first_at(engine: Any) -> bool:
     return bool((engine.local_rank if engine.use_node_local_storage() else this_rank()) == 0)
 
 
-# -- publishing: which part of the model a rank has ------------------------------------------------------------------
-ZERO3_PART = "ds_tensor"  # of a parameter: this rank's part of it, flat, the last ones padded
-ZERO3_QUANTIZED = "ds_quant_scale"  # of that part, where weights that are not trained are kept quantized
-PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
-
-
 def tensor_parallel_size(engine: Any) -> int:
     """Over how many ranks the model's layers are cut."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
     return int(bwc_tensor_model_parallel_world_size(engine.mpu))
-
-
-def has_foreign_pipeline(engine: Any) -> bool:
-    """Whether the model is one stage of a pipeline that is not DeepSpeed's own."""
-    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
-
-    return not is_pipeline(engine) and bwc_pipeline_parallel_world_size(engine.mpu) > 1

@@ -1,11 +1,9 @@
-"""CompleteP on DeepSpeed: `set_up` runs before the engine is built, `CompleteP` is what stays on it.
-
-In DeepSpeed's pipeline both work on one stage of the model, a `PipelineGPT`.
-"""
+"""CompleteP on DeepSpeed: `set_up` runs before the engine is built, `CompleteP` is what stays on it. In DeepSpeed's
+pipeline both work on one stage of the model, a `PipelineGPT`."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,9 +13,8 @@ from ds_plugin.completep.model import describe, finished_roles, ratios_of
 from ds_plugin.completep.param_groups import build_param_groups, check_rates
 from ds_plugin.completep.rules import Role
 from ds_plugin.completep.supported import bare_model, gpt_of
-from ds_plugin.core.errors import CheckpointError, ConfigError, StateError
-from ds_plugin.core.ranks import gathered
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, gathered
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.gradient_norm import rescaled
 from ds_plugin.deepspeed_engine.group_lr import build_scheduler, check_peak, expand_scheduler
@@ -35,29 +32,25 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
 
     ``given``: the arguments of ``deepspeed.initialize``, ``config`` a dict. Returns those to give in their place: the
     groups (None with a built optimizer), an optimizer's or a scheduler's function checked, and the config with the
-    scheduler's scalars expanded.
-
-    Raises:
-        ConfigError: the model was not prepared, the optimizer is no AdamW or not over the model's parameters, or the
-            scheduler would flatten the groups.
-    """
+    scheduler's scalars expanded. Raises ConfigError: the model was not prepared, the optimizer is no AdamW or not over
+    the model's parameters, or the scheduler would flatten the groups."""
     model, optimizer, lr_scheduler, config = (given[key] for key in ("model", "optimizer", "lr_scheduler", "config"))
     whole = bare_model(gpt_of(model))
-    _check_model_parameters(model, given["model_parameters"])
+    if given["model_parameters"] is not None and _stray(model, given["model_parameters"]):
+        what = "model_parameters= are not all of the model's, and the method builds the param groups itself"
+        raise ConfigError(f"completep: {what}; leave it out, or give model.parameters()")
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError(f"completep: lr_scheduler is built already, on other param groups; {_SCHEDULER}")
     built = isinstance(optimizer, torch.optim.Optimizer)
     base = _base_of(optimizer, model) if built else _base_of_json(config, optimizer)
-    groups = build_param_groups(
-        whole, finished_roles(whole, section), ratios_of(whole.config, section), section, **base
-    )
+    roles, ratios = finished_roles(whole, section), ratios_of(whole.config, section)
+    groups = build_param_groups(whole, roles, ratios, section, **base)
     if gpt_of(model) is not model:
         groups = divided(groups, max(gathered(len(groups))))
     changed: dict[str, Any] = {"model_parameters": groups}
     if scheduler := config.get("scheduler"):
         check_peak(scheduler, base["lr"])
-        ratios = [group["lr"] / base["lr"] for group in groups]
-        changed["config"] = {**config, "scheduler": expand_scheduler(scheduler, ratios)}
+        changed["config"] = {**config, "scheduler": expand_scheduler(scheduler, [g["lr"] / base["lr"] for g in groups])}
     if lr_scheduler is not None:
         changed["lr_scheduler"] = functools.partial(build_scheduler, lr_scheduler)
     if built:
@@ -93,12 +86,10 @@ class CompleteP:
         return groups
 
     def describe(self) -> str:
-        """The ratios and multipliers in one line."""
         return describe(self.engine.module, self.section)
 
     def install(self, undo: contextlib.ExitStack) -> None:
-        """Look at the groups before each step, and have the engine clip by the forward mode's gradient norm; ``undo``
-        gives its own step and norm back."""
+        """Look at the groups before each step, and have the engine clip by the forward mode's gradient norm."""
         undo.enter_context(compat.before_steps(self.engine, self._check_groups))
         for method in self._norm:
             undo.enter_context(replaced(*method))
@@ -111,8 +102,6 @@ class CompleteP:
         scheduler = getattr(self.engine.lr_scheduler, "scheduler", self.engine.lr_scheduler)  # inside a TokenScheduler
         by = "the training loop" if scheduler is None else f"the scheduler {type(scheduler).__name__}"
         check_rates(self._groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state(self) -> list[dict[str, Any]]:
         """Every role's settings in JSON types, which a universal checkpoint loses under ZeRO 3; of all stages of a
@@ -142,11 +131,9 @@ class CompleteP:
 
 
 def divided(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The same groups as ``count`` of them: the one of the most parameters is halved until there are as many.
-
-    DeepSpeed's ZeRO takes the gradient norm by one all-reduce over all stages for each group, so all stages need the
-    same number; which of them meet does not matter, as the squares of all are added up.
-    """
+    """The same groups as ``count`` of them: the largest is halved until there are as many. ZeRO takes the gradient norm
+    by one all-reduce over all stages for each group, so all stages need the same number; which of them meet does not
+    matter, as the squares of all are added up."""
     groups = list(groups)
     while len(groups) < count:
         at = max(range(len(groups)), key=lambda i: len(groups[i]["params"]))
@@ -157,19 +144,13 @@ def divided(groups: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return groups
 
 
-# -- what the caller of initialize() gives ---------------------------------------------------------------------------
-
-
-def _check_model_parameters(model: Any, given: Any) -> None:
-    """All of the model's parameters (with or without its frozen ones) say nothing new; anything else is refused."""
-    if given is None:
-        return
-    listed = list(given)
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trainable <= {id(p) for p in listed} <= {id(p) for p in model.parameters()}:
-        what = "param groups" if any(isinstance(p, Mapping) for p in listed) else "other than all of the model's"
-        remedy = "leave model_parameters= out, or give model.parameters()"
-        raise ConfigError(f"completep: model_parameters= are {what}, and the method builds the groups itself; {remedy}")
+def _stray(model: Any, given: Iterable[Any]) -> str:
+    """Which trainable parameter of the model these lack, or which is not the model's; empty: neither."""
+    listed, every = {id(p): p for p in given}, {id(p) for p in model.parameters()}
+    if others := [p for p in listed.values() if id(p) not in every]:
+        return f"has a parameter of shape {list(getattr(others[0], 'shape', ()))} that is not the model's"
+    lacks = (name for name, p in model.named_parameters() if p.requires_grad and id(p) not in listed)
+    return next((f"lacks the parameter {name}" for name in lacks), "")
 
 
 def _base_of_json(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
@@ -188,8 +169,7 @@ def _base_of_json(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
-    """The base model's hyperparameters from an optimizer that is built already and has done nothing yet; some of its
-    groups may have no weight decay."""
+    """The base model's hyperparameters from an optimizer that is built already and has done nothing yet."""
     groups = optimizer.param_groups
     if not _is_adam(optimizer):
         what = "is built already and is no Adam, whose param groups could be replaced"
@@ -199,33 +179,21 @@ def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
         _refuse(optimizer, f"has state for {len(optimizer.state)} parameters; {remedy}")
     if any("initial_lr" in group for group in groups):
         _refuse(optimizer, f"has a learning rate scheduler already, for other param groups; {_SCHEDULER}")
-    _check_covers(optimizer, model)
+    if stray := _stray(model, (p for group in groups for p in group["params"])):
+        _refuse(optimizer, f"{stray}; build it from model.parameters(), or freeze what it shall not train")
+    decay = next((group["weight_decay"] for group in groups if group["weight_decay"] != 0), 0.0)
     for name in sorted({key for group in groups for key in group} - {"params", "param_names"}):
         values = [group.get(name) for group in groups]
-        if name == "weight_decay":
+        if name == "weight_decay":  # some groups may have none
             values = [value for value in values if value != 0] or [0.0]
         if others := [value for value in values if value != values[0]]:
             remedy = "give all the base model's: what each role gets, and which decay, is Table 1's to say"
             _refuse(optimizer, f"has groups with {name} {values[0]!r} and {others[0]!r}; {remedy}")
-    base = {name: groups[0][name] for name in ("lr", "eps", "betas")}
-    base["weight_decay"] = next((group["weight_decay"] for group in groups if group["weight_decay"] != 0), 0.0)
-    if base["weight_decay"] != 0 and not _decoupled(optimizer):
-        _refuse(optimizer, f"adds weight_decay {base['weight_decay']!r} to the gradient; {_DECOUPLED}, give AdamW")
+    if decay != 0 and not _decoupled(optimizer):
+        _refuse(optimizer, f"adds weight_decay {decay!r} to the gradient; {_DECOUPLED}, give AdamW")
+    base = {**{name: groups[0][name] for name in ("lr", "eps", "betas")}, "weight_decay": decay}
     _check_numbers(base, f"{{}} of the optimizer {type(optimizer).__name__}")
     return base
-
-
-def _check_covers(optimizer: torch.optim.Optimizer, model: Any) -> None:
-    """Every trainable parameter of the model is in the optimizer, and nothing else but frozen ones."""
-    every, remedy = set(model.parameters()), "build it from model.parameters()"
-    given = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for p, i in given.items():
-        if p not in every:
-            what = f"has a parameter of shape {list(p.shape)} in group {i} that is not the model's"
-            _refuse(optimizer, f"{what}; {remedy}")
-    for name, p in model.named_parameters():
-        if p.requires_grad and p not in given:
-            _refuse(optimizer, f"lacks the parameter {name}; {remedy}, or freeze the parameter")
 
 
 def _refuse(optimizer: Any, what: str) -> NoReturn:
@@ -255,9 +223,6 @@ def _decoupled(optimizer: Any) -> bool:
         return bool(optimizer.adam_w_mode)
     said = [group["decoupled_weight_decay"] for group in optimizer.param_groups if "decoupled_weight_decay" in group]
     return all(said) if said else any(cls.__name__ in _BY_NAME for cls in type(optimizer).__mro__)
-
-
-# -- functions that the caller gives, checked when DeepSpeed calls them ----------------------------------------------
 
 
 def _built_optimizer(function: Callable[..., Any], groups: list[dict[str, Any]]) -> Any:

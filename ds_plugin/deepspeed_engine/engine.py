@@ -22,10 +22,9 @@ from typing import Any, Literal
 import torch
 
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks
+from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks, this_rank, warn
 from ds_plugin.core.files import write_text
-from ds_plugin.core.ranks import this_rank, warn
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import checkpoint, compat, monitor, publish, readings
 from ds_plugin.deepspeed_engine.backward import BackwardPasses
 from ds_plugin.deepspeed_engine.completep import CompleteP
@@ -42,10 +41,8 @@ from ds_plugin.weight_averaging.spike import SpikeWatch
 
 
 class Plugin:
-    """The methods on one engine. Made by `attach.initialize` or `attach`, found again by `get_plugin`.
-
-    They are all built, and restored, before any is put on: what refuses, refuses before the engine is changed.
-    """
+    """The methods on one engine. Made by `attach.initialize` or `attach`, found again by `get_plugin`. They are all
+    built, and restored, before any is put on: what refuses, refuses before the engine is changed."""
 
     def __init__(
         self,
@@ -70,12 +67,11 @@ class Plugin:
             self._undo = undo.pop_all()
 
     def _build(self, shorten: Shorten | None, undo: contextlib.ExitStack) -> None:
-        engine, config = self.engine, self.config
+        engine, config, pipeline = self.engine, self.config, compat.is_pipeline(self.engine)
         warmup, averaging, completep = config.sequence_length_warmup, config.weight_averaging, config.completep
         self.warmup = SequenceLengthWarmup(engine, warmup, shorten) if warmup is not None else None
         self.averager: WeightAverager | None = None
         self.spikes: SpikeWatch | None = None
-        pipeline = compat.is_pipeline(engine)
         if averaging is not None:
             compat.need(engine, compat.TAKE_STEP)
             shards = find_shards(engine)
@@ -110,9 +106,7 @@ class Plugin:
         for name, method in methods.items():
             self._own[name] = getattr(self.engine, name)
             undo.enter_context(replaced(self.engine, name, method))
-        if self.averager is not None:
-            # Masters change in there alone: neither a micro-batch before the last nor a pipeline's passes wait for a
-            # snapshot.
+        if self.averager is not None:  # masters change in there alone: nothing else waits for a snapshot
             undo.enter_context(compat.before_steps(self.engine, self.averager.before_step))
 
     def detach(self) -> None:
@@ -130,16 +124,14 @@ class Plugin:
 
     @property
     def ledger(self) -> Ledger | None:
-        """Tokens read and trained so far over all data-parallel ranks; None without sequence length warmup. It is exact
-        after each report and save, see `TokenCounts.ledger`; no collective."""
+        """Tokens read and trained so far over all data-parallel ranks, exact after each report and save (see
+        `TokenCounts.ledger`); None without sequence length warmup. No collective."""
         return self.warmup.ledger if self.warmup is not None else None
 
     def batches(self, source: Source) -> Iterator[Any]:
         """This rank's micro-batches, each of its step's length; without sequence length warmup, all of them whole. It
-        goes on from the right one after a checkpoint was loaded.
-
-        ``source(n)`` returns an iterator over full-length micro-batches from the n-th of the run on.
-        """
+        goes on from the right one after a checkpoint was loaded. ``source(n)`` returns an iterator over full-length
+        micro-batches from the n-th of the run on."""
         if self.warmup is not None and self.warmup.config.mode != "mask":
             return self.warmup.batches(source)
         return WholeBatches(self.engine, source)
@@ -166,16 +158,12 @@ class Plugin:
 
     def describe(self) -> list[str]:
         """One line for each enabled method, with the numbers a user wants to see before the first step."""
-        methods = (self.warmup, self.completep, self.averager)
-        return [method.describe() for method in methods if method is not None]
+        return [method.describe() for method in (self.warmup, self.completep, self.averager) if method is not None]
 
     def log(self, **values: Any) -> None:
-        """Write the last step's length, tokens and loss ratio through the engine's own monitor, and ``values``.
-
-        Call it after a step or an evaluation, on every rank: ``plugin.log(eval_loss_averaged=loss)``. Series are named
-        ``Run/<name>``; their step is ``engine.global_samples``, as that of DeepSpeed's own. Nothing is read from the
-        device but values that lie there, and without a monitor in the JSON nothing happens.
-        """
+        """Write the last step's length, tokens and loss ratio through the engine's own monitor, and ``values``, as
+        ``Run/<name>`` at ``engine.global_samples``; nothing without a monitor in the JSON. Call it after a step or an
+        evaluation, on every rank: ``plugin.log(eval_loss_averaged=loss)``. No device sync of its own."""
         monitor.log(self, values)
 
     @contextlib.contextmanager
@@ -183,11 +171,8 @@ class Plugin:
         """Inside the ``with`` block the model computes with the averaged weights; after it, all is bitwise as before.
 
         Every rank enters it, between optimizer steps, which are refused inside, as are backward passes and checkpoints.
-        ``horizon``: which of the averages, in mode ema; the first of ``horizons`` if not given.
-
-        Raises:
-            StateError: averaging is off, there is no snapshot or no such horizon, or an accumulation step is open.
-        """
+        ``horizon``: which of the averages, in mode ema; the first of ``horizons`` if not given. Raises StateError:
+        averaging is off, there is no snapshot or no such horizon, or an accumulation step is open."""
         with self._between_steps().averaged_weights(horizon):
             yield
 
@@ -198,11 +183,8 @@ class Plugin:
         ``moments``: the optimizer's are kept, or start again at zero with their step count; so do moments that are not
         finite on some rank, which the log says. ``horizon``: as in `averaged_weights`.
 
-        Raises:
-            StateError: as `averaged_weights` does, or the average is swapped in, or the optimizer has a state that
-                cannot be reset. Nothing has changed then.
-            ConfigError: ``moments`` is neither.
-        """
+        Raises StateError, with nothing changed, as `averaged_weights` does, or the average is swapped in, or the
+        optimizer has a state that cannot be reset; ConfigError: ``moments`` is neither."""
         averager = self._between_steps()
         if moments not in ("keep", "reset"):
             raise ConfigError(f"restart_from_average: moments={moments!r}; give 'keep' or 'reset'")
@@ -227,18 +209,15 @@ class Plugin:
 
         Every rank calls it, between optimizer steps, and must see the folder, which appears whole or not at all; only a
         kill leaves a hidden ``.<name>.*.tmp`` beside it. Every tensor is whole and under the model's own name, a tied
-        one under its first; untrained parameters and persistent buffers as they are. A model of transformers' has its
-        configuration beside it.
+        one under its first; untrained parameters and persistent buffers as they are; a transformers model's
+        configuration beside them. ``dtype``: of all floating-point tensors; if not given each one's own in the model,
+        so bit for bit what `averaged_weights` computes with. ``horizon``: as there. ``max_shard_bytes``: of one file.
 
-        ``dtype``: of all floating-point tensors; if not given each one's own in the model, so bit for bit what
-        `averaged_weights` computes with. ``horizon``: as there. ``max_shard_bytes``: of one file. ``replace``: what the
-        folder holds goes when the new average is whole. ``form``: other names and files, see `publish.Form`.
+        ``replace``: what the folder holds goes when the new average is whole. ``form``: see `publish.Form`.
 
-        Raises:
-            StateError: as `averaged_weights` does, or the model is laid out in a way that is not known.
-            ConfigError: a wrong argument, ``folder`` holds something, or experts or DeepSpeed's AutoTP are in use.
-            PluginError: the folder cannot be written, such as on a full disk.
-        """
+        Raises StateError: as `averaged_weights` does, or the model is laid out in a way that is not known. ConfigError:
+        a wrong argument, ``folder`` holds something, or experts or DeepSpeed's AutoTP are in use. PluginError: the
+        folder cannot be written, such as on a full disk."""
         given: dict[str, Any] = {"dtype": dtype, "horizon": horizon, "max_shard_bytes": max_shard_bytes}
         return publish.publish(self.engine, self._between_steps(), folder, replace=replace, form=form, **given)
 
@@ -251,11 +230,8 @@ class Plugin:
         its moments belong to other weights. ``tag``: ``averaged_global_step{N}`` if not given. ``horizon``: as in
         `averaged_weights`. ``client``: further arguments of ``save_checkpoint``.
 
-        Raises:
-            StateError: as `averaged_weights` does.
-            ConfigError: the tag exists, or ``zero_to_fp32`` cannot read such checkpoints (stage 0, BF16_Optimizer,
-                tensor or pipeline parallelism; `publish` takes them).
-        """
+        Raises StateError as `averaged_weights` does; ConfigError: the tag exists, or ``zero_to_fp32`` cannot read such
+        checkpoints (stage 0, BF16_Optimizer, tensor or pipeline parallelism; `publish` takes them)."""
         averager = self._between_steps()
         with raise_on_all_ranks():
             publish.refuse_checkpoint(self.engine)
@@ -269,12 +245,11 @@ class Plugin:
     def _between_steps(self) -> WeightAverager:
         """The averager, if the weights may be exchanged now."""
         if self.averager is None:
-            raise StateError(
-                'weight_averaging is not enabled; add "weight_averaging": {"enabled": true, "interval": 10} to the JSON'
-            )
+            raise StateError('weight_averaging is not enabled; write "weight_averaging": {"enabled": true, ...}')
         if self._passes is not None and self._passes.open:
-            what = "the averaged weights can be swapped in between optimizer steps, not within an accumulation step"
-            raise StateError(f"weight_averaging: {what}; finish it first")
+            raise StateError(
+                "weight_averaging: only between optimizer steps, not within an accumulation step; finish it"
+            )
         return self.averager
 
     # -- the engine's methods, wrapped -------------------------------------------------------------------------------
@@ -284,10 +259,8 @@ class Plugin:
             self.averager.refuse_while_swapped(what)
 
     def _refuse_other_batch(self, size: int) -> None:
-        raise StateError(
-            f"sequence_length_warmup: the batch size cannot be changed (to {size}) during the run: batch-size ramp-up "
-            "changes how many tokens a step has, too; use one of the two"
-        )
+        what = f"the batch size cannot be changed (to {size}) during the run: that changes a step's tokens, too"
+        raise StateError(f"sequence_length_warmup: {what}, as batch-size ramp-up does; use one of the two")
 
     @contextlib.contextmanager
     def _around_step(self, what: str) -> Iterator[None]:
@@ -366,19 +339,18 @@ class Plugin:
         if averager is not None and averager.steps:
             self._between_steps()
         given, root = call.arguments, Path(call.arguments["save_dir"])
-        given["tag"] = str(given["tag"] if given["tag"] is not None else f"global_step{self.engine.global_steps}")
-        save_id = checkpoint.save(self, root / given["tag"])
-        latest = given["save_latest"] and not self.engine.checkpoint_engine.is_decoupled()
-        if latest:  # DeepSpeed would write it in place; a crash there would leave it empty
-            given["save_latest"] = False
+        given["tag"] = tag = str(given["tag"] if given["tag"] is not None else f"global_step{self.engine.global_steps}")
+        save_id = checkpoint.save(self, root / tag)
+        if latest := given["save_latest"] and not self.engine.checkpoint_engine.is_decoupled():
+            given["save_latest"] = False  # DeepSpeed would write it in place; a crash there would leave it empty
         result = self._own["save_checkpoint"](*call.args, **call.kwargs)
         if latest:
             with raise_on_all_ranks():
                 if this_rank() == 0:
-                    write_text(root / "latest", given["tag"])
+                    write_text(root / "latest", tag)
         if averager is not None:
-            publish.publish_with_checkpoint(self.engine, averager, root / given["tag"])
-        checkpoint.seal(self, root / given["tag"], save_id)
+            publish.publish_with_checkpoint(self.engine, averager, root / tag)
+        checkpoint.seal(self, root / tag, save_id)
         return result
 
     def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:

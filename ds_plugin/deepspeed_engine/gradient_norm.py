@@ -1,8 +1,6 @@
-"""The gradient norm of a model whose multipliers are folded into its weights, on DeepSpeed.
-
-There a role with fold factor c has gradients 1/c of those of the forward mode (`megatron_patches.completep`), so the
-norm over all of them would be another, and clipping by it another training run.
-"""
+"""The gradient norm of a model whose multipliers are folded into its weights, on DeepSpeed: there a role with fold
+factor c has gradients 1/c of those of the forward mode (`megatron_patches.completep`), so the norm over all of them
+would be another, and clipping by it another training run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,29 +14,23 @@ Methods = Iterator[tuple[Any, str, Callable[..., Any]]]  # owner, name, and what
 
 
 def rescaled(engine: Any, factors: Sequence[float]) -> Methods:
-    """What multiplies each param group's part of the gradient norm by its factor: the norm becomes the forward mode's.
+    """What multiplies each param group's part of the gradient norm by its factor: the norm becomes the forward mode's,
+    for clipping and `get_global_grad_norm`. ``factors``: one for each param group, in order.
 
-    Clipping and `get_global_grad_norm` use it. One multiplication of a scalar per group, in a pipeline per tensor: no
-    collective, no sync. A norm that is not finite is a negative number to DeepSpeed, and stays one. Wrappers not known
-    here report their own norm, and are refused where they would clip by it.
+    One multiplication of a scalar per group, in a pipeline per tensor: no collective, no sync. A norm that is not
+    finite is a negative number to DeepSpeed, and stays one. Wrappers not known here report their own norm.
 
-    ``factors``: one for each param group, in order.
-
-    Raises:
-        ConfigError: gradients would be clipped by another norm; in a pipeline on all stages alike.
-        StateError: this DeepSpeed lacks a name that correcting it needs.
-    """
+    Raises ConfigError: gradients would be clipped by another norm; in a pipeline on all stages alike. StateError: this
+    DeepSpeed lacks a name that correcting it needs."""
     pipeline, clipping = compat.is_pipeline(engine), engine.gradient_clipping()
     folded = f'completep.residual: "folded" with gradient_clipping {clipping}'
     offloaded = engine.zero_cpu_offload() or engine.zero_nvme_offload_optimizer()
     if pipeline and clipping and (offloaded or engine.zero_optimization_stage() == 0):
-        what = "zero_optimization.offload_optimizer" if offloaded else "zero_optimization.stage 0"
-        remedy = 'write stage 1 without offload, or "residual": "forward"'
-        raise ConfigError(f"{folded} and {what} is not supported in DeepSpeed's pipeline; {remedy}")
+        what = f"zero_optimization.{'offload_optimizer' if offloaded else 'stage 0'} in DeepSpeed's pipeline"
+        raise ConfigError(f'{folded} does not go with {what}; write stage 1 without it, or "residual": "forward"')
     if all(factor == 1.0 for factor in factors):
         return iter(())
-    zero12 = _zero1_of_stages if pipeline else _zero12
-    methods = {"zero3": _zero3, "zero12": zero12, "bf16": _bf16, "none": _fp32}.get(compat.wrapper_of(engine))
+    methods = {"zero3": _zero3, "zero12": _zero12, "bf16": _bf16, "none": _fp32}.get(compat.wrapper_of(engine))
     if methods is None and clipping:
         what = f"is not supported under DeepSpeed's {type(engine.optimizer).__name__}, which clips by another norm"
         raise ConfigError(f'{folded} {what}; write zero_optimization.stage 1, or "residual": "forward"')
@@ -50,27 +42,22 @@ def _own(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def _by_list(optimizer: Any, factors: Sequence[float]) -> dict[int, float]:
-    """Factors by the very lists the norms are taken of: one is empty on a rank that holds but a group's padding."""
-    lists = _own(optimizer, compat.ZERO12_NORM_PARAMS)
-    return {id(params): factor for params, factor in zip(lists, factors, strict=True)}
-
-
 def _zero12(engine: Any, factors: Sequence[float]) -> Methods:
-    optimizer, factor_of = engine.optimizer, _by_list(engine.optimizer, factors)
-    direct, offloaded = _own(optimizer, compat.ZERO12_NORM), _own(optimizer, compat.ZERO12_OFFLOAD_NORM)
-    yield optimizer, compat.ZERO12_NORM, lambda gradients, params: direct(gradients, params) * factor_of[id(params)]
-    yield optimizer, compat.ZERO12_OFFLOAD_NORM, lambda params: offloaded(params) * factor_of[id(params)]
-
-
-def _zero1_of_stages(engine: Any, factors: Sequence[float]) -> Methods:
-    """Where stages' groups meet that have different factors: gradients are weighed before they are added."""
-    factor_of, own = _by_list(engine.optimizer, factors), _own(engine.optimizer, compat.ZERO12_NORM)
-
-    def norm(gradients: Sequence[torch.Tensor], params: Any) -> Any:
-        return own([_weighed(gradient, factor_of[id(params)]) for gradient in gradients], params)
-
-    yield engine.optimizer, compat.ZERO12_NORM, norm
+    """Factors by the very lists the norms are taken of: one is empty on a rank that holds but a group's padding. In a
+    pipeline gradients are weighed before they are added: groups of different factors meet there."""
+    optimizer = engine.optimizer
+    lists, direct = _own(optimizer, compat.ZERO12_NORM_PARAMS), _own(optimizer, compat.ZERO12_NORM)
+    of = {id(params): factor for params, factor in zip(lists, factors, strict=True)}
+    if compat.is_pipeline(engine):
+        yield (
+            optimizer,
+            compat.ZERO12_NORM,
+            lambda gradients, params: direct([_weighed(g, of[id(params)]) for g in gradients], params),
+        )
+    else:
+        offloaded = _own(optimizer, compat.ZERO12_OFFLOAD_NORM)
+        yield optimizer, compat.ZERO12_NORM, lambda gradients, params: direct(gradients, params) * of[id(params)]
+        yield optimizer, compat.ZERO12_OFFLOAD_NORM, lambda params: offloaded(params) * of[id(params)]
 
 
 def _zero3(engine: Any, factors: Sequence[float]) -> Methods:
@@ -98,16 +85,14 @@ def _fp32(engine: Any, factors: Sequence[float]) -> Methods:
     """Stage 0 in fp32: the gradients are the forward mode's while DeepSpeed clips them."""
     own, groups = _own(engine, compat.FP32_CLIP), engine.basic_optimizer.param_groups
 
-    def scale(power: int) -> None:
-        for group, factor in zip(groups, factors, strict=True):
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            if gradients and factor != 1.0:
-                torch._foreach_mul_(gradients, factor**power)
-
     def clip() -> None:
-        scale(1)
-        own()
-        scale(-1)
+        for power in (1, -1):
+            for group, factor in zip(groups, factors, strict=True):
+                gradients = [p.grad for p in group["params"] if p.grad is not None]
+                if gradients and factor != 1.0:
+                    torch._foreach_mul_(gradients, factor**power)
+            if power == 1:
+                own()
 
     yield engine, compat.FP32_CLIP, clip
 

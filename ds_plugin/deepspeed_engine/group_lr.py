@@ -1,8 +1,6 @@
-"""Keep per-group learning rates through DeepSpeed's LR schedulers.
-
-Some give one scalar to every param group, which would undo CompleteP. Scalars are expanded to one value per group
-before DeepSpeed builds the scheduler, or it is refused; what is not seen here, at its step (`check_rates`).
-"""
+"""Keep per-group learning rates through DeepSpeed's LR schedulers, some of which give one scalar to every param group.
+Scalars are expanded to one value per group before DeepSpeed builds the scheduler, or it is refused; what is not seen
+here, at its step (`check_rates`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,6 +61,5 @@ def build_scheduler(function: Callable[[Any], Any], optimizer: Any) -> Any:
         values = value if isinstance(value, list) else [value] * len(before)
         if off_ratio(values, before) is not None:
             what = f"{type(scheduler).__name__} has {name} {value!r} for param groups with learning rates {before}"
-            remedy = "use one that scales each group's own, such as LambdaLR, or describe it in the JSON"
-            raise ConfigError(f'lr_scheduler: {what}, and undoes the ratios of "completep"; {remedy}')
+            raise ConfigError(f'lr_scheduler: {what}, and undoes "completep"; use LambdaLR, or describe it in the JSON')
     return scheduler

@@ -26,8 +26,6 @@ def _model(kinds: Mapping[Any, str], extra: Any = "allow") -> Any:
     return create_model("DeepSpeed", __config__=ConfigDict(strict=True, extra=extra), **fields)
 
 
-_Switched = _model({_Flag: "enabled"})
-_Zero = _model({Annotated[int, Field(ge=0, le=3)]: "stage", _Object | None: "offload_optimizer"})
 _Pair = tuple[Rate, Rate] | Annotated[list[Rate], Field(min_length=2, max_length=2)]
 _Hyperparameters = _model({Rate: "lr eps weight_decay", _Pair: "betas"})
 #: every key that DeepSpeed reads at the top level, and those below it that this project's own code reads
@@ -38,9 +36,9 @@ _JSON = _model(
         "timers torch_autocast wandb weight_quantization",
         _model({_Name: "type", _Hyperparameters: "params", _Flag: "legacy_fusion"}, "forbid"): "optimizer",
         _model({_Name: "type", _Object: "params"}, "forbid"): "scheduler",
-        _Zero: "zero_optimization",
+        _model({Annotated[int, Field(ge=0, le=3)]: "stage", _Object | None: "offload_optimizer"}): "zero_optimization",
         _Object | None: "aio",
-        _Switched | None: "bf16 bfloat16 fp16",
+        _model({_Flag: "enabled"}) | None: "bf16 bfloat16 fp16",
         _Flag: "dataloader_drop_last disable_allgather disable_python_gc dump_state managed_gradient_accumulation "
         "memory_breakdown prescale_gradients use_data_before_expert_parallelism wall_clock_breakdown "
         "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
@@ -67,12 +65,8 @@ def check(config: Mapping[str, Any], ranks: int | None = None, *, auto: bool = F
     """``config``: what DeepSpeed will be given. A key that it does not know is a warning, on rank 0.
 
     ``ranks``: data-parallel ones, if they are known. ``auto``: the scheduler's ``total_num_steps`` may be "auto" yet.
-    Where DeepSpeed is not installed, it is not asked.
-
-    Raises:
-        ConfigError: a value of the wrong type or out of range, a wrong optimizer or scheduler, or a section that
-            DeepSpeed cannot read.
-    """
+    Where DeepSpeed is not installed, it is not asked. Raises ConfigError: a value of the wrong type or out of range, a
+    wrong optimizer or scheduler, or a section that DeepSpeed cannot read."""
     parse_section(_JSON, "", config)
     if ranks is not None:
         batch_sizes(config, ranks)
@@ -88,9 +82,9 @@ def check(config: Mapping[str, Any], ranks: int | None = None, *, auto: bool = F
             parse_section(model, name, config[name])
     sections = {name: value for name, value in config.items() if name not in _BATCH}  # `ranks` are not known to all
     if (error := _refusal(sections)) is not None:
-        alone = [f"{name}: {value!r}" for name, value in sections.items() if _refusal({name: value}) == error]
-        where = alone[0] if alone else "the JSON"
-        raise ConfigError(f"{where} cannot be read by DeepSpeed {version('deepspeed')}, which says: {error}")
+        where = (f"{name}: {value!r}" for name, value in sections.items() if _refusal({name: value}) == error)
+        said = f"cannot be read by DeepSpeed {version('deepspeed')}, which says: {error}"
+        raise ConfigError(f"{next(where, 'the JSON')} {said}")
     for key in (key for key in config if key not in KNOWN):  # mostly no error, since a newer one may know them
         if (lower := key.lower().replace("-", "_")) in KNOWN:
             raise ConfigError(f'{key}: DeepSpeed does not know this key and ignores it; did you mean "{lower}"?')
@@ -99,10 +93,8 @@ def check(config: Mapping[str, Any], ranks: int | None = None, *, auto: bool = F
 
 
 def batch_sizes(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
-    """Samples of a step and of a micro-batch: given two of the three keys, DeepSpeed works out the third.
-
-    Raises ConfigError: two are missing, or they do not fit one another on so many data-parallel ranks.
-    """
+    """Samples of a step and of a micro-batch: given two of the three keys, DeepSpeed works out the third. Raises
+    ConfigError: two are missing, or they do not fit one another on so many data-parallel ranks."""
     batch, micro, steps = (config.get(name) for name in _BATCH)
     if batch is None and micro is None:
         raise ConfigError(f"{_BATCH[1]}: missing; write the samples per rank and micro-batch, e.g. 8")
@@ -123,8 +115,7 @@ def _refusal(sections: Mapping[str, Any]) -> str | None:
     try:
         DeepSpeedConfig({**copy.deepcopy(dict(sections)), "train_micro_batch_size_per_gpu": 1})
     except pydantic.ValidationError as error:
-        found = error.errors()
-        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in found)
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
     except Exception as error:  # assertions, and whatever else a value of the wrong type ends in
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return optimizer_check.line_of(error)
     return None

@@ -1,7 +1,5 @@
-"""Where DeepSpeed keeps this rank's fp32 master weights, and how it refreshes the copies the model computes with.
-
-One small class per kind of optimizer wrapper; `find_shards` picks it. The attribute names are in `compat`.
-"""
+"""Where DeepSpeed keeps this rank's fp32 master weights, and how it refreshes the copies the model computes with. One
+small class per kind of optimizer wrapper; `find_shards` picks it. The attribute names are in `compat`."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,10 +18,9 @@ NVME_REFUSED = (
 
 
 def refuse_nvme(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed's JSON has the optimizer's masters in files, before anything is built by it."""
-    zero = config.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
-    if isinstance(offload, Mapping) and offload.get("device") == "nvme":
+    """Raise ConfigError if DeepSpeed's (checked) JSON has the optimizer's masters in files."""
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
         raise ConfigError(NVME_REFUSED)
 
 
@@ -34,10 +31,10 @@ class _Shards:
     layout = "sharded"
     needed: tuple[str, ...] = (compat.REFRESH,)
 
-    def __init__(self, engine: Any, masters: str, parameters: str):
-        compat.need(engine.optimizer, masters, parameters, *self.needed)
+    def __init__(self, engine: Any, masters: str, parameters: str, low_precision: str | None = None):
+        compat.need(engine.optimizer, masters, parameters, *filter(None, [low_precision]), *self.needed)
         self.optimizer, self.masters, self.parameters = engine.optimizer, masters, parameters
-        self.models, self.names = [engine.module], plain_names(engine.module)
+        self.models, self.names, self.low_precision = [engine.module], plain_names(engine.module), low_precision
 
     def tensors(self) -> list[torch.Tensor]:
         return _flat(getattr(self.optimizer, self.masters))
@@ -65,12 +62,6 @@ class WholeShards(_Shards):
     parameters themselves, of which there is no ``low_precision``."""
 
     layout, needed = "replicated", ()
-
-    def __init__(self, engine: Any, masters: str, parameters: str, low_precision: str | None = None):
-        super().__init__(engine, masters, parameters)
-        self.low_precision = low_precision
-        if low_precision is not None:
-            compat.need(self.optimizer, low_precision)
 
     def tensors(self) -> list[torch.Tensor]:
         return super().tensors() if self.low_precision is not None else [p.data for _, p in self._parameters()]
@@ -114,8 +105,7 @@ class Zero3Shards(_Shards):
 
 
 def zero3_part(parameter: Any) -> tuple[int, int]:
-    """This rank's part of a parameter under ZeRO 3: its first element and how many. The last ranks' are padded, or
-    padding altogether."""
+    """This rank's part of a parameter under ZeRO 3: its first element and how many; the last ranks' may be padding."""
     part = parameter.partition_numel()
     start = part * getattr(parameter, compat.ZERO3_PARTITION_RANK)
     return start, max(0, min(part, parameter.ds_numel - start))

@@ -1,8 +1,6 @@
-"""The JSON's ``optimizer`` and ``scheduler``: DeepSpeed looks at them only when it builds them, so they are built once.
-
-On one parameter on the CPU, by the class that DeepSpeed would take; for one that needs a kernel of its own (FusedAdam,
-Lamb, Lion), its signature tells the names, and torch's class of that kind the values.
-"""
+"""The JSON's ``optimizer`` and ``scheduler``: DeepSpeed looks at them only when it builds them, so they are built once:
+on one parameter on the CPU, by the class that DeepSpeed would take; for one that needs a kernel of its own (FusedAdam,
+Lamb, Lion), its signature tells the names, and torch's class of that kind the values."""
 
 import inspect
 import logging
@@ -15,27 +13,22 @@ from torch import optim
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import MOST_RATE, nearest
 
+_ONE = torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
+
 
 def check(config: Mapping[str, Any], *, auto: bool) -> None:
-    """``auto``: ``total_num_steps`` may be "auto" yet.
-
-    Raises ConfigError: an unknown name, an unknown or missing parameter, or a value that the class refuses.
-    """
+    """Raises ConfigError: an unknown name, an unknown or missing parameter, or a value that the class refuses.
+    ``auto``: ``total_num_steps`` may be "auto" yet."""
     zero = config.get("zero_optimization") or {}
     offloaded = (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme")
-    name, params = _section(config, "optimizer", "AdamW")
-    optimizer = _optimizer(name, params or {}, offloaded) if name else optim.AdamW([_parameter()])
-    name, params = _section(config, "scheduler", "WarmupCosineLR")
-    if name:
-        _check_scheduler(name, params, optimizer, auto)
-
-
-def _section(config: Mapping[str, Any], section: str, usual: str) -> tuple[str | None, dict[str, Any] | None]:
-    found = config.get(section) or {}
-    if found and not found.get("type"):
-        raise ConfigError(f'{section}.type: missing, without it DeepSpeed ignores the section; write e.g. "{usual}"')
-    params = found.get("params")
-    return found.get("type"), None if params is None else dict(params)
+    for section, usual in (("optimizer", "AdamW"), ("scheduler", "WarmupCosineLR")):
+        if (found := config.get(section)) and not found.get("type"):
+            raise ConfigError(f'{section}.type: missing, DeepSpeed ignores the section then; write e.g. "{usual}"')
+    described, schedule = config.get("optimizer") or {}, config.get("scheduler") or {}
+    name, params = described.get("type"), dict(described.get("params") or {})
+    optimizer = _optimizer(name, params, offloaded) if name else optim.AdamW([_ONE])
+    if schedule:
+        _check_scheduler(schedule["type"], schedule.get("params"), optimizer, auto)
 
 
 def _optimizer(name: str, params: dict[str, Any], offloaded: bool) -> optim.Optimizer:
@@ -63,9 +56,9 @@ def _optimizer(name: str, params: dict[str, Any], offloaded: bool) -> optim.Opti
     if own is not None or lower.startswith("mu"):  # Muon's and mup's own settings are theirs to look at
         params = {key: value for key, value in params.items() if key in _parameters(kind)}
     try:
-        return kind([_parameter()], **params)
+        return kind([_ONE], **params)
     except Exception as error:  # whatever a value of the wrong type ends in
-        raise ConfigError(f"{where}: {params!r} is refused by {kind.__name__}: {_line(error)}") from None
+        raise ConfigError(f"{where}: {params!r} is refused by {kind.__name__}: {line_of(error)}") from None
 
 
 def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.Optimizer, auto: bool) -> None:
@@ -75,6 +68,7 @@ def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.
     _check_known("scheduler.type", name, "WarmupCosineLR", schedulers)
     if params is None:  # of an optimizer DeepSpeed does without
         raise ConfigError(f"scheduler.params: missing; write {{}} for the defaults of {name}")
+    params = dict(params)
     where, known = f"scheduler.params of {name}", _parameters(schedulers[name])
     for key, value in params.items():
         _check_known(where, key, next(iter(known)), known)
@@ -89,7 +83,7 @@ def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.
     total: Any = params.get("total_num_steps")
     if _is_number(total) and (total < 1 or total != int(total)):
         raise ConfigError(f"scheduler.params.total_num_steps: {total!r}; write a whole number of steps")
-    if auto and params.get("total_num_steps") == "auto":
+    if auto and total == "auto":
         params["total_num_steps"] = 10**9
     # a learning rate for each param group: here is one group
     one = {key: v[0] if isinstance(v, (list, tuple)) and v and "lr" in key else v for key, v in params.items()}
@@ -98,13 +92,9 @@ def _check_scheduler(name: str, params: dict[str, Any] | None, optimizer: optim.
     try:
         schedulers[name](optimizer, **one)
     except Exception as error:
-        raise ConfigError(f"{where}: {params!r} is refused: {_line(error)}") from None
+        raise ConfigError(f"{where}: {params!r} is refused: {line_of(error)}") from None
     finally:
         logging.disable(before)
-
-
-def _parameter() -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros(1, 1, device="cpu"))
 
 
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
@@ -128,5 +118,5 @@ def _check_known(field: str, name: Any, usual: str, known: Iterable[str]) -> Non
         raise ConfigError(f"{field}: {name!r} is not known; {hint}")
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ds_plugin.core.errors import StateError, raise_on_all_ranks
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat, preflight
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.sequence_length_warmup.batches import Batches
@@ -37,12 +37,9 @@ class PipelineLengths:
         undo.callback(lambda: setattr(self.engine, "batch_fn", self._users))
         evaluate = functools.partial(self._evaluate, self.engine.eval_batch)
         undo.enter_context(replaced(self.engine, "eval_batch", evaluate))
-        undo.enter_context(replaced(self.engine, "set_batch_fn", self.set_batch_fn))
-
-    def set_batch_fn(self, function: Callable[[Any], Any] | None) -> None:
-        """As the engine's: a user's function sees every micro-batch first, at full length; once for each step that
-        trains a part of it, so that in the carry mode it must not change its argument."""
-        self._users = function
+        # a user's function sees every micro-batch first, at full length; once for each step that trains a part of it,
+        # so that in the carry mode it must not change its argument
+        undo.enter_context(replaced(self.engine, "set_batch_fn", functools.partial(setattr, self, "_users")))
 
     @contextlib.contextmanager
     def training(self, data_iter: Any) -> Iterator[None]:
@@ -52,9 +49,8 @@ class PipelineLengths:
         # there, a stage may still be given its batches by the user's function, from another rank
         needed = source is not None or (self._loads() and self._users is None)
         if self.warmup.carries and needed and not isinstance(source, Batches):
-            what = 'mode "carry" trains what is cut off later, so it has to read the batches'
             remedy = "give train_batch(...) ds_plugin.get_plugin(engine).batches(from_micro_batch)"
-            raise StateError(f"sequence_length_warmup: {what}; {remedy}")
+            raise StateError(f'sequence_length_warmup: mode "carry" has to read the batches itself; {remedy}')
         if data_iter is not None:
             self.engine.set_dataiterator(data_iter)
         source = self.engine.data_iterator
@@ -91,9 +87,9 @@ class PipelineLengths:
         return batch if batch is None or not training else self._cut(batch)
 
     def _cut(self, batch: Any) -> Any:
-        # Exactly the step's length: stages that load nothing expect it of every micro-batch.
+        """To exactly the step's length: stages that load nothing expect it of every micro-batch."""
         span, full = self.warmup.span, self.warmup.full
-        return cut_batch(batch, span.length, span.offset, full=full, exact=True, **self.warmup.samples).batch
+        return cut_batch(batch, span.length, span.offset, full=full, exact=True, **self.warmup.samples)[0]
 
     def _preflight(self) -> None:
         """Once, before the first short step: will the longest fit? The micro-batch it reads is put back."""
@@ -118,11 +114,8 @@ class PipelineLengths:
 
 def run_passes(engine: Any, micro_batch: Any) -> None:
     """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
-    data). Every rank calls it, between two steps; what the engine keeps of a step is put back.
-
-    With one micro-batch more than there are stages, as many are in flight as in any step while gradients have
-    accumulated already.
-    """
+    data). Every rank calls it, between two steps; what the engine keeps of a step is put back. With one micro-batch
+    more than there are stages, as many are in flight as in any step while gradients have accumulated already."""
     from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
     from deepspeed.runtime.pipe import schedule
 
@@ -135,10 +128,10 @@ def run_passes(engine: Any, micro_batch: Any) -> None:
     setattr(engine, compat.PIPELINE_COMPUTE_LOSS, True)
     instructions = {**getattr(engine, compat.PIPELINE_INSTRUCTIONS), schedule.OptimizerStep: lambda *_, **__: None}
     setattr(engine, compat.PIPELINE_INSTRUCTIONS, instructions)
-    stages, count = engine.num_stages, min(engine.micro_batches, engine.num_stages + 1)
+    count = min(engine.micro_batches, engine.num_stages + 1)
+    steps = schedule.TrainSchedule(micro_batches=count, stages=engine.num_stages, stage_id=engine.stage_id)
     try:
-        run = getattr(engine, compat.PIPELINE_RUN)
-        run(schedule.TrainSchedule(micro_batches=count, stages=stages, stage_id=engine.stage_id))
+        getattr(engine, compat.PIPELINE_RUN)(steps)
     finally:
         vars(engine).clear()
         vars(engine).update(kept)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from deepspeed.utils import logger
 
-from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.errors import ConfigError, this_rank
 from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
-from ds_plugin.core.ranks import this_rank
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.backward import loss_of
 from ds_plugin.deepspeed_engine.masters import find_shards
@@ -26,16 +25,15 @@ def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
     """Around forward and backward passes, reductions included, which are no step of the run: room is held for the
     optimizer's state, and gradients, buffers and random streams are put back. Rank 0's log says how it went. Every rank
     calls it, between two steps. Raises as `full_length_pass`."""
-    known: list[bool] = []
+    to_come = _state_to_come(engine)
 
     def room() -> list[torch.Tensor]:
-        tensors = _state_to_come(engine)
-        known.append(tensors is not None)
-        return tensors or []
+        masters, kept = to_come or ([], 0)
+        return state_to_come(masters, lambda master: [master.dtype] * kept)
 
     with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
         yield
-    most, aside = peak(engine.device), "" if all(known) else ", the optimizer aside"
+    most, aside = peak(engine.device), ", the optimizer aside" if to_come is None else ""
     if this_rank() == 0:
         logger.info(f"{SAYS}: a step at {length} tokens fits{aside}{most}")
 
@@ -63,16 +61,14 @@ def run(engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any], length: int)
             del output, loss, own_args, own_kwargs
 
 
-def _state_to_come(engine: Any) -> list[torch.Tensor] | None:
-    """Room for what the optimizer does not keep yet; None: it is not known what it keeps."""
+def _state_to_come(engine: Any) -> tuple[list[torch.Tensor], int] | None:
+    """Masters, and of how many tensors each the optimizer does not keep yet; None: it is not known what it keeps."""
     try:
-        masters = find_shards(engine).tensors()
+        masters, kept = find_shards(engine).tensors(), compat.kept_by(engine.basic_optimizer)
     except ConfigError:  # they are not in memory, or change elsewhere
         return None
-    if (kept := compat.kept_by(engine.basic_optimizer)) is None:
-        return None
     started = any(each.state for each in optimizers(engine))
-    return [] if started else state_to_come(masters, lambda master: [master.dtype] * kept)
+    return None if kept is None else (masters, 0 if started else kept)
 
 
 def _scalar(output: Any) -> torch.Tensor | None:
@@ -84,22 +80,21 @@ def _scalar(output: Any) -> torch.Tensor | None:
     return torch.stack(means).sum() if means else None
 
 
-def lengthened(
-    arguments: Mapping[str, Any], full: int, *, micro_batch: int | None = None, encoder_decoder: bool = False
-) -> dict[str, Any]:
+def lengthened(arguments: Mapping[str, Any], full: int, **samples: Any) -> dict[str, Any]:
     """A short micro-batch's arguments, repeated along the sequence until its samples are ``full`` long; a decoder's
-    side, if there is an encoder's, stays as it is. ``micro_batch``, ``encoder_decoder``: as for `slicing.cut_batch`.
+    side, if there is an encoder's, stays as it is. ``samples``: as for `slicing.find_sides`.
     Raises ConfigError: there are no tokens, or it is not known which of an argument's dimensions are positions."""
     found = leaves(arguments)
-    sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder)
-    times = -(-full // sides.main.positions)
+    sides = find_sides(found, **samples)
+    main = sides.known[0]
+    times = -(-full // main.positions)
     values = []
     for leaf in found:
         value, where = leaf.value, positions(leaf, sides)
-        if where is None and sides.main.positions != full:
+        if where is None and main.positions != full:
             refuse_unknown(leaf, sides)
         for dimension, side in (where or {}).items():
-            if side is sides.main and side.positions < full:
+            if side is main and side.positions < full:
                 value = torch.cat([value] * times, dim=dimension).narrow(dimension, 0, full)
         values.append(value)
     return dict(rebuilt(arguments, iter(values)))

@@ -2,12 +2,10 @@
 
 All ranks agree on the files first: names, shapes and dtypes make the headers, and the headers every byte's place. The
 first rank creates them at full size; each rank then writes what it holds where it belongs, out of the averager's spare
-buffer, a piece at a time. The average is never in the model. What travels between ranks are names and numbers.
-"""
+buffer, a piece at a time. The average is never in the model. What travels between ranks are names and numbers."""
 
 import contextlib
 import errno
-import itertools
 import json
 import math
 import os
@@ -21,10 +19,9 @@ from typing import Any
 
 import torch
 
-from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
+from ds_plugin.core.errors import ConfigError, PluginError, StateError, gathered, raise_on_all_ranks, this_rank
 from ds_plugin.core.files import replace_folder, sync_folder, write_text
-from ds_plugin.core.manifest import MANIFEST
-from ds_plugin.core.ranks import gathered, this_rank
+from ds_plugin.core.json_files import MANIFEST
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.masters import zero3_part
 from ds_plugin.weight_averaging.averager import MasterShards, WeightAverager
@@ -33,13 +30,14 @@ from ds_plugin.weight_averaging.publish import layout
 from ds_plugin.weight_averaging.publish.config import write_config
 from ds_plugin.weight_averaging.state.fragments import check, plain_name, unwrapped
 
-#: elements converted and written at a time: 4 MiB of fp32
-PIECE = 1024 * 1024
+PIECE = 1024 * 1024  # elements converted and written at a time: 4 MiB of fp32
 AVERAGED = "averaged"  # the folder of the average that is published with a checkpoint, within the checkpoint's
 #: what that leaves there, now and when it is killed; other folders may begin alike
 _OF_AVERAGES = re.compile(rf"{AVERAGED}(_horizon_\d+)?(\.previous)?|\.{AVERAGED}(_horizon_\d+)?\.[0-9a-f]+\.tmp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Part = tuple[int, torch.Tensor]  # first element of this rank's tensor, flat values
 _GATED = "linear_fc1"  # megatron-core's name for the two halves of a gated unit's first layer, laid end to end
+
 
 @dataclass(frozen=True)
 class Form:
@@ -50,11 +48,6 @@ class Form:
     stem: str = "model"  # of the files' names
     #: writes what else belongs into the folder, on the first rank, before the folder appears
     beside: Callable[[Path], None] | None = None
-
-
-# -- what this rank holds --------------------------------------------------------------------------------------------
-
-Part = tuple[int, torch.Tensor]  # first element of this rank's tensor, flat values
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,7 @@ class Held:
         name, part = self.entry.name, getattr(self.tensor, compat.ZERO3_PART)
         start, count = zero3_part(self.tensor)
         if hasattr(part, compat.ZERO3_QUANTIZED):
-            what = f"publish: {name} is not trained and kept quantized"
-            raise ConfigError(f"{what}; write zero_quantized_nontrainable_weights: false")
+            raise ConfigError(f"publish: {name} is kept quantized; write zero_quantized_nontrainable_weights: false")
         if part.numel() < count:
             raise ConfigError(f"publish: {name} is not in memory; write 'cpu' for offload_param.device, not nvme")
         return [(start, part.detach().reshape(-1)[:count])]
@@ -124,15 +116,13 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...
     wanted = {id(value) for value in (*module.parameters(), *module.state_dict(keep_vars=True).values())}
     names: dict[int, list[str]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for wrapped, tensor in itertools.chain(
-        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    ):
-        name = plain_name(wrapped)
-        if tensors.setdefault(name, tensor) is not tensor:
-            what = f"{wrapped} is {name} without its wrapper, which another tensor is named"
-            raise ConfigError(f"publish: {what}; rename one of them")
-        if id(tensor) in wanted and name not in names.setdefault(id(tensor), []):
-            names[id(tensor)].append(name)
+    for named in (module.named_parameters, module.named_buffers):
+        for wrapped, tensor in named(remove_duplicate=False):
+            name = plain_name(wrapped)
+            if tensors.setdefault(name, tensor) is not tensor:
+                raise ConfigError(f"publish: {wrapped} is {name} without its wrapper, as another tensor is; rename it")
+            if id(tensor) in wanted and name not in names.setdefault(id(tensor), []):
+                names[id(tensor)].append(name)
     for name, *others in names.values():
         yield name, tensors[name], tuple(others)
 
@@ -142,11 +132,8 @@ def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
         raise ConfigError(f"publish: {name} is {tensor.dtype}, which cannot be written; convert it")
     cut = getattr(tensor, "tensor_model_parallel", False)
     if ranks > 1 and (not hasattr(tensor, "partition_dim") if cut else getattr(tensor, "model_parallel", False)):
-        what = f"publish: {name} is cut by tensor parallelism and nothing says how"
-        raise ConfigError(f"{what}; set tensor_model_parallel (true) and partition_dim on it, as megatron-core does")
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
+        remedy = "set tensor_model_parallel (true) and partition_dim on it, as megatron-core does"
+        raise ConfigError(f"publish: {name} is cut by tensor parallelism and nothing says how; {remedy}")
 
 
 def publish(
@@ -208,8 +195,10 @@ def publish_with_checkpoint(engine: Any, averager: WeightAverager, checkpoint: P
 
 def refuse(engine: Any) -> None:
     """Raise ConfigError for an engine whose parts of the model cannot be put together."""
+    from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size
+
     _refuse_experts(engine, "publish")
-    if compat.has_foreign_pipeline(engine):
+    if not compat.is_pipeline(engine) and bwc_pipeline_parallel_world_size(engine.mpu) > 1:
         what = "mpu has pipeline stages that DeepSpeed does not know, whose parameters may have equal names"
         raise ConfigError(f"publish: {what}; use DeepSpeed's PipelineModule, or the other framework's export")
     if engine.autotp_size() > 1:
@@ -218,7 +207,9 @@ def refuse(engine: Any) -> None:
 
 
 def _refuse_experts(engine: Any, what: str) -> None:
-    if (expert := compat.first_expert(engine)) is not None:
+    from deepspeed.moe.utils import is_moe_param  # by DeepSpeed's and megatron-core's mark
+
+    for expert in (name for name, p in engine.module.named_parameters() if is_moe_param(p)):
         remedy = 'leave "save_average" out, and export the model by its own framework inside averaged_weights()'
         raise ConfigError(f"{what}: {expert} is an expert's, which differs between data-parallel ranks; {remedy}")
 
@@ -226,9 +217,8 @@ def _refuse_experts(engine: Any, what: str) -> None:
 @contextlib.contextmanager
 def _new_folder(folder: Path, replace: bool) -> Iterator[tuple[Path, Path]]:
     """Yield ``(folder, staging)``: a hidden folder beside it, seen by all ranks, which becomes ``folder`` at the end,
-    by one rename; whatever fails before, on any rank, leaves nothing. Whoever sees its name, which is new, looks at the
-    first rank's disk."""
-    # the first rank's, whatever the others' working directories are
+    by one rename; whatever fails before, on any rank, leaves nothing. Both are the first rank's, whatever the others'
+    working directories are; whoever sees the new name looks at its disk."""
     final, name = gathered((folder.resolve(), f".{folder.name}.{uuid.uuid4().hex}.tmp"))[0]
     staging = final.with_name(name)
     try:
@@ -257,8 +247,8 @@ def _in_use(folder: Path) -> bool:
 
 
 def _create(folder: Path, files: Sequence[layout.File], stem: str) -> None:
-    """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour. And which
-    file has which tensor, where there are several."""
+    """Each file with its header, and room for all of its tensors: a full disk shows now, not after an hour. And the
+    index, where there are several."""
     if len(files) > 1:
         write_text(folder / f"{stem}.safetensors.index.json", layout.index_of(files))
     for file in files:
@@ -275,11 +265,8 @@ def _create(folder: Path, files: Sequence[layout.File], stem: str) -> None:
 
 
 def _write(folder: Path, files: Sequence[layout.File], shares: Sequence[tuple[Held, list[Part]]]) -> None:
-    """This rank's shares into their places, file by file.
-
-    The files are opened for writing only: a network file system's client then has no page of them that it could send
-    back with other ranks' bytes as they were before.
-    """
+    """This rank's shares into their places, file by file, which are opened for writing only: a network file system's
+    client then has no page of them that it could send back with other ranks' bytes as they were before."""
     for file in files:
         here = [(held, *part) for held, parts in shares if held.entry.name in file.offsets for part in parts]
         if here:
@@ -315,9 +302,6 @@ def _disk(folder: Path, size: int = 0) -> Iterator[None]:
                 raise PluginError(f"publish: the disk of {folder} is full{much}; make room") from error
             what = error.filename or folder
             raise PluginError(f"publish: {what} cannot be written ({error.strerror}); give another folder") from error
-
-
-# -- the average as a checkpoint of DeepSpeed's ----------------------------------------------------------------------
 
 
 def refuse_checkpoint(engine: Any) -> None:

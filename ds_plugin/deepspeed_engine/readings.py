@@ -14,11 +14,7 @@ class EngineReadings:
     """A DeepSpeed engine as the stability instruments see it (`loss_statistics.Readings`)."""
 
     def __init__(self, engine: Any):
-        self._engine = engine
-
-    @property
-    def device(self) -> torch.device:
-        return self._engine.device
+        self._engine, self.device = engine, engine.device
 
     @property
     def step(self) -> int:
@@ -42,26 +38,24 @@ class EngineReadings:
 
     def state_copies(self) -> int:
         """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it."""
-        if compat.wrapper_of(self._engine) in ("zero3", "zero12", "bf16"):
-            return 1
         compat.need(self._engine, "seq_dp_world_size")
-        return int(self._engine.seq_dp_world_size)
+        sharded = compat.wrapper_of(self._engine) in ("zero3", "zero12", "bf16")
+        return 1 if sharded else int(self._engine.seq_dp_world_size)
 
 
 def optimizers(engine: Any) -> list[Any]:
     """What holds ``state`` and ``param_groups`` of this rank's masters: under an offload ratio below 1 there are two.
     Raises StateError: this DeepSpeed's has no state where it is looked for."""
-    optimizer = engine.optimizer
-    compat.need(optimizer, compat.OPTIMIZER_STATE)
-    second = getattr(optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
-    return [optimizer] if second is None else [optimizer, second]
+    compat.need(engine.optimizer, compat.OPTIMIZER_STATE)
+    second = getattr(engine.optimizer, compat.ZERO3_SECOND_OPTIMIZER, None)
+    return [engine.optimizer, *([] if second is None else [second])]
 
 
 def refuse_unknown_norm(engine: Any) -> None:
     """Raise ConfigError for the one setting under which ranks could disagree about a step, and nothing would show it:
     ZeRO 1/2 with ``compute_grad_norm`` off."""
     if not getattr(engine.optimizer, "compute_grad_norm", True):
-        what = "zero_optimization.compute_grad_norm is false, and no rank would hear of a step that was not finite"
+        what = "zero_optimization.compute_grad_norm is false, so no rank hears of a step that was not finite"
         raise ConfigError(f"weight_averaging: {what}; write true, or leave it out")
 
 
@@ -69,10 +63,9 @@ def step_was_finite(engine: Any, masters: Sequence[torch.Tensor] = ()) -> bool |
     """Whether the last step was finite, the same on all ranks. None: only the masters can tell, which all ranks hold.
 
     DeepSpeed has the gradient norm under ZeRO and in 16 bits, and skips the step itself if it is not finite - unless
-    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. One on an accelerator is the answer as it is: nobody has
-    waited for it, `is_sound` reads it. In fp32 without ZeRO there is none, and any step is applied: ranks that hold
-    different parts of the model, or different experts, which a norm leaves out there, then exchange 4 bytes.
-    """
+    bf16's ``check_grad_overflow`` is off under ZeRO 1/2. One on an accelerator is the answer as it is, which `is_sound`
+    reads: nobody has waited for it. In fp32 without ZeRO there is none, and any step is applied: ranks that hold
+    different parts of the model, or different experts, which a norm leaves out there, then exchange 4 bytes."""
     norm = engine.get_global_grad_norm()
     if compat.has_experts(engine) and int(engine.zero_optimization_stage()) == 0:
         return finite_everywhere(masters, engine.device)

@@ -23,9 +23,7 @@ USUAL_WARNINGS = (
 USUAL_ON_A_CPU = ("When using async grad allreduce it is recommended to set the environment variable CUDA_DEVICE",)
 #: the same of DeepSpeed's log: it asks for the rate once before the first step
 _USUAL_LOG = ("Attempting to get learning rate from scheduler before it has started",)
-
-#: how long the other ranks leave the message of an error to rank 0
-OTHERS_WAIT_SECONDS = 10.0
+OTHERS_WAIT_SECONDS = 10.0  # in which the other ranks leave the message of an error to rank 0
 
 
 def announce(text: str) -> None:

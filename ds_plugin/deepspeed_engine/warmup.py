@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,19 +10,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, gathered, raise_on_all_ranks, warn
 from ds_plugin.core.loss_statistics import Report, StabilityMonitor
-from ds_plugin.core.ranks import gathered, warn
 from ds_plugin.deepspeed_engine import compat, preflight
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
+from ds_plugin.sequence_length_warmup import slicing
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
 from ds_plugin.sequence_length_warmup.carry import CarryOrder, TokenSpan, shifts_labels
 from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
 from ds_plugin.sequence_length_warmup.mask import BlockDiagonalCausalMask, check_model
 from ds_plugin.sequence_length_warmup.schedule import layout_multiple
-from ds_plugin.sequence_length_warmup.slicing import TOKEN_NAMES, ByName, Shorten, argument_names, is_encoder_decoder
+from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten, argument_names, is_encoder_decoder
 from ds_plugin.sequence_length_warmup.token_lr import TokenScheduler
 
 
@@ -32,8 +31,7 @@ class SequenceLengthWarmup:
 
     Batches are shortened by a hook outside the module, so that ``torch.compile`` never traces the schedule; in
     pipelines by the engine's batch function; or by `Batches` where they are read. All look at shapes only: no device
-    sync, no collective, but for a first look (`ByName.LOOKS`, `_first`).
-    """
+    sync, no collective, but for a first look (`ByName.LOOKS`, `_first`)."""
 
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
         """Nothing changes on the engine before `install`. Raises ConfigError: the layout does not divide the lengths,
@@ -49,9 +47,7 @@ class SequenceLengthWarmup:
         replicas = int(engine.dp_world_size)
         self.tokens = TokenCounts(replicas=replicas, copies=dist.get_world_size() // replicas)
         read, equal = EngineReadings(engine), lambda: {"length": self.length}
-        self.monitor = StabilityMonitor(
-            read, config.report_interval, equal, variance=config.reads_variance, summed=self.tokens
-        )
+        self.monitor = StabilityMonitor(read, config.report_interval, equal, config.reads_variance, self.tokens)
         self.report: Report | None = None  # the newest
         self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
         self.carries = config.mode == "carry"
@@ -59,7 +55,7 @@ class SequenceLengthWarmup:
         self.order = CarryOrder(**order) if self.carries else None
         self.shifts_labels = shifts_labels(engine.module) if config.shifts_labels is None else config.shifts_labels
         self._span: TokenSpan | None = None
-        self._batches: weakref.WeakSet[Batches] = weakref.WeakSet()
+        self.loads: int | None = 0  # of checkpoints, each of which `Batches` read anew after; None: detached
         self._reads = False  # whether batches are cut where they are read
         self._recorded = self._trained = False  # a loss, a forward pass: in the accumulation step that is open
         self._first = True  # no forward pass has been cut yet
@@ -75,14 +71,14 @@ class SequenceLengthWarmup:
 
     def _checked_shorten(self, given: Shorten | None) -> Shorten | None:
         """What cuts the arguments of forward; None in pipelines, which have none: their batch function cuts."""
-        module, mode, pipeline = self.engine.module, self.config.mode, compat.is_pipeline(self.engine)
-        if pipeline and mode == "mask":
-            what = "is not supported in DeepSpeed's pipeline engine, whose stages pass on what the model defines"
-            raise ConfigError(f'sequence_length_warmup.mode: "mask" {what}; write "truncate" or "carry"')
-        if pipeline and given is not None:
-            what = "shorten: a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...)"
-            raise ConfigError(f"{what}, or read them from ds_plugin.get_plugin(engine).batches(...)")
-        if pipeline:
+        module, mode = self.engine.module, self.config.mode
+        if compat.is_pipeline(self.engine):
+            if mode == "mask":
+                what = "is not supported in DeepSpeed's pipeline engine, whose stages pass on what the model defines"
+                raise ConfigError(f'sequence_length_warmup.mode: "mask" {what}; write "truncate" or "carry"')
+            if given is not None:
+                what = "a pipeline's micro-batches have no forward arguments; cut them in engine.set_batch_fn(...)"
+                raise ConfigError(f"shorten: {what}, or read them from ds_plugin.get_plugin(engine).batches(...)")
             return None
         self.samples["encoder_decoder"] = is_encoder_decoder(module)
         if self.carries and self.samples["encoder_decoder"]:
@@ -95,7 +91,7 @@ class SequenceLengthWarmup:
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put hook and scheduler on the engine; ``undo`` takes them off, and ends the `Batches` read through it."""
-        undo.callback(self._close_batches)
+        undo.callback(setattr, self, "loads", None)
         if self._shorten is not None:
             handle = self.engine.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
             undo.callback(handle.remove)
@@ -114,8 +110,8 @@ class SequenceLengthWarmup:
         """What each sample of the optimizer step that comes next, or runs, is trained on; constant within it."""
         if self._span is None:
             length = self.scheduler.update_difficulty(self.position)
-            own = TokenSpan(self.engine.global_steps, 0, length)
-            self._span = own if self.order is None else self.order.peek(length)
+            whole = TokenSpan(self.engine.global_steps, 0, length)
+            self._span = whole if self.order is None else self.order.peek(length)
         return self._span
 
     @property
@@ -130,15 +126,8 @@ class SequenceLengthWarmup:
         return done + 1 - self.held
 
     @property
-    def step(self) -> int:  # this and the next two: see `Batches`
-        return int(self.engine.global_steps)
-
-    @property
-    def micro_batches(self) -> int:
-        return int(self.engine.gradient_accumulation_steps())
-
-    @property
     def open_windows(self) -> list[int]:
+        """For `Batches`."""
         return [window for window, _ in self.order.open] if self.order is not None else []
 
     def batches_trained(self, *, with_open_step: bool) -> float:
@@ -160,35 +149,29 @@ class SequenceLengthWarmup:
     def describe(self) -> str:
         """The schedule in one line."""
         c, lengths = self.config, self.scheduler.lengths()
-        text = f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {c.duration.total:,} "
-        text += f"{c.duration.unit}, in {len(lengths)} lengths, multiples of {self.scheduler.multiple_of}"
-        text += f", {c.schedule}, mode {c.mode}"
+        steps = f"{c.duration.total:,} {c.duration.unit}, in {len(lengths)} lengths"
+        text = f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {steps}, multiples of "
+        text += f"{self.scheduler.multiple_of}, {c.schedule}, mode {c.mode}"
         text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
         text += ", held while unstable" if c.pacing == "adaptive" else ""
-        if self.carries and self.shifts_labels:
-            text += ", one target of a sample lost at each cut (the model shifts its labels)"
-        return text
+        lost = ", one target of a sample lost at each cut (the model shifts its labels)"
+        return text + (lost if self.carries and self.shifts_labels else "")
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def batches(self, source: Source) -> Batches:
         """This rank's micro-batches, each cut to its step's length: see `Batches`."""
         if self.config.mode == "mask":
-            what = 'sequence_length_warmup.mode: "mask" trains full-length samples'
-            raise ConfigError(f"{what}; give them to engine(...) as they are")
+            what = 'mode: "mask" trains full-length samples; give them to engine(...) as they are'
+            raise ConfigError(f"sequence_length_warmup.{what}")
         self._reads = True
-        batches = Batches(self, source)
-        self._batches.add(batches)
-        return batches
+        return Batches(self, source)
 
     def cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """One micro-batch of the step that comes next, by argument name, cut before its labels are used or counted. In
-        the mask mode, which cuts nothing, the batch itself.
-
-        Raises:
-            ConfigError: as `slicing.cut_batch` does; in the first micro-batch, on every rank.
-            StateError: the carry mode, or samples that are divided over ranks, which are cut by `batches`.
-        """
+        the mask mode, which cuts nothing, the batch itself. Raises ConfigError: as `slicing.cut_batch` does; in the
+        first micro-batch, on every rank. StateError: the carry mode, or samples that are divided over ranks, which are
+        cut by `batches`."""
         if self.config.mode == "mask":
             return batch
         self._refuse_uncut()
@@ -214,14 +197,8 @@ class SequenceLengthWarmup:
     def _refuse_uncut(self) -> None:
         if self.carries or self.parts > 1:
             what = f"mode {self.config.mode!r}" if self.parts == 1 else f"samples divided over {self.parts} ranks"
-            raise StateError(
-                f"sequence_length_warmup: {what} needs batches that are cut where they are read; read them from "
-                "ds_plugin.get_plugin(engine).batches(from_micro_batch): an iterator from the n-th micro-batch on"
-            )
-
-    def _close_batches(self) -> None:
-        for batches in self._batches:
-            batches.close()
+            remedy = "read them from ds_plugin.get_plugin(engine).batches(from_micro_batch)"
+            raise StateError(f"sequence_length_warmup: {what} needs batches cut where they are read; {remedy}")
 
     def _before_forward(self, engine: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.engine.module.training:
@@ -231,7 +208,7 @@ class SequenceLengthWarmup:
         # cut to the same length, so that they belong to the same tokens, and not counted.
         trains = torch.is_grad_enabled()
         if self._reads:
-            self._check_cut(self._named(args, kwargs), length)  # counted where they were read
+            self._check_cut(slicing.named(self._names, args, kwargs), length)  # counted where they were read
         else:
             self._refuse_uncut()
             args, kwargs, read, trained = self._cut_arguments(args, kwargs, length, trains)
@@ -244,9 +221,6 @@ class SequenceLengthWarmup:
                 self._preflight(*whole, length)
         return args, kwargs
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
-
     def count(self, read: int, trained: int) -> None:
         """Book a micro-batch on this rank."""
         self.tokens.add(read, trained)
@@ -257,13 +231,12 @@ class SequenceLengthWarmup:
             warn("sequence length warmup: %s: samples that are shorter are trained whole", what)
 
     def _check_cut(self, given: dict[str, Any], length: int) -> None:
-        for name in TOKEN_NAMES:
+        for name in slicing.TOKEN_NAMES:
             shape: Any = getattr(given.get(name), "shape", ())
             tokens = shape[1] * self.parts if len(shape) > 1 else length
             if tokens > length or (tokens < length and self.carries):  # samples may be shorter otherwise
-                what = f"{name} has {shape[1]} tokens a sample on this rank and the step trains {length}"
-                remedy = "give engine(...) the batches of plugin.batches(...)"
-                raise StateError(f"sequence_length_warmup: {what} over {self.parts} rank(s); {remedy}")
+                what = f"{name} has {shape[1]} tokens a sample, the step trains {length} over {self.parts} rank(s)"
+                raise StateError(f"sequence_length_warmup: {what}; give engine(...) the batches of plugin.batches(...)")
 
     def _preflight(self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> None:
         """Once, before the first short step: will the longest fit?"""
@@ -275,11 +248,11 @@ class SequenceLengthWarmup:
         if self._reads or isinstance(self._shorten, ByName):  # or shorter, cut or padded to the longest of a few
             with raise_on_all_ranks():  # ranks may have read samples of other lengths
                 try:
-                    grown = preflight.lengthened(self._named(args, kwargs), self.full // self.parts, **self.samples)
+                    given = slicing.named(self._names, args, kwargs)
+                    grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
                 except ConfigError as error:
                     raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
-            args = tuple(grown[name] for name in self._names[: len(args)])
-            kwargs = {name: grown[name] for name in kwargs}
+            args, kwargs = slicing.as_given(self._names, grown, args, kwargs)
         preflight.run(self.engine, args, kwargs, self.full)
 
     # -- the end of a step -------------------------------------------------------------------------------------------
@@ -294,31 +267,25 @@ class SequenceLengthWarmup:
         """The engine has finished an optimizer step, applied or skipped."""
         adaptive = self.config.pacing == "adaptive"
         if adaptive and not self._recorded and not compat.is_pipeline(self.engine):
-            raise StateError(
-                'sequence_length_warmup.pacing: "adaptive" and this step has no known loss; call '
-                'engine.backward(loss), or loss.backward() on the loss that the model returns, or write "schedule"'
-            )
+            remedy = "call engine.backward(loss), or loss.backward() on the model's own loss"
+            what = f'"adaptive" and this step has no known loss; {remedy}, or write "schedule"'
+            raise StateError(f"sequence_length_warmup.pacing: {what}")
         self._recorded = False
         trained_before, length = self.tokens.nominal, self.length
         self._book(self.span, applied)
         self._span = None
         report = self.monitor.close_step(length)
-        if report is not None:
-            self.report = report
-            if adaptive:
-                self._hold_or_go_on(report, length)
+        self.report = report or self.report
+        if report is not None and adaptive:  # the full length is not held: there is nothing to go on to
+            unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
+            if bool(unstable) != self.holding:
+                said = f"length is held at {length}: {unstable}" if unstable else f"schedule goes on from {length}"
+                warn("sequence length warmup: step %d, the %s", report.step, said)
+            self.holding = bool(unstable)
         if self.holding:  # the next step stands where this one stood
-            steps = self.config.duration.unit == "steps"
-            self.held += 1 if steps else self.tokens.nominal - trained_before
+            by_steps = self.config.duration.unit == "steps"
+            self.held += 1 if by_steps else self.tokens.nominal - trained_before
             self._span = None  # the report has asked for the length already
-
-    def _hold_or_go_on(self, report: Report, length: int) -> None:
-        """The full length is not held: there is nothing to go on to."""
-        unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
-        if bool(unstable) != self.holding:
-            said = f"the length is held at {length}: {unstable}" if unstable else f"the schedule goes on from {length}"
-            warn("sequence length warmup: step %d, %s", report.step, said)
-        self.holding = bool(unstable)
 
     def _nominal(self, span: TokenSpan) -> int:
         """Tokens that the step with this span stands for, over all data-parallel ranks."""
@@ -329,10 +296,8 @@ class SequenceLengthWarmup:
             samples = int(self.engine.train_batch_size()) // self.tokens.replicas
             self.tokens.add(samples * self.full if span.offset == 0 else 0, samples * span.length)
         elif not self._trained:
-            what = "an optimizer step ended without a forward pass through the engine, so nothing was shortened"
-            raise StateError(
-                f"sequence_length_warmup: {what}; call engine(...) in training mode, not engine.module(...)"
-            )
+            what = "an optimizer step without a forward pass of the engine; call engine(...), not engine.module(...)"
+            raise StateError(f"sequence_length_warmup: {what}")
         self._trained = False
         self.tokens.close(self._nominal(span), applied)
         if self.order is not None:
@@ -343,16 +308,10 @@ class SequenceLengthWarmup:
     def state(self) -> dict[str, Any]:
         """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
         stability = self.monitor.state()  # its exchange completes the ledger
-        return {
-            "ledger": asdict(self.ledger),
-            "nominal": self.tokens.nominal,
-            **self._counted_in(),
-            "unit": self.config.duration.unit,
-            "held": self.held,
-            "holding": self.holding,
-            "order": self.order.state() if self.order is not None else None,
-            "stability": stability,
-        }
+        held = {"unit": self.config.duration.unit, "held": self.held, "holding": self.holding}
+        tokens = {"ledger": asdict(self.ledger), "nominal": self.tokens.nominal}
+        order = self.order.state() if self.order is not None else None
+        return {**tokens, **self._counted_in(), **held, "order": order, "stability": stability}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError for a state that this run cannot go on from: carried tokens of another mode or batch
@@ -360,9 +319,8 @@ class SequenceLengthWarmup:
         order = state.get("order")
         for name, value in self._counted_in().items() if order and order["open"] or self.carries else ():
             if (saved := state.get(name)) != value:
-                what = f"the checkpoint was trained with {name} {saved!r}, this run has {value!r}"
-                remedy = f"resume with {saved!r}, carried tokens are counted in such batches"
-                raise CheckpointError(f"sequence_length_warmup: {what}; {remedy}")
+                what = f"the checkpoint was trained with {name} {saved!r}, in which carried tokens are counted"
+                raise CheckpointError(f"sequence_length_warmup: {what}, this run has {value!r}; resume with {saved!r}")
         unit, saved = self.config.duration.unit, state.get("unit")
         if self.config.pacing == "adaptive" and state.get("held") and (saved or unit) != unit:
             what = f"the checkpoint's length has been held for {state['held']} {saved}, and this run's is in {unit}"
@@ -381,8 +339,7 @@ class SequenceLengthWarmup:
             self._start_at_the_engines_step()
         self.monitor.load_state(state.get("stability") if state else None)
         self.report = self._span = None
-        for batches in self._batches:
-            batches.forget()
+        self.loads = (self.loads or 0) + 1
 
     def _start_at_the_engines_step(self) -> None:
         """Take the steps an engine has made without us for ones at full length, read and trained."""
@@ -404,8 +361,7 @@ def _refuse_different(mine: Mapping[str, Any]) -> None:
         for name, value in theirs.items():
             if value != first[name]:
                 what = f"ranks disagree: the {name} of rank {rank} is {value}, of rank 0 {first[name]}"
-                remedy = "give every rank the same JSON, and a schedule without chance in it"
-                raise ConfigError(f"sequence_length_warmup: {what}; {remedy}")
+                raise ConfigError(f"sequence_length_warmup: {what}; give all one JSON, and a schedule without chance")
 
 
 def _instability(report: Report, bounds: Adaptive) -> str:
@@ -414,8 +370,8 @@ def _instability(report: Report, bounds: Adaptive) -> str:
     if ratio == math.inf:
         return "a step had no finite loss, or no finite gradient norm"
     if ratio > bounds.loss_ratio:
-        bound = f"adaptive.loss_ratio {bounds.loss_ratio:g}"
-        return f"a loss was {ratio:.3g} times the lowest before it, without noise, above {bound}"
+        what = f"a loss was {ratio:.3g} times the lowest before it, without noise"
+        return f"{what}, above adaptive.loss_ratio {bounds.loss_ratio:g}"
     variance, most = report.variance_max, bounds.variance_max
     if most is not None and variance is not None and not variance <= most:  # a NaN is above
         return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {most:g}"

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.config import load_json
-from ds_plugin.core.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError, PluginError, warn
 from ds_plugin.core.patch import Patch
-from ds_plugin.core.ranks import warn
 from ds_plugin.deepspeed_engine import attach
 from ds_plugin.huggingface import sections, trainer
 from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ds_plugin.config import SECTIONS
-from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.ranks import warn
+from ds_plugin.core.errors import ConfigError, warn
 
 AUTO = "auto"
 #: a sample's length in tokens by the names of training arguments (TRL's), then of a model's configuration

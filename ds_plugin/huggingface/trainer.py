@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.core import rng
-from ds_plugin.core.errors import ConfigError, StateError
-from ds_plugin.core.ranks import warn
+from ds_plugin.core.errors import ConfigError, StateError, warn
 from ds_plugin.deepspeed_engine import attach, monitor
 from ds_plugin.deepspeed_engine.engine import Plugin
 from ds_plugin.deepspeed_engine.publish import AVERAGED

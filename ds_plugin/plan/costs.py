@@ -41,10 +41,8 @@ RATES = {"gpu": Rates(link=25e9, flops=400e12), "cpu": Rates(link=7.3e9, flops=2
 
 def parameters(model: GPTConfig, padded_vocab: int, layout: Layout) -> int:
     """Of megatron-core's GPTModel, on a rank of the pipeline stage that holds the most; with ``Layout(1)``: all.
-
     Matrices and the biases of their columns are divided over the tensor-parallel ranks, norms, positions and the biases
-    of rows are on each. A tied word embedding is on both end stages.
-    """
+    of rows are on each. A tied word embedding is on both end stages."""
     h, f = model.hidden_size, model.ffn_size
     head = h // model.num_attention_heads
     columns = h + 2 * model.query_groups * head + (2 * f if model.activation == "swiglu" else f)
@@ -60,11 +58,9 @@ def parameters(model: GPTConfig, padded_vocab: int, layout: Layout) -> int:
 
 
 def averaging(config: WeightAveragingConfig, masters: int, *, pinned: bool) -> tuple[int, int]:
-    """Bytes that averaging takes on a rank with so many fp32 master elements: in CPU memory, and in files.
-
-    ``pinned``: the masters are on a GPU, and torch rounds what it pins up to a power of two. This is then the most: a
-    run packs smaller pieces, the copies of its param groups.
-    """
+    """Bytes that averaging takes on a rank with so many fp32 master elements: in CPU memory, and in files. ``pinned``:
+    the masters are on a GPU, and torch rounds what it pins up to a power of two; at most: a run packs smaller pieces,
+    the copies of its param groups."""
     kept, spare = modes.buffers(config), [torch.float32]  # the average is computed into the spare one
     together, other = ([*kept, *spare], []) if config.storage == "pinned" else (spare, kept)
     in_memory = masters * sum(dtype.itemsize for dtype in together)

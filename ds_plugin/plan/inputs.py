@@ -1,8 +1,6 @@
-"""A recipe for a number of ranks, read and validated as the framework that it is for would have it.
-
-A ``megatron`` section holds the options of Megatron-LM's scripts by name, without dashes. It is read as the ``model``,
-``training``, ``optimizer`` and ``scheduler`` that the other recipes have.
-"""
+"""A recipe for a number of ranks, read and validated as the framework that it is for would have it. A ``megatron``
+section holds the options of Megatron-LM's scripts by name, without dashes. It is read as the ``model``, ``training``,
+``optimizer`` and ``scheduler`` that the other recipes have."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,8 +29,6 @@ _Warmup = Annotated[float, Field(ge=0, le=1e15)]
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned."""
-
     source: str
     model: GPTConfig
     methods: PluginConfig
@@ -76,11 +72,8 @@ class _Options(BaseModel):
 def read_job(
     source: str | Path | Mapping[str, Any], ranks: int, *, per_node: int = 8, vocab_size: int | None = None
 ) -> Job:
-    """``vocab_size``: of a recipe for DeepSpeed; Megatron-LM's say it.
-
-    Raises:
-        ConfigError: the recipe is wrong, or its sizes do not divide the ranks or one another.
-    """
+    """``vocab_size``: of a recipe for DeepSpeed; Megatron-LM's say it. Raises ConfigError: the recipe is wrong, or its
+    sizes do not divide the ranks or one another."""
     config, options = load_json(source), {}
     named = "the config" if isinstance(source, Mapping) else str(source)
     if MEGATRON in config:
@@ -99,11 +92,10 @@ def read_job(
         raise ConfigError('optimizer: missing; write {"type": "AdamW", "params": {"lr": 0.001}}')
     context = options.get("context-parallel-size", 1)
     layout = Layout(ranks, per_node, model.tensor_parallel, model.pipeline_parallel, context)
-    if ranks % (model.model_ranks * context):
-        raise ConfigError(
-            f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {context} parallel ranks do not divide "
-            f"--world-size {ranks}; plan for a multiple of {model.model_ranks * context}, or lower one of them"
-        )
+    if ranks % (unit := model.model_ranks * context):
+        what = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {context} parallel ranks"
+        remedy = f"plan for a multiple of {unit}, or lower one of them"
+        raise ConfigError(f"{what} do not divide --world-size {ranks}; {remedy}")
     batch, micro = json_check.batch_sizes(deepspeed, layout.data)
     if options:
         from megatron_patches.training_loop.options import check_options
@@ -138,10 +130,8 @@ def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfi
 
         return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options))).schedule
     if section.end_length != full:
-        raise ConfigError(
-            f"sequence_length_warmup.end_length: {section.end_length} is not model.seq_length {full}, so the full "
-            f"length would never be trained; write {full}"
-        )
+        what = f"{section.end_length} is not model.seq_length {full}, so the full length would never be trained"
+        raise ConfigError(f"sequence_length_warmup.end_length: {what}; write {full}")
     return LengthSchedule(section)
 
 
@@ -168,8 +158,7 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     read, get = parse_section(_Options, MEGATRON, given), given.get
     rise = read.lr_warmup_samples / read.global_batch_size if read.lr_warmup_iters is None else read.lr_warmup_iters
     same = ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "normalization")
-    model = {name.replace("-", "_"): given[name] for name in same if name in given}
-    model |= {
+    model = {name.replace("-", "_"): given[name] for name in same if name in given} | {
         # without the flag Megatron-LM does not look at the number of groups
         "num_query_groups": get("num-query-groups", 1) if get("group-query-attention") else None,
         "init_std": get("init-method-std", 0.02),

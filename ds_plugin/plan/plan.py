@@ -1,8 +1,5 @@
-"""What a recipe comes to, before any money is spent. ``ds-plugin plan --config FILE --world-size N``.
-
-Builds the real config objects, but no model and no process: lengths and tokens, what CompleteP gives each role, what
-averaging takes and adds to the time of a step.
-"""
+"""What a recipe comes to, before any money is spent: ``ds-plugin plan --config FILE --world-size N``. Builds the real
+config objects, but no model and no process."""
 
 import argparse
 import json
@@ -29,21 +26,18 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     offloaded = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     held = costs.parameters(model, job.padded_vocab, layout)
     masters = -(-held // (layout.data * layout.context)) if zero.get("stage", 0) else held
-    tokens = job.batch * model.seq_length
+    whole, tokens = costs.parameters(model, job.padded_vocab, costs.Layout(1)), job.batch * model.seq_length
     found: dict[str, Any] = {
         "recipe": f"{job.source}, {'Megatron-LM' if job.options else 'DeepSpeed'}",
         "layout": {**asdict(layout), "data": layout.data},
-        "parameters": {
-            "all": costs.parameters(model, job.padded_vocab, costs.Layout(1)),
-            "of a rank": held,
-            "fp32 masters": masters,
-        },
+        "parameters": {"all": whole, "of a rank": held, "fp32 masters": masters},
         "batch": {"samples": job.batch, "tokens": tokens, "micro-batch": job.micro_batch},
         **_lengths(job),
         "lr": params.get("lr"),
         "completep": None,
         "averaging": None,
         "seconds": {"full-length step": costs.step_seconds(rates, model, job.padded_vocab, tokens, layout.ranks)},
+        "assumed per second": asdict(rates),
     }
     if (completep := job.methods.completep) is not None:
         lines = list(table(model, completep, params, job.deepspeed.get("scheduler") or {}))
@@ -51,9 +45,8 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
     if (averaging := job.methods.weight_averaging) is not None:
         found["averaging"] = _averaging(job, averaging, masters, pinned and not offloaded, found["lr_peak_from_step"])
         snapshot = 4 * masters / rates.link  # nothing of it is counted as hidden behind the computation
-        added = snapshot / averaging.interval
-        found["seconds"] |= {"snapshot": snapshot, "swap": 2 * snapshot, "averaging adds": added}
-    found["assumed per second"] = asdict(rates)
+        added = {"averaging adds": snapshot / averaging.interval}
+        found["seconds"] |= {"snapshot": snapshot, "swap": 2 * snapshot, **added}
     return found
 
 

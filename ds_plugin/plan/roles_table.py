@@ -30,11 +30,8 @@ _DRAWN = (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
 
 
 def rules_table(source: str | Path | Mapping[str, Any]) -> str:
-    """The table for the ``model``, ``completep`` and ``optimizer`` sections of a config, as aligned text.
-
-    Raises:
-        ConfigError: a section is missing or wrong.
-    """
+    """The table for the ``model``, ``completep`` and ``optimizer`` sections of a config, as aligned text. Raises
+    ConfigError: a section is missing or wrong."""
     config = load_json(source)
     section = PluginConfig.from_dict(config).completep
     if section is None:

@@ -1,10 +1,8 @@
-"""Micro-batches of the scheduled length, cut where they are read.
+"""Micro-batches of the scheduled length, cut where they are read: needed in the carry mode, whose tails are trained
+later, and where each rank is given a part of every sample (context parallelism, Ulysses).
 
     batches = plugin.batches(from_micro_batch)      # from_micro_batch(n) -> iterator that begins with micro-batch n
     loss = engine(**next(batches))
-
-Needed in the carry mode, whose tails are trained later, and where each rank is given a part of every sample (context
-parallelism, Ulysses).
 """
 
 import itertools
@@ -21,32 +19,28 @@ Source = Callable[[int], Iterator[Any]]
 
 
 class Batches(Iterator[Any]):
-    """This rank's micro-batches, each as long as its step. Give it to `engine.train_batch`, or call ``next``.
-
-    A micro-batch is a mapping of arguments by name, or nested tensors, as pipelines take them. After a checkpoint was
-    loaded, it reads on from the right place by itself.
-    """
+    """This rank's micro-batches, each as long as its step: mappings of arguments by name, or nested tensors, as
+    pipelines take them. Give it to `engine.train_batch`, or call ``next``. After a checkpoint was loaded, it reads on
+    from the right place by itself."""
 
     def __init__(self, warmup: Any, source: Source):
-        """``warmup`` has ``full``, the length of a sample, ``samples``, keyword arguments of `cut_batch`, the optimizer
-        ``step``, its ``micro_batches`` on this rank, its `TokenSpan` ``span``, ``open_windows``, of which a part is
-        still to be trained, ``carries``, whether there are any, and ``count(read, trained)`` for tokens."""
+        """``warmup`` has the ``engine``, ``full``, a sample's length, ``samples``, arguments of `cut_batch`, the
+        step's `TokenSpan` ``span``, ``open_windows``, of which some is still to be trained, ``carries``, whether there
+        are any, ``count(read, trained)`` for tokens, and ``loads``, of checkpoints so far, None when detached."""
         self._warmup, self._source = warmup, source
-        self._next_window = 0  # what the iterator gives next
-        self._closed = False
-        self.forget()
+        self._iterator: Iterator[Any] | None = None
+        self._next_window = 0  # what it gives next
+        self._held: dict[int, list[Any]] = {}  # windows that are open, by number
+        self._step, self._pulled = -1, 0
+        self._loads = warmup.loads
 
     def __next__(self) -> Any:
-        """The next micro-batch of the step that runs.
-
-        Raises:
-            StateError: more than the step's micro-batches are asked for: their length is not known yet.
-            ConfigError: a micro-batch holds what cannot be cut, or, in the carry mode, has not the full length.
-        """
+        """The next micro-batch of the step that runs. Raises StateError: more than the step's are asked for, and their
+        length is not known yet; ConfigError: it cannot be cut, or, in the carry mode, has not the full length."""
         warmup, span, whole = self._warmup, self._warmup.span, self._next_whole()
-        # a span from within samples, and what is left of them, are counted from samples of one length
-        exact = warmup.carries
-        cut, read, trained = cut_batch(whole, span.length, span.offset, full=warmup.full, exact=exact, **warmup.samples)
+        # exact: a span from within samples, and what is left of them, are counted from samples of one length
+        samples = {"full": warmup.full, "exact": warmup.carries, **warmup.samples}
+        cut, read, trained = cut_batch(whole, span.length, span.offset, **samples)
         refuse_restarts(leaves(whole), POSITION_NAMES, look=False)
         warmup.count(read if span.offset == 0 else 0, trained)
         return cut
@@ -55,24 +49,15 @@ class Batches(Iterator[Any]):
         """The same micro-batches as `__next__` gives, in the same turn, before they are cut."""
         return map(lambda _: self._next_whole(), itertools.repeat(None))
 
-    def close(self) -> None:
-        """The method was taken off the engine: there are no lengths any more."""
-        self._closed = True
-        self.forget()
-
-    def forget(self) -> None:
-        """A checkpoint was loaded: read anew."""
-        self._iterator: Iterator[Any] | None = None
-        self._held: dict[int, list[Any]] = {}  # windows that are open, by number
-        self._step, self._pulled = -1, 0
-
     def _next_whole(self) -> Any:
         warmup = self._warmup
-        if self._closed:
+        if warmup.loads is None:  # there are no lengths any more
             raise StateError("sequence_length_warmup: it was detached from the engine; read the batches anew")
-        if self._step != warmup.step:
-            self._step, self._pulled = warmup.step, 0
-        if self._pulled == warmup.micro_batches:
+        if self._loads != warmup.loads:
+            self._iterator, self._held, self._step, self._loads = None, {}, -1, warmup.loads
+        if self._step != (step := warmup.engine.global_steps):
+            self._step, self._pulled = step, 0
+        if self._pulled == warmup.engine.gradient_accumulation_steps():
             said = f"micro-batch {self._pulled + 1} asked for in a step of {self._pulled}, before the next has a length"
             raise StateError(f"sequence_length_warmup: {said}; do not read ahead of the optimizer")
         batch = self._window(warmup.span.window)[self._pulled]
@@ -81,11 +66,12 @@ class Batches(Iterator[Any]):
 
     def _window(self, window: int) -> list[Any]:
         if window not in self._held:
+            count = self._warmup.engine.gradient_accumulation_steps()
             if self._iterator is None or window < self._next_window:
-                self._iterator, self._next_window = self._source(window * self._warmup.micro_batches), window
+                self._iterator, self._next_window = self._source(window * count), window
             wanted = {window, *self._warmup.open_windows}
             while self._next_window <= window:
-                read = [next(self._iterator) for _ in range(self._warmup.micro_batches)]
+                read = [next(self._iterator) for _ in range(count)]
                 if self._next_window in wanted:
                     self._held[self._next_window] = read
                 self._next_window += 1

@@ -3,8 +3,7 @@
 What a step reads, its *window*, is as many full-length samples as a plain step has. A window is trained in several
 steps, each taking the same next span of all its samples, never across a sample's end; what is left is carried. Several
 windows are open at a time and take turns, so that consecutive steps do not see the same samples. The order follows from
-the lengths asked for alone.
-"""
+the lengths asked for alone."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -22,11 +21,6 @@ class TokenSpan:
     offset: int
     length: int
 
-    @property
-    def end(self) -> int:
-        """The token after the last."""
-        return self.offset + self.length
-
 
 def shifts_labels(model: torch.nn.Module) -> bool:
     """Whether a model is given its tokens as labels and shifts them itself, as transformers' causal models do: told by
@@ -43,16 +37,13 @@ class CarryOrder:
         self.load_state(None)
 
     def peek(self, length: int) -> TokenSpan:
-        """The span of the step that comes next when the schedule asks for ``length``; it is never longer.
-
-        What is left of a window is divided evenly: a last span of a few tokens would be a noisy step. Once the full
-        length is reached, what is open is trained before anything new is read.
-        """
+        """The span of the step that comes next when the schedule asks for ``length``; it is never longer. What is left
+        of a window is divided evenly: a last span of a few tokens would be a noisy step. Once the full length is
+        reached, what is open is trained before anything new is read."""
         new = not self.open or (len(self.open) < self.interleave and length < self.full)
         window, offset = (self.windows_read, 0) if new else self.open[0]
         left = self.full - offset
-        steps = -(-left // length)
-        even = -(-left // steps)
+        even = -(-left // -(-left // length))
         return TokenSpan(window, offset, min(-(-even // self.multiple_of) * self.multiple_of, left))
 
     def advance(self, span: TokenSpan) -> None:
@@ -62,8 +53,8 @@ class CarryOrder:
         else:
             self.open.popleft()
             self.cuts += 1
-        if span.end < self.full:
-            self.open.append((span.window, span.end))
+        if (end := span.offset + span.length) < self.full:
+            self.open.append((span.window, end))
 
     @property
     def carried(self) -> int:
@@ -78,6 +69,5 @@ class CarryOrder:
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state; None starts afresh."""
         state = state or {"windows_read": 0, "cuts": 0, "open": ()}
-        self.windows_read: int = state["windows_read"]
-        self.cuts: int = state["cuts"]
+        self.windows_read, self.cuts = int(state["windows_read"]), int(state["cuts"])
         self.open = deque((window, offset) for window, offset in state["open"])

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import Length, LossRatio, SectionConfig, Steps, Tokens, Waiting
 from ds_plugin.sequence_length_warmup.pacing import Custom
 
@@ -26,16 +27,14 @@ _BELONGS = {
 class Duration(SectionConfig):
     """How long the warmup lasts: in optimizer steps or in trained tokens, all data-parallel ranks together."""
 
-    steps: Steps | None = Field(None, le=MOST_STEPS, description="optimizer steps until the full length, e.g. 150")
-    tokens: Tokens | None = Field(None, description="the trained tokens until the full length, e.g. 1000000")
+    steps: Steps | None = Field(None, le=MOST_STEPS)
+    tokens: Tokens | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Duration":
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError(
-                f"needs one of steps and tokens, got steps {self.steps} and tokens {self.tokens}; write "
-                '{"steps": N} or {"tokens": N}'
-            )
+            what = f"needs one of steps and tokens, got steps {self.steps} and tokens {self.tokens}"
+            raise ValueError(f'{what}; write {{"steps": N}} or {{"tokens": N}}')
         return self
 
     @property
@@ -58,43 +57,31 @@ class LearningRate(SectionConfig):
 class Adaptive(SectionConfig):
     """When ``"pacing": "adaptive"`` holds the length."""
 
-    loss_ratio: LossRatio = Field(default=1.2, description="hold while a loss exceeds this times the lowest before")
-    variance_max: float | None = Field(
-        default=None, gt=0.0, le=1e38, description="hold while an element of sqrt(v) exceeds it"
-    )
+    loss_ratio: LossRatio = 1.2  # while a loss exceeds this times the lowest before
+    variance_max: float | None = Field(default=None, gt=0.0, le=1e38)  # while an element of sqrt(v) exceeds it
 
 
 class SequenceLengthWarmupConfig(SectionConfig):
     """Lengths are in tokens of one sample."""
 
     enabled: bool = False
-    start_length: Length = Field(8, description="the length of the first step in tokens, e.g. 8")
+    start_length: Length = 8
     end_length: Length = Field(description="the full sample length in tokens, e.g. 1024")
     schedule: str = "linear"
     duration: Duration = Field(description='{"steps": N} or {"tokens": N}, until the full length')
-    root_degree: int | None = Field(
-        None, ge=1, le=1000, description="of the root schedule: (t/T) ** (1 / root_degree), e.g. 2"
-    )
-    lengths: list[Length] | None = Field(None, max_length=1000, description="of the discrete schedule, [64, 256, 1024]")
-    boundaries: list[Tokens] | None = Field(
-        None, max_length=1000, description="the last step (or token) of each length but the last"
-    )
-    multiple_of: Length = Field(8, description="lengths are floored to a multiple of this (8 suits tensor cores)")
-    max_distinct_lengths: int | None = Field(
-        None, ge=2, le=1000, description="the most shapes a compiler may see, e.g. 8"
-    )
+    root_degree: int | None = Field(None, ge=1, le=1000)  # of the root schedule: (t/T) ** (1 / root_degree)
+    lengths: list[Length] | None = Field(None, max_length=1000)  # of the discrete schedule, as [64, 256, 1024]
+    boundaries: list[Tokens] | None = Field(None, max_length=1000)  # the last step (or token) of each but the last
+    multiple_of: Length = 8  # lengths are floored to a multiple of this; 8 suits tensor cores
+    max_distinct_lengths: int | None = Field(None, ge=2, le=1000)  # the most shapes a compiler may see
     mode: Literal["truncate", "carry", "mask"] = "truncate"
-    interleave: int | None = Field(
-        None, ge=1, le=1000, description="of the carry mode: batches that are open at a time, in memory, e.g. 8"
-    )
-    shifts_labels: bool | None = Field(
-        None, description="of the carry mode: the model shifts its labels itself; null: as its class's name tells"
-    )
+    interleave: int | None = Field(None, ge=1, le=1000)  # of the carry mode: batches that are open at a time, in memory
+    shifts_labels: bool | None = None  # of the carry mode: the model does it itself; null: as its class's name tells
     learning_rate: LearningRate = LearningRate()
     pacing: Literal["schedule", "adaptive"] = "schedule"
     adaptive: Adaptive | None = None
-    report_interval: Waiting = Field(20, description="steps between two readings of the stability instruments")
-    variance: bool = Field(False, description="reports read Adam's second moments, too: one pass over them each")
+    report_interval: Waiting = 20  # steps between two readings of the stability instruments
+    variance: bool = False  # reports read Adam's second moments, too: one pass over them each
     preflight: bool = True
 
     @model_validator(mode="after")
@@ -121,18 +108,17 @@ class SequenceLengthWarmupConfig(SectionConfig):
                 remedy = f'remove it, or write "{owner}": "{wanted}"'
                 yield f"{field}: {value!r} is not for {owner} {chosen!r}; {remedy}"
         if self.schedule == "discrete":
-            yield from self._troubles_of_discrete(self.lengths, self.boundaries)
+            yield from self._troubles_of_discrete()
         ruled = "discrete" if self.schedule == "discrete" else self.mode
         if self.max_distinct_lengths is not None and ruled in ("discrete", "carry"):
             remedy = "remove it, and write a discrete schedule of lengths that divide end_length, which carry keeps to"
             yield f"max_distinct_lengths: {self.max_distinct_lengths} is not for {ruled!r}; {remedy}"
 
-    def _troubles_of_discrete(self, lengths: list[int] | None, boundaries: list[int] | None) -> Iterator[str]:
-        if lengths is None:
-            yield "lengths: missing for the discrete schedule; write e.g. [64, 256, 1024]"
-        if boundaries is None:
-            yield "boundaries: missing for the discrete schedule; write e.g. [1000, 5000]"
-        lengths, boundaries = lengths or [], boundaries or []
+    def _troubles_of_discrete(self) -> Iterator[str]:
+        for field, example in (("lengths", [64, 256, 1024]), ("boundaries", [1000, 5000])):
+            if getattr(self, field) is None:
+                yield f"{field}: missing for the discrete schedule; write e.g. {example}"
+        lengths, boundaries = self.lengths or [], self.boundaries or []
         if len(boundaries) != len(lengths) - 1:
             yield f"boundaries: {boundaries} for lengths {lengths}; write one less: the last length does not end"
         for field, values in (("lengths", lengths), ("boundaries", boundaries)):
@@ -140,11 +126,9 @@ class SequenceLengthWarmupConfig(SectionConfig):
                 yield f"{field}: {values} do not rise from 1 or more; put them in order"
         if odd := [length for length in lengths if length % self.multiple_of]:
             yield f"lengths: {odd} are not divisible by multiple_of {self.multiple_of}; write multiples, or another one"
-        for field, value, wanted in (
-            ("start_length", self.start_length, lengths[0]),
-            ("end_length", self.end_length, lengths[-1]),
-            (f"duration.{self.duration.unit}", self.duration.total, (boundaries or [self.duration.total])[-1]),
-        ):
+        ends = [("start_length", self.start_length, lengths[0]), ("end_length", self.end_length, lengths[-1])]
+        ends += [(f"duration.{self.duration.unit}", self.duration.total, last) for last in boundaries[-1:]]
+        for field, value, wanted in ends:
             if value != wanted:
                 given = f"lengths {lengths} and boundaries {boundaries}"
                 yield f"{field}: {value} does not fit the discrete schedule's {given}; write {wanted}"
@@ -160,20 +144,15 @@ class SequenceLengthWarmupConfig(SectionConfig):
         return self.interleave or INTERLEAVE
 
     def function(self) -> Custom | None:
-        """The user's schedule, imported; None for the built-in ones.
-
-        Raises:
-            ValueError: there is no such module or function.
-        """
+        """The user's schedule, imported; None for the built-in ones. Raises ConfigError: there is none."""
         if self.schedule in SCHEDULES:
             return None
         try:
             found: Any = pkgutil.resolve_name(self.schedule)
         except Exception as error:  # importing runs the module, which may raise anything
-            raise ValueError(
-                f"sequence_length_warmup.schedule: {self.schedule!r} cannot be imported ({error}); write "
-                "'package.module:function' of a function (share, start, end) -> length that Python can import here"
-            ) from None
+            what = f"{self.schedule!r} cannot be imported ({error})"
+            remedy = "write 'package.module:function' of a function (share, start, end) -> length found here"
+            raise ConfigError(f"sequence_length_warmup.schedule: {what}; {remedy}") from None
         if not callable(found):
-            raise ValueError(f"sequence_length_warmup.schedule: {self.schedule!r} is not a function but {found!r}")
+            raise ConfigError(f"sequence_length_warmup.schedule: {self.schedule!r} is not a function but {found!r}")
         return found

@@ -7,10 +7,8 @@ from typing import Any
 
 @dataclass
 class Ledger:
-    """What became of the tokens since the start of training, over all data-parallel ranks.
-
-    ``trained`` leaves out steps the framework skipped (an fp16 overflow): their tokens were read and had no effect.
-    """
+    """What became of the tokens since the start of training, over all data-parallel ranks. ``trained`` leaves out steps
+    the framework skipped (an fp16 overflow): their tokens were read and had no effect."""
 
     read: int = 0
     trained: int = 0
@@ -24,12 +22,9 @@ class Ledger:
 
 
 class TokenCounts:
-    """Counts of one rank since the last exchange, and of all of them until then.
-
-    Ranks may read different numbers of tokens, where samples are padded to the longest of each micro-batch. The
-    schedule and learning rates follow **nominal** tokens, the step's length times its samples: equal on all ranks in
-    every step, without asking.
-    """
+    """Counts of one rank since the last exchange, and of all of them until then. Ranks may read different numbers of
+    tokens, where samples are padded to the longest of each micro-batch. The schedule and learning rates follow
+    **nominal** tokens, the step's length times its samples: equal on all ranks in every step, without asking."""
 
     def __init__(self, *, replicas: int, copies: int):
         """``replicas``: ranks that read data of their own; ``copies``: ranks that read the same as each of them."""
@@ -55,8 +50,7 @@ class TokenCounts:
         self._open = Ledger()
 
     def ledger(self, carried: int = 0) -> Ledger:
-        """Over all ranks; exact right after an exchange. In between, the others are taken to have read since then what
-        this rank has."""
+        """Over all ranks; exact right after an exchange. In between, the others are taken to have read as much."""
         read, trained = (n * self.replicas for n in self.mine())
         return Ledger(self._all.read + read, self._all.trained + trained, carried)
 

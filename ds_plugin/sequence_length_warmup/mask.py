@@ -1,10 +1,12 @@
 """The mask mode: samples at full length, attention confined to fragments of the current length (arXiv 2503.15450)."""
 
+import functools
 from typing import Any
 
 import torch
 
 from ds_plugin.core.errors import ConfigError
+from ds_plugin.sequence_length_warmup.slicing import named
 
 _MASK = "attention_mask"  # the forward argument of a megatron-core GPT
 _MODE, _OTHERWISE = 'sequence_length_warmup.mode: "mask"', 'or write "truncate" or "carry"'
@@ -29,18 +31,15 @@ def check_model(module: torch.nn.Module) -> None:
     others = [type(core).__name__ for core in cores if not isinstance(core, DotProductAttention)]
     config: Any = getattr(module, "config", None)
     window = getattr(config, "window_size", None)
-    fused = getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16)
     if others:
         trouble = f"the core attention is {others[0]}, which takes no mask but its causal one; use the local layer spec"
     elif window:
         trouble = f"the model's window_size is {window}, with which it drops any mask but its own; leave it out"
-    elif fused:
+    elif getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16):
         trouble = "the model's masked_softmax_fusion is on, which drops any mask but its own; leave it out"
     elif not cores:
-        trouble = (
-            f"{type(module).__name__} is no megatron-core GPT, so it is not known how it takes a mask; give "
-            "initialize(..., shorten=function) that puts it into (args, kwargs, length)"
-        )
+        remedy = "give initialize(..., shorten=function) that puts it into (args, kwargs, length)"
+        trouble = f"how a {type(module).__name__}, no megatron-core GPT, takes a mask is not known; {remedy}"
     else:
         return
     raise ConfigError(f"{_MODE} and {trouble}, {_OTHERWISE}")
@@ -51,14 +50,12 @@ class BlockDiagonalCausalMask:
 
     def __init__(self, names: list[str]):
         """``names``: the positional arguments of the model's forward, in order."""
-        self.names = names
-        self._of: tuple[Any, ...] = ()  # what the mask was built for
-        self._mask: torch.Tensor | None = None
+        self.names, self._mask = names, functools.lru_cache(maxsize=1)(fragment_mask)
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
     ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = named(self.names, args, kwargs)
         tokens = given.get("input_ids")
         if not torch.is_tensor(tokens) or _MASK not in self.names:
             said = f"looks for the forward arguments 'input_ids' and '{_MASK}'; it was given {', '.join(given)}"
@@ -68,7 +65,5 @@ class BlockDiagonalCausalMask:
             raise ConfigError(f"{_MODE} and the batch brings an {_MASK} of its own; {remedy}")
         rows, full = tokens.shape
         if length < full:
-            if self._of != (wanted := (full, length, tokens.device)):
-                self._of, self._mask = wanted, fragment_mask(*wanted)
-            given[_MASK] = self._mask
+            given[_MASK] = self._mask(full, length, tokens.device)
         return tuple(given.pop(name) for name in self.names[: len(args)]), given, rows * full, rows * full

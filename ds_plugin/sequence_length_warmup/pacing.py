@@ -1,7 +1,5 @@
-"""Pacing functions: which length comes at which point of the warmup. Pure; nothing here knows a framework.
-
-The arithmetic is in integers throughout, so that every rank and every machine computes the same length.
-"""
+"""Pacing functions: which length comes at which point of the warmup. Pure, and in integers throughout, so that every
+rank and every machine computes the same length."""
 
 import math
 from bisect import bisect_right
@@ -17,20 +15,14 @@ def linear(done: int, *, start: int, end: int, duration: int) -> int:
 
 
 def root(done: int, *, start: int, end: int, duration: int, degree: int) -> int:
-    """``start + (end - start) * (done / duration) ** (1 / degree)``, rounded down; grows faster at first.
-
-    The largest n with ``n / (end - start) <= (done / duration) ** (1 / degree)``, found without a float.
-    """
+    """``start + (end - start) * (done / duration) ** (1 / degree)``, rounded down; grows faster at first. It is the
+    largest n with ``n / (end - start) <= (done / duration) ** (1 / degree)``, found without a float."""
     grows = end - start
     return start + bisect_right(range(grows + 1), grows**degree * done, key=lambda n: n**degree * duration) - 1
 
 
 def custom(done: int, *, start: int, end: int, duration: int, function: Custom) -> int:
-    """A user's function of the share that is done, rounded down.
-
-    Raises:
-        ValueError: it returned something that is not a finite number.
-    """
+    """A user's function of the share that is done, rounded down. Raises ValueError: it returned no finite number."""
     value = function(done / duration, start, end)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"returned {value!r}, which is not a finite number of tokens")

@@ -23,14 +23,9 @@ class Plan:
 def walk(
     scheduler: LengthSchedule, batch: int, *, steps: int | None = None, tokens: int | None = None
 ) -> Iterator[Plan]:
-    """The run so far, after each step while the warmup lasts, and once at the end.
-
-    It is the run of ``steps`` steps, or the shortest one that trains at least ``tokens`` tokens; ``batch`` is in
-    samples. Adaptive pacing is planned as if it never held.
-
-    Raises:
-        ConfigError: the warmup takes more than `MOST_STEPS`.
-    """
+    """The run so far, after each step while the warmup lasts, and once at the end: the run of ``steps`` steps, or the
+    shortest one that trains at least ``tokens`` tokens; ``batch`` is in samples. Adaptive pacing is planned as if it
+    never held. Raises ConfigError: the warmup takes more than `MOST_STEPS`."""
     config, full = scheduler.config, scheduler.config.end_length
     assert (steps is None) != (tokens is None)
     order = CarryOrder(full=full, multiple_of=scheduler.multiple_of, interleave=config.windows)

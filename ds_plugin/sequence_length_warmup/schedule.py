@@ -15,32 +15,23 @@ class LengthSchedule:
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, layout_multiple: int = 1):
         """``layout_multiple``: what the parallel layout divides a sample by (`layout_multiple()` below finds it).
-
-        Raises:
-            ConfigError: the full length is not divisible by it, or the user's schedule cannot be imported or called.
-        """
+        Raises ConfigError: it does not divide the full length, or the user's schedule cannot be imported or called."""
         self.config = config
         self.multiple_of = math.lcm(config.multiple_of, layout_multiple)
         if config.end_length % self.multiple_of:
+            what = f"{config.end_length} is not divisible by {self.multiple_of}"
             why = f"multiple_of {config.multiple_of} and the {layout_multiple} parts of the parallel layout need it"
-            raise ConfigError(
-                f"sequence_length_warmup.end_length: {config.end_length} is not divisible by {self.multiple_of}, as "
-                f"{why}; write a multiple of it"
-            )
+            raise ConfigError(f"sequence_length_warmup.end_length: {what}, as {why}; write a multiple of it")
         self._bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
         count = config.max_distinct_lengths
         self._levels = pacing.levels(**self._bounds, count=count) if count is not None else None
-        try:
-            self._function: Any = config.function()
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        self._function: Any = config.function()
         try:  # at both ends, so that a broken one is known before training starts
             self.length_at(1), self.length_at(config.duration.total)
         except Exception as error:  # a user's function may raise anything
             what = "(share of the duration in [0, 1], start_length, end_length) -> length in tokens"
-            raise ConfigError(
-                f"sequence_length_warmup.schedule: {config.schedule!r} {error}; write a function {what}"
-            ) from error
+            where = f"sequence_length_warmup.schedule: {config.schedule!r}"
+            raise ConfigError(f"{where} {error}; write a function {what}") from error
 
     def length_at(self, position: int) -> int:
         """Length in tokens at a position, counted from 1 in the unit of ``duration``."""
@@ -66,10 +57,8 @@ class LengthSchedule:
 
 
 def layout_multiple(module: torch.nn.Module) -> int:
-    """The number of equal parts a megatron-core model's layout cuts each sample into; 1 for any other model.
-
-    One for each tensor-parallel rank under sequence parallelism, two for each rank under context parallelism.
-    """
+    """The number of equal parts a megatron-core model's layout cuts each sample into; 1 for any other model: one for
+    each tensor-parallel rank under sequence parallelism, two for each rank under context parallelism."""
     config = getattr(module, "config", None)
     tensor = getattr(config, "tensor_model_parallel_size", 1) if getattr(config, "sequence_parallel", False) else 1
     context = getattr(config, "context_parallel_size", 1)

@@ -2,15 +2,13 @@
 
 Arguments are recognised by name, as the model's ``forward`` or a data set names them; tensors in nested tuples, which
 have no names, by their shape. What is as long as the samples and not recognised is refused, never passed on uncut.
-
 A batch has one *side*, or two in an encoder-decoder, whose sources and targets have lengths of their own. Each side is
-cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such.
-"""
+cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,8 +16,7 @@ from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.nested import Leaf, describe, leaves, rebuilt
 from ds_plugin.sequence_length_warmup.spoiled import refuse_counts, refuse_packed, refuse_restarts
 
-#: arguments that hold the samples' tokens, [batch, sequence], or embeddings, [batch, sequence, hidden]; the first that
-#: is given says how long the samples are
+#: the samples' tokens [batch, sequence], or embeddings [batch, sequence, hidden]; the first says how long they are
 TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds", "inputs", "x", "ids", "idx")
 #: [batch, sequence, ...] as well; of an encoder-decoder they are the decoder's
 LABEL_NAMES = ("labels", "targets", "target", "y", "loss_mask", "shift_labels", "lm_labels")
@@ -28,8 +25,7 @@ COMPANION_NAMES = (
     "token_type_ids", "segment_ids", "task_type_ids", "mm_token_type_ids", "special_tokens_mask", "input_shape_ids",
     "input_pronunciation_ids", "langs", "bbox", "per_layer_inputs",
 )  # fmt: skip
-#: [..., sequence], such as [sequence], [batch, sequence] and, of multimodal rotary embeddings, [3, batch, sequence] or
-#: [batch, sequence, 3]
+#: [..., sequence]; also [batch, sequence, 3], of multimodal rotary embeddings
 POSITION_NAMES = ("position_ids", "positions", "input_pos", "pos", "cache_position")
 #: padding masks [batch, sequence], or [..., sequence, sequence]
 MASK_NAMES = ("attention_mask", "mask", "padding_mask", "input_mask", "global_attention_mask", "perm_mask")
@@ -42,7 +38,6 @@ _WHOLE = {
 _ALONG = {*TOKEN_NAMES, *LABEL_NAMES, *COMPANION_NAMES}
 _KNOWN = {*_ALONG, *POSITION_NAMES, *MASK_NAMES}
 _DECODER, _ENCODER = "decoder_", "encoder_"  # before any of these names
-
 _SHORTEN = "give initialize(..., shorten=function): (args, kwargs, length) -> (args, kwargs, tokens before and after)"
 #: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments
 Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
@@ -63,7 +58,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Sides:
-    """An encoder-decoder's two; any other model's samples are the encoder's. One may not be among the arguments."""
+    """An encoder-decoder's two, of which one may not be among the arguments; another model's are the encoder's."""
 
     encoder: Side | None
     decoder: Side | None
@@ -71,13 +66,8 @@ class Sides:
 
     @property
     def known(self) -> list[Side]:
-        """Those that are there, one at least."""
+        """Those that are there, one at least: the ledger counts the first one's tokens."""
         return [side for side in (self.encoder, self.decoder) if side is not None]
-
-    @property
-    def main(self) -> Side:
-        """Whose tokens the ledger counts: the encoder's, if it is there."""
-        return self.known[0]
 
     def of(self, name: str) -> tuple[str, Side | None]:
         """The name without its prefix, and the side that it belongs to."""
@@ -86,14 +76,6 @@ class Sides:
         if name.startswith(_ENCODER):  # without a decoder's side, the encoder's samples are not the ones that are cut
             return name.removeprefix(_ENCODER), self.encoder if self.decoder else None
         return name, (self.decoder or self.encoder) if name in LABEL_NAMES else self.encoder
-
-
-class Cut(NamedTuple):
-    """A batch after `cut_batch`, with the tokens of its samples before and after."""
-
-    batch: Any
-    before: int
-    after: int
 
 
 def cut_batch(
@@ -106,27 +88,24 @@ def cut_batch(
     full: int | None = None,
     exact: bool = False,
     settled: bool = False,
-) -> Cut:
-    """At most ``length`` positions from ``offset`` on of every sample; position ids begin at 0 again.
+) -> tuple[Any, int, int]:
+    """At most ``length`` positions from ``offset`` on of every sample, and how many tokens those had and have. What is
+    cut is contiguous (losses call ``labels.view(-1)``, broadcasts send memory), the rest the same object. Position ids
+    begin at 0 again.
 
-    What is cut is contiguous (losses call ``labels.view(-1)``, broadcasts send memory), the rest the same object.
+    batch: arguments by name, or tensors in nested mappings, tuples and lists.
+    micro_batch: samples of a micro-batch. There may be fewer, the last ones of a data set, or more, as with pairs of
+        answers or batches of so many tokens; not a second dimension of that many. None: not known.
+    encoder_decoder: labels are the decoder's, also without ``decoder_input_ids``.
+    full: the positions that samples should have, by which tensors without a name are recognised.
+    exact: samples of other than ``full`` positions, or more than ``micro_batch``, are refused.
+    settled: earlier batches have shown which dimension is the batch.
 
-    Args:
-        batch: arguments by name, or tensors in nested mappings, tuples and lists.
-        micro_batch: samples of a micro-batch. There may be fewer, the last ones of a data set, or more, as with pairs
-            of answers or batches of so many tokens; not a second dimension of that many. None: not known.
-        encoder_decoder: labels are the decoder's, also without ``decoder_input_ids``.
-        full: the positions that samples should have, by which tensors without a name are recognised.
-        exact: samples of other than ``full`` positions, or more than ``micro_batch``, are refused.
-        settled: earlier batches have shown which dimension is the batch.
-
-    Raises:
-        ConfigError: there are no tokens, a tensor that cannot be cut, or what a cut would spoil.
-    """
+    Raises ConfigError: there are no tokens, a tensor that cannot be cut, or what a cut would spoil."""
     found = leaves(batch)
     refuse_packed(found)
     sides = find_sides(found, micro_batch=micro_batch, encoder_decoder=encoder_decoder, full=full)
-    main = sides.main
+    main = sides.known[0]
     if micro_batch is not None and not settled:
         _refuse_other_layout(sides, micro_batch, exact=exact)
     if exact and main.positions != full:
@@ -134,7 +113,7 @@ def cut_batch(
     if any(leaf.name in LABEL_NAMES and positions(leaf, sides) for leaf in found):  # not one label for each sample
         refuse_counts(found)
     cut = rebuilt(batch, (_cut(leaf, sides, offset, length) for leaf in found))
-    return Cut(cut, main.rows * main.positions, main.rows * main.kept(offset, length))
+    return cut, main.rows * main.positions, main.rows * main.kept(offset, length)
 
 
 def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
@@ -142,7 +121,7 @@ def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
     value = leaf.value
     if not torch.is_tensor(value) or not _WHOLE.isdisjoint(leaf.keys):
         return {}
-    name, side = sides.of(leaf.name) if leaf.name is not None else (None, sides.main)
+    name, side = sides.of(leaf.name) if leaf.name is not None else (None, sides.known[0])
     if side is None and name in _KNOWN:
         return {}
     by_shape = leaf.name is None or sides.by_shape
@@ -173,16 +152,26 @@ def find_sides(
     given = ", ".join(f"{leaf.where}: {describe(leaf.value)}" for leaf in found) or "none"
     if full is not None and tensors and all(leaf.name is None for leaf in tensors):
         raise _not_full(full, given)
-    raise ConfigError(
-        f"sequence_length_warmup: the model's forward has no recognisable token argument (it was given {given}); name "
-        f"it one of {', '.join(TOKEN_NAMES)}, give integers [micro-batch, length] of one shape, or {_SHORTEN}"
-    )
+    what = f"the model's forward has no recognisable token argument (it was given {given})"
+    raise _refusal(f"{what}; name it one of {', '.join(TOKEN_NAMES)}, give integers [micro-batch, length] of one shape")
 
 
 def argument_names(forward: Callable[..., Any]) -> list[str]:
     """The names of the arguments that ``forward`` takes by position, in order."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [p.name for p in inspect.signature(forward).parameters.values() if p.kind in positional]
+
+
+def named(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name; `as_given` is the way back."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def as_given(
+    names: list[str], values: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``values`` by name as the ``(args, kwargs)`` of a call like this one."""
+    return tuple(values[name] for name in names[: len(args)]), {name: values[name] for name in kwargs}
 
 
 def is_encoder_decoder(module: torch.nn.Module) -> bool:
@@ -207,26 +196,24 @@ class ByName:
     ) -> tuple[tuple[Any, ...], dict[str, Any], int, int]:
         if len(args) > len(self.names):
             said = f"forward takes its {len(args)} arguments by position (*args), so without names"
-            raise ConfigError(f"sequence_length_warmup: {said}; pass them by keyword or {_SHORTEN}")
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        look = self._looks < self.LOOKS
+            raise _refusal(f"{said}; pass them by keyword")
+        given, look = named(self.names, args, kwargs), self._looks < self.LOOKS
         cut, before, after = cut_batch(given, length, settled=not look, **self._samples)
         refuse_restarts(leaves(given), POSITION_NAMES, look=look)
         self._looks += 1
-        return tuple(cut[name] for name in self.names[: len(args)]), {name: cut[name] for name in kwargs}, before, after
+        return *as_given(self.names, cut, args, kwargs), before, after
 
 
 def refuse_unknown(leaf: Leaf, sides: Sides) -> None:
     """Raise the `ConfigError` for a leaf whose positions are not known."""
-    side = sides.main
-    raise ConfigError(
-        f"sequence_length_warmup: {leaf.where!r} of shape {list(leaf.value.shape)} has a dimension as long as the "
-        f"samples in {side.name!r} ({side.positions}), and whether that is positions is not known; rename it (known: "
-        f"{', '.join(sorted(_KNOWN))}; {_DECODER}...) or {_SHORTEN}"
-    )
+    side, shape = sides.known[0], list(leaf.value.shape)
+    what = f"{leaf.where!r} of shape {shape} has a dimension as long as the samples in {side.name!r} ({side.positions})"
+    known = f"known: {', '.join(sorted(_KNOWN))}; {_DECODER}..."
+    raise _refusal(f"{what}, and whether that is positions is not known; rename it ({known})")
 
 
-# -- which samples -----------------------------------------------------------------------------------------------------
+def _refusal(said: str) -> ConfigError:
+    return ConfigError(f"sequence_length_warmup: {said}, or {_SHORTEN}")
 
 
 def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
@@ -238,12 +225,12 @@ def _side(tensors: list[Leaf], names: tuple[str, ...]) -> Side | None:
     rows, count, *others = first.value.shape
     if len(others) > first.value.is_floating_point():  # embeddings have one more
         said = f"{first.where} has the shape {list(first.value.shape)}, and which dimension is positions is not known"
-        remedy = f"give [batch, sequence] (embeddings [batch, sequence, hidden]), or {_SHORTEN}"
-        raise ConfigError(f"sequence_length_warmup: {said}, as with several codebooks; {remedy}")
+        remedy = "give [batch, sequence] (embeddings [batch, sequence, hidden])"
+        raise _refusal(f"{said}, as with several codebooks; {remedy}")
     for leaf in candidates:
         if leaf.name == first.name and leaf.value.shape[1] != count:
             said = f"{first.where} has {count} positions and {leaf.where} {leaf.value.shape[1]}"
-            raise ConfigError(f"sequence_length_warmup: {said}; pad them to one length, or {_SHORTEN}")
+            raise _refusal(f"{said}; pad them to one length")
     return Side(first.where, rows, count)
 
 
@@ -271,10 +258,8 @@ def _refuse_other_layout(sides: Sides, micro_batch: int, *, exact: bool) -> None
         fits = _is_batch((side.rows, side.positions), micro_batch)
         if not fits and (exact or side.positions == micro_batch or not more):
             said = f"{side.name} has the shape [{side.rows}, {side.positions}, ...]"
-            raise ConfigError(
-                f"sequence_length_warmup: {said}, and train_micro_batch_size_per_gpu is {micro_batch}, which is not "
-                f"its first dimension; give [batch, sequence], write the micro-batch's size, or {_SHORTEN}"
-            )
+            remedy = "give [batch, sequence], write the micro-batch's size"
+            raise _refusal(f"{said}, and train_micro_batch_size_per_gpu is {micro_batch}; {remedy}")
 
 
 def _is_batch(shape: Sequence[int], micro_batch: int) -> bool:
@@ -286,9 +271,6 @@ def _not_full(full: int | None, found: str) -> ConfigError:
     said = f"{full}, and a micro-batch was read with {found}"
     remedy = "read samples of exactly end_length tokens, or write that end_length"
     return ConfigError(f"sequence_length_warmup.end_length: {said}; {remedy}")
-
-
-# -- which dimensions, and the cut -------------------------------------------------------------------------------------
 
 
 def _dimensions(value: torch.Tensor, name: str | None, side: Side, *, by_shape: bool) -> list[int]:

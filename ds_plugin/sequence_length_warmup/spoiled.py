@@ -13,10 +13,7 @@ _COUNT = re.compile(
     r"(^|_)(num_items|(num|n|total)_(valid_|loss_|label_|target_)?(tokens|targets)|(total|(num|n)_(valid|loss))_labels"
     r"|(token|label|target|item)s?_count)"
 )
-_UNPACK = (
-    "train padded samples, one document a row (in Hugging Face without padding_free, packing and "
-    "DataCollatorWithFlattening), or train without sequence_length_warmup"
-)
+_UNPACK = "give padded samples, one document a row (in Hugging Face without padding_free and packing), or leave it out"
 
 
 def refuse_packed(found: list[Leaf]) -> None:
@@ -28,11 +25,9 @@ def refuse_packed(found: list[Leaf]) -> None:
 
 
 def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) -> None:
-    """Raises ConfigError for position ids, under one of ``names``, that begin anew within the one row there is.
-
-    So do documents that are packed into a row. What a padding mask hides is not looked at; a mask of another shape says
-    itself what sees what. ``look``: positions on a GPU are read too, which waits for it.
-    """
+    """Raises ConfigError for position ids, under one of ``names``, that begin anew within the one row there is, as of
+    packed documents. What a padding mask hides is not looked at; a mask of another shape says itself what sees what.
+    ``look``: positions on a GPU are read too, which waits for it."""
     mask = next((leaf.value for leaf in found if leaf.name == "attention_mask" and leaf.value is not None), None)
     for leaf in found:
         value = leaf.value
@@ -53,15 +48,12 @@ def refuse_restarts(found: list[Leaf], names: tuple[str, ...], *, look: bool) ->
 
 
 def refuse_counts(found: list[Leaf]) -> None:
-    """Raises ConfigError for a number of labels that was taken before they were cut.
-
-    It is a sum over an accumulation step, and often over all ranks: one forward pass cannot mend it.
-    """
+    """Raises ConfigError for a number of labels that was taken before they were cut: it is a sum over an accumulation
+    step, and often over all ranks, which one forward pass cannot mend."""
     for leaf in found:
         number = isinstance(leaf.value, (torch.Tensor, int, float)) and not isinstance(leaf.value, bool)
         if number and _COUNT.search(leaf.name or ""):
-            raise ConfigError(
-                f"sequence_length_warmup: {leaf.where} ({describe(leaf.value)}) counts the labels of the uncut "
-                "batches: the loss of a short step, divided by it, would be too small; let the model take each "
-                "micro-batch's mean, in Hugging Face's Trainer by trainer.model_accepts_loss_kwargs = False"
-            )
+            what = f"{leaf.where} ({describe(leaf.value)}) counts the labels of the uncut batches: the loss of a short"
+            remedy = "let the model take each micro-batch's mean, in Hugging Face's Trainer by"
+            said = f"{what} step, divided by it, would be too small; {remedy} trainer.model_accepts_loss_kwargs = False"
+            raise ConfigError(f"sequence_length_warmup: {said}")

@@ -1,8 +1,5 @@
-"""DeepSpeed's own sequence length curricula, read as our section. Pure: a dict in, a dict out.
-
-There are two: the top-level ``curriculum_learning``, which DeepSpeed 0.19.8 refuses, and a seqlen metric of
-``data_efficiency.data_sampling``. Both count the step that comes next from 1, as ours does.
-"""
+"""DeepSpeed's own sequence length curricula, read as our section: the top-level ``curriculum_learning``, which version
+0.19.8 refuses, and a seqlen metric of ``data_efficiency.data_sampling``. Both count the next step from 1, as ours."""
 
 import copy
 import json
@@ -20,10 +17,8 @@ OURS, LEGACY = "sequence_length_warmup", "curriculum_learning"
 BLOCK = "data_efficiency.data_sampling.curriculum_learning"
 #: metrics that stand for the length, by the names Megatron-DeepSpeed gave them, and our settings for each
 METRICS: dict[str, dict[str, str]] = {"seqlen": {}, "seqlen_truncate": {}, "seqlen_reshape": {"mode": "carry"}}
-_SAMPLER = "DeepSpeed's curriculum sampler is off: the order of samples is the data loader's"
 _RESHAPED = "; reshape trained a sample's pieces as more rows of one step, carry trains them in later steps"
-
-# 3e4 is a float to JSON and a fine number of steps to DeepSpeed.
+# 3e4 is a float to JSON and a fine number of steps to DeepSpeed
 Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v), Field(ge=1)]
 
 
@@ -64,13 +59,9 @@ _KINDS: dict[str, type[SectionConfig]] = {"fixed_linear": _Linear, "fixed_root":
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy in which our section stands for DeepSpeed's, and a note for each section that was translated or
-    that DeepSpeed ignores.
-
-    Raises:
-        ConfigError: a curriculum of lengths that cannot be ours, two sections that set the length, or dynamic batching
-            together with the warmup.
-    """
+    """A copy in which our section stands for DeepSpeed's, and a note for each section that was translated or ignored.
+    Raises ConfigError: a curriculum of lengths that cannot be ours, or two sections that set the length, or one with
+    dynamic batching."""
     new, notes = copy.deepcopy(dict(config)), list(_elsewhere(config))
     removed, sampling = new.pop(LEGACY, None), object_at(new, "data_efficiency", "data_sampling")
     removed_on = removed.get("enabled", False) is not False if isinstance(removed, dict) else removed is not None
@@ -93,11 +84,12 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         other = next(name for name in metrics if name != metric)
         said = f"becomes {OURS} and turns DeepSpeed's sampler off; remove one of the two"
         raise ConfigError(f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which {said}")
-    path, remark = LEGACY, "the model gets shortened batches and no argument curriculum_seqlen"
     if metric is not None:
-        path, remark = f"{BLOCK}.curriculum_metrics.{metric}", f"{_SAMPLER}{_RESHAPED if METRICS[metric] else ''}"
+        path, reshaped = f"{BLOCK}.curriculum_metrics.{metric}", _RESHAPED if METRICS[metric] else ""
+        remark = f"DeepSpeed's sampler is off: the data loader orders the samples{reshaped}"
         new[OURS] = _section(path, sampling.pop(LEGACY)["curriculum_metrics"][metric], _Curriculum) | METRICS[metric]
     elif removed_on:
+        path, remark = LEGACY, "the model gets shortened batches and no argument curriculum_seqlen"
         new[OURS] = _section(path, removed, _Legacy)
     if metric is not None or removed_on:
         notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')

@@ -28,7 +28,7 @@ from ds_plugin.completep.param_groups import check_rates, group_settings, groups
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 
 # Private names of megatron-core's optimizers, here only.
 _CHAIN = "chained_optimizers"

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.finite import finite_everywhere
 from megatron_patches.training_loop import preflight, state

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ds_plugin.core.errors import PluginError
 from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_to_come
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from megatron_patches.megatron_on_cpu import on_cpu
 from megatron_patches.training_loop.batches import cut
 

@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
-from ds_plugin.core.patch import Change, Patch, Switch
+from ds_plugin.core.patch import Change, Patch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
 from megatron_patches.training_loop.loop import Loop
 
@@ -160,7 +160,7 @@ _REMEDY = (
 )
 
 
-def _first_step() -> Switch:
+def _first_step() -> Change:
     """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
     hooks: list[Any] = []
 
@@ -170,7 +170,7 @@ def _first_step() -> Switch:
             f"where the methods come in, was not called; {_REMEDY}"
         )
 
-    return Switch(
+    return Change(
         "torch.optim.Optimizer.step",
         lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
         lambda: hooks.pop().remove(),

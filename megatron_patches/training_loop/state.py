@@ -17,11 +17,9 @@ import torch.distributed as dist
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, from_rank_0, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, from_rank_0, gathered, raise_on_all_ranks, warn
 from ds_plugin.core.files import write_text
-from ds_plugin.core.json_files import read_json, read_tag
-from ds_plugin.core.manifest import MANIFEST, Manifest
-from ds_plugin.core.ranks import gathered, warn
+from ds_plugin.core.json_files import MANIFEST, Manifest, read_json, read_tag
 from ds_plugin.core.seals import Sealer
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ds_plugin.core.errors import CheckpointError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import sync_folder
-from ds_plugin.core.replaced import replaced
+from ds_plugin.core.patch import replaced
 from ds_plugin.weight_averaging.averager import WeightAverager
 from megatron_patches.weight_averaging.masters import MegatronShards, need
 

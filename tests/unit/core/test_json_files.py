@@ -7,8 +7,7 @@ import pytest
 
 from ds_plugin.config import load_json
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, PluginError
-from ds_plugin.core.json_files import read_json, read_tag, trouble
-from ds_plugin.core.manifest import Manifest
+from ds_plugin.core.json_files import Manifest, read_json, read_tag, trouble
 from ds_plugin.weight_averaging.merge.merge import open_source
 
 #: of every JSON file: content (None: there is none, a list: a folder), what is said of it

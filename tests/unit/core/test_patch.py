@@ -10,7 +10,7 @@ import pytest
 
 import megatron_patches
 from ds_plugin.core.errors import PluginError, StateError
-from ds_plugin.core.patch import Active, Patch, Switch
+from ds_plugin.core.patch import Active, Change, Patch
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -176,7 +176,7 @@ def test_stacked_patches_unwind_in_order_and_refuse_another(host):
 
 def test_a_switch_is_listed_and_reverted():
     calls = []
-    switch = Switch("a filter", lambda: calls.append("on"), lambda: calls.append("off"), reason="test")
+    switch = Change("a filter", lambda: calls.append("on"), lambda: calls.append("off"), reason="test")
     switch.apply()
     switch.apply()
     assert megatron_patches.active() == [Active("a filter", "test")]

@@ -76,13 +76,14 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
     empty = rebuilt(batch, iter([leaf.value.to("meta") for leaf in leaves(batch)]))
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool((leaves(empty)[0].value == 0).all())
+    engine = SimpleNamespace(global_steps=0, gradient_accumulation_steps=lambda: 1)
     stub = SimpleNamespace(
-        step=0, carries=True, micro_batches=1, open_windows=[],
+        engine=engine, loads=0, carries=True, open_windows=[],
         full=6, samples={"micro_batch": 2}, span=TokenSpan(0, 0, 2), count=lambda *counted: None,
     )  # fmt: skip
     read = Batches(stub, lambda n: itertools.repeat(empty))
     for step, offset in enumerate((0, 2, 4)):
-        stub.step, stub.span = step, TokenSpan(step, offset, 2)
+        engine.global_steps, stub.span = step, TokenSpan(step, offset, 2)
         found = leaves(next(read))
         assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 

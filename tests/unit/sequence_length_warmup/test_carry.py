@@ -52,7 +52,7 @@ def test_every_token_once(interleave, full, multiple):
         span = carry.peek(length)
         assert 0 < span.length <= max(length, full if length == full else 0)
         assert span.length % multiple == 0
-        for token in range(span.offset, span.end):
+        for token in range(span.offset, span.offset + span.length):
             assert (span.window, token) not in seen
             seen[span.window, token] = True
         carry.advance(span)

@@ -130,10 +130,10 @@ def test_both_sides_of_an_encoder_decoder_are_cut_each_to_its_own():
         assert (before, after) == (24, 3 * source)
     # labels alone are the decoder's where the model says so; scores of classes never are
     both = {"input_ids": TOKENS, "labels": targets}
-    assert cut_batch(both, 3, encoder_decoder=True).batch["labels"].shape == (3, 3)
-    assert cut_batch(both, 3).batch["labels"].shape == (3, 4)
+    assert cut_batch(both, 3, encoder_decoder=True)[0]["labels"].shape == (3, 3)
+    assert cut_batch(both, 3)[0]["labels"].shape == (3, 4)
     scores = {"input_ids": TOKENS, "labels": targets.float()}
-    assert cut_batch(scores, 3, encoder_decoder=True).batch["labels"].shape == (3, 4)
+    assert cut_batch(scores, 3, encoder_decoder=True)[0]["labels"].shape == (3, 4)
     # with what the encoder has made of whole samples, the decoder's side is cut alone
     ready = {"encoder_outputs": (torch.zeros(3, 8, 2),), "attention_mask": torch.ones(3, 8), "labels": TOKENS}
     cut, before, after = cut_batch(ready, 3, encoder_decoder=True)
@@ -147,7 +147,7 @@ def test_integers_of_one_shape_are_tokens_under_any_name():
     assert cut["next_text"].tolist() == (TOKENS[:, :5] + 1).tolist() and cut["text"].is_contiguous()
     assert cut["attention_mask"].shape == (3, 5) and cut["kind"] is batch["kind"] and (before, after) == (24, 15)
     last = {"text": TOKENS[:2], "next_text": TOKENS[:2]}  # of a data set
-    assert cut_batch(last, 5, micro_batch=3).after == 10
+    assert cut_batch(last, 5, micro_batch=3)[2] == 10
 
 
 def test_a_nested_batch_keeps_its_kinds():

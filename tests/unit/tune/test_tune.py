@@ -12,9 +12,8 @@ import psutil
 import pytest
 
 from ds_plugin.cli.main import main
-from ds_plugin.tune import trial as trial_module
-from ds_plugin.tune.search import search
-from ds_plugin.tune.trial import ROOT, Trial, judge
+from ds_plugin.tune import search as search_module
+from ds_plugin.tune.search import ROOT, Trial, judge, search
 
 NAN, INF = math.nan, math.inf
 
@@ -166,8 +165,8 @@ if "--hang" in sys.argv or "--stall" in sys.argv:
 @pytest.fixture
 def tune(tmp_path, monkeypatch, capsys):
     """``tune(*flags)`` runs the command on a JSON in tmp_path; exit code, stdout, stderr."""
-    monkeypatch.setattr(trial_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(trial_module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(search_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(search_module, "GRACE_SECONDS", 1.0)
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(*flags, **changes):
@@ -314,7 +313,7 @@ def left(folder):
 
 
 def test_no_process_is_left_behind(tmp_path, tune, monkeypatch):
-    monkeypatch.setattr(trial_module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(search_module, "GRACE_SECONDS", 1.0)
     assert tune("--- --hang")[0] == 0  # each with a child in a session of its own that ignores SIGTERM
     assert started(tmp_path) == TRIALS and left(tmp_path) == []
 
@@ -326,7 +325,7 @@ def test_ctrl_c_ends_the_trial(tmp_path, tune, monkeypatch):
             time.sleep(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trial_module, "judge", interrupt)
+    monkeypatch.setattr(search_module, "judge", interrupt)
     code, _, err = tune("--- --hang")
     assert code == 130 and "go on from there with the same command" in err and left(tmp_path) == []
 

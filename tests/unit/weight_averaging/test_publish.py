@@ -259,7 +259,7 @@ def test_the_names_are_those_of_the_model_that_was_wrapped(host, tmp_path):
     clash = torch.nn.Module()
     clash.frozen, clash._orig_mod = torch.nn.Parameter(torch.zeros(1)), engine.module
     engine.module = clash
-    with pytest.raises(ConfigError, match="_orig_mod.frozen is frozen without its wrapper, which another"):
+    with pytest.raises(ConfigError, match="_orig_mod.frozen is frozen without its wrapper, as another"):
         publishing.publish(engine, averager, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
