@@ -55,7 +55,10 @@ FILES = (
     "pipeline_parallel/test_schedules.py", "pipeline_parallel/test_pipeline_layout.py",
     "tensor_parallel/test_layers.py", "tensor_parallel/test_tensor_parallel_utils.py",
     "distributed/test_distributed_data_parallel.py", "distributed/test_finalize_model_grads.py",
-    "distributed/test_param_and_grad_buffer.py", "test_training.py", "test_utils.py",
+    "distributed/test_param_and_grad_buffer.py", "test_training.py", "test_utils.py", "test_argument_utils.py",
+    "test_frozen_ckpt_resume.py", "test_start_eval_at_iter.py", "test_eval_batch_size.py", "test_sequence_packing.py",
+    "test_lion_optimizer.py", "test_layer_wise_optimizer.py", "test_optimizer_cpu_offloading.py",
+    "test_local_multi_tensor_fns.py", "test_activation_logging.py",
 )  # fmt: skip
 FLOOR = 150  # of FILES, tests that pass alone
 SECONDS = 60  # for a test

@@ -151,6 +151,29 @@ if CHECKOUT is not None:
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
+    def test_where_iterations_go_back_the_state_is_of_the_checkpoint_that_was_read(tmp_path):
+        """--override-ckpt-iteration: the lengths and tokens go on, the window begins anew."""
+        flag = "--override-ckpt-iteration"
+        if flag not in Path(CHECKOUT, "megatron", "training", "arguments.py").read_text():
+            pytest.skip(f"this checkout has no {flag}")
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 16}, "multiple_of": 16}
+        sections = {
+            "sequence_length_warmup": warmup,
+            "weight_averaging": {"enabled": True, "interval": 2, "window": 3},
+        }
+        few = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--train-iters", "12"]
+        few += ["--eval-interval", "4", "--save-interval", "12", "--lr-warmup-iters", "2", "--save", tmp_path / "saved"]
+        first, _ = logged(finished(real(CHECKOUT, tmp_path, "first", sections, *few, ranks=2)))
+        back = [*few, "--load", tmp_path / "saved", flag, "6"]
+        second, evaluations = logged(finished(real(CHECKOUT, tmp_path, "second", sections, *back, ranks=2)))
+        assert sorted(second) == [7, 8, 9, 10, 11, 12]
+        lengths = [int(line["sequence length"]) for line in (first[12], *(second[step] for step in sorted(second)))]
+        assert lengths == [48, 48, 48, 48, 64, 64, 64]  # of the twelfth step to the eighteenth
+        assert int(second[7]["trained tokens"]) == int(first[12]["trained tokens"]) + 8 * 48
+        assert "average of steps 8 to 8" in evaluations[1]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
     def test_the_real_script_with_hooks_that_change_nothing_logs_what_it_logs_alone(tmp_path):
         (tmp_path / "untouched.py").write_text(UNTOUCHED)
         few = ["--train-iters", "8", "--eval-interval", "4", "--lr-warmup-iters", "2"]
