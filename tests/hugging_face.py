@@ -86,6 +86,10 @@ def trainer_of(folder, config, collator=collate, model=None, kind="LlamaForCausa
     """A Trainer as a script makes one."""
     from transformers import Trainer, TrainingArguments
 
+    class InOrder(Trainer):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     let_through()
     given = {
         "per_device_train_batch_size": MICRO,
@@ -97,14 +101,13 @@ def trainer_of(folder, config, collator=collate, model=None, kind="LlamaForCausa
         "eval_strategy": "steps",
         "eval_steps": 4,
         "save_strategy": "no",
-        "train_sampling_strategy": "sequential",
         "report_to": [],
         "disable_tqdm": True,
         **arguments,
     }
     args = TrainingArguments(output_dir=str(folder), deepspeed=config, **given)
     model = build(kind) if model is None else model
-    return Trainer(
+    return InOrder(
         model=model,
         args=args,
         train_dataset=samples(),
