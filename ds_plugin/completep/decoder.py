@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,16 +25,17 @@ from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, 
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 
-Trained = Literal["refuse", "redraw", "keep"]
+Settings = CompletePConfig | Mapping[str, Any] | None
 _MATRICES = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
 _SCALING = "scaling"  # where attention modules keep their factor on q.k
 _LOADED = "_is_hf_initialized"  # transformers' from_pretrained leaves it on parameters, from_config does not
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
 _STD = ("initializer_range", "init_std", "initializer_factor")  # names of the init std in configs
 
 
 class _Place(NamedTuple):
-    """A parameter, where it lies. ``kind``: matrix, bias, gain, shift (a norm's bias), embedding, or "" for others;
-    ``inner``: its module's name in its layer, None outside; ``layer``: the layer's number."""
+    """A parameter where it lies. ``kind``: matrix, bias, gain, shift (a norm's bias), embedding, or "" for others;
+    ``inner``: its module's name in its layer (None outside of all), whose number ``layer`` is."""
 
     name: str
     parameter: nn.Parameter
@@ -45,41 +46,32 @@ class _Place(NamedTuple):
 
 
 def prepare_decoder(
-    model: nn.Module,
-    settings: CompletePConfig | Mapping[str, Any] | None,
-    *,
-    seed: int | None = None,
-    init_std: float | None = None,
-    trained: Trained = "refuse",
-) -> None:
+    model: nn.Module, settings: Settings, *, seed: int | None = None, init_std: float | None = None,
+    trained: Literal["refuse", "redraw", "keep"] = "refuse",
+) -> None:  # fmt: skip
     """Scale a freshly built decoder, once: draw its init anew by Table 1, set its attention scale, and leave the roles
     on it, from which `ds_plugin.initialize` and `optimizer_groups` build the param groups.
 
-    ``model``: on any device but meta, also built inside ``deepspeed.zero.Init`` (every rank calls this then). It has
-    ``get_input_embeddings()``, ``get_output_embeddings()`` and a ``config`` with ``num_hidden_layers``, ``hidden_size``
-    and ``num_attention_heads``. ``settings``: the ``completep`` section; without one, or with the method off, nothing
-    happens. ``seed``: of the init, the same on every rank and independent of their number; None: torch's.
-    ``init_std``: the base model's; None: the config's. ``trained``: what to do with weights that were not just drawn:
-    refuse, redraw all the same, or keep those that were trained under this very section. A second call with the same
-    section does nothing.
+    ``model``: has ``get_input_embeddings()``, ``get_output_embeddings()`` and a ``config`` with ``num_hidden_layers``,
+    ``hidden_size`` and ``num_attention_heads``; one built inside ``deepspeed.zero.Init`` is prepared by all ranks
+    together. ``settings``: the ``completep`` section; nothing happens without one or with the method off. ``seed``: of
+    the init, which neither ranks nor devices' number changes; None: torch's. ``init_std``: the base model's; None: the
+    config's. ``trained``: what to do with weights that from_pretrained has left: refuse them, redraw them, or keep what
+    was trained under this very section.
 
-    Raises ConfigError, and leaves the model as it was: it is of a kind that the rules do not cover, has a parameter
-    without a role, pretrained or quantized weights, or an attention scale that cannot be set.
+    Raises ConfigError, and leaves the model as it was: the rules do not cover it, a parameter has no role, its weights
+    were trained or quantized, or its attention scale cannot be set.
     """
-    if settings is None:
+    given = parse_section(CompletePConfig, "completep", settings) if isinstance(settings, Mapping) else settings
+    if given is None or not given.enabled:
         return
-    if not isinstance(settings, CompletePConfig):
-        settings = parse_section(CompletePConfig, "completep", settings)
-    if not settings.enabled:
-        return
-    section = settings.folded_by_default()
+    section = given.folded_by_default()
     model = getattr(model, "_orig_mod", model)  # what torch.compile is around
     if is_decoder(model):
         checked_roles(model, section)
         return
     _check_kind(model, section)
-    places = _places(model)
-    std = _base_std(model, init_std)
+    places, std = _places(model), _base_std(model, init_std)
     roles, gains = _roles(model, places, section), _start_of_gains(places, trained)
     attention = _attention_scale(model, section)
     ratios, seed = ratios_of(model.config, section), torch.initial_seed() if seed is None else seed
@@ -107,22 +99,12 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return outer[0]
 
 
-def branch_ends(model: nn.Module) -> list[nn.Module]:
-    """Of a prepared decoder's last layer, the modules that end its residual branches, as they are defined."""
-    last, roles = layers_of(model)[-1], getattr(model, ROLES)
-    modules = dict(model.named_modules())
-    named = {name.rpartition(".")[0] for name, role in roles.items() if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)}
-    inside = set(last.modules())
-    return [module for name, module in modules.items() if name in named and module in inside]
-
-
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """`torch.nn.utils.clip_grad_norm_` of a prepared decoder by the forward mode's gradient norm, which it returns;
-    for loops without DeepSpeed, whose engine does so itself."""
+    """torch's own, of a prepared decoder, by the forward mode's gradient norm, which it returns; for loops without
+    DeepSpeed, whose engine does so itself."""
     model = unwrapped(model)
     check_model(model)
-    section, roles = getattr(model, MARK), getattr(model, ROLES)
-    ratios = ratios_of(model.config, section)
+    section, roles, ratios = getattr(model, MARK), getattr(model, ROLES), ratios_of(model.config, getattr(model, MARK))
     named = [(roles[name], p) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch._foreach_norm([p.grad for _, p in named if p.grad is not None], 2, dtype=torch.float32)
     weighed = [norm * section.fold_factor(role, ratios) for norm, (role, _) in zip(norms, named, strict=True)]
@@ -135,62 +117,48 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
 
 
 def _check_kind(model: Any, section: CompletePConfig) -> None:
-    if section.residual != "folded":
-        remedy = 'a decoder\'s forward pass stays as it is, write "folded" or leave it out'
-        raise ConfigError(f"completep.residual: {section.residual!r} is for megatron-core's GPT; {remedy}")
     kind, config = label(model), getattr(model, "config", object())
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
-        raise ConfigError(f"completep: {kind} holds PEFT's adapters of pretrained weights; disable completep")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"completep: {kind} is an encoder-decoder; decoder-only models are supported")
-    if getattr(config, "quantization_config", None) is not None:
-        remedy = "CompleteP is for training from the start, build it without"
-        raise ConfigError(f"completep: {kind} is quantized, by config.quantization_config; {remedy}")
-    missing = [name for name in ("get_input_embeddings", "get_output_embeddings") if not hasattr(model, name)]
-    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
-    missing += [f"config.{name}" for name in names if not isinstance(getattr(config, name, None), int)]
-    if not missing:
-        for name in ("get_input_embeddings", "get_output_embeddings"):
-            if not isinstance(getattr(getattr(model, name)(), "weight", None), nn.Parameter):
-                missing.append(f"what {name}() returns")
-    if missing:
-        remedy = "give a causal language model, or give this one these methods and settings"
-        raise ConfigError(f"completep: {kind} has no {', '.join(missing)}; {remedy}")
-    for name, p in model.named_parameters():
-        if p.is_meta or not p.is_floating_point():
-            what = f"parameter {name!r} is {p.dtype} on device {p.device}"
-            raise ConfigError(f"completep: {what}, and its init cannot be drawn; build the model plainly")
+    owners = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    missing = [f"config.{name}" for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        found = getattr(model, name)() if hasattr(model, name) else None
+        if not isinstance(getattr(found, "weight", None), nn.Parameter):
+            missing.append(f"{name}() with a weight")
+    odd = [name for name, p in model.named_parameters() if p.is_meta or not p.is_floating_point()]
+    for holds, why in (
+        (section.residual != "folded", 'keeps its forward pass, and "residual" is "forward"; write "folded"'),
+        ("peft" in owners, "holds PEFT's adapters, which train pretrained weights; disable completep"),
+        (getattr(config, "is_encoder_decoder", False), "is an encoder-decoder; decoder-only models are supported"),
+        (getattr(config, "quantization_config", None), "is quantized by its config; train unquantized weights"),
+        (missing, f"has no {', '.join(missing)}; give a causal language model, or give this one what it lacks"),
+        (odd, f"has {', '.join(odd[:1])} on device meta or of whole numbers; build the model plainly"),
+    ):
+        if holds:
+            raise ConfigError(f"completep: {kind} {why}")
 
 
-def _start_of_gains(places: Iterable[_Place], trained: Trained) -> dict[str, float]:
-    """By name, the one value that all gains of a norm were built with: 0 where a norm multiplies by 1 + weight."""
-    places = list(places)
-    gains, found = [place for place in places if place.kind == "gain"], {}
+def _start_of_gains(places: list[_Place], trained: str) -> dict[str, float]:
+    """By name, what all gains of a norm were built with: 0 where a norm multiplies by 1 + weight."""
+    gains, starts = [place for place in places if place.kind == "gain"], {}
+    changed = [place.name for place in places if trained == "refuse" and getattr(place.parameter, _LOADED, False)]
     with probe.whole([place.parameter for place in gains]):
-        for place in gains:
-            value = place.parameter.detach().float()
-            constant = value.numel() > 0 and bool((value == value.flatten()[0]).all()) and value.flatten()[0] in (0, 1)
-            found[place.name] = float(value.flatten()[0].item()) if constant else math.nan
-    loaded = [place.name for place in places if getattr(place.parameter, _LOADED, False)]
-    loaded += [name for name, value in found.items() if math.isnan(value)]
-    if loaded and trained == "refuse":
+        for name, p, *_ in gains:
+            starts[name] = float(p.detach().flatten()[0].item())
+            if starts[name] not in (0.0, 1.0) or bool((p != starts[name]).any()):
+                changed.append(name)
+    if changed and trained != "keep":
         raise ConfigError(
-            f"completep: {loaded[0]!r} has been trained or loaded, it is not as it was built, and CompleteP draws all "
-            'weights anew; disable "completep" to go on training, or give prepare_decoder trained="redraw" if that is '
-            'meant, or "keep" for weights that were trained under this section'
+            f"completep: {changed[0]!r} has been trained or loaded, and CompleteP draws weights anew; build the model "
+            'from its config, or give prepare_decoder trained="redraw" if it was not, "keep" if under this section'
         )
-    # those that were trained start anew at what their kind does: others' are told by theirs, most norms start at 1
-    usual = next((value for value in found.values() if not math.isnan(value)), 1.0)
-    return {name: usual if math.isnan(value) else value for name, value in found.items()}
+    return starts
 
 
 def _base_std(model: Any, given: float | None) -> float:
-    if given is None:
-        values = [getattr(model.config, name, None) for name in _STD]
-        given = next((value for value in values if isinstance(value, float)), None)
-    if given is None or not 0 < given < math.inf:
-        raise ConfigError(f"completep: the init std is {given!r}; give prepare_decoder the base model's, init_std=0.02")
-    return given
+    found = next((value for n in _STD if isinstance(value := getattr(model.config, n, None), float)), 0.0)
+    if not 0 < (std := found if given is None else given) < math.inf:
+        raise ConfigError(f"completep: the init std is {std!r}; give prepare_decoder the base model's, init_std=0.02")
+    return std
 
 
 # -- roles -----------------------------------------------------------------------------------------------------------
@@ -199,14 +167,13 @@ def _base_std(model: Any, given: float | None) -> float:
 def _places(model: nn.Module) -> list[_Place]:
     """Every parameter once, as ``named_parameters()`` names it."""
     inner = {m: (name, i) for i, each in enumerate(layers_of(model)) for name, m in each.named_modules()}
-    lists = [m for m in inner if isinstance(m, nn.ModuleList)]  # inside a layer: experts, of which one would be last
-    hidden = {m for each in lists for m in each.modules()}
+    experts = {m for each in inner if isinstance(each, nn.ModuleList) for m in each.modules()}  # lists inside a layer
     modules, places = dict(model.named_modules()), []
     for name, p in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
         module = modules[owner]
         within, number = inner.get(module, (None, -1))
-        kind = "" if module in hidden else _kind(module, attribute, p)
+        kind = "" if module in experts else _kind(module, attribute, p)
         places.append(_Place(name, p, module, kind, within, number))
     return places
 
@@ -239,7 +206,10 @@ def _roles(model: Any, places: list[_Place], section: CompletePConfig) -> dict[s
     with probe.whole(needed + ([embedding.weight] if tied else [])):
         seen = probe.first_layer(model, layers_of(model)[0], embedding)
     roles = {place.name: _role(place, seen, embedding, tied, model.config.hidden_size) for place in places} | given
-    _check_whole(model, roles, section, tied)
+    folds = section.fold_factor(Role.LOGIT_NORM, ratios_of(model.config, section)) != 1.0
+    if tied and folds and not {Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM} & set(roles.values()):
+        what = f"{label(model)} ties its embeddings and has no final norm with gains, where the logits' factor would go"
+        raise ConfigError(f"completep: {what}; write tie_word_embeddings=False")
     return roles
 
 
@@ -285,17 +255,6 @@ def _role(place: _Place, seen: probe.Seen, embedding: nn.Module, tied: bool, wid
     return Role.SCALED_LOGIT_NORM if scaled else Role.LOGIT_NORM
 
 
-def _check_whole(model: Any, roles: Mapping[str, Role], section: CompletePConfig, tied: bool) -> None:
-    found, ratios = set(roles.values()), ratios_of(model.config, section)
-    if not found & {Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS}:
-        what = f"in {label(model)} nothing was seen that ends a residual branch (an output projection of zeros?)"
-        raise ConfigError(f'completep: {what}; name it in "roles" as "branch_out"')
-    folds = section.fold_factor(Role.LOGIT_NORM, ratios) != 1.0
-    if tied and folds and not found & {Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM}:
-        what = f"{label(model)} ties its embeddings and has no final norm with gains, where the logits' factor would go"
-        raise ConfigError(f"completep: {what}; write tie_word_embeddings=False")
-
-
 # -- what is set -----------------------------------------------------------------------------------------------------
 
 
@@ -319,24 +278,20 @@ def _draw(place: _Place, role: Role, factor: float, std: float, gain: float, see
 
 def _attention_scale(model: Any, section: CompletePConfig) -> dict[nn.Module, float]:
     """By attention module, the factor on q.k to set; none where heads are as large as the base's."""
-    config = model.config
+    config, base = model.config, section.base_head_dim
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if section.base_head_dim in (None, head):
+    if base in (None, head):
         return {}
+    scale, usual = rules.attention_scale(head, base, section.recipe), head**-0.5
     found: dict[nn.Module, float] = {}
-    scale = rules.attention_scale(head, section.base_head_dim, section.recipe)
-    remedy = f"keep the base's head size {section.base_head_dim}, or leave base_head_dim out"
     for layer in layers_of(model):
-        modules = [module for module in layer.modules() if isinstance(vars(module).get(_SCALING), float)]
-        if not modules:
-            what = f"{label(layer)} has no module with a number {_SCALING!r}, where its attention scale would be set"
-            raise ConfigError(f"completep.base_head_dim: {what}; {remedy}")
-        for module in modules:
-            if not math.isclose(value := getattr(module, _SCALING), head**-0.5, rel_tol=1e-6):
-                what = f"{label(module)}.{_SCALING} is {value:g}, not 1 / sqrt(head size {head})"
-                raise ConfigError(f"completep.base_head_dim: {what}, and is not scaled; {remedy}")
-            found[module] = scale
-    if scale != head**-0.5:
+        modules = {m: vars(m)[_SCALING] for m in layer.modules() if isinstance(vars(m).get(_SCALING), float)}
+        if not modules or not all(math.isclose(value, usual, rel_tol=1e-6) for value in modules.values()):
+            what = f"the numbers {_SCALING!r} of {label(layer)}'s modules are {list(modules.values())}"
+            remedy = f"keep the base's head size {base}, or leave base_head_dim out"
+            raise ConfigError(f"completep.base_head_dim: {what}, not 1 / sqrt(head size {head}); {remedy}")
+        found |= dict.fromkeys(modules, scale)
+    if scale != usual:
         told = "completep: attention is scaled by %g in place of %g: set it as `%s` where the weights run elsewhere"
-        logging.getLogger("ds_plugin").warning(told, scale, head**-0.5, _SCALING)
+        logging.getLogger("ds_plugin").warning(told, scale, usual, _SCALING)
     return found

@@ -80,26 +80,17 @@ def _decoder_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
 
 
 def optimizer_groups(
-    model: torch.nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    eps: float = 1e-8,
-    betas: Sequence[float] = (0.9, 0.999),
+    model: torch.nn.Module, *, lr: float, weight_decay: float, eps: float = 1e-8, betas: Sequence[float] = (0.9, 0.999)
 ) -> list[dict[str, Any]]:
-    """`build_param_groups` of a model that was prepared (or finished), for a torch AdamW that no DeepSpeed is around:
-    the base model's hyperparameters in, one group per role out. ``model`` may be wrapped.
-
-    ``betas``: the optimizer's; groups have their own where the recipe changes them. Raises ConfigError: it is not
-    prepared."""
+    """`build_param_groups` of a prepared decoder, for a torch AdamW that no DeepSpeed is around: the base model's
+    hyperparameters in, one group per role out. ``model`` may be wrapped. Raises ConfigError: it is not prepared."""
     model = unwrapped(model)
     check_model(model)
-    section = getattr(model, MARK, None)
-    if section is None:
-        raise ConfigError("completep: the model is not finished; call megatron_patches.completep.finish on it as built")
+    section: CompletePConfig = getattr(model, MARK)
     given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
-    ratios = ratios_of(model.config, section)
-    return build_param_groups(model, finished_roles(model, section), ratios, section, **given)
+    return build_param_groups(
+        model, finished_roles(model, section), ratios_of(model.config, section), section, **given
+    )
 
 
 def is_tied(model: torch.nn.Module) -> bool:

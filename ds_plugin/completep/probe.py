@@ -35,11 +35,8 @@ class _Done(BaseException):
 
 @torch.no_grad()
 def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> Seen:
-    """Run ``model(tokens)`` up to the end of its first layer, without dropout; nothing changes on it.
-
-    Raises ConfigError: it cannot be run so, or the layer adds something else than outputs of its modules to its input
-    (as post-norm layers do), or adds them multiplied.
-    """
+    """Run ``model(tokens)`` up to the end of its first layer, without dropout; nothing changes on it. Raises
+    ConfigError: it cannot be run so, or what the layer adds to its input is no sum of its modules' outputs."""
     weight: Any = embedding.weight
     tokens = torch.arange(_TOKENS, device=weight.device)[None] % len(weight)
     before: dict[nn.Module, torch.Tensor] = {}
@@ -59,26 +56,23 @@ def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> See
 
     with contextlib.ExitStack() as undo:
         hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
-        for name, module in layer.named_modules():
-            if _has_own(module) and next(module.children(), None) is None:
-                hooks.append(module.register_forward_hook(functools.partial(keep, inside, name)))
-        for module in set(model.modules()) - set(layer.modules()):
-            if _has_own(module):
-                hooks.append(module.register_forward_hook(functools.partial(keep, before, module)))
+        names = {module: name for name, module in layer.named_modules()}
+        for module in model.modules():
+            place, key = (inside, names[module]) if module in names else (before, module)
+            if next(module.children(), None) is None and next(module.parameters(), None) is not None:
+                hooks.append(module.register_forward_hook(functools.partial(keep, place, key)))
+            undo.callback(setattr, module, "training", module.training)
         for hook in hooks:
             undo.callback(hook.remove)
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
         model.eval()
         try:
             model(tokens)
         except _Done:
             pass
         except Exception as error:
-            what = f"the model cannot be run on {_TOKENS} tokens to see what its layers do"
-            raise ConfigError(f"completep: {what}: {error}") from error
+            raise ConfigError(f"completep: the model, run on {_TOKENS} tokens to see its layers: {error}") from error
     if "out" not in stream:
-        raise ConfigError("completep: model(tokens) does not run the first of its layers; its layers are not seen")
+        raise ConfigError("completep: model(tokens) does not run the first of its layers")
     others = [output for module, output in before.items() if module is not embedding]
     factor = _embedding_factor(stream["in"], _flat(weight[tokens]), others)
     return Seen(frozenset(_ends(stream, inside)), frozenset(before), factor)
@@ -91,8 +85,7 @@ def _ends(stream: Mapping[str, torch.Tensor], inside: Mapping[str, torch.Tensor]
         what = f"{silent[0]} of a layer gives zeros, and it cannot be told whether it is added to the stream"
         raise ConfigError(f"completep: {what}; draw its weights at random first, the method does so anew")
     if not 0 < len(parts) <= _MOST_PARTS:
-        what = f"{len(parts)} modules of a layer have outputs of the stream's size"
-        raise ConfigError(f"completep: {what}, and it cannot be told which of them are added to it")
+        raise ConfigError(f"completep: {len(parts)} modules of a layer have outputs of the stream's size, not 1 to 16")
     # every subset, not least squares: a norm after a matrix is almost the matrix's multiple where inputs are small
     subsets = torch.tensor(list(itertools.product((0.0, 1.0), repeat=len(parts))), dtype=grown.dtype)
     columns = torch.stack(list(parts.values()), dim=1)
@@ -108,10 +101,9 @@ def _ends(stream: Mapping[str, torch.Tensor], inside: Mapping[str, torch.Tensor]
 
 def _embedding_factor(stream: torch.Tensor, rows: torch.Tensor, others: Iterable[torch.Tensor]) -> float:
     """The rows' coefficient in the least-squares fit of the stream by rows and others' outputs; 1 without a fit."""
-    columns = [part for part in (rows, *others) if part.numel() == stream.numel()]
     if rows.numel() != stream.numel():
         return 1.0
-    matrix = torch.stack(columns, dim=1)
+    matrix = torch.stack([rows, *(part for part in others if part.numel() == stream.numel())], dim=1)
     return float(torch.linalg.lstsq(matrix, stream[:, None], driver="gelsd").solution[0].item())
 
 
@@ -121,10 +113,6 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def _has_own(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
 
 
 @contextlib.contextmanager

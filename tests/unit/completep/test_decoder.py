@@ -272,10 +272,10 @@ ROLE = {"roles": {"cls.predictions.*": "hidden"}}
 REFUSED = {
     "trained": (lambda: half("model.norm.weight"), {}, ["'model.norm.weight' has been trained", 'trained="redraw"']),
     "adapters": (adapted, {}, ["PEFT's adapters"]),
-    "quantized": (quantized, {}, ["is quantized"]),
+    "quantized": (quantized, {}, ["is quantized by its config"]),
     "encoder-decoder": (t5, {}, ["T5ForConditionalGeneration is an encoder-decoder"]),
-    "no language model": (lambda: build("Llama").model, {}, ["LlamaModel", "what get_output_embeddings() returns"]),
-    "no decoder": (lambda: nn.Linear(2, 2), {}, ["get_input_embeddings", "config.hidden_size"]),
+    "no language model": (lambda: build("Llama").model, {}, ["LlamaModel has no get_output_embeddings()"]),
+    "no decoder": (lambda: nn.Linear(2, 2), {}, ["Linear has no config.num_hidden_layers", "get_input_embeddings()"]),
     "meta": (meta, {}, ["on device meta"]),
     "forward": (lambda: build("Llama"), {"residual": "forward"}, ['write "folded"']),
     "post-norm": (bert, ROLE, ["not its input plus outputs of its modules"]),
@@ -296,14 +296,16 @@ REFUSED = {
     "no expression": (lambda: build("Llama"), {"roles": {"(": "hidden"}}, ["'(' is no regular expression"]),
     "no such parameter": (lambda: build("Llama"), {"roles": {"layers": "hidden"}}, ["'layers' matches no parameter"]),
     "attention scale": (
-        lambda: build("GPT2", scale_attn_by_inverse_layer_idx=True), {}, ["GPT2Attention.scaling is", "base_head_dim"]
+        lambda: build("GPT2", scale_attn_by_inverse_layer_idx=True),
+        {},
+        ["'scaling' of Hugging Face's GPT2Block's modules are [0.176", "base_head_dim"],
     ),
     "no attention scale": (
         lambda: transformers.BloomForCausalLM(
             transformers.BloomConfig(hidden_size=WIDTH, n_layer=2, n_head=4, vocab_size=VOCAB)
         ),
         {},
-        ["BloomBlock has no module with a number 'scaling'"],
+        ["BloomBlock's modules are []"],
     ),
     "no final gains": (
         lambda: transformers.OlmoForCausalLM(
@@ -331,7 +333,10 @@ def test_what_is_refused_stays_as_it_was(case):
 
 
 def test_trained_weights_are_drawn_anew_where_that_is_insisted_on():
-    model = half("model.norm.weight")
+    model = build("Llama")
+    model.model.norm.weight._is_hf_initialized = True  # as from_pretrained leaves it
+    with pytest.raises(ConfigError, match=r"'model.norm.weight' has been trained or loaded"):
+        prepare_decoder(model, SECTION, seed=1)
     prepare_decoder(model, SECTION, seed=1, trained="redraw")
     for (name, p), expected in zip(model.named_parameters(), prepared("Llama").parameters(), strict=True):
         assert torch.equal(p, expected), name
