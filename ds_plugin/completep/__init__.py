@@ -4,8 +4,7 @@ decoder in torch, Hugging Face's among them, whose forward pass stays as it is."
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_plugin.completep.decoder import clip_grad_norm_, prepare_decoder
-    from ds_plugin.completep.model import optimizer_groups
+    from ds_plugin.completep.decoder import clip_grad_norm_, optimizer_groups, prepare_decoder
 
 __all__ = ["clip_grad_norm_", "optimizer_groups", "prepare_decoder"]
 
@@ -13,7 +12,6 @@ __all__ = ["clip_grad_norm_", "optimizer_groups", "prepare_decoder"]
 def __getattr__(name: str) -> Any:  # keeps this importable without torch
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    from ds_plugin.completep import decoder
 
-    home = "model" if name == "optimizer_groups" else "decoder"
-    return getattr(importlib.import_module(f"ds_plugin.completep.{home}"), name)
+    return getattr(decoder, name)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from torch import nn
 from ds_plugin.completep import probe, rules
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import checked_roles, describe, ratios_of
-from ds_plugin.completep.param_groups import await_groups
-from ds_plugin.completep.rules import Role
+from ds_plugin.completep.param_groups import await_groups, build_param_groups
+from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, label, unwrapped
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
@@ -91,26 +91,41 @@ def prepare_decoder(
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers. Raises ConfigError: there is not one ModuleList of so many."""
     depth = model.config.num_hidden_layers  # type: ignore[union-attr]
-    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
-    outer = [m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)]
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    outer = [m for m in found if not any(m is not other and m in set(other.modules()) for other in found)]
     if len(outer) != 1:
         what = f"{label(model)} has {len(outer)} ModuleLists of config.num_hidden_layers = {depth} modules"
         raise ConfigError(f"completep: {what}, where its layers would be one; decoders of equal layers are supported")
     return outer[0]
 
 
+def optimizer_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, eps: float = 1e-8, betas: Sequence[float] = (0.9, 0.999)
+) -> list[dict[str, Any]]:
+    """`build_param_groups` of a prepared decoder, which may be wrapped, for a torch AdamW that no DeepSpeed is around:
+    the base model's hyperparameters in, one group per role out. Raises ConfigError: it is not prepared."""
+    given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
+    section, roles, ratios = _prepared(model)
+    return build_param_groups(model, roles, ratios, section, **given)
+
+
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
     """torch's own, of a prepared decoder, by the forward mode's gradient norm, which it returns; for loops without
     DeepSpeed, whose engine does so itself."""
-    model = unwrapped(model)
-    check_model(model)
-    section, roles, ratios = getattr(model, MARK), getattr(model, ROLES), ratios_of(model.config, getattr(model, MARK))
+    model, (section, roles, ratios) = unwrapped(model), _prepared(model)
     named = [(roles[name], p) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch._foreach_norm([p.grad for _, p in named if p.grad is not None], 2, dtype=torch.float32)
     weighed = [norm * section.fold_factor(role, ratios) for norm, (role, _) in zip(norms, named, strict=True)]
     total = torch.linalg.vector_norm(torch.stack(weighed))
     torch.nn.utils.clip_grads_with_norm_([p for _, p in named], max_norm, total)
     return total
+
+
+def _prepared(model: Any) -> tuple[CompletePConfig, dict[str, Role], Ratios]:
+    model = unwrapped(model)
+    check_model(model)
+    section: CompletePConfig = getattr(model, MARK)
+    return section, checked_roles(model, section), ratios_of(model.config, section)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """What a model that CompleteP has scaled says of itself, by the marks that `megatron_patches.completep` or
 `prepare_decoder` leaves on it: its section, its ratios, the role of each parameter."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ds_plugin.completep import rules
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.param_groups import build_param_groups
 from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, unwrapped
@@ -77,20 +75,6 @@ def _decoder_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
         what = f"parameter {added[0]!r} came to the model after prepare_decoder()"
         raise ConfigError(f"completep: {what} and has no role; prepare the model when it is whole")
     return {name: roles[name] for name in names}
-
-
-def optimizer_groups(
-    model: torch.nn.Module, *, lr: float, weight_decay: float, eps: float = 1e-8, betas: Sequence[float] = (0.9, 0.999)
-) -> list[dict[str, Any]]:
-    """`build_param_groups` of a prepared decoder, for a torch AdamW that no DeepSpeed is around: the base model's
-    hyperparameters in, one group per role out. ``model`` may be wrapped. Raises ConfigError: it is not prepared."""
-    model = unwrapped(model)
-    check_model(model)
-    section: CompletePConfig = getattr(model, MARK)
-    given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
-    return build_param_groups(
-        model, finished_roles(model, section), ratios_of(model.config, section), section, **given
-    )
 
 
 def is_tied(model: torch.nn.Module) -> bool:

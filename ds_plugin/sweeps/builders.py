@@ -3,7 +3,6 @@
 A builder is small and travels to other processes; each of its models is told by `Trial` alone.
 """
 
-import copy
 import functools
 import importlib
 import math
@@ -102,7 +101,11 @@ class Decoders:
     """What builds them is one of these; heads have one size at every width."""
 
     def model(self, width: int, depth: int, base: Base) -> nn.Module:
-        """A fresh one in fp32. Raises ConfigError for a shape that cannot be."""
+        """A fresh one in fp32."""
+        raise NotImplementedError
+
+    def fits(self, width: int, depth: int, base: Base) -> Any:
+        """What `model` is made from. Raises ConfigError for a shape that cannot be."""
         raise NotImplementedError
 
     def described(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class Decoders:
 
     def check(self, shape: Shape, base: Base) -> None:
         section_of(shape, base, None)
+        self.fits(shape.width, shape.depth, base)
 
     def build(self, shape: Shape, base: Base, seed: int) -> Trial:
         section = section_of(shape, base, None).folded_by_default()
@@ -121,6 +125,8 @@ class Decoders:
         self._check_proportions(model, shape, base)
         prepare_decoder(model, section, seed=seed, init_std=base.init_std)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if (known := model.get_input_embeddings().num_embeddings) < base.vocab:
+            raise ConfigError(f"the model knows {known} tokens and the text has {base.vocab}; build it for as many")
         last, roles = layers_of(model)[-1], finished_roles(model, section)
         ending = [name.rpartition(".")[0] for name, role in roles.items() if role.value.startswith("branch_out")]
         ended = [module for name in ending if (module := model.get_submodule(name)) in set(last.modules())]
@@ -153,14 +159,10 @@ class HuggingFace(Decoders):
         config = self._config().to_dict()
         return {"model": {name: value for name, value in config.items() if name != "transformers_version"}}
 
-    def check(self, shape: Shape, base: Base) -> None:
-        super().check(shape, base)
-        self._scaled(shape.width, shape.depth, base)
-
     def model(self, width: int, depth: int, base: Base) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        found: nn.Module = AutoModelForCausalLM.from_config(self._scaled(width, depth, base), dtype=torch.float32)
+        found: nn.Module = AutoModelForCausalLM.from_config(self.fits(width, depth, base), dtype=torch.float32)
         return found
 
     def _config(self) -> Any:
@@ -173,7 +175,7 @@ class HuggingFace(Decoders):
         except (ImportError, OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--hf: {self.path}: {str(error).splitlines()[0]}") from None
 
-    def _scaled(self, width: int, depth: int, base: Base) -> Any:
+    def fits(self, width: int, depth: int, base: Base) -> Any:
         config = self._config()
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "vocab_size": base.vocab, "use_cache": False}
         for name in _PROPORTIONAL:
@@ -186,12 +188,11 @@ class HuggingFace(Decoders):
             sizes["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
         if (positions := getattr(config, "max_position_embeddings", None)) is not None:
             sizes["max_position_embeddings"] = max(positions, base.length)
-        scaled = copy.deepcopy(config)
         no_dropout = {name: 0.0 for name, v in config.to_dict().items() if "drop" in name and isinstance(v, float)}
         no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         for name, value in {**sizes, **no_dropout, **no_tokens}.items():
-            setattr(scaled, name, value)
-        return scaled
+            setattr(config, name, value)  # read anew for each model
+        return config
 
 
 @dataclass(frozen=True)
@@ -200,17 +201,13 @@ class Function(Decoders):
 
     name: str
 
-    def check(self, shape: Shape, base: Base) -> None:
-        super().check(shape, base)
-        self._function()
-
     def model(self, width: int, depth: int, base: Base) -> nn.Module:
-        model = self._function()(width, depth)
+        model = self.fits(width, depth, base)(width, depth)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"--builder: {self.name} returned {model!r:.80}; return a model, in fp32")
         return model
 
-    def _function(self) -> Any:
+    def fits(self, width: int, depth: int, base: Base) -> Any:
         module, _, name = self.name.partition(":")
         try:
             return getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ds_plugin.completep import clip_grad_norm_, optimizer_groups, prepare_decoder
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.model import finished_roles, in_force
+from ds_plugin.completep.model import checked_roles, finished_roles, in_force
 from ds_plugin.completep.rules import Role
 from ds_plugin.core.errors import ConfigError, StateError
 from tests.harness import slow
@@ -210,6 +210,11 @@ def test_what_is_not_recognised_is_one_error_that_says_how_to_settle_it():
     model.extra = nn.Parameter(torch.zeros(2))
     with pytest.raises(ConfigError, match=r"'extra' came to the model after"):
         finished_roles(model, section)
+
+
+def test_roles_are_for_decoders_alone():
+    with pytest.raises(ConfigError, match=r"completep.roles: a megatron-core GPT's parameters have their roles"):
+        checked_roles(nn.Linear(2, 2), CompletePConfig(**SECTION, roles={"weight": "hidden"}))
 
 
 def with_layers(change):

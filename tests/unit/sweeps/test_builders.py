@@ -71,6 +71,12 @@ def lopsided(width, depth):
     return transformers.GPT2LMHeadModel(model.config)
 
 
+def illiterate(width, depth):
+    model = gpt2(width, depth)
+    model.config.vocab_size = 100
+    return transformers.GPT2LMHeadModel(model.config)
+
+
 def nothing(width, depth):
     return {"width": width}
 
@@ -84,6 +90,8 @@ def test_a_function_of_ones_own():
     assert found["completep"] != found["standard"]
     with pytest.raises(ConfigError, match=r"mlp.c_fc.weight of a layer is \[32, 64\] at width 32 and \[64, 64\] at 64"):
         Function(f"{__name__}:lopsided").build(Shape("completep", 64, 2), SMALL, 1)
+    with pytest.raises(ConfigError, match="knows 100 tokens and the text has 256"):
+        Function(f"{__name__}:illiterate").build(Shape("completep", 64, 2), SMALL, 1)
     with pytest.raises(ConfigError, match=r"returned \{'width': 64\}; return a model"):
         Function(f"{__name__}:nothing").build(Shape("completep", 64, 2), SMALL, 1)
 
