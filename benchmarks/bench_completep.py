@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.sweeps import trial
+from ds_plugin.sweeps import builders
 from megatron_patches.completep import build_param_groups, ratios_of
 
 VARIANTS = ("unpatched", "unpatched again", "forward", "folded")
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fused", action="store_true", help="compile the residual adds, Megatron's and ours")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    trial.start_host()
+    builders.start_host()
     steps = {name: build(name, args) for name in VARIANTS}
     time = common.times(steps, args.rounds)
     memory = {name: peak_memory(step) for name, step in steps.items()}
@@ -72,7 +72,7 @@ def build(variant: str, args: argparse.Namespace) -> Callable[[], None]:
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        loss = trial.loss_of(model, batch)
+        loss = builders.loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

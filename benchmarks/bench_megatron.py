@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 def methods(args: argparse.Namespace) -> dict[str, Any]:
     """The sections of those that are asked for."""
     said = {} if args.residual is None else {"residual": args.residual}
-    section = CompletePConfig.model_validate({**METHODS["completep"], **said}).on_megatron()
+    section = CompletePConfig.model_validate({**METHODS["completep"], **said}).folded_by_default()
     sections = {**METHODS, "completep": {**METHODS["completep"], "residual": section.residual}}
     return {name: sections[name] for name in args.methods.split(",")}
 

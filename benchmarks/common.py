@@ -163,14 +163,14 @@ def start(threads: int = 1) -> None:
     """Make this process a world of one rank, on the GPU if there is one. ``threads``: torch's; 0 leaves them."""
     import deepspeed
 
-    from ds_plugin.sweeps import trial
+    from ds_plugin.sweeps import builders
 
     startup.quiet()
     if threads:
         torch.set_num_threads(threads)
     startup.skip_inference_kernel()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
-    trial.start_host()
+    builders.start_host()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
@@ -223,14 +223,14 @@ def small_gpt(
 
 def step_of(engine: Any, batch: int, length: int) -> Callable[[], None]:
     """One training step of a DeepSpeed engine, on samples that stay the same."""
-    from ds_plugin.sweeps import trial
+    from ds_plugin.sweeps import builders
 
     tokens = torch.randint(0, VOCAB, (batch, length + 1))
     pair = tokens[:, :-1].contiguous().to(engine.device), tokens[:, 1:].contiguous().to(engine.device)
     engine.train()
 
     def step() -> None:
-        engine.backward(trial.loss_of(engine, pair))
+        engine.backward(builders.loss_of(engine, pair))
         engine.step()
 
     return step

@@ -27,7 +27,7 @@ from torch.utils import cpp_extension
 
 import ds_plugin
 from ds_plugin.deepspeed_engine import readings
-from ds_plugin.sweeps import trial
+from ds_plugin.sweeps import builders
 from ds_plugin.weight_averaging.snapshots import stager
 from launch_scripts.gpt.optimizer import choose_optimizer
 
@@ -239,7 +239,7 @@ def train(engine: Any, shape: Shape, steps: int, factor: float = 1.0) -> list[fl
         tokens = torch.randint(0, common.VOCAB, (shape.batch, shape.length + 1), generator=generator)
         batches.append(tokens.to(engine.device))
     for tokens in batches:
-        loss = trial.loss_of(engine, (tokens[:, :-1], tokens[:, 1:]))
+        loss = builders.loss_of(engine, (tokens[:, :-1], tokens[:, 1:]))
         engine.backward(loss * factor)
         engine.step()
         losses.append(loss.detach())

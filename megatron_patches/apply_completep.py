@@ -36,7 +36,7 @@ def apply_completep(section: CompletePConfig) -> None:
     Raises StateError: another section is in force; PluginError, with nothing changed: megatron-core lacks a symbol.
     """
     global _applied
-    section = section.on_megatron()
+    section = section.folded_by_default()
     if in_force(_applied, section):
         return
     patches = _patches(section)

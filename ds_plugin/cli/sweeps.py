@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ds_plugin.completep.rules import Recipe
-from ds_plugin.core.arguments import checked, count, new_folder, positive, several
+from ds_plugin.core.arguments import above, checked, count, new_folder, positive, several
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.files import write_text
 
@@ -35,6 +35,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--depths", type=several(count), default=(2, 4, 8, 16, 32), help="numbers of layers")
     add("--steps", type=count, default=10, help="optimizer steps of each run")
     add("--lr", type=positive, default=1e-3, help="the base model's learning rate, constant")
+    add("--at-most", type=above(1), help="exit code 1 where the first recipe's last blocks spread more, as 1.6")
     add("--out", type=new_folder, default=Path("coord_check"), help="folder for the CSV and the figure")
     add = sweep.add_argument
     add("--shapes", type=several(_SHAPE), default=((64, 2), (64, 8), (64, 32)), help="WIDTHxDEPTH,...")
@@ -47,14 +48,19 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--workers", type=count, default=1, help="processes that train at the same time")
     add("--out", type=new_folder, default=Path("lr_transfer"), help="folder for the CSV and the figure")
     for each in (check, sweep):
+        model = each.add_mutually_exclusive_group()
+        what = "a model of transformers, its config.json or the folder of it, in place of megatron-core's GPT"
+        model.add_argument("--hf", metavar="CONFIG", help=what)
+        what = "package.module:function of (width, depth) that returns a decoder"
+        model.add_argument("--builder", metavar="FUNCTION", help=what)
         add = each.add_argument
         add("--recipes", type=several(_RECIPE), default=("completep", "mup", "standard"), help=", ".join(_RECIPES))
         add("--seeds", type=count, default=3, help="runs of each shape and rate")
         add("--base-width", type=count, default=64)
         add("--base-depth", type=count, default=2)
-        add("--head-dim", type=count, default=16, help="head size of every model; divides the widths")
+        add("--head-dim", type=count, default=16, help="head size of Megatron's GPT; divides the widths")
         add("--alpha", type=positive, default=1.0, help="depth exponent of completep")
-        add("--init-std", type=positive, default=0.02, help="the base model's, before it is scaled")
+        add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")
 
 
 def show_rules(args: argparse.Namespace) -> int:
@@ -66,15 +72,19 @@ def show_rules(args: argparse.Namespace) -> int:
 
 
 def coordinate_check(args: argparse.Namespace) -> int:
-    """Sweep, write coord_check.csv after every run and coord_check.png at the end, print one line per recipe."""
-    shapes, base, say = _start(args, [(width, depth) for width in args.widths for depth in args.depths])
+    """Sweep, write coord_check.csv after every run and coord_check.png at the end, print one line per recipe; 1 where
+    the first one's spread is above ``--at-most``. A second start with the same settings goes on with what is missing.
+    """
+    builder, shapes, base, say = _start(args, [(width, depth) for depth in args.depths for width in args.widths])
     from ds_plugin.sweeps import coord_check
     from ds_plugin.sweeps.records import write_records
 
-    path, rows = args.out / "coord_check.csv", []
-    jobs = [(shape, seed) for shape in shapes for seed in range(1, args.seeds + 1)]
+    path = args.out / "coord_check.csv"
+    rows = _known(coord_check.Row, path, builder, base, {"steps": args.steps, "lr": args.lr})
+    there = {(row.shape, row.seed) for row in rows}
+    jobs = [(shape, seed) for shape in shapes for seed in range(1, args.seeds + 1) if (shape, seed) not in there]
     for number, (shape, seed) in enumerate(jobs, start=1):
-        rows += coord_check.measure(shape, base, seed=seed, steps=args.steps, lr=args.lr)
+        rows += coord_check.measure(builder, shape, base, seed=seed, steps=args.steps, lr=args.lr)
         write_records(coord_check.Row, rows, path)
         moved = next(row for row in reversed(rows) if row.layer == coord_check.LAST_BLOCK).change
         name = f"{shape.recipe} width {shape.width} depth {shape.depth} seed {seed}"
@@ -86,6 +96,9 @@ def coordinate_check(args: argparse.Namespace) -> int:
         said = f"last block moved {min(changes):.3g} to {max(changes):.3g} over {len(changes)} shapes"
         print(f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x ({said})")
     print(f"{path} {path.with_suffix('.png')}")
+    if args.at_most is not None and (found := coord_check.spread(rows, args.recipes[0])) > args.at_most:
+        print(f"{args.recipes[0]}: the last block's spread {found:.3g}x is above --at-most {args.at_most:g}")
+        return 1
     return 0
 
 
@@ -96,18 +109,13 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
     found = find(args.data, args.length + 2)  # two places to begin at
     given = {"batch": args.batch, "length": args.length, "vocab": found.vocab}
-    shapes, base, say = _start(args, args.shapes, **given)
+    builder, shapes, base, say = _start(args, args.shapes, **given)
     from ds_plugin.sweeps import lr_transfer
-    from ds_plugin.sweeps.records import read_records, write_records
+    from ds_plugin.sweeps.records import write_records
 
     path = args.out / "lr_transfer.csv"
-    described = {**dataclasses.asdict(base), "steps": args.steps, "text": found.source, "tokens": found.tokens}
-    settings, text, old = args.out / "lr_transfer.json", json.dumps(described, indent=1), []
-    if settings.exists():  # of an earlier sweep
-        if settings.read_text() != text:
-            raise ConfigError(f"--out: {settings} is of a sweep with other settings; give another folder")
-        old = read_records(lr_transfer.Run, path) if path.exists() else []
-    write_text(settings, text)
+    settings = {"steps": args.steps, "text": found.source, "tokens": found.tokens}
+    old = _known(lr_transfer.Run, path, builder, base, settings)
 
     def keep(runs: list[lr_transfer.Run], said: str) -> None:
         write_records(lr_transfer.Run, runs, path)
@@ -115,7 +123,7 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
     plan: dict[str, Any] = {"rates": [2.0**n for n in args.exponents], "seeds": range(1, args.seeds + 1)}
     plan |= {"steps": args.steps, "text": found, "workers": args.workers}
-    runs = lr_transfer.sweep(shapes, base, **plan, known=old, keep=keep)
+    runs = lr_transfer.sweep(builder, shapes, base, **plan, known=old, keep=keep)
     title = f"base {base.width} x {base.depth}, {args.steps} steps of {base.batch} x {base.length}, {args.seeds} seeds"
     lr_transfer.draw(runs, path.with_suffix(".png"), title=title)
     print("\n".join(lr_transfer.summary(lr_transfer.transfer(runs, base))))
@@ -123,17 +131,32 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _start(args: argparse.Namespace, sizes: Any, **changes: Any) -> tuple[list[Any], Any, Callable[[str], None]]:
-    """The shapes, the base model and a function that prints progress; refuses shapes that cannot be, starts Megatron,
-    makes the output folder."""
-    from ds_plugin.sweeps import trial
+def _start(args: argparse.Namespace, sizes: Any, **changes: Any) -> tuple[Any, list[Any], Any, Callable[[str], None]]:
+    """The builder, the shapes, the base model and a function that prints progress; refuses shapes that cannot be,
+    starts the framework, makes the output folder."""
+    from ds_plugin.sweeps import builders, trial
 
     given = {"head_dim": args.head_dim, "alpha": args.alpha, "init_std": args.init_std, **changes}
     base = trial.Base(args.base_width, args.base_depth, **given)
     shapes = [trial.Shape(recipe, width, depth) for recipe in args.recipes for width, depth in sizes]
+    builder: builders.Builder = builders.Megatron()
+    if args.hf is not None or args.builder is not None:
+        builder = builders.HuggingFace(args.hf) if args.hf is not None else builders.Function(args.builder)
     for shape in shapes:
-        trial.settings(shape, base)
-    trial.start_host()
+        builder.check(shape, base)
+    builder.start()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    return shapes, base, lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+    return builder, shapes, base, lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+
+
+def _known(kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]) -> list[Any]:
+    """The records of an earlier sweep with these settings in the folder; refuses one with others."""
+    from ds_plugin.sweeps.records import read_records
+
+    kept = path.with_suffix(".json")
+    text = json.dumps({**builder.described(), **dataclasses.asdict(base), **settings}, indent=1, default=str)
+    if (known := kept.exists()) and kept.read_text() != text:
+        raise ConfigError(f"--out: {kept} is of a sweep with other settings; give another folder")
+    write_text(kept, text)
+    return read_records(kind, path) if known and path.exists() else []

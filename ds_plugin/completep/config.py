@@ -1,5 +1,6 @@
 """The ``completep`` section of the JSON."""
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -46,8 +47,14 @@ class CompletePConfig(SectionConfig):
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
     )
 
-    def on_megatron(self) -> "CompletePConfig":
-        """The section as Megatron-LM's scripts take it: folded, unless it says ``residual`` itself.
+    roles: dict[str, str] = Field(
+        {},
+        description="of decoders, for parameters whose role is not recognised: a regular expression of whole names to "
+        'a role, e.g. {"model.layers.[0-9]+.gate.weight": "hidden"}',
+    )
+
+    def folded_by_default(self) -> "CompletePConfig":
+        """The section as Megatron-LM's scripts and decoders take it: folded, unless it says ``residual`` itself.
 
         An iteration then multiplies nothing, and a checkpoint runs where this plugin is not: in the forward mode it
         would run there too, without the multipliers.
@@ -85,6 +92,13 @@ class CompletePConfig(SectionConfig):
                     f"completep.{name}: {value!r} has no effect with recipe {self.recipe!r}; remove it, or write "
                     f'"recipe": {takes}'
                 )
+        for pattern, role in self.roles.items():
+            if role not in (known := [each.value for each in Role]):
+                raise ValueError(f"completep.roles: {pattern!r} is given {role!r}; roles are {', '.join(known)}")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"completep.roles: {pattern!r} is no regular expression: {error}") from None
         if self.base_head_dim is not None and self.base_width % self.base_head_dim:
             raise ValueError(
                 f"completep.base_head_dim: {self.base_head_dim} does not divide base_width {self.base_width}; "

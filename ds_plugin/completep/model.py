@@ -1,5 +1,5 @@
-"""What a model that CompleteP has scaled says of itself, by the marks that `megatron_patches.completep` leaves on it
-and its config: its section, its ratios, the role of each parameter."""
+"""What a model that CompleteP has scaled says of itself, by the marks that `megatron_patches.completep` or
+`prepare_decoder` leaves on it: its section, its ratios, the role of each parameter."""
 
 from typing import Any, NamedTuple
 
@@ -9,15 +9,14 @@ from ds_plugin.completep import rules
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import Ratios, Role
-from ds_plugin.completep.supported import check_model, unwrapped
+from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, unwrapped
 from ds_plugin.core.errors import ConfigError
-
-MARK = "completep_applied"  # on the TransformerConfig a `Prepared`, on the model by finish() the section
 
 
 def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
-    """The ratios of a TransformerConfig against the section's base model."""
-    return section.ratios(config.hidden_size, config.num_layers)
+    """The ratios of a TransformerConfig, or of a decoder's config, against the section's base model."""
+    depth = getattr(config, "num_hidden_layers", None) or config.num_layers
+    return section.ratios(config.hidden_size, depth)
 
 
 class Prepared(NamedTuple):
@@ -46,6 +45,10 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
 
 def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
     """The roles of a model, finished or not. Raises ConfigError: it was built without the section."""
+    if is_decoder(model):
+        return _decoder_roles(model, section)
+    if section.roles:
+        raise ConfigError("completep.roles: a megatron-core GPT's parameters have their roles already; leave it out")
     built_with = getattr(model, MARK, None) or applied_section(getattr(model, "config", None))
     if built_with != section:
         found = "without it" if built_with is None else f"with {_short(built_with)}"
@@ -55,6 +58,23 @@ def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str,
         )
     folded, tied = section.residual == "folded", is_tied(model)
     return {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
+
+
+def in_force(model: torch.nn.Module, section: CompletePConfig) -> CompletePConfig:
+    """The section as it holds for a model: of a decoder folded, where it does not say ``residual``."""
+    return section.folded_by_default() if is_decoder(unwrapped(model)) else section
+
+
+def _decoder_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
+    given, roles = getattr(model, MARK), dict(getattr(model, ROLES))
+    if different := in_force(model, section).differences(given.model_dump()):
+        values = ", ".join(f"{name} {there!r} there, {here!r} here" for name, there, here in different)
+        raise ConfigError(f"completep: the model was prepared with another section: {values}; give both the same one")
+    names = [name for name, _ in model.named_parameters()]
+    if added := [name for name in names if name not in roles]:
+        what = f"parameter {added[0]!r} came to the model after prepare_decoder()"
+        raise ConfigError(f"completep: {what} and has no role; prepare the model when it is whole")
+    return {name: roles[name] for name in names}
 
 
 def is_tied(model: torch.nn.Module) -> bool:

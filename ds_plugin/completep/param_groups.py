@@ -96,9 +96,9 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     if all(type(p) is torch.nn.Parameter and id(p) not in awaited for p in stepped) and stepped:
         return
     raise StateError(
-        f"completep: {type(optimizer).__name__} steps, and a model that finish() has scaled has gradients, while no "
-        "optimizer was built with its roles' param groups; build it by megatron_patches.completep.optimizer."
-        "build_optimizer or ds_plugin.initialize, or on the groups of megatron_patches.completep.build_param_groups"
+        f"completep: {type(optimizer).__name__} steps, and a model that finish() or prepare_decoder() has scaled has "
+        "gradients, while no optimizer was built with its roles' param groups; build it by megatron_patches.completep."
+        "optimizer.build_optimizer or ds_plugin.initialize, or on the groups of ds_plugin.completep.optimizer_groups"
     )
 
 

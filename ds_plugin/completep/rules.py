@@ -31,10 +31,13 @@ class Role(enum.Enum):
     BLOCK_NORM = "block_norm"  # gains and biases of the norms inside a block
     QK_NORM = "qk_norm"  # gains and biases of the norms on queries and keys; a block norm to Table 1
     BLOCK_BIAS = "block_bias"  # biases inside a block
-    BRANCH_OUT_BIAS = "branch_out_bias"  # folded mode only: those that end a residual branch
-    FINAL_NORM = "final_norm"
+    #: folded mode only: those that end a residual branch; so do gains and biases of a norm after it (Gemma 2)
+    BRANCH_OUT_BIAS = "branch_out_bias"
+    FINAL_NORM = "final_norm"  # and norms right after the embedding, and the output layer's bias
     LOGIT_NORM = "logit_norm"  # folded mode with tied embeddings only: the final norm, which scales the logits
     UNEMBEDDING = "unembedding"  # an untied output matrix
+    SCALED_EMBEDDING = "scaled_embedding"  # folded mode only: one whose output is multiplied by sqrt(width) (Gemma)
+    SCALED_LOGIT_NORM = "scaled_logit_norm"  # folded mode only: the final norm of a model with that one tied
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
     are 1/c of the forward mode's: a norm over all of them must weigh these by c."""
     if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS):
         return residual_multiplier(ratios, recipe)
+    if role in (Role.SCALED_EMBEDDING, Role.SCALED_LOGIT_NORM):  # the base's sqrt(width) in place of the model's
+        c = effective(recipe, ratios).m_N ** -0.5
+        return c if role is Role.SCALED_EMBEDDING else logit_multiplier(ratios, recipe, tied=True) / c
     if role in (Role.UNEMBEDDING, Role.LOGIT_NORM):
         return logit_multiplier(ratios, recipe, tied=role is Role.LOGIT_NORM)
     return 1.0
@@ -97,9 +103,9 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     block_lr, block_eps = m_L ** (alpha - 1), 1 / (m_N * m_L**alpha)
     other_eps = block_eps if eps_scope == "all" else 1.0
     match role:  # init_std, lr, weight_decay, eps
-        case Role.EMBEDDING | Role.UNEMBEDDING:
+        case Role.EMBEDDING | Role.UNEMBEDDING | Role.SCALED_EMBEDDING:
             return Multipliers(1, 1, 1, other_eps)
-        case Role.FINAL_NORM | Role.LOGIT_NORM:
+        case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:
             return Multipliers(1, 1, 0, other_eps)
         case Role.HIDDEN | Role.BRANCH_OUT:
             return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N, block_eps)
@@ -111,7 +117,9 @@ def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: EpsScope
     """Complete(d)P on top of a row of Table 1."""
     init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
     if eps_scope == "table":
-        eps = {Role.EMBEDDING: 1 / ratios.m_N, Role.QK_NORM: ratios.m_L**-ratios.alpha}.get(role, eps)
+        embedding, of_norms = 1 / ratios.m_N, ratios.m_L**-ratios.alpha
+        others = {Role.EMBEDDING: embedding, Role.SCALED_EMBEDDING: embedding, Role.QK_NORM: of_norms}
+        eps = others.get(role, eps)
     if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
         init_std, lr, weight_decay = init_std / ratios.m_N, lr / ratios.m_N, weight_decay * ratios.m_N
     batch = math.sqrt(ratios.m_B / ratios.m_D)

@@ -7,7 +7,12 @@ import torch
 
 from ds_plugin.core.errors import ConfigError
 
-MODELS = "dense megatron-core GPTModels, and the same in DeepSpeed's pipeline (megatron_patches.models.pipeline_gpt)"
+MODELS = (
+    "dense megatron-core GPTModels, the same in DeepSpeed's pipeline (megatron_patches.models.pipeline_gpt), and "
+    "decoders that ds_plugin.completep.prepare_decoder(model, section) has been called on as they were built"
+)
+MARK = "completep_applied"  # on a finished or prepared model its section, on a TransformerConfig a `Prepared`
+ROLES = "completep_roles"  # on a prepared decoder: its parameters' roles, by name
 _GPT = ("GPTModel", "StageOfGPT")
 _PIPELINE = "PipelineGPT"  # our model in DeepSpeed's pipeline; its stage is a StageOfGPT
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
@@ -17,7 +22,7 @@ _ENCODERS = ("padding", "no_mask")  # attention masks that hide no later token
 
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile, DistributedDataParallel, Float16Module or a DeepSpeed engine; or itself."""
-    while not _is_a(model, *_GPT):
+    while not is_known(model):
         inside = [found for name in _INSIDE if isinstance(found := getattr(model, name, None), torch.nn.Module)]
         if not inside:
             break
@@ -48,9 +53,19 @@ def is_foreign_pipeline(model: Any) -> bool:
     return _is_a(model, "PipelineModule") and not _is_a(model, _PIPELINE)
 
 
+def is_decoder(model: Any) -> bool:
+    """Whether this is a model that `prepare_decoder` has been called on, not wrapped."""
+    return ROLES in getattr(model, "__dict__", {})  # not hasattr: wrappers pass it on
+
+
+def is_known(model: Any) -> bool:
+    """Whether roles can be told of this model, not wrapped."""
+    return is_decoder(model) or _is_a(model, *_GPT)
+
+
 def check_model(model: Any) -> None:
     """Raises ConfigError for a model of another kind."""
-    if not _is_a(model, *_GPT):
+    if not is_known(model):
         remedy = f"supported are {MODELS}; build one of them, or leave the section out"
         raise ConfigError(f"completep: this is {label(model)}; {remedy}")
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.model import describe, finished_roles, ratios_of
+from ds_plugin.completep.model import describe, finished_roles, in_force, ratios_of
 from ds_plugin.completep.param_groups import build_param_groups, check_rates
 from ds_plugin.completep.rules import Role
 from ds_plugin.completep.supported import bare_model, gpt_of
@@ -36,6 +36,7 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
     the model's parameters, or the scheduler would flatten the groups."""
     model, optimizer, lr_scheduler, config = (given[key] for key in ("model", "optimizer", "lr_scheduler", "config"))
     whole = bare_model(gpt_of(model))
+    section = in_force(whole, section)
     if given["model_parameters"] is not None and _stray(model, given["model_parameters"]):
         what = "model_parameters= are not all of the model's, and the method builds the param groups itself"
         raise ConfigError(f"completep: {what}; leave it out, or give model.parameters()")
@@ -68,6 +69,7 @@ class CompleteP:
 
     def __init__(self, engine: Any, section: CompletePConfig):
         """Nothing changes on the engine before `install`. Raises as `rescaled` does."""
+        section = in_force(engine.module, section)
         self.engine, self.section = engine, section
         compat.need(engine, compat.TAKE_STEP)
         self._mine = [group["role"] for group in self._groups]  # kept: a universal load may write over them

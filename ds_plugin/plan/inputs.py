@@ -102,7 +102,7 @@ def read_job(
 
         check_options(methods, _namespace(options))
         if methods.completep is not None:
-            methods = replace(methods, completep=methods.completep.on_megatron())
+            methods = replace(methods, completep=methods.completep.folded_by_default())
     elif methods.weight_averaging is not None:
         refuse_nvme(deepspeed)
     scheduler = _schedule(methods, options, model)

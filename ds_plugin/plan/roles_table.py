@@ -116,7 +116,7 @@ def _multipliers(model: GPTConfig, section: CompletePConfig) -> dict[Role, rules
         Role.FINAL_NORM: folded and tied,
     }
     ratios = section.ratios(model.hidden_size, model.num_layers)
-    return {role: section.multipliers(role, ratios) for role in Role if not absent.get(role, False)}
+    return {role: section.multipliers(role, ratios) for role in _WHAT if not absent.get(role, False)}
 
 
 def _cell(base: float, multiplier: float) -> str:

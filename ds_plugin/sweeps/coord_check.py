@@ -6,6 +6,7 @@ same at every shape (CompleteP, arXiv 2505.01618, figure 7; for width, Yang et a
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ import torch
 
 from ds_plugin.completep.rules import Recipe
 from ds_plugin.sweeps import figure, trial
-from ds_plugin.sweeps.trial import Base, Seeded, Shape
-from megatron_patches.completep.residual import scaled_before
+from ds_plugin.sweeps.builders import Builder
+from ds_plugin.sweeps.trial import Base, Seeded, Shape, Trial
 
 LAST_BLOCK = "last_block"
+LAYERS = ("embedding", "attention", "mlp", LAST_BLOCK, "logits")
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,16 @@ class Row(Seeded):
     change: float
 
 
-def measure(shape: Shape, base: Base, *, seed: int, steps: int, lr: float) -> list[Row]:
+def measure(builder: Builder, shape: Shape, base: Base, *, seed: int, steps: int, lr: float) -> list[Row]:
     """Train one model for ``steps`` steps at the constant base learning rate ``lr``; the change after every step."""
-    model, adamw = trial.build(shape, base, seed)
-    optimizer, batches = adamw(lr), trial.text_batches(base, seed)
+    built = builder.build(shape, base, seed)
+    optimizer, batches = built.adamw(lr), trial.text_batches(base, seed)
     probe = next(batches)
-    before = _outputs(model, probe)
+    before = _outputs(built, probe)
     rows = []
     for step in range(1, steps + 1):
-        trial.step(model, optimizer, next(batches), base.clip)
-        for layer, output in _outputs(model, probe).items():
+        trial.step(built, optimizer, next(batches))
+        for layer, output in _outputs(built, probe).items():
             change = (output - before[layer]).abs().mean().item()
             rows.append(Row(shape.recipe, shape.width, shape.depth, seed, step, layer, change))
     return rows
@@ -66,50 +68,53 @@ def spread(rows: Iterable[Row], recipe: Recipe) -> float:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """The figure known from the muP papers: change of the last block after each step against depth, by recipe."""
-    recipes, widths, depths, steps = (
-        sorted({getattr(row, name) for row in rows}) for name in ("recipe", "width", "depth", "step")
-    )
-    early = {"alpha": 0.2, "linewidth": 0.8}
-    with figure.panels(path, 1, len(recipes), title=title, figsize=(4.2 * len(recipes), 4), sharey=True) as axes:
-        for axis, recipe in zip(axes[0], recipes, strict=True):
-            for step in steps:
-                found = changes(rows, recipe, step)
-                for number, width in enumerate(widths):
-                    points = sorted((shape.depth, change) for shape, change in found.items() if shape.width == width)
-                    style = early if step < steps[-1] else {"marker": "o", "label": f"width {width}"}
-                    axis.plot(*zip(*points, strict=True), color=figure.COLOURS[number % len(figure.COLOURS)], **style)
+    """The figure known from the muP papers: how far each layer moved against depth, a line per width and step; at the
+    last step with a band from the least seed to the largest."""
+    recipes, layers = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("recipe", "layer"))
+    widths, depths, steps = (sorted({getattr(row, name) for row in rows}) for name in ("width", "depth", "step"))
+    found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
+    for row in rows:
+        found.setdefault((row.recipe, row.layer, row.width, row.step), {}).setdefault(row.depth, []).append(row.change)
+    size = (3.6 * len(recipes) + 1, 2.4 * len(layers) + 1)
+    shared: dict[str, Any] = {"title": title, "figsize": size, "sharex": True, "sharey": "row"}
+    with figure.panels(path, len(layers), len(recipes), **shared) as axes:
+        for (i, layer), (j, recipe) in itertools.product(enumerate(layers), enumerate(recipes)):
+            axis = axes[i][j]
+            for (number, width), step in itertools.product(enumerate(widths), steps):
+                curve, last = sorted(found.get((recipe, layer, width, step), {}).items()), step == steps[-1]
+                colour, at = figure.COLOURS[number % len(figure.COLOURS)], [depth for depth, _ in curve]
+                style = {"marker": "o", "markersize": 3, "label": f"width {width}"} if last else {"linewidth": 0.8}
+                axis.plot(at, [mean(each) for _, each in curve], color=colour, alpha=step / steps[-1], **style)
+                if last:
+                    band = [min(each) for _, each in curve], [max(each) for _, each in curve]
+                    axis.fill_between(at, *band, color=colour, alpha=0.2, linewidth=0)
+            axis.set(yscale="log", ylabel=f"{layer}, mean |change|" if j == 0 else "")
             axis.set_xscale("log", base=2)
             axis.set_xticks(depths, [str(depth) for depth in depths])
-            axis.set(xlabel="depth (layers)", yscale="log", title=f"{recipe}: spread {spread(rows, recipe):.3g}x")
-        axes[0][0].set_ylabel(f"mean |change| of the last block after 1 to {steps[-1]} steps")
-        axes[0][0].legend(frameon=False)
+        for axis, recipe in zip(axes[0], recipes, strict=True):
+            axis.set_title(f"{recipe}: last block's spread {spread(rows, recipe):.3g}x")
+        for axis in axes[-1]:
+            axis.set_xlabel("depth (layers)")
+        for step in steps:
+            axes[0][-1].plot([], [], color="black", alpha=step / steps[-1], label=f"step {step}")
+        axes[0][-1].legend(frameon=False, fontsize="x-small", ncols=2)
 
 
 @torch.no_grad()
-def _outputs(model: Any, probe: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _outputs(built: Trial, probe: trial.Batch) -> dict[str, torch.Tensor]:
     """Outputs of the embedding, the last attention, the last MLP, the last block, and the logits, on the probe.
 
     Those of attention and MLP are without the branch's multiplier.
     """
-    last = model.decoder.layers[-1]
-    watched = {
-        "embedding": model.embedding,
-        "attention": last.self_attention,
-        "mlp": last.mlp,
-        LAST_BLOCK: last,
-        "logits": model.output_layer,
-    }
     found: dict[str, torch.Tensor] = {}
 
-    def keep(name: str, module: Any, args: Any, output: Any) -> None:
-        found[name] = (output[0] if isinstance(output, tuple) else output).detach().clone()
+    def keep(name: str, divisor: float, module: Any, args: Any, output: Any) -> None:
+        found[name] = (output[0] if isinstance(output, tuple) else output).detach() / divisor
 
     with contextlib.ExitStack() as undo:
-        for name, module in watched.items():
-            undo.callback(module.register_forward_hook(functools.partial(keep, name)).remove)
-        undo.callback(model.train)
-        model.eval()
-        trial.loss_of(model, probe)
-    found["mlp"] /= scaled_before(last)
+        for name, module, divisor in zip(LAYERS, built.watched, built.scaled, strict=True):
+            undo.callback(module.register_forward_hook(functools.partial(keep, name, divisor)).remove)
+        undo.callback(built.model.train)
+        built.model.eval()
+        built.loss(probe)
     return found

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from ds_plugin.sweeps import figure, processes, trial
+from ds_plugin.sweeps.builders import Builder
 from ds_plugin.sweeps.text import Text
 from ds_plugin.sweeps.trial import Base, Seeded, Shape
 
@@ -25,16 +26,18 @@ class Run(Seeded):
     loss: float
 
 
-def train(shape: Shape, base: Base, *, seed: int, steps: int, lr: float, text: Text | None = None) -> Run:
+def train(
+    builder: Builder, shape: Shape, base: Base, *, seed: int, steps: int, lr: float, text: Text | None = None
+) -> Run:
     """Train one model: linear warmup over a tenth of the steps, then linear decay to zero."""
-    model, adamw = trial.build(shape, base, seed)
-    optimizer, batches = adamw(lr), trial.text_batches(base, seed, text)
+    built = builder.build(shape, base, seed)
+    optimizer, batches = built.adamw(lr), trial.text_batches(base, seed, text)
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     for step in range(1, steps + 1):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, steps)
-        losses.append(trial.step(model, optimizer, next(batches), base.clip))
+        losses.append(trial.step(built, optimizer, next(batches)))
         if not math.isfinite(losses[-1]):
             return Run(shape.recipe, shape.width, shape.depth, seed, lr, math.inf)
     return Run(shape.recipe, shape.width, shape.depth, seed, lr, mean(losses[-max(1, round(steps * TAIL)) :]))
@@ -47,6 +50,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def sweep(
+    builder: Builder,
     shapes: Iterable[Shape],
     base: Base,
     *,
@@ -76,8 +80,10 @@ def sweep(
         return sorted(kept.values(), key=dataclasses.astuple)
 
     missing = [job for job in jobs if job not in losses]
-    one = functools.partial(_train, base=base, steps=steps, text=text)
-    finished = ((job, one(job)) for job in missing) if workers == 1 else processes.results(one, missing, workers)
+    one = functools.partial(_train, builder=builder, base=base, steps=steps, text=text)
+    finished: Iterable[tuple[Any, Run]] = ((job, one(job)) for job in missing)
+    if workers > 1:
+        finished = processes.results(one, missing, workers, builder.start)
     for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
         losses[job] = run.loss
         said = f"{run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} seed {run.seed}"
@@ -85,9 +91,9 @@ def sweep(
     return runs()
 
 
-def _train(job: tuple[Shape, float, int], *, base: Base, steps: int, text: Text) -> Run:
+def _train(job: tuple[Shape, float, int], *, builder: Builder, base: Base, steps: int, text: Text) -> Run:
     shape, lr, seed = job
-    return train(shape, base, seed=seed, steps=steps, lr=lr, text=text)
+    return train(builder, shape, base, seed=seed, steps=steps, lr=lr, text=text)
 
 
 def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:

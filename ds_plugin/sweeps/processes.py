@@ -7,14 +7,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from ds_plugin.sweeps import trial
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def results(
-    train: Callable[[Job], Result], jobs: Iterable[Job], workers: int, start: Callable[[], object] = trial.start_host
+    train: Callable[[Job], Result], jobs: Iterable[Job], workers: int, start: Callable[[], object]
 ) -> Iterator[tuple[Job, Result]]:
     """``(job, train(job))`` of each job as it ends. Every one of the ``workers`` processes calls ``start()`` first.
 

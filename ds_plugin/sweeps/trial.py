@@ -1,34 +1,29 @@
-"""One small training run of a megatron-core GPT under a recipe, in this process: what the sweeps are made of."""
+"""One small training run under a recipe, in this process: what the sweeps are made of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ds_plugin.completep import rules
 from ds_plugin.completep.config import WITHOUT_EFFECT, CompletePConfig
-from ds_plugin.completep.model import ratios_of
-from ds_plugin.completep.param_groups import build_param_groups
 from ds_plugin.completep.rules import Recipe
-from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sweeps.text import Text, modules
-from megatron_patches import megatron_on_cpu
-from megatron_patches.completep.layers import finish, prepare
-from megatron_patches.models import gpt
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, [batch, length] int64
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a sweep and what all of its runs share. Lengths are in tokens."""
+    """The base model of a sweep and what all of its runs share. Lengths are in tokens; ``head_dim``: Megatron's."""
 
     width: int = 64
     depth: int = 2
     head_dim: int = 16
     alpha: float = 1.0
-    init_std: float = 0.02
+    init_std: float | None = None  # the model's own
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -70,45 +65,26 @@ class Seeded(Shape):
         return Shape(self.recipe, self.width, self.depth)
 
 
-def start_host() -> None:
-    """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
-    if not torch.cuda.is_available():
-        megatron_on_cpu.enable()
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def settings(shape: Shape, base: Base) -> tuple[CompletePConfig, gpt.GPTConfig]:
-    """The recipe and the model. Raises ConfigError when they do not fit."""
-    if shape.width % base.head_dim:
-        raise ConfigError(f"width {shape.width} is not divisible by --head-dim {base.head_dim}; write a multiple of it")
-    bases = {"base_width": base.width, "base_depth": base.depth, "base_head_dim": base.head_dim, "alpha": base.alpha}
+def section_of(shape: Shape, base: Base, base_head_dim: int | None) -> CompletePConfig:
+    """The recipe of a run. Raises ConfigError: the base model's sizes do not fit."""
+    bases = {"base_width": base.width, "base_depth": base.depth, "alpha": base.alpha, "base_head_dim": base_head_dim}
     kept = {name: value for name, value in bases.items() if name not in WITHOUT_EFFECT[shape.recipe]}
-    section = parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept})
-    sizes = {"num_attention_heads": shape.width // base.head_dim, "seq_length": base.length, "init_std": base.init_std}
-    model = {"num_layers": shape.depth, "hidden_size": shape.width, **sizes}
-    return section, parse_section(gpt.GPTConfig, "model", model)
+    return parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept})
 
 
-def build(shape: Shape, base: Base, seed: int) -> tuple[torch.nn.Module, Callable[[float], torch.optim.AdamW]]:
-    """A fresh fp32 model, and a function from the base learning rate to its AdamW. Raises as `settings`."""
-    section, cfg = settings(shape, base)
-    gpt.initialize_parallel(cfg, seed)
-    config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
-    model = gpt.build_gpt(cfg, base.vocab, config, spec)
-    roles = finish(model, section)
+class Trial(NamedTuple):
+    """A fresh fp32 model. ``adamw``: of the base learning rate; ``loss``: of a batch, in nats per token; ``clip``:
+    clips its gradients; ``watched``: the modules of the coordinate check's `LAYERS`, whose outputs are ``scaled``."""
 
-    def adamw(lr: float) -> torch.optim.AdamW:
-        adam: dict[str, Any] = {"lr": lr, "betas": base.betas}
-        given = {**adam, "weight_decay": base.weight_decay, "eps": base.eps}
-        groups = build_param_groups(model, roles, ratios_of(config, section), section, **given)
-        return torch.optim.AdamW(groups, **adam)
-
-    return model, adamw
+    model: torch.nn.Module
+    adamw: Callable[[float], torch.optim.AdamW]
+    loss: Callable[[Batch], torch.Tensor]
+    clip: Callable[[], object]
+    watched: Sequence[torch.nn.Module]
+    scaled: Sequence[float]
 
 
-def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[Batch]:
     """Endless (tokens, labels), [batch, length] int64, from random places of a text (None: `modules`)."""
     data = (text or modules()).read()
     generator = torch.Generator().manual_seed(seed)
@@ -118,19 +94,11 @@ def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[tu
         yield window[:, :-1], window[:, 1:]
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[torch.Tensor, torch.Tensor], clip: float) -> float:
+def step(trial: Trial, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     """One optimizer step; the batch's loss in nats per token before it."""
-    loss = loss_of(model, batch)
+    loss = trial.loss(batch)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    trial.clip()
     optimizer.step()
     return loss.item()
-
-
-def loss_of(model: Any, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean loss of one batch."""
-    device = next(model.parameters()).device
-    tokens, labels = (t.to(device) for t in batch)
-    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    return model(tokens, positions, None, labels=labels).mean()

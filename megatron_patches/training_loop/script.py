@@ -127,7 +127,7 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     if sections == PluginConfig():
         return
     if sections.completep is not None:
-        sections = dataclasses.replace(sections, completep=sections.completep.on_megatron())
+        sections = dataclasses.replace(sections, completep=sections.completep.folded_by_default())
     if in_force(_installed, sections):
         return
     for module, name in OTHER_LOOPS.items():

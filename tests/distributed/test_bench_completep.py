@@ -26,13 +26,13 @@ def _peaks(scaled_before):
     """Bytes at the peak of a step of a model whose last MLP's matrices dominate it: unpatched, and forward."""
     import argparse
 
-    from ds_plugin.sweeps import trial
+    from ds_plugin.sweeps import builders
     from megatron_patches.completep import layers
 
     if not scaled_before:
         layers.scale_before = lambda layer, multiplier: None
     benchmark = harness.benchmark("bench_completep")
-    trial.start_host()
+    builders.start_host()
     size = argparse.Namespace(width=64, depth=4, length=32, batch=4, dropout=0.0, fused=False, llama=False)
     peaks = []
     for variant in ("unpatched", "forward"):

@@ -8,7 +8,7 @@ import pytest
 
 from ds_plugin.cli.main import main
 from ds_plugin.core.errors import DataError
-from ds_plugin.sweeps import trial
+from ds_plugin.sweeps.builders import Megatron
 from ds_plugin.sweeps.lr_transfer import Run, schedule, summary, train, transfer
 from ds_plugin.sweeps.records import read_records, write_records
 from ds_plugin.sweeps.trial import Base, Shape
@@ -101,8 +101,8 @@ SHARED = {  # base 32 x 1: what the recipe does not scale, a plainer one trains 
 
 
 def _trained(shape):
-    trial.start_host()
-    return train(shape, Base(width=32, depth=1, length=16, batch=2), seed=1, steps=3, lr=0.01).loss
+    Megatron().start()
+    return train(Megatron(), shape, Base(width=32, depth=1, length=16, batch=2), seed=1, steps=3, lr=0.01).loss
 
 
 def test_runs_that_two_recipes_share_are_the_same_bit_for_bit(workers):

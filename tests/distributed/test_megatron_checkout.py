@@ -76,7 +76,7 @@ validate_args(args)
 sections = PluginConfig.from_dict(recipe)
 options.check_options(sections, args)
 config, spec = core_transformer_config_from_args(args), get_gpt_layer_local_spec(normalization=args.normalization)
-scaled, _ = prepare(config, spec, sections.completep.on_megatron())
+scaled, _ = prepare(config, spec, sections.completep.folded_by_default())
 sizes = config.num_layers, config.hidden_size, config.kv_channels
 print("PARSED", args.data_parallel_size, *sizes, scaled.softmax_scale)
 """

@@ -146,7 +146,12 @@ for _ in range(3):
 engine.save_checkpoint("checkpoints")
 engine.load_checkpoint("checkpoints")
 print("trained", lengths, ds_plugin.get_plugin(engine).averager.steps)
+from ds_plugin.cli.main import main
+given = ["--widths", "16", "--depths", "1", "--steps", "1", "--seeds", "1", "--recipes", "completep"]
+print("swept", main(["coord-check", "--hf", "config.json", *given]))
 """
+#: of a model that the sweeps can build without megatron-core
+LLAMA = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 TRAINED_WITHOUT_DEEPSPEED = """
 import torch
@@ -169,8 +174,10 @@ def _run(code: str, folder: Path, *arguments: str) -> list[str]:
 def test_deepspeed_alone_is_enough(tmp_path):
     """Nothing of megatron-core can be imported: every module of ours can, and a run trains, averages and resumes."""
     imported = IMPORTED.format(package="ds_plugin", joins=())
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "intermediate_size": 32}))
     said = _run(BLOCK.format(blocked="megatron") + imported + TRAINED_WITHOUT_MEGATRON, tmp_path)
-    assert said[-1] == "trained [4, 8, 8] [1, 2, 3]" and any(line.startswith("modules ") for line in said)
+    assert "trained [4, 8, 8] [1, 2, 3]" in said and any(line.startswith("modules ") for line in said)
+    assert said[-1] == "swept 0"
 
 
 def test_megatron_alone_is_enough(tmp_path):

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from ds_plugin.cli.main import framework_of, main
-from ds_plugin.sweeps import coord_check, trial
+from ds_plugin.sweeps import builders, coord_check
 from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
-from ds_plugin.sweeps.records import read_records
+from ds_plugin.sweeps.records import read_records, write_records
 from megatron_patches.training_loop import script
 
 
@@ -112,6 +112,10 @@ TUNE, TRANSFER = "tune-warmup --script {file} --config {file}", "lr-transfer --o
         *[(f"{CHECK} --lr {rate}", f"argument --lr: {rate} {FINITE}") for rate in ("-0.1", "nan", "inf")],
         (f"{CHECK} --init-std nan", FINITE),
         (f"{CHECK} --widths 64,,128", WHOLE),
+        (f"{CHECK} --at-most 1", "is not a finite number above 1"),
+        (f"{CHECK} --hf nowhere", "nowhere is no file or folder"),
+        (f"{CHECK} --hf {{file}} --builder a:b", "not allowed with argument --hf"),
+        *[(f"{CHECK} --builder {name}", f"--builder: {name}: ") for name in ("json:nothing", "nowhere:f", "json")],
         (f"{CHECK} --recipes mup,mupp", "mupp is not one of completep, mup"),
         (f"{CHECK} --alpha 3", "completep.alpha"),
         (f"{CHECK} --base-width 60", "completep.base_head_dim: 16 does not divide base_width 60"),
@@ -140,15 +144,27 @@ def test_what_cannot_be_meant_is_one_error_and_exit_code_2(tmp_path, monkeypatch
 
 
 def test_an_interrupted_coordinate_check_keeps_what_it_has(tmp_path, monkeypatch, capsys):
-    def measure(shape, base, *, seed, steps, lr):
-        if shape.depth == 4:
+    def measure(builder, shape, base, *, seed, steps, lr):
+        if shape.depth == 4 and not whole:
             raise KeyboardInterrupt
+        measured.append(shape.depth)
         return [Row(shape.recipe, shape.width, shape.depth, seed, step, LAST_BLOCK, lr) for step in range(steps)]
 
-    monkeypatch.setattr(trial, "start_host", lambda: None)
+    whole, measured = [], []
+    monkeypatch.setattr(builders, "start_host", lambda: None)
     monkeypatch.setattr(coord_check, "measure", measure)
     given = ["--widths", "64", "--depths", "2,4", "--recipes", "mup", "--seeds", "1", "--steps", "3", "--lr", "0.5"]
     assert main(["coord-check", *given, "--out", str(tmp_path / "new" / "out")]) == 130
-    rows = read_records(Row, tmp_path / "new" / "out" / "coord_check.csv")
+    path = tmp_path / "new" / "out" / "coord_check.csv"
+    rows = read_records(Row, path)
     assert rows == [Row("mup", 64, 2, 1, step, LAST_BLOCK, 0.5) for step in range(3)]
     assert capsys.readouterr().err.startswith("interrupted: ")
+    # the same command goes on; the threshold is of the spread over all
+    whole.append(True)
+    given += ["--out", str(tmp_path / "new" / "out"), "--at-most"]
+    assert main(["coord-check", *given, "1.5"]) == 0 and measured == [2, 4]
+    rows = [Row(**{**vars(row), "change": row.change * row.depth}) for row in read_records(Row, path)]
+    write_records(Row, rows, path)
+    assert main(["coord-check", *given, "1.5"]) == 1 and measured == [2, 4]
+    assert "mup: the last block's spread 2x is above --at-most 1.5" in capsys.readouterr().out
+    assert main(["coord-check", *given, "1.5", "--lr", "0.25"]) == 2

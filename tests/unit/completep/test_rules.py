@@ -42,7 +42,8 @@ ALPHA_HALF = {
 # what ends a residual branch is like any other matrix and bias of the block, until it is folded
 for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.BRANCH_OUT: _table[Role.HIDDEN], Role.BRANCH_OUT_BIAS: _table[Role.BLOCK_BIAS]}
-    _table |= {Role.LOGIT_NORM: _table[Role.FINAL_NORM]}
+    _table |= {Role.LOGIT_NORM: _table[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: _table[Role.FINAL_NORM]}
+    _table |= {Role.SCALED_EMBEDDING: _table[Role.EMBEDDING]}
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -85,13 +86,15 @@ MUP = {
     Role.UNEMBEDDING: (1, 1, 1, 1),
 }
 MUP |= {Role.BRANCH_OUT: MUP[Role.HIDDEN], Role.BRANCH_OUT_BIAS: MUP[Role.BLOCK_BIAS]}
-MUP |= {Role.LOGIT_NORM: MUP[Role.FINAL_NORM]}
+MUP |= {Role.LOGIT_NORM: MUP[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: MUP[Role.FINAL_NORM]}
+MUP |= {Role.SCALED_EMBEDDING: MUP[Role.EMBEDDING]}
 
 
 def test_mup_is_width_only_and_standard_scales_nothing():
     for role in Role:
         assert multipliers(role, Ratios(4, 16), recipe="mup") == Multipliers(*MUP[role]), role
-        decays = role in (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+        matrices = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+        decays = role in matrices
         assert multipliers(role, Ratios(4, 16), recipe="standard") == Multipliers(1, 1, int(decays), 1), role
     assert residual_multiplier(Ratios(4, 16), "mup") == residual_multiplier(Ratios(4, 16), "standard") == 1
     assert logit_multiplier(Ratios(4, 16), "mup") == 1 / 4 and logit_multiplier(Ratios(4, 16), "standard") == 1
@@ -109,7 +112,8 @@ COMPLETED_P = {
     Role.UNEMBEDDING: (1 / 4, 1 / 8, 4 / 2, 2),  # the logit multiplier, absorbed
 }
 COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS: COMPLETED_P[Role.BLOCK_BIAS]}
-COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
+COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
+COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING]}
 
 
 def test_completed_p():
@@ -121,12 +125,14 @@ def test_completed_p():
     assert residual_multiplier(ratios, "completed_p") == 1 / 16
 
 
-# m_N = 4, m_L = 16, alpha 1: branches x 1/16, logits x 1/4
+# m_N = 4, m_L = 16, alpha 1: branches x 1/16, logits x 1/4; an embedding's sqrt(width) x 1/2, as the base's
 FOLDED = {
     Role.BRANCH_OUT: (1 / 2 / 16, 1 / 4 / 16, 4 * 16, 1 / 64 * 16),
     Role.BRANCH_OUT_BIAS: (1 / 16, 1 / 16, 0, 1 / 64 * 16),
     Role.UNEMBEDDING: (1 / 4, 1 / 4, 4, 4),
     Role.LOGIT_NORM: (1 / 4, 1 / 4, 0, 4),
+    Role.SCALED_EMBEDDING: (1 / 2, 1 / 2, 2, 2),
+    Role.SCALED_LOGIT_NORM: (1 / 2, 1 / 2, 0, 2),  # the logits' 1/4, of which the tied embedding has 1/2
 }
 
 
@@ -140,6 +146,8 @@ def test_folding():
         Role.BRANCH_OUT_BIAS: 1 / 16,
         Role.UNEMBEDDING: 1 / 4,
         Role.LOGIT_NORM: 1 / 4,
+        Role.SCALED_EMBEDDING: 1 / 2,
+        Role.SCALED_LOGIT_NORM: 1 / 2,
     }
     assert {fold_factor(role, ratios) for role in Role if role not in FOLDED} == {1.0}
     # completed_p has the logit multiplier in the unembedding already: nothing more to fold

@@ -1,0 +1,238 @@
+"""What the sweeps train, of any width and depth: megatron-core's GPT, a model of transformers, what a function gives.
+
+A builder is small and travels to other processes; each of its models is told by `Trial` alone.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ds_plugin.completep import clip_grad_norm_, optimizer_groups, prepare_decoder
+from ds_plugin.completep.decoder import layers_of
+from ds_plugin.completep.model import finished_roles, ratios_of
+from ds_plugin.completep.rules import Role
+from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.settings_model import parse_section
+from ds_plugin.sweeps.trial import Base, Batch, Shape, Trial, section_of
+
+#: of transformers' configs, what grows with the width; the size of a head stays
+_PROPORTIONAL = (
+    "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim",
+)  # fmt: skip
+
+
+# -- megatron-core ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """megatron-core's GPT with heads of the base's size, in the forward mode."""
+
+    def described(self) -> dict[str, Any]:
+        """What a sweep is of, in JSON types: runs of another are not gone on with."""
+        return {"model": "megatron-core GPT"}
+
+    def start(self) -> None:
+        """Called once in each process."""
+        start_host()
+
+    def check(self, shape: Shape, base: Base) -> None:
+        """Raises ConfigError for a shape that cannot be."""
+        self._settings(shape, base)
+
+    def build(self, shape: Shape, base: Base, seed: int) -> Trial:
+        from megatron_patches.completep import build_param_groups, finish, prepare
+        from megatron_patches.completep.residual import scaled_before
+        from megatron_patches.models import gpt
+
+        section, cfg = self._settings(shape, base)
+        gpt.initialize_parallel(cfg, seed)
+        config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
+        model = gpt.build_gpt(cfg, base.vocab, config, spec)
+        roles, last = finish(model, section), model.decoder.layers[-1]
+        groups = functools.partial(build_param_groups, model, roles, ratios_of(config, section), section)
+        watched = (model.embedding, last.self_attention, last.mlp, last, model.output_layer)
+        clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), base.clip)
+        loss, scaled = functools.partial(loss_of, model), (1.0, 1.0, scaled_before(last), 1.0, 1.0)
+        return Trial(model, _adamw(groups, base), loss, clip, watched, scaled)
+
+    def _settings(self, shape: Shape, base: Base) -> Any:
+        from megatron_patches.models import gpt
+
+        if shape.width % base.head_dim:
+            what = f"width {shape.width} is not divisible by --head-dim {base.head_dim}"
+            raise ConfigError(f"{what}; write a multiple of it")
+        sizes = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
+        sizes |= {"num_attention_heads": shape.width // base.head_dim}
+        model = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
+        return section_of(shape, base, base.head_dim), parse_section(gpt.GPTConfig, "model", model)
+
+
+def start_host() -> None:
+    """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
+    from megatron_patches import megatron_on_cpu
+
+    if not torch.cuda.is_available():
+        megatron_on_cpu.enable()
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def loss_of(model: Any, batch: Batch) -> torch.Tensor:
+    """Mean loss of one batch of a megatron-core GPT."""
+    tokens, labels = (t.to(_device(model)) for t in batch)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(tokens, positions, None, labels=labels).mean()
+
+
+# -- decoders that `prepare_decoder` takes ---------------------------------------------------------------------------
+
+
+class Decoders:
+    """What builds them is one of these; heads have one size at every width."""
+
+    def model(self, width: int, depth: int, base: Base) -> nn.Module:
+        """A fresh one in fp32."""
+        raise NotImplementedError
+
+    def fits(self, width: int, depth: int, base: Base) -> Any:
+        """What `model` is made from. Raises ConfigError for a shape that cannot be."""
+        raise NotImplementedError
+
+    def described(self) -> dict[str, Any]:
+        return {"model": str(self)}
+
+    def start(self) -> None:
+        """Nothing is needed."""
+
+    def check(self, shape: Shape, base: Base) -> None:
+        section_of(shape, base, None)
+        self.fits(shape.width, shape.depth, base)
+
+    def build(self, shape: Shape, base: Base, seed: int) -> Trial:
+        section = section_of(shape, base, None).folded_by_default()
+        torch.manual_seed(seed)
+        model: Any = self.model(shape.width, shape.depth, base)
+        self._check_proportions(model, shape, base)
+        prepare_decoder(model, section, seed=seed, init_std=base.init_std)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if (known := model.get_input_embeddings().num_embeddings) < base.vocab:
+            raise ConfigError(f"the model knows {known} tokens and the text has {base.vocab}; build it for as many")
+        last, roles = layers_of(model)[-1], finished_roles(model, section)
+        ending = [name.rpartition(".")[0] for name, role in roles.items() if role.value.startswith("branch_out")]
+        ended = [module for name in ending if (module := model.get_submodule(name)) in set(last.modules())]
+        branch = section.fold_factor(Role.BRANCH_OUT, ratios_of(model.config, section))
+        watched = (model.get_input_embeddings(), ended[0], ended[-1], last, model.get_output_embeddings())
+        adamw = _adamw(functools.partial(optimizer_groups, model), base)
+        loss, clip = functools.partial(_decoder_loss, model), functools.partial(clip_grad_norm_, model, base.clip)
+        return Trial(model, adamw, loss, clip, watched, (1.0, branch, branch, 1.0, 1.0))
+
+    def _check_proportions(self, model: nn.Module, shape: Shape, base: Base) -> None:
+        """The rules hold for widths at which all of a layer's matrices grow alike."""
+        ratio = shape.width / base.width
+        of_base = dict(layers_of(self.model(base.width, base.depth, base))[0].named_parameters())
+        for name, p in layers_of(model)[0].named_parameters():
+            if p.dim() > 1 and [size * ratio for size in of_base[name].shape] != list(p.shape):
+                raise ConfigError(
+                    f"{name} of a layer is {list(of_base[name].shape)} at width {base.width} and {list(p.shape)} at "
+                    f"{shape.width}; heads, KV heads and FFN must grow with the width, heads stay of one size"
+                )
+
+
+@dataclass(frozen=True)
+class HuggingFace(Decoders):
+    """A causal language model of transformers from its config, in width and depth: ``path`` is its config.json or the
+    folder of it. Dropout is off, and the vocabulary is the text's."""
+
+    path: str
+
+    def described(self) -> dict[str, Any]:
+        config = self._config().to_dict()
+        return {"model": {name: value for name, value in config.items() if name != "transformers_version"}}
+
+    def model(self, width: int, depth: int, base: Base) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        found: nn.Module = AutoModelForCausalLM.from_config(self.fits(width, depth, base), dtype=torch.float32)
+        return found
+
+    def _config(self) -> Any:
+        if not Path(self.path).exists():  # transformers would look for it on its hub
+            raise ConfigError(f"--hf: {self.path} is no file or folder; give a config.json of transformers")
+        try:
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(self.path)
+        except (ImportError, OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"--hf: {self.path}: {str(error).splitlines()[0]}") from None
+
+    def fits(self, width: int, depth: int, base: Base) -> Any:
+        config = self._config()
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "vocab_size": base.vocab, "use_cache": False}
+        for name in _PROPORTIONAL:
+            if (value := getattr(config, name, None)) is not None:
+                if value * width % config.hidden_size:
+                    what = f"{name} is {value} at width {config.hidden_size}, which is no whole number at {width}"
+                    raise ConfigError(f"--hf: {what}; give other widths, or a config with more of them")
+                sizes[name] = value * width // config.hidden_size
+        if kinds := getattr(config, "layer_types", None):
+            sizes["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
+        if (positions := getattr(config, "max_position_embeddings", None)) is not None:
+            sizes["max_position_embeddings"] = max(positions, base.length)
+        no_dropout = {name: 0.0 for name, v in config.to_dict().items() if "drop" in name and isinstance(v, float)}
+        no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+        for name, value in {**sizes, **no_dropout, **no_tokens}.items():
+            setattr(config, name, value)  # read anew for each model
+        return config
+
+
+@dataclass(frozen=True)
+class Function(Decoders):
+    """What ``package.module:function`` of (width, depth) returns: a decoder of at least the text's vocabulary."""
+
+    name: str
+
+    def model(self, width: int, depth: int, base: Base) -> nn.Module:
+        model = self.fits(width, depth, base)(width, depth)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"--builder: {self.name} returned {model!r:.80}; return a model, in fp32")
+        return model
+
+    def fits(self, width: int, depth: int, base: Base) -> Any:
+        module, _, name = self.name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            remedy = "give package.module:function of (width, depth), which Python can import here"
+            raise ConfigError(f"--builder: {self.name}: {error}; {remedy}") from None
+
+
+def _decoder_loss(model: Any, batch: Batch) -> torch.Tensor:
+    tokens, labels = (t.to(_device(model)) for t in batch)
+    output = model(tokens)
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _adamw(groups: Callable[..., Any], base: Base) -> Callable[[float], torch.optim.AdamW]:
+    def build(lr: float) -> torch.optim.AdamW:
+        adam: dict[str, Any] = {"lr": lr, "betas": base.betas}
+        return torch.optim.AdamW(groups(**adam, weight_decay=base.weight_decay, eps=base.eps), **adam)
+
+    return build
+
+
+Builder = Megatron | Decoders
