@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ds_plugin.core.errors import StateError
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
