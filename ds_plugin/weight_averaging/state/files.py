@@ -55,8 +55,7 @@ def save(
     folder: Path, averager: WeightAverager, *, rank: int, world_size: int, save_id: str, coordinate: Place = (0, 0)
 ) -> None:
     """Write this rank's share into the checkpoint folder, atomically. ``save_id`` marks the files of one save; ranks of
-    another ``coordinate`` hold other weights under the same names. Raises StateError: the shards are laid out in a way
-    that is not known, or in another than at first."""
+    another ``coordinate`` hold other weights under the same names. Raises StateError: the shards' layout is strange."""
     laid_out, mode, config = averager.shards.fragments(), averager.mode, averager.config
     fragments.check(laid_out, averager.masters())
     tensors = {name: tensor.view(-1) for name, tensor in mode.tensors().items()}
@@ -73,17 +72,16 @@ def load(
     saved_ranks: int | None = None,
 ) -> None:  # fmt: skip
     """Read this rank's share into the averager's buffers, on the ranks and the layout it was saved with or on others;
-    tensor and pipeline parallelism must be the save's. ``saved_ranks``: how many ranks saved, this run's if not given.
-
-    Raises CheckpointError: a file is missing, unreadable, altered, or belongs to another rank, save or mode; or not
-    each of this rank's elements is held exactly once. If it comes while the buffers are filled, no snapshot is held.
-    """
+    tensor and pipeline parallelism must be the save's. Raises CheckpointError: a file is missing, unreadable, altered,
+    or belongs to another rank, save or mode; or not each of this rank's elements is held exactly once. If it comes
+    while the buffers are filled, no snapshot is held."""
     saved_ranks = world_size if saved_ranks is None else saved_ranks
     share = functools.cache(lambda saved: _Share(folder, rank=saved, world_size=saved_ranks, save_id=save_id))
     laid_out = averager.shards.fragments()
     fragments.check(laid_out, averager.masters())
-    if world_size == saved_ranks and share(rank).holds(coordinate, laid_out):
-        mine = tested = [share(rank)]
+    own = share(rank) if world_size == saved_ranks else None
+    if own is not None and own.header.coordinate == list(coordinate) and own.fragments == laid_out:
+        mine = tested = [own]
     else:
         files = [share(saved) for saved in range(saved_ranks)]
         mine, tested = _of_coordinate(files, coordinate), files[rank::world_size]
@@ -98,8 +96,8 @@ def load(
 
 
 def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path) -> None:
-    """Compare a saved section (or as much of it as a rank's file has; none if averaging was off) with this run's.
-    Raises CheckpointError: the mode differs, or what cannot change in it (a sum of 5 snapshots is none of 3)."""
+    """Raises CheckpointError: a saved section (none if averaging was off) has another mode than this run's, or differs
+    in what cannot change in it (a sum of 5 snapshots is none of 3)."""
     for key in ("mode", *_FIXED[config.mode]) if saved else ():
         if (was := saved[key]) != getattr(config, key):
             raise CheckpointError(
@@ -126,10 +124,6 @@ class _Share:
             if (was := getattr(self.header, key)) != value:
                 what = f"{path} has {key} {was!r} where this run expects {value!r}: it belongs to another rank or save"
                 raise CheckpointError(f"weight_averaging: {what}; {REMEDY}")
-
-    def holds(self, coordinate: Place, laid_out: Sequence[Fragment]) -> bool:
-        """Whether a rank with this layout needs this file alone."""
-        return self.header.coordinate == list(coordinate) and self.fragments == laid_out
 
     def verify(self) -> None:
         """Read all of the file, a piece at a time, and compare it with the hash it was saved with."""

@@ -46,8 +46,8 @@ class Piece:
 
 
 def plan(targets: Sequence[Fragment], sources: Sequence[Source]) -> list[Piece]:
-    """The pieces of ``sources`` that make up ``targets``, each of whose elements lies in exactly one source. Raises
-    CheckpointError: a parameter has another shape, or an element of it lies in no source, or in two."""
+    """The pieces of ``sources`` that make up ``targets``. Raises CheckpointError: a parameter has another shape, or an
+    element of it lies in no source, or in two."""
     saved: dict[str, list[tuple[Fragment, Path]]] = defaultdict(list)
     for path, fragments in sources:
         for fragment in fragments:
@@ -91,8 +91,7 @@ class Resharded:
             self._pieces[piece.shard].append(piece)
 
     def read_(self, name: str, out: torch.Tensor) -> None:
-        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero. Raises
-        CheckpointError: a file does not have it, or less of it, or of another dtype than ``out``."""
+        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero."""
         what, _, shard = name.rpartition(".")
         flat, pieces = out.view(-1), self._pieces[int(shard)]
         if sum(piece.count for piece in pieces) < flat.numel():

@@ -344,8 +344,9 @@ def test_differences_are_saved_and_resumed_bitwise(tmp_path, before, window):
     run(averager, host, before)
     checkpoint.save(tmp_path, averager, **IDENTITY)
     saved = averager.mode.tensors()
-    assert {t.dtype for n, t in saved.items() if n.startswith("newest")} == {torch.float32}
-    assert {t.dtype for n, t in saved.items() if n.startswith("delta")} == ({torch.bfloat16} if before > 1 else set())
+    assert {t.dtype for n, t in saved.items() if n.startswith("snapshot.0.")} == {torch.float32}
+    older = {t.dtype for n, t in saved.items() if not n.startswith("snapshot.0.")}
+    assert older == ({torch.bfloat16} if before > 1 else set())
     other_host = Host(1)
     other = make(other_host, window=window, **BF16)
     run(other, other_host, 4)  # what it holds gives way
