@@ -101,7 +101,6 @@ class WeightAverager:
         return self.mode.steps()
 
     def describe(self) -> str:
-        """What is averaged and the memory it takes, in one line."""
         c = self.config
         weights = "" if c.weights == "mean" else f" weighted {c.weights}"
         older = ", the older ones as bf16 differences" if c.deltas == "bf16" else ""
@@ -197,7 +196,7 @@ class WeightAverager:
         return self._spare
 
     def snapshots(self) -> list[list[torch.Tensor]]:
-        """Mode sliding: the snapshots held, oldest first, in the shards' order."""
+        """Mode sliding: what is held, oldest first, in the shards' order; of older ones perhaps the differences."""
         return cast(modes.Sliding, self.mode).snapshots()
 
     def forget_from(self, step: int) -> None:

@@ -35,16 +35,8 @@ def grow_(newest: Tensors, delta: Tensors) -> None:
     window.in_pieces(_add, newest, newest, delta, piece=min(_PIECE, window.PIECE))
 
 
-def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tensor]]:
-    """The snapshots, oldest first (as ``deltas``), in fp32: new tensors, but for the newest."""
-    found = [list(newest)]
-    for delta in reversed(deltas):
-        found.append([newer + d for newer, d in zip(found[-1], delta, strict=True)])
-    return found[::-1]
-
-
 def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """Write the mean of the `restored` snapshots into ``out``, as `window.weighted_mean_` would, a piece at a time."""
+    """Write the mean of the newest snapshot and of those that ``deltas``, oldest first, lead back to into ``out``."""
     count, mean = len(deltas), window.mean_of(weights)
 
     def restore_and_average(*arrays: window.Array) -> None:

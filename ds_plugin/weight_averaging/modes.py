@@ -118,25 +118,19 @@ class Sliding(Mode):
 class SlidingDeltas(Sliding):
     """`Sliding` with the newest snapshot whole and older ones as bf16 differences: see `deltas` for what that costs."""
 
-    def _deltas(self) -> list[Tensors]:
-        return self._buffers[1 : max(1, len(self._held.steps))][::-1]
-
     def _make_room(self, newest: Tensors, place: int = 0) -> None:
         if self._held.steps and self._config.window > 1:
             super()._make_room(newest, 1)
             deltas.quantize_delta_(self._buffers[1], self._buffers[0], newest)
 
     def _forget_newest(self) -> None:
-        if self._deltas():
+        if len(self._held.steps) > 1:
             deltas.grow_(self._buffers[0], self._buffers[1])
             self._buffers.append(self._buffers.pop(1))
 
-    def snapshots(self) -> list[Tensors]:
-        """The snapshots held, oldest first, as they are read: in new memory, but for the newest."""
-        return deltas.restored(self._buffers[0], self._deltas()) if self._held.steps else []
-
     def read_(self, out: Tensors, horizon: int | None) -> None:
-        deltas.mean_(out, self._buffers[0], self._deltas(), self._weights())
+        *older, newest = self.snapshots()
+        deltas.mean_(out, newest, older, self._weights())
 
 
 class Block(Mode):

@@ -1,9 +1,9 @@
 """What averaging holds, on disk: one safetensors file per rank, in the framework's checkpoint. Never a pickle.
 
-A file holds the mode's buffers as flat tensors, ``<what>.<shard>``, a `Header`, and the SHA-256 of both: a checkpoint's
+A file holds the mode's buffers as flat tensors, ``<what>.<shard>``, a `Header`, and the SHA-256 of each: a checkpoint's
 seals (`core.seals`) are written later, and never where a run is killed before. On the layout it was saved with a rank
-reads its own file; on another one it reads from all files of its coordinate the pieces it needs (`reshard`). Each file
-is tested by one of the ranks, which call `load` within `raise_on_all_ranks`: what one of them finds ends all.
+reads its own file; on another one it reads from all files of its coordinate the pieces it needs (`reshard`). Each
+file's tensors are tested by one of the ranks, which call `load` within `raise_on_all_ranks`: what one finds ends all.
 """
 
 import functools
@@ -44,6 +44,7 @@ class Header(NamedTuple):
     state: dict[str, Any]  # the mode's
     layout: str
     fragments: list[Any]  # each the values of a `Fragment`: which parameters' elements the shards are
+    sha256: str  # of the tensors
 
 
 def shard_name(rank: int) -> str:
@@ -61,9 +62,9 @@ def save(
     tensors = {name: tensor.view(-1) for name, tensor in mode.tensors().items()}
     settings = {key: getattr(config, key) for key in ("mode", *_FIXED[config.mode])}
     where = [astuple(fragment) for fragment in laid_out]
-    told = Header(rank, world_size, save_id, coordinate, settings, mode.state(), averager.shards.layout, where)
-    header = json.dumps(told._asdict())
-    metadata = {"format": FORMAT, "header": header, "sha256": _digest(header, tensors)}
+    place, held = (rank, world_size, save_id, coordinate), (settings, mode.state(), averager.shards.layout)
+    header = json.dumps(Header(*place, *held, where, _digest(tensors))._asdict())
+    metadata = {"format": FORMAT, "header": header, "header_sha256": _seal(header)}
     atomic_write(folder / shard_name(rank), lambda path: save_file(tensors, path, metadata=metadata))
 
 
@@ -115,10 +116,12 @@ class _Share:
             raise CheckpointError(f"weight_averaging: {path} is missing, the window of rank {rank}; {REMEDY}")
         with damage(path):
             self.file = safe_open(path, framework="pt", device="cpu")
-            self._found = self.file.metadata() or {}
-            if (was := self._found.get("format")) != FORMAT:
+            found = self.file.metadata() or {}
+            if (was := found.get("format")) != FORMAT:
                 raise CheckpointError(f"{path} has format {was!r}, this version reads {FORMAT!r}; use its own version")
-            self.header = Header(**json.loads(self._found["header"]))
+            if found["header_sha256"] != _seal(found["header"]):
+                raise ValueError("its metadata is not what was saved")
+            self.header = Header(**json.loads(found["header"]))
             self.fragments = [Fragment(name, tuple(shape), *where) for name, shape, *where in self.header.fragments]
         for key, value in {"rank": rank, **expected}.items():
             if (was := getattr(self.header, key)) != value:
@@ -128,28 +131,31 @@ class _Share:
     def verify(self) -> None:
         """Read all of the file, a piece at a time, and compare it with the hash it was saved with."""
         with damage(self.path):
-            stored = {name: self.file.get_slice(name) for name in self.file.keys()}
-            if _digest(self._found["header"], stored) != self._found["sha256"]:
+            if _digest({name: self.file.get_slice(name) for name in self.file.keys()}) != self.header.sha256:
                 raise ValueError("its contents are not those that were saved")
 
 
 def _of_coordinate(files: Sequence[_Share], coordinate: Place) -> list[_Share]:
-    """Those that ranks of this coordinate saved; they hold the same snapshots."""
+    """Those that ranks of this coordinate saved, of the same snapshots."""
     found = [file for file in files if file.header.coordinate == list(coordinate)]
     if not found:
         known = ", ".join(map(str, sorted({tuple(file.header.coordinate) for file in files})))
         what = f"{files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage {tuple(coordinate)}"
         raise CheckpointError(f"weight_averaging: {what}, only {known}; resume with the save's parallelism")
-    first, path = found[0].header, found[0].path
     for file in found:
-        if (held := file.header)[4:6] != first[4:6]:  # settings and state
-            raise CheckpointError(f"weight_averaging: {file.path} holds {held[4:6]} and {path} {first[4:6]}; {REMEDY}")
+        held, first = ((each.header.settings, each.header.state) for each in (file, found[0]))
+        if held != first:
+            raise CheckpointError(f"weight_averaging: {file.path} holds {held}, {found[0].path} {first}; {REMEDY}")
     return found
 
 
-def _digest(header: str, tensors: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a file holds; the tensors, flat, are in memory or in a file."""
-    digest = hashlib.sha256(header.encode())
+def _seal(header: str) -> str:
+    return hashlib.sha256(header.encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of flat tensors, in memory or in a file."""
+    digest = hashlib.sha256()
     for name, flat in sorted(tensors.items()):
         count = flat.numel() if isinstance(flat, torch.Tensor) else math.prod(flat.get_shape())
         digest.update(f"{name} {count}".encode())
