@@ -21,12 +21,6 @@ from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 
 _LOG = logging.getLogger("ds_plugin")
 Finite = bool | torch.Tensor | None  #: whether a step was; None: nobody knows
-#: the remedy where there is too little memory
-_SMALLER = {
-    "sliding": 'write a smaller "window", or "mode": "block", which keeps two copies whatever the window',
-    "block": "use more ranks under ZeRO, or fewer on a node",
-    "ema": 'write fewer "horizons"',
-}
 
 
 class MasterShards(Protocol):
@@ -58,7 +52,7 @@ class WeightAverager:
             raise ConfigError(f"weight_averaging: the master weights are {wrong[0]}, averaging needs fp32; {remedy}")
         self._shapes = [master.shape for master in masters]
         storage = Storage(config, masters, modes.buffers(config))
-        self.memory, self.files = storage.reserve(_SMALLER[config.mode])
+        self.memory, self.files = storage.reserve()
         buffers: Any = None
         try:
             with raise_on_all_ranks():
@@ -97,7 +91,7 @@ class WeightAverager:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the snapshots in the average, oldest first; empty when there is none. ema: the first and latest."""
+        """Of the snapshots in the average, oldest first; empty when there is none. ema: the first and the latest."""
         return self.mode.steps()
 
     def describe(self) -> str:

@@ -105,11 +105,12 @@ class Sliding(Mode):
     def snapshots(self) -> list[Tensors]:
         return self._buffers[: len(self._held.steps)][::-1]
 
-    def _weights(self) -> list[float]:
-        return window.read_weights(self._config.weights, len(self._held.steps))
-
     def read_(self, out: Tensors, horizon: int | None) -> None:
-        window.weighted_mean_(out, self.snapshots(), self._weights())
+        weights = window.read_weights(self._config.weights, len(self._held.steps))
+        self._mean_(out, weights, *self.snapshots())
+
+    def _mean_(self, out: Tensors, weights: list[float], *held: Tensors) -> None:
+        window.weighted_mean_(out, held, weights)
 
     def _places(self, held: Held) -> dict[str, Tensors]:
         return {f"snapshot.{age}": self._buffers[age] for age in range(len(held.steps))}
@@ -128,9 +129,8 @@ class SlidingDeltas(Sliding):
             deltas.grow_(self._buffers[0], self._buffers[1])
             self._buffers.append(self._buffers.pop(1))
 
-    def read_(self, out: Tensors, horizon: int | None) -> None:
-        *older, newest = self.snapshots()
-        deltas.mean_(out, newest, older, self._weights())
+    def _mean_(self, out: Tensors, weights: list[float], *held: Tensors) -> None:
+        deltas.mean_(out, held[-1], held[:-1], weights)
 
 
 class Block(Mode):

@@ -74,7 +74,6 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every buffer is the tensor it was, with the bits it had (NaNs, too)."""
         for owner, name, buffer, kept, cache in self._kept:
             if getattr(owner, name, None) is not buffer:
                 if cache:

@@ -1,7 +1,6 @@
 """``python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE``: a Megatron-LM script, with the methods in it.
 
-The script is executed as it is, in this process's ``__main__``. A script that may be changed needs two lines instead:
-``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
+The script is executed as it is. One that may be changed needs ``megatron_patches.apply(FILE)`` instead.
 """
 
 import argparse
@@ -42,11 +41,15 @@ OTHER_LOOPS = {
     "primus.modules.trainer": "Primus",
 }
 
+_REMEDY = (
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
+    "the completep section alone, megatron_patches.apply(section)"
+)
 _installed: tuple[PluginConfig, Sequence[Change]] | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a script with its own arguments; the exit code. ``arguments``: the script, and what it is given."""
+    """Run a script with its own arguments; the exit code."""
     try:
         script, given, sections, verify = read_arguments(arguments)
         prepare_host(script)
@@ -65,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(error: PluginError) -> None:
-    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it."""
+    """Print an error once, without a collective: a rank may be alone with it."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)  # the launcher ends all ranks as soon as one is gone; the first speaks first
@@ -74,8 +77,7 @@ def _say(error: PluginError) -> None:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig, bool]:
-    """The script, its own arguments, the sections of the plugin's file, and whether checkpoints are verified. Raises
-    ConfigError: there is no such script, or the file is missing, wrong or given twice."""
+    """The script, its own arguments, the sections of the plugin's file, and whether checkpoints are verified."""
     script = Path(arguments[0])
     if not script.is_file():
         raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
@@ -89,7 +91,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginCon
 
 
 def prepare_host(script: Path) -> None:
-    """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
     if (folder := str(script.parent)) not in sys.path:
         sys.path.insert(0, folder)
     if not torch.cuda.is_available():
@@ -101,12 +102,10 @@ def prepare_host(script: Path) -> None:
 
 
 def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
-    """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
-
-    A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
-    apply to Megatron-LM's own training loop: `install`. None changes nothing. Raises as these two functions do, and
-    ConfigError for a file that cannot be read or is wrong.
-    """
+    """What is built from now on follows the section; again is a no-op. A `CompletePConfig` reaches every GPTModel and
+    its optimizer: `apply_completep`. A JSON file, or all its sections, apply to Megatron-LM's own training loop:
+    `install`. None changes nothing. Raises as these two do, and ConfigError for a file that cannot be read or is
+    wrong."""
     if isinstance(section, CompletePConfig):
         apply_completep(section)
     elif section is not None:
@@ -115,14 +114,10 @@ def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
 
 def install(sections: PluginConfig, *, verify: bool = True) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
-    ``verify``: compare a checkpoint's files with what was saved before it is loaded.
-
-    `megatron_patches.revert()` undoes it. Another loop calls nothing that is wrapped: the first step of any optimizer
-    is refused as long as Megatron-LM's has not been set up.
-
-    Raises, with nothing changed, StateError: other sections are in force; ConfigError: another training loop is
-    imported, or Megatron-LM's is not there; PluginError: it lacks one of the names.
-    """
+    ``verify``: compare a checkpoint's files with what was saved before it is loaded. `megatron_patches.revert()` undoes
+    it. The first step of any optimizer is refused as long as Megatron-LM's loop has not been set up: another loop calls
+    nothing that is wrapped. Raises, with nothing changed, StateError: other sections are in force; ConfigError: another
+    loop is imported, or Megatron-LM's is not there; PluginError: it lacks one of the names."""
     global _installed
     if sections == PluginConfig():
         return
@@ -143,7 +138,6 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
 
 
 def _training() -> ModuleType:
-    """The module of the training loop. Raises as `install`."""
     try:
         training = importlib.import_module(TRAINING)
     except ModuleNotFoundError as error:
@@ -154,21 +148,13 @@ def _training() -> ModuleType:
     return training
 
 
-_REMEDY = (
-    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
-    "the completep section alone, megatron_patches.apply(section)"
-)
-
-
 def _first_step() -> Switch:
     """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
     hooks: list[Any] = []
 
     def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-        raise StateError(
-            f"megatron_patches.apply: {type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer, "
-            f"where the methods come in, was not called; {_REMEDY}"
-        )
+        what = f"{type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer was not called"
+        raise StateError(f"megatron_patches.apply: {what}; {_REMEDY}")
 
     return Switch(
         "torch.optim.Optimizer.step",
@@ -191,7 +177,7 @@ def _wrapped(name: str, method: Callable[..., Any], guard: Change) -> Patch:
 
 
 def execute(script: Path) -> None:
-    """Run the file as ``__main__``, without replacing the module: a spawned process finds this package's, guarded."""
+    """Run the file as ``__main__``; the module stays: a spawned process finds this package's, guarded."""
     names = vars(sys.modules["__main__"])
     names["__file__"] = str(script)
     exec(compile(script.read_bytes(), str(script), "exec"), names)

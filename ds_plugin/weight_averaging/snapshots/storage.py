@@ -20,6 +20,7 @@ from ds_plugin.weight_averaging.snapshots.stager import has_streams
 Tensors = list[torch.Tensor]
 
 _LARGE = 4 << 20  # bytes, at which a tensor is worth pages of its own
+_REMEDY = 'write a smaller "window" or fewer "horizons", or use more ranks under ZeRO'
 
 
 class Storage:
@@ -35,14 +36,14 @@ class Storage:
         #: whether an fp32 buffer and the spare one are of one kind, so that they can change places
         self.exchangeable = kept_in == self._spare_in
 
-    def reserve(self, smaller: str) -> tuple[Memory, Memory | None]:
-        """What the buffers take, of memory and of disk. Raises as `memory.reserve` does; ``smaller`` is a remedy."""
+    def reserve(self) -> tuple[Memory, Memory | None]:
+        """What the buffers take, of memory and of disk. Raises as `memory.reserve` does."""
         in_memory = memory.pinned(self._sizes(self._dtypes("pinned"))) + self._nbytes(*self._dtypes("memory"))
         if self._path is None:
-            return memory.reserve(in_memory, f'{smaller}, or "storage": "files"'), None
-        in_files, more = self._nbytes(*self._dtypes("files")), f'{smaller}, or a "storage_path" with more room'
+            return memory.reserve(in_memory, f'{_REMEDY}, or "storage": "files"'), None
+        in_files, more = self._nbytes(*self._dtypes("files")), f'{_REMEDY}, or a "storage_path" with more room'
         files = memory.reserve_files(self._path, in_files, more)
-        return memory.reserve(in_memory, "use more ranks under ZeRO, or fewer on a node"), files
+        return memory.reserve(in_memory, _REMEDY), files
 
     def allocate(self) -> tuple[list[Tensors], Tensors]:
         """The buffers and the spare one, of undefined contents. Raises ConfigError if the disk has no room for them."""

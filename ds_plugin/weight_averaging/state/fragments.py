@@ -49,7 +49,7 @@ class Fragment:
 
 
 def whole(names: Iterable[tuple[str, torch.Size, int, int]]) -> list[Fragment]:
-    """Fragments of parameters that lie whole in a shard, from (name, shape, shard, offset)."""
+    """From (name, shape, shard, offset)."""
     return [Fragment(n, tuple(shape), 0, shape.numel(), shard, offset) for n, shape, shard, offset in names]
 
 

@@ -274,7 +274,7 @@ def test_groups_are_pinned_together_where_that_wastes_less(tmp_path, changes, ke
     folder = {"storage_path": str(tmp_path)} if changes.get("storage") == "files" else {}
     masters = on_gpu(350, 350, 0, 350, 5)
     where = storage.Storage(parse(**changes, **folder), masters, kept)
-    held, files = where.reserve("remedy")
+    held, files = where.reserve()
     assert pinned == []  # not before all ranks know that there is room
     buffers, spare = where.allocate()
     buffers = [*buffers, spare]
