@@ -219,7 +219,7 @@ class Loop(state.Methods):
         # earlier ones are removed with the run's: Megatron-LM would do it in a thread that reads args.save later
         changed = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
         for horizon in averager.config.horizons or (None,):
-            root = state.root_of_average(Path(options.save), horizon)
+            root = Path(options.save, state.AVERAGED, f"horizon_{horizon}" if horizon is not None else "")
             state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
             with contextlib.ExitStack() as stack:
                 stack.enter_context(averager.averaged_weights(horizon))

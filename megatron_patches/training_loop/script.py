@@ -12,13 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch, Switch
@@ -101,17 +99,6 @@ def prepare_host(script: Path) -> None:
         cpu.enable()
 
 
-def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
-    """What is built from now on follows the section; again is a no-op. A `CompletePConfig` reaches every GPTModel and
-    its optimizer: `apply_completep`. A JSON file, or all its sections, apply to Megatron-LM's own training loop:
-    `install`. None changes nothing. Raises as these two do, and ConfigError for a file that cannot be read or is
-    wrong."""
-    if isinstance(section, CompletePConfig):
-        apply_completep(section)
-    elif section is not None:
-        install(section if isinstance(section, PluginConfig) else PluginConfig.from_dict(load_json(section)))
-
-
 def install(sections: PluginConfig, *, verify: bool = True) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
     ``verify``: compare a checkpoint's files with what was saved before it is loaded. `megatron_patches.revert()` undoes
@@ -128,16 +115,6 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     for module, name in OTHER_LOOPS.items():
         if module in sys.modules:
             raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
-    training = _training()
-    loop, guard = Loop(sections, lambda: training.get_args(), verify=verify), _first_step()  # a script may replace it
-    patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
-    with all_or_none(patches):
-        if sections.completep is not None:
-            apply_completep(sections.completep)
-    _installed = sections, patches
-
-
-def _training() -> ModuleType:
     try:
         training = importlib.import_module(TRAINING)
     except ModuleNotFoundError as error:
@@ -145,7 +122,12 @@ def _training() -> ModuleType:
     if lacking := [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]:
         version = importlib.import_module("megatron.core").__version__
         raise PluginError(f"{training.__file__} of core {version} has no {', '.join(lacking)}; use core 0.16 to 0.20")
-    return training
+    loop, guard = Loop(sections, lambda: training.get_args(), verify=verify), _first_step()  # a script may replace it
+    patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
+    with all_or_none(patches):
+        if sections.completep is not None:
+            apply_completep(sections.completep)
+    _installed = sections, patches
 
 
 def _first_step() -> Switch:

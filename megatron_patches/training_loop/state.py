@@ -30,7 +30,7 @@ from megatron_patches.completep.layers import forward_multipliers
 from megatron_patches.training_loop.lengths import Lengths
 
 FORMAT = 2
-AVERAGED = "averaged"
+AVERAGED = "averaged"  # where averages are saved, for ``--load`` with ``--finetune``
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
 _WITHOUT = "%s is missing: its iterations count as iterations at full length, and the averaging window starts empty"
 
@@ -100,11 +100,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     if (found := manifest["format"]) != FORMAT:
         raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}; use the one that wrote it")
     return manifest
-
-
-def root_of_average(root: Path, horizon: int | None) -> Path:
-    """Where averages are saved, for ``--load`` with ``--finetune``."""
-    return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
 
 
 def mark_average(loop: Methods, root: Path, iteration: int) -> None:
