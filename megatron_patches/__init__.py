@@ -1,22 +1,26 @@
 """The NVIDIA Megatron side of the plugin; importing it imports neither megatron, deepspeed nor torch.
 
-`apply(section)` gives a script that builds its own model and optimizer the CompleteP recipe, `apply("methods.json")`
-gives Megatron-LM's training loop all three methods; `active()` lists every change that is on, `revert()` undoes them.
+`active()` lists every change that is on, `revert()` undoes them.
 """
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.patch import active, revert
-
-if TYPE_CHECKING:
-    from megatron_patches.training_loop.script import apply
 
 __all__ = ["active", "apply", "revert"]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "apply":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from megatron_patches.training_loop.script import apply
+def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
+    """What is built from now on follows the section; again is a no-op. A `CompletePConfig` reaches every GPTModel and
+    its optimizer: `apply_completep`. A JSON file, or all its sections, apply to Megatron-LM's own training loop:
+    `training_loop.script.install`. None changes nothing. Raises as these two do, and ConfigError for a wrong file."""
+    if isinstance(section, CompletePConfig):
+        from megatron_patches.apply_completep import apply_completep
 
-    return apply
+        apply_completep(section)
+    elif section is not None:
+        from megatron_patches.training_loop.script import install
+
+        install(section if isinstance(section, PluginConfig) else PluginConfig.from_dict(load_json(section)))

@@ -1,9 +1,5 @@
 """CompleteP in a script that builds its own objects: megatron-core's builders, rebound.
 
-    megatron_patches.apply(section)      # before the model is built
-    ...                                  # GPTModel(...), get_megatron_optimizer(...), OptimizerParamScheduler(...)
-    megatron_patches.revert()
-
 Where a script can be changed, prefer `completep.building` and `completep.optimizer.build_optimizer`. An optimizer that
 is not built by ``get_megatron_optimizer`` is not reached from here.
 """
@@ -23,18 +19,17 @@ from megatron_patches.completep.build import scaled_builds
 from megatron_patches.completep.layers import give_back
 from megatron_patches.completep.optimizer import build_optimizer, check_scheduler
 
+_LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
+_OPTIMIZER = "megatron.core.optimizer.get_megatron_optimizer"
+_SCHEDULER = "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler"
 _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
 
 def apply_completep(section: CompletePConfig) -> None:
-    """Give every GPTModel and optimizer that is built from now on the section's recipe; again is a no-op.
-
-    A section that does not say ``residual`` is folded. The config that a model is built from is changed itself, so that
-    the model holds the very object that the script goes on to use; when the construction fails it is as before.
-    `megatron_patches.revert()` undoes it, on the configs too; models that were built can still be trained.
-
-    Raises StateError: another section is in force; PluginError, with nothing changed: megatron-core lacks a symbol.
-    """
+    """Give every GPTModel and optimizer that is built from now on the section's recipe, folded if it does not say
+    ``residual``; again is a no-op. The config that a model is built from is changed itself: the script goes on to use
+    it. `megatron_patches.revert()` undoes it, on the configs too; models that were built can still be trained. Raises
+    StateError: another section is in force; PluginError, with nothing changed: megatron-core lacks a symbol."""
     global _applied
     section = section.folded_by_default()
     if in_force(_applied, section):
@@ -45,7 +40,7 @@ def apply_completep(section: CompletePConfig) -> None:
 
 
 def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:
-    """Whether what is asked for is on already. Raises StateError: something else is."""
+    """Whether it is on already. Raises StateError: something else is."""
     if before is None or not any(patch.applied for patch in before[1]):
         return False
     if before[0] != asked:
@@ -55,7 +50,6 @@ def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:
 
 @contextlib.contextmanager
 def all_or_none(patches: Sequence[Change]) -> Iterator[None]:
-    """Apply the changes; when that, or the block, raises a PluginError, take them back."""
     try:
         for patch in patches:
             patch.apply()
@@ -98,16 +92,9 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     # model's groups. A class stays the same object, whoever holds it.
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
     model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
-    language_model = _patch(
-        "models.common.language_module.language_module.LanguageModule.__init__", build_language_model, "other models"
-    )
-    optimizer = _patch("optimizer.get_megatron_optimizer", get_megatron_optimizer, "param groups", prefixes=everywhere)
-    scheduler = _patch(
-        "optimizer_param_scheduler.OptimizerParamScheduler.__init__", build_scheduler, "warmup starts at 0"
-    )
+    language_model = Patch(f"{_LANGUAGE_MODULE}.__init__", build_language_model, reason="completep: other models")
+    groups, start = "completep: param groups", "completep: warmup starts at 0"
+    optimizer = Patch(_OPTIMIZER, get_megatron_optimizer, reason=groups, prefixes=everywhere)
+    scheduler = Patch(f"{_SCHEDULER}.__init__", build_scheduler, reason=start)
     given = Change("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
     return model, language_model, optimizer, scheduler, given
-
-
-def _patch(symbol: str, replacement: Any, reason: str, **where: Any) -> Patch:
-    return Patch(f"megatron.core.{symbol}", replacement, reason=f"completep: {reason}", **where)

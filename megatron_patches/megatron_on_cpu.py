@@ -1,11 +1,9 @@
-"""Run megatron-core on a machine without a GPU, over gloo.
+"""Run megatron-core on a machine without a GPU, over gloo: for tests and small experiments, not for speed.
 
 megatron-core writes "cuda" where it means "my device". `enable()` turns those places into the CPU: a torch function
-mode rewrites devices in tensor calls, and patches replace the parts of `torch.cuda` that training reaches. Nothing here
-is for speed; it exists so that tests and small experiments run megatron-core's real code.
-
-One generator serves both the CPU and the "CUDA" random stream: a draw on the CPU also advances the other. Use dropout 0
-when two runs must draw the same numbers in spite of different draws on the CPU (a resumed run, another data order).
+mode rewrites devices in tensor calls, and patches replace the parts of `torch.cuda` that training reaches.
+One generator serves both the CPU and the "CUDA" random stream: use dropout 0 when two runs must draw the same numbers
+in spite of different draws on the CPU (a resumed run, another data order).
 """
 
 import contextlib
@@ -29,22 +27,16 @@ _LAZY_CALL = "_lazy_call"
 _RUN_BACKWARD = "torch.autograd.graph._engine_run_backward"
 _MODE_STACK = ("_pop_mode", "_push_mode", "_get_current_function_mode_stack")
 _GRAPH_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-_TRACKER_LOGGER = "megatron.core.tensor_parallel.random"
+_TRACKER = logging.getLogger("megatron.core.tensor_parallel.random")
 _TRACKER_WARNING = "CPU RNG state changed"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
-
 _CPU = torch.device("cpu")
 
 
 def enable(*, pretend_cuda: bool = False) -> None:
-    """Make megatron-core run on the CPU in this process, whether or not it has been imported; again is a no-op.
-
-    pretend_cuda: also answer "yes, one GPU" to `torch.cuda.is_available()` and `device_count()`, as Megatron-LM's own
-        scripts demand. Under DeepSpeed leave it False: its accelerator detection would be fooled.
-
-    Raises ConfigError when there is a usable GPU; PluginError, with nothing changed, when torch or megatron-core lacks
-    a symbol that has to be replaced.
-    """
+    """Make megatron-core run on the CPU in this process; again is a no-op. ``pretend_cuda``: also answer "yes, one
+    GPU", as Megatron-LM's own scripts demand; not under DeepSpeed, whose detection would be fooled. Raises ConfigError
+    when there is a usable GPU; PluginError, with nothing changed, when a symbol is missing that has to be replaced."""
     if not enabled() and torch.cuda.is_available():
         count = torch.cuda.device_count()
         raise ConfigError(f'megatron_on_cpu.enable(): {count} GPU(s) found; remove it, or set CUDA_VISIBLE_DEVICES=""')
@@ -57,13 +49,11 @@ def enable(*, pretend_cuda: bool = False) -> None:
 
 
 def disable() -> None:
-    """Put everything back; when it is not enabled, do nothing."""
     for change in reversed([*_CHANGES, *_PRETEND, *_RESUME.values()]):
         change.revert()
 
 
 def enabled() -> bool:
-    """Whether `enable()` is in force."""
     return _CHANGES[0].applied
 
 
@@ -73,12 +63,9 @@ def on_cpu() -> bool:
 
 
 def check_replicas(model: nn.Module) -> int:
-    """Prove that parameters which tensor parallelism does not cut (norms, position embeddings, biases added after a
-    reduction) are bitwise equal across the tensor-parallel group. Collective, over every rank of the job, on GPUs too.
-
-    One all-reduce of each parameter's bytes, twice its size; partitions of ZeRO-3 are gathered one at a time. Returns
-    how many were compared, 0 when tensor_parallel is 1. Raises StateError on every rank of the job, with one message.
-    """
+    """Prove that parameters which tensor parallelism does not cut (norms, position embeddings) are bitwise equal across
+    the group, on GPUs too, by one all-reduce of each; partitions of ZeRO-3 are gathered one at a time. Every rank of
+    the job calls it. Returns how many were compared. Raises StateError on every rank of the job, with one message."""
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -87,16 +74,12 @@ def check_replicas(model: nn.Module) -> int:
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1:
         return 0
-    remedy = (
-        f"on tensor-parallel ranks {ranks}, which must draw the same numbers outside tensor-parallel regions and "
-        "reduce the same gradients; check the seeds, the random number tracker and mpu=DeepSpeedMPU()"
-    )
+    remedy = f"on tensor-parallel ranks {ranks}; check the seeds, the random number tracker and mpu=DeepSpeedMPU()"
     replicas = [(n, p) for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)]
     layouts: list[Any] = [None] * len(ranks)
     mine = [(name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype)) for name, p in replicas]
     dist.all_gather_object(layouts, mine, group=group)
-    # A group whose layouts differ must not start comparing, and the others must not wait for it below (ZeRO-3 gathers
-    # run across groups): agree before and after.
+    # ZeRO-3 gathers run across groups: one whose layouts differ must not leave the others waiting in the comparison
     with raise_on_all_ranks():
         if off := next((each for each in itertools.zip_longest(*layouts) if len(set(each)) > 1), None):
             raise StateError(f"the replicated parameters are not the same, {off}, {remedy}")
@@ -134,14 +117,12 @@ class _CudaToCpu(TorchFunctionMode):
             return None
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _to_cpu(args[1]), *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # megatron's optimizers sort parameters by this string and accept only "torch.cuda.*Tensor".
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # by this string megatron sorts parameters
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
 
 def _to_cpu(device: Any) -> Any:
-    """The CPU for whatever names a CUDA device (a device, a string, an index); anything else unchanged."""
     if isinstance(device, torch.device | str):
         return _CPU if str(device).split(":")[0] == "cuda" else device
     return _CPU if isinstance(device, int) and not isinstance(device, bool) else device
@@ -158,7 +139,6 @@ def _enter_mode() -> None:
 
 
 def _leave_mode() -> None:
-    """Remove our mode from this thread's stack, keeping modes that others entered after it."""
     pop, push, stack = (getattr(torch.overrides, name) for name in _MODE_STACK)
     if _mode not in stack():
         raise StateError("megatron_on_cpu.disable() must run on the thread that called enable()")
@@ -170,14 +150,12 @@ def _leave_mode() -> None:
 
 
 def _run_backward(*args: Any, **kwargs: Any) -> Any:
-    # torch turns a mode off while it handles a call, and Tensor.backward is one: layers recomputed in it would see
-    # megatron's "cuda" again.
+    # torch turns a mode off in a call of Tensor's, as backward is: layers recomputed in it would see "cuda" again
     with contextlib.nullcontext() if _mode in getattr(torch.overrides, _MODE_STACK[2])() else _mode:
         return _backward_patch.original(*args, **kwargs)
 
 
 def _quiet_fork(record: logging.LogRecord) -> bool:
-    """Drops the tracker's warning that a fork moved the CPU stream: here that stream is the one being forked."""
     return _TRACKER_WARNING not in record.getMessage()
 
 
@@ -205,8 +183,7 @@ class _Stream(_Done): ...
 class _Event(_Done): ...
 
 
-def _has_torch_adam(optimizer: Any) -> bool:
-    # megatron's choice where neither Transformer Engine nor apex is installed.
+def _has_torch_adam(optimizer: Any) -> bool:  # megatron's choice without Transformer Engine and apex
     return isinstance(optimizer.optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
@@ -239,8 +216,7 @@ def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
     _RESUME["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
 
 
-def _always(value: Any) -> Any:
-    """A new function that returns ``value`` whatever it is given; new, as `Patch` wants one of its own."""
+def _always(value: Any) -> Any:  # a new function, as `Patch` wants one of its own
     return lambda *args, **kwargs: value
 
 
@@ -257,9 +233,9 @@ _CHANGES: list[Change] = [
     Change("torch function mode", _enter_mode, _leave_mode, reason='send device "cuda" to the CPU'),
     _backward_patch,
     Change(
-        _TRACKER_LOGGER,
-        lambda: logging.getLogger(_TRACKER_LOGGER).addFilter(_quiet_fork),
-        lambda: logging.getLogger(_TRACKER_LOGGER).removeFilter(_quiet_fork),
+        "megatron's random number tracker's log",
+        lambda: _TRACKER.addFilter(_quiet_fork),
+        lambda: _TRACKER.removeFilter(_quiet_fork),
         reason="the CPU stream is the one that the tracker forks",
     ),
     *_cuda(
@@ -282,19 +258,18 @@ _CHANGES: list[Change] = [
     *_cuda({name: getattr(torch, name) for name in ("FloatTensor", "IntTensor", "LongTensor")}, prefixes=()),
 ]
 
+_SIZE = {"total_memory": 1 << 30, "multi_processor_count": 1}
 _PRETEND: list[Change] = [
     *_cuda(
         {
             "is_available": _always(True),
             "device_count": _always(1),
-            "get_device_properties": _always(
-                SimpleNamespace(name="cpu", major=0, minor=0, total_memory=1 << 30, multi_processor_count=1)
-            ),
+            "get_device_properties": _always(SimpleNamespace(name="cpu", major=0, minor=0, **_SIZE)),
             "get_device_capability": _always((0, 0)),
         }
     ),
     Patch("torch.Tensor.pin_memory", lambda tensor, device=None: tensor, reason="there is no pinned memory"),
-    # A torch that was built with CUDA asks torch.cuda here, and then the driver for the device.
+    # a torch that was built with CUDA asks torch.cuda, and then the driver for the device
     Patch("torch.accelerator.is_available", _always(False), reason="loaders' processes pin memory where there is one"),
     *(
         Patch(f"torch.optim.Optimizer.{name}", _always(None), reason="it asks CUDA once is_available() says yes")
@@ -304,11 +279,12 @@ _PRETEND: list[Change] = [
 ]
 
 # The last: applying them imports megatron, as on a CPU.
+_MENDED = {
+    "state_dict": _optimizer_state_dict,
+    "load_state_dict": _load_optimizer_state_dict,
+    "_set_main_param_and_optimizer_states": _set_optimizer_states,
+}
 _RESUME = {
     name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
-    for name, mended in (
-        ("state_dict", _optimizer_state_dict),
-        ("load_state_dict", _load_optimizer_state_dict),
-        ("_set_main_param_and_optimizer_states", _set_optimizer_states),
-    )
+    for name, mended in _MENDED.items()
 }

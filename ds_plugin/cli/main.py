@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         said = "what is finished is kept; tune-warmup and lr-transfer go on from there with the same command"
-        print(f"interrupted: {said}", file=sys.stderr)
+        print(f"interrupted: {said}, a merge starts over", file=sys.stderr)
         return 130
 
 
@@ -116,10 +116,14 @@ def framework_of(path: Path) -> str:
 
 
 def merge_checkpoints(args: argparse.Namespace) -> int:
-    """As `ds_plugin.weight_averaging.merge` does."""
-    from ds_plugin.weight_averaging.merge.merge import command
+    """See `ds_plugin.weight_averaging.merge`."""
+    from ds_plugin.weight_averaging.merge.merge import merge
 
-    return command(args)
+    given = {"weights": args.weights, "workers": args.workers, "dtype": args.dtype}
+    given |= {"shard_bytes": int(args.shard_gb * 1e9), "note": lambda text: print(text, flush=True)}
+    merge(args.checkpoints, args.out, **given)
+    print(f"{args.out}: the mean of {len(args.checkpoints)} checkpoints")
+    return 0
 
 
 def verify(args: argparse.Namespace) -> int:

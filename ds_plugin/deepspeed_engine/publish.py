@@ -25,7 +25,6 @@ from ds_plugin.core.json_files import MANIFEST
 from ds_plugin.deepspeed_engine import compat
 from ds_plugin.deepspeed_engine.masters import zero3_part
 from ds_plugin.weight_averaging.averager import MasterShards, WeightAverager
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
 from ds_plugin.weight_averaging.publish import layout
 from ds_plugin.weight_averaging.publish.config import write_config
 from ds_plugin.weight_averaging.state.fragments import check, plain_name, unwrapped
@@ -128,7 +127,7 @@ def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[str, ...
 
 
 def _refuse_tensor(name: str, tensor: torch.Tensor, ranks: int) -> None:
-    if tensor.dtype not in DTYPE_NAMES:
+    if tensor.dtype not in layout.DTYPE_NAMES:
         raise ConfigError(f"publish: {name} is {tensor.dtype}, which cannot be written; convert it")
     cut = getattr(tensor, "tensor_model_parallel", False)
     if ranks > 1 and (not hasattr(tensor, "partition_dim") if cut else getattr(tensor, "model_parallel", False)):

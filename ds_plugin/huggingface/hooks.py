@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_plugin.config import load_json
+from ds_plugin.completep import prepare_decoder
+from ds_plugin.config import load_json, split_config
 from ds_plugin.core.errors import ConfigError, PluginError, warn
 from ds_plugin.core.patch import Patch
 from ds_plugin.deepspeed_engine import attach
@@ -128,6 +129,8 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return original(*args, **kwargs)
         given = sections.resolve({**_given, **found}, kwargs.get("model"), None) if prepared is None else prepared
         kwargs[name] = {**config, **given}
+        if (section := split_config(kwargs[name])[1].completep) is not None:
+            prepare_decoder(kwargs.get("model"), section)
         kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)
         return attach.initialize(*args, **kwargs)
 

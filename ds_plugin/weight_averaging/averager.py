@@ -1,7 +1,6 @@
 """The averager: snapshots of this rank's fp32 masters, and the swap that puts their average in place.
 
-A snapshot goes to CPU memory: no collective, no accelerator memory; from an accelerator while training goes on
-(`stager`). What is kept and read is the mode's (`modes`), where it lies the storage's (`storage`).
+A snapshot goes to CPU memory: no collective, no accelerator memory; from an accelerator while training goes on.
 """
 
 import contextlib
@@ -21,15 +20,7 @@ from ds_plugin.weight_averaging.state.fragments import Fragment
 from ds_plugin.weight_averaging.swap import Exchange, KeptBuffers
 
 _LOG = logging.getLogger("ds_plugin")
-
-#: whether a step was finite; None: nobody knows
-Finite = bool | torch.Tensor | None
-#: the remedy where there is too little memory
-_SMALLER = {
-    "sliding": 'write a smaller "window", or "mode": "block", which keeps two copies whatever the window',
-    "block": "use more ranks under ZeRO, or fewer on a node",
-    "ema": 'write fewer "horizons"',
-}
+Finite = bool | torch.Tensor | None  #: whether a step was; None: nobody knows
 
 
 class MasterShards(Protocol):
@@ -48,25 +39,20 @@ class MasterShards(Protocol):
 
 
 class WeightAverager:
-    """Averages snapshots of the masters, one every ``interval`` applied steps from ``start_step`` on.
-
-    CPU memory per rank, allocated here, once: `modes.buffers`, in files if asked for, and a spare one of 4 bytes x
-    local parameters, where snapshots arrive, the average is worked out, and training weights wait during a swap. Raises
-    ConfigError, on every rank alike: a master weight is not fp32, or a node has too little memory or disk.
-    """
+    """Averages snapshots of the masters, one every ``interval`` applied steps from ``start_step`` on. All memory is
+    allocated here: `modes.buffers`, and a spare one, where snapshots arrive, the average is worked out, and training
+    weights wait during a swap. Raises ConfigError, on every rank alike: a master is not fp32, or there is no room."""
 
     def __init__(self, config: WeightAveragingConfig, shards: MasterShards):
         self.config, self.shards, self.swapped = config, shards, False
         self._remedy, self._said = "leave the averaged_weights() block first", False
         masters = shards.tensors()
         if wrong := [master.dtype for master in masters if master.dtype != torch.float32]:
-            raise ConfigError(
-                f"weight_averaging: the optimizer's master weights are {wrong[0]}, averaging needs fp32; "
-                'remove "fp16_master_weights_and_grads" / "bf16_master_weights_and_grads" from the JSON'
-            )
+            remedy = 'remove "fp16_master_weights_and_grads" / "bf16_master_weights_and_grads" from the JSON'
+            raise ConfigError(f"weight_averaging: the master weights are {wrong[0]}, averaging needs fp32; {remedy}")
         self._shapes = [master.shape for master in masters]
         storage = Storage(config, masters, modes.buffers(config))
-        self.memory, self.files = storage.reserve(_SMALLER[config.mode])
+        self.memory, self.files = storage.reserve()
         buffers: Any = None
         try:
             with raise_on_all_ranks():
@@ -99,20 +85,16 @@ class WeightAverager:
         masters = self.shards.tensors()
         if [master.shape for master in masters] != self._shapes:
             here, before = sum(m.numel() for m in masters), sum(shape.numel() for shape in self._shapes)
-            raise StateError(
-                f"weight_averaging: the optimizer has {len(masters)} master weights of {here} elements, and had "
-                f"{len(self._shapes)} of {before} when averaging began; call add_param_group() before attach(), or "
-                "between detach() and attach()"
-            )
+            what = f"{len(masters)} master weights of {here} elements, and had {len(self._shapes)} of {before} before"
+            raise StateError(f"weight_averaging: the optimizer has {what}; call add_param_group() before attach()")
         return masters
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the snapshots in the average, oldest first; empty when there is none. ema: the first and latest."""
+        """Of the snapshots in the average, oldest first; empty when there is none. ema: the first and the latest."""
         return self.mode.steps()
 
     def describe(self) -> str:
-        """What is averaged and the memory it takes, in one line."""
         c = self.config
         weights = "" if c.weights == "mean" else f" weighted {c.weights}"
         older = ", the older ones as bf16 differences" if c.deltas == "bf16" else ""
@@ -125,7 +107,6 @@ class WeightAverager:
         return f"weight averaging: {what} {when}, {', '.join(str(m) for m in (self.memory, self.files) if m)}"
 
     def first_step(self) -> int:
-        """The step of the first snapshot."""
         return -(-max(1, self.config.start_step) // self.config.interval) * self.config.interval
 
     def due(self, step: int) -> bool:
@@ -140,8 +121,7 @@ class WeightAverager:
     def snapshot(self, step: int, *, finite: Finite = None) -> None:
         """Fold in the masters as they are after step ``step``. From an accelerator: begin to, without waiting for it.
         ``finite``: whether the step was, the same on all ranks; if not, it gives no snapshot. It may be one element on
-        the accelerator, read when the masters have arrived: a boolean, or the gradient norm, see `finite.is_sound`.
-        None: look at the masters, which costs a pass over them."""
+        the accelerator, read with the masters: a boolean, or the gradient norm. None: look at the masters."""
         masters = self.masters()
         if self._copies is not None and finite is not False:
             self._copies.drain()  # before the spare buffer is named: the last snapshot may have changed it for another
@@ -169,37 +149,35 @@ class WeightAverager:
 
     @contextlib.contextmanager
     def averaged_weights(self, horizon: int | None = None) -> Iterator[None]:
-        """Training's weights out, the average in; on leaving, all is bit for bit as before, the model's buffers (a
-        BatchNorm's statistics) too. Every rank enters it. What fails on one while swapping in fails on every rank, and
-        nothing has changed. Raises StateError as `read` does; on leaving, the training weights could not be put back:
-        then `swapped` stays true."""
+        """Training's weights out, the average in; on leaving, all is bit for bit as before, the model's buffers too.
+        Every rank enters it. What fails on one while swapping in fails on every rank, and nothing has changed. Raises
+        StateError as `read` does; on leaving, the training weights could not be put back: `swapped` stays true."""
         self.read(horizon)
         scratch, buffers = self._swap_in()
         try:
             yield
         except BaseException as error:  # said now: if this rank is alone with it, it may wait below for ever
-            said = f"weight averaging: the averaged_weights() block ends with {type(error).__name__}: {error}; "
-            _LOG.warning("%sthe training weights are put back, for which the ranks may wait for each other", said)
+            said = "weight averaging: the averaged_weights() block ends with %s: %s; the training weights are put back"
+            _LOG.warning(f"{said}, for which the ranks may wait for each other", type(error).__name__, error)
             raise
         finally:
             # the framework may have moved the masters to other memory meanwhile
             self._put_back(lambda: Exchange(self.masters(), self._spare, scratch).forth(), buffers)
 
     def refuse_while_swapped(self, what: str) -> None:
-        """Raise StateError if the average is in place of the training weights; ``what`` is what is refused."""
+        """Raise StateError if the average is in place of the training weights, naming ``what`` is refused."""
         if self.swapped:
             raise StateError(f"weight_averaging: {what} while the averaged weights are swapped in; {self._remedy}")
 
     def restart(self, horizon: int | None = None) -> None:
-        """The average becomes the training weights, and its snapshots are forgotten. Every rank calls it. Raises as
-        `read` does; after any error nothing has changed."""
+        """The average becomes the training weights, and its snapshots are forgotten; after any error nothing has."""
         self.read(horizon)
         self._swap_in()
         self.swapped = False
         self.reset()
 
     def read(self, horizon: int | None = None) -> list[torch.Tensor]:
-        """The average, in the spare buffer: in the shards' order, good until the next snapshot or swap. Raises
+        """The average, in the shards' order, in the spare buffer: good until the next snapshot or swap. Raises
         StateError: no snapshot has been taken yet, the average is swapped in, or there is no such horizon."""
         self.refuse_while_swapped("another read of the average")
         if horizon is not None and horizon not in (self.config.horizons or ()):
@@ -212,15 +190,13 @@ class WeightAverager:
         return self._spare
 
     def snapshots(self) -> list[list[torch.Tensor]]:
-        """Mode sliding: the snapshots held, oldest first; each a list of fp32 tensors in the shards' order."""
+        """Mode sliding: what is held, oldest first, in the shards' order; of older ones perhaps the differences."""
         return cast(modes.Sliding, self.mode).snapshots()
 
     def forget_from(self, step: int) -> None:
-        """Mode sliding: forget the snapshots of ``step`` and later ones."""
         cast(modes.Sliding, self.mode).forget_from(step)
 
     def reset(self) -> None:
-        """Forget every snapshot, as in a new run."""
         self.mode.reset()
 
     def _swap_in(self) -> tuple[torch.Tensor, KeptBuffers]:

@@ -11,7 +11,7 @@ from ds_plugin.core.settings_model import LossRatio, SectionConfig, Steps, Waiti
 #: the weights that have a name, here and in ``merge --weights``; `window.read_weights` works them out
 KINDS = ("mean", "minus-sqrt", "cosine", "wma")
 _Horizon = Annotated[int, Field(ge=1, le=10**6)]  # in fp32 the weight of one snapshot is lost above it
-#: names that have another meaning elsewhere, or are written in another way here, and what to write for them
+#: names with another meaning or spelling elsewhere, and what to write for them
 OTHER_KINDS = {
     "uniform": "write 'mean'",
     "linear": "write 'wma' for 1, 2, ..., k, or 'mean' for what WSM and Megatron-LM's weighted_merge call linear",
@@ -68,18 +68,9 @@ class WeightAveragingConfig(SectionConfig):
             isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= sys.float_info.max for v in value
         )
         if not numbers or not value or not value[-1] > 0:
-            raise ValueError(
-                f"got {value!r}; write {', '.join(repr(kind) for kind in KINDS)}, or a list of numbers of at least 0, "
-                "oldest first, whose last (the newest snapshot's) is above 0"
-            )
+            known = f"{', '.join(map(repr, KINDS))}, or numbers of at least 0, oldest first"
+            raise ValueError(f"got {value!r}; write {known}, the last (the newest snapshot's) above 0")
         return [float(v) for v in value]
-
-    @field_validator("horizons")
-    @classmethod
-    def _distinct_horizons(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and (not value or len(set(value)) < len(value)):
-            raise ValueError(f"got {value!r}; write different numbers of snapshots, at least 1 each, e.g. [10, 100]")
-        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "WeightAveragingConfig":
@@ -98,6 +89,8 @@ class WeightAveragingConfig(SectionConfig):
             yield 'horizons: missing; with mode "ema" write e.g. "horizons": [10, 100], in snapshots'
         if mode == "ema" and self.window != type(self).model_fields["window"].default:
             yield f'window: {self.window} has no meaning with mode "ema"; write "horizons" instead'
+        if self.horizons is not None and not 0 < len(self.horizons) == len(set(self.horizons)):
+            yield f"horizons: got {self.horizons}; write different numbers of snapshots, e.g. [10, 100]"
         if mode != "ema" and self.horizons is not None:
             yield f'horizons: {self.horizons} belongs to mode "ema", this is {mode!r}; leave it out'
         if mode != "sliding" and self.deltas == "bf16":
@@ -105,10 +98,8 @@ class WeightAveragingConfig(SectionConfig):
         if mode != "sliding" and restart is not None:
             yield f"restart: {restart.model_dump()} needs {each}"
         if restart is not None and restart.patience > most:
-            yield (
-                f"restart.patience: in {restart.patience} steps every snapshot of a window of {self.window} x "
-                f"{self.interval} steps may be of the spike; write at most {most}, or a larger window"
-            )
+            all_ = f"in {restart.patience} steps all of a window of {self.window} x {self.interval} steps may be of the"
+            yield f"restart.patience: {all_} spike; write at most {most}, or a larger window"
         if self.storage == "files" and not self.storage_path:
             yield 'storage_path: missing; with storage "files" write a folder on a local disk that all nodes have'
         if self.storage != "files" and (path := self.storage_path) is not None:

@@ -1,16 +1,10 @@
 """A sliding window in about half the memory: the newest snapshot whole, older ones as bf16 differences. In place.
 
 ``s_i`` is kept as ``d_i = bf16(s_i - s_{i+1})``, made of two exact snapshots, and read back from the newest one down:
-``r_k = s_k``, ``r_i = r_{i+1} + d_i``. So errors reach back over the window and no further.
-
-The bound: a rounding moves a number by at most ``u = 2^-8`` of itself in bf16, ``v = 2^-24`` in fp32. Of the exact
-difference, d_i is off by at most ``(u + v + uv) |s_i - s_{i+1}|``, and adding it rounds once, by at most
-``v |r_{i+1} + d_i|``. Summed from the newest down::
+``r_k = s_k``, ``r_i = r_{i+1} + d_i``. A rounding moves a number by at most ``u = 2^-8`` of itself in bf16,
+``v = 2^-24`` in fp32: but for differences below 2^-126 the error is 1/256 of the path that the weight went since::
 
     |r_i - s_i|  <=  sum over j = i .. k-1 of  (u + v + uv) |s_j - s_{j+1}|  +  v |r_{j+1} + d_j|
-
-(but for differences below 2^-126, which bf16 has as subnormal numbers): 1/256 of the path that the weight went since;
-a raw bf16 snapshot would be off by 1/256 of the weight itself.
 """
 
 from collections.abc import Sequence
@@ -41,16 +35,8 @@ def grow_(newest: Tensors, delta: Tensors) -> None:
     window.in_pieces(_add, newest, newest, delta, piece=min(_PIECE, window.PIECE))
 
 
-def restored(newest: Tensors, deltas: Sequence[Tensors]) -> list[list[torch.Tensor]]:
-    """The snapshots, oldest first, in fp32: new tensors, but for the newest. ``deltas``: oldest first."""
-    found = [list(newest)]
-    for delta in reversed(deltas):
-        found.append([newer + d for newer, d in zip(found[-1], delta, strict=True)])
-    return found[::-1]
-
-
 def mean_(out: Tensors, newest: Tensors, deltas: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """Write the mean of the `restored` snapshots into ``out``, as `window.weighted_mean_` would, a piece at a time."""
+    """Write the mean of the newest snapshot and of those that ``deltas``, oldest first, lead back to into ``out``."""
     count, mean = len(deltas), window.mean_of(weights)
 
     def restore_and_average(*arrays: window.Array) -> None:

@@ -1,7 +1,6 @@
 """What is kept of the snapshots, and what is read from it: a sliding window, blocks, or a bank of running averages. No
 communication, and no average's bits depend on the sharding."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ class Held:
     count: int = 0  # ema: how many there were
 
 
-class Mode(ABC):
+class Mode:
     """What the averager needs of a mode. ``kept``: a list of this rank's shape in CPU memory for each of `buffers`."""
 
     def __init__(self, config: WeightAveragingConfig, kept: Sequence[Tensors]):
@@ -31,16 +30,14 @@ class Mode(ABC):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, as at the start of a run."""
         self._held = Held()
 
     def steps(self) -> list[int]:
-        """Steps of the snapshots in the average that `read_` gives, oldest first (ema: the first and the latest)."""
         return self._held.steps
 
-    @abstractmethod
     def add(self, step: int, snapshot: Tensors) -> None:
         """Fold in the masters as they are after ``step``; ``snapshot`` is read, never kept."""
+        raise NotImplementedError
 
     def take(self, step: int, buffer: Tensors) -> Tensors:
         """`add` a contiguous buffer of the mode's own kind; returns one that is free now: that one, or another where
@@ -48,17 +45,16 @@ class Mode(ABC):
         self.add(step, buffer)
         return buffer
 
-    @abstractmethod
     def read_(self, out: Tensors, horizon: int | None) -> None:
         """Write the average into ``out``. ``horizon``: which of the bank, in mode ema."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs beside the tensors, in JSON types."""
         return asdict(self._held)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is held, ``<what>.<shard>``: the live buffers."""
-        return _named(self._places(self._held))
+        return self._tensors(self._held)
 
     def load(self, state: dict[str, Any], read_: Callable[[str, torch.Tensor], None]) -> None:
         """Take over a saved `state`; ``read_`` writes a saved tensor into a buffer. If it fails, nothing is held."""
@@ -66,44 +62,39 @@ class Mode(ABC):
         if self._config.mode == "sliding":  # of a larger window the newest
             held.steps = held.steps[-self._config.window :]
         self.reset()
-        for name, tensor in _named(self._places(held)).items():
+        for name, tensor in self._tensors(held).items():
             read_(name, tensor)
         self._held = held
 
-    @abstractmethod
+    def _tensors(self, held: Held) -> dict[str, torch.Tensor]:
+        return {f"{what}.{i}": t for what, buffer in self._places(held).items() for i, t in enumerate(buffer)}
+
     def _places(self, held: Held) -> dict[str, Tensors]:
         """The buffers in use, by ``<what>``."""
+        raise NotImplementedError
 
 
 class Sliding(Mode):
-    """The last ``window`` snapshots, whole. The mean is worked out from them when it is read, so it never drifts. The
-    buffers in use come first, newest first."""
+    """The last ``window`` snapshots, whole: their mean, worked out when it is read, never drifts. The buffers in use
+    come first, newest first."""
 
     def add(self, step: int, snapshot: Tensors) -> None:
         self._make_room(snapshot)
         window.copy_(self._buffers[0], snapshot)
-        self._count(step)
+        self._held.steps = [*self._held.steps, step][-self._config.window :]
 
     def take(self, step: int, buffer: Tensors) -> Tensors:
         self._make_room(buffer)
         self._buffers[0], free = buffer, self._buffers[0]
-        self._count(step)
+        self._held.steps = [*self._held.steps, step][-self._config.window :]
         return free
 
-    def _make_room(self, newest: Tensors) -> None:
-        """What the first buffer holds gives way to the ``newest`` snapshot."""
-        self._turn(0)
-
-    def _turn(self, first: int) -> None:
-        """Move to place ``first`` a free buffer, or the oldest snapshot's."""
+    def _make_room(self, newest: Tensors, place: int = 0) -> None:
+        """Move to ``place`` a free buffer, or the oldest's; the first one gives way to the ``newest`` snapshot."""
         last = min(len(self._held.steps), self._config.window - 1)
-        self._buffers.insert(first, self._buffers.pop(last))
-
-    def _count(self, step: int) -> None:
-        self._held.steps = [*self._held.steps, step][-self._config.window :]
+        self._buffers.insert(place, self._buffers.pop(last))
 
     def forget_from(self, step: int) -> None:
-        """Forget the snapshots of ``step`` and later ones."""
         while self._held.steps and self._held.steps[-1] >= step:
             self._forget_newest()
             self._held.steps = self._held.steps[:-1]
@@ -112,14 +103,14 @@ class Sliding(Mode):
         self._buffers.append(self._buffers.pop(0))
 
     def snapshots(self) -> list[Tensors]:
-        """The snapshots held, oldest first."""
         return self._buffers[: len(self._held.steps)][::-1]
 
-    def _weights(self) -> list[float]:
-        return window.read_weights(self._config.weights, len(self._held.steps))
-
     def read_(self, out: Tensors, horizon: int | None) -> None:
-        window.weighted_mean_(out, self.snapshots(), self._weights())
+        weights = window.read_weights(self._config.weights, len(self._held.steps))
+        self._mean_(out, weights, *self.snapshots())
+
+    def _mean_(self, out: Tensors, weights: list[float], *held: Tensors) -> None:
+        window.weighted_mean_(out, held, weights)
 
     def _places(self, held: Held) -> dict[str, Tensors]:
         return {f"snapshot.{age}": self._buffers[age] for age in range(len(held.steps))}
@@ -128,36 +119,23 @@ class Sliding(Mode):
 class SlidingDeltas(Sliding):
     """`Sliding` with the newest snapshot whole and older ones as bf16 differences: see `deltas` for what that costs."""
 
-    def _deltas(self) -> list[Tensors]:
-        return self._buffers[1 : max(1, len(self._held.steps))][::-1]
-
-    def _make_room(self, newest: Tensors) -> None:
+    def _make_room(self, newest: Tensors, place: int = 0) -> None:
         if self._held.steps and self._config.window > 1:
-            self._turn(1)
+            super()._make_room(newest, 1)
             deltas.quantize_delta_(self._buffers[1], self._buffers[0], newest)
 
     def _forget_newest(self) -> None:
-        if self._deltas():
+        if len(self._held.steps) > 1:
             deltas.grow_(self._buffers[0], self._buffers[1])
             self._buffers.append(self._buffers.pop(1))
 
-    def snapshots(self) -> list[Tensors]:
-        """The snapshots held, oldest first, as they are read: in new memory, but for the newest."""
-        return deltas.restored(self._buffers[0], self._deltas()) if self._held.steps else []
-
-    def read_(self, out: Tensors, horizon: int | None) -> None:
-        deltas.mean_(out, self._buffers[0], self._deltas(), self._weights())
-
-    def _places(self, held: Held) -> dict[str, Tensors]:
-        return {f"delta.{age}" if age else "newest": self._buffers[age] for age in range(len(held.steps))}
+    def _mean_(self, out: Tensors, weights: list[float], *held: Tensors) -> None:
+        deltas.mean_(out, held[-1], held[:-1], weights)
 
 
 class Block(Mode):
-    """Blocks of ``window`` snapshots that do not overlap, as in the code published with LAWA.
-
-    Read is the mean of the last finished block, in the second buffer; before there is one, that of the open one so far.
-    The first buffer is the open block's sum, of ``window`` numbers at most, so that it does not drift.
-    """
+    """Blocks of ``window`` snapshots that do not overlap, as in the code published with LAWA. Read is the mean of the
+    last finished block, in the second buffer; before there is one, that of the open one, whose sum the first holds."""
 
     def steps(self) -> list[int]:
         return self._held.finished or self._held.steps
@@ -183,11 +161,8 @@ class Block(Mode):
 
 
 class Ema(Mode):
-    """A bank of exponential averages, one buffer for each horizon, all from the same snapshots.
-
-    The n-th snapshot moves the average of horizon h by ``1 / min(n, h)`` of the way: decay ``1 - 1/h`` in the long run.
-    Up to the h-th it is the plain mean, so that the first snapshot weighs no more than the others.
-    """
+    """A bank of exponential averages, one buffer for each horizon. The n-th snapshot moves that of horizon h by
+    ``1 / min(n, h)`` of the way: up to the h-th it is the plain mean, so that the first weighs no more than others."""
 
     def _bank(self) -> dict[int, Tensors]:
         return dict(zip(self._config.horizons or (), self._buffers, strict=True))
@@ -211,10 +186,8 @@ class Ema(Mode):
 
 def make(config: WeightAveragingConfig, kept: Sequence[Tensors]) -> Mode:
     """The mode that ``config`` asks for, upon its `buffers`."""
-    if config.deltas == "bf16":
-        return SlidingDeltas(config, kept)
-    kinds: dict[str, type[Mode]] = {"sliding": Sliding, "block": Block, "ema": Ema}
-    return kinds[config.mode](config, kept)
+    sliding = SlidingDeltas if config.deltas == "bf16" else Sliding
+    return {"sliding": sliding, "block": Block, "ema": Ema}[config.mode](config, kept)
 
 
 def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:
@@ -224,6 +197,3 @@ def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:
     count = {"sliding": config.window, "block": 2, "ema": len(config.horizons or ())}[config.mode]
     return [torch.float32] * count
 
-
-def _named(places: dict[str, Tensors]) -> dict[str, torch.Tensor]:
-    return {f"{what}.{shard}": t for what, buffer in places.items() for shard, t in enumerate(buffer)}

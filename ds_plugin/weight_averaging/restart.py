@@ -14,23 +14,17 @@ ZERO_AT_START = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "m
 
 def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> list[dict[str, Any]]:
     """The dictionaries, live, of the moments and step counts that a restart starts again, by `zero_`: all, or with
-    ``keep`` none if all moments are finite, which costs a pass over them and 4 bytes on ``device``.
-
-    One NaN in a moment would make every later step NaN, so then all ranks start all of theirs again: moments share
-    their step counts, and one of zero at a high count would take far too large steps. Every rank calls it, with what
-    has ``state`` and ``param_groups`` of its masters. Raises StateError: the optimizer keeps something else, of which
-    it is not known how it begins.
-    """
+    ``keep`` none if all moments are finite on all ranks. One NaN would stay for ever, so then all start again: moments
+    share their step counts, and one of zero at a high count would take far too large steps. Every rank calls it.
+    Raises StateError: the optimizer keeps something else, of which it is not known how it begins."""
     entries = [entry for optimizer in optimizers for entry in optimizer.state.values()]
     tensors = [(key, value) for entry in entries for key, value in entry.items() if torch.is_tensor(value)]
     if keep and finite_everywhere([value for _, value in tensors if value.is_floating_point()], device):
         return []
     with raise_on_all_ranks():
         if unknown := sorted({key for key, _ in tensors} - ZERO_AT_START):
-            raise StateError(
-                f"restart_from_average: the optimizer keeps {', '.join(unknown)}, which cannot be reset; give "
-                "moments='keep', which needs finite ones"
-            )
+            what = f"the optimizer keeps {', '.join(unknown)}, which cannot be reset"
+            raise StateError(f"restart_from_average: {what}; give moments='keep', which needs finite ones")
     # apex's kind of Adam counts steps in its groups
     return entries + [group for each in optimizers for group in each.param_groups if "step" in group]
 

@@ -25,19 +25,16 @@ class SpikeWatch:
         self._recorded = False
 
     def record(self, loss: Any) -> None:
-        """Note a micro-batch's loss, which stays on the device."""
         if torch.is_tensor(loss):
             self.monitor.record(loss)
             self._recorded = True
 
     def close_step(self, length: int = 0) -> bool:
-        """An optimizer step is over; every rank calls it. Whether the loss has been above for ``patience`` steps.
-        ``length``: of its samples in tokens, see `LossRatio`. Raises StateError: no loss came in this step."""
+        """An optimizer step is over, of samples of ``length`` tokens; every rank calls it. Whether the loss has been
+        above for ``patience`` steps. Raises StateError: no loss came in this step."""
         if self._every_rank and not self._recorded:
-            raise StateError(
-                "weight_averaging.restart: this step's loss is not known; call engine.backward(loss), or "
-                'loss.backward() on the model\'s loss, or leave "restart" out'
-            )
+            remedy = 'call engine.backward(loss), or loss.backward() on the model\'s loss, or leave "restart" out'
+            raise StateError(f"weight_averaging.restart: this step's loss is not known; {remedy}")
         self._recorded = False
         report = self.monitor.close_step(length)
         if report is None:
@@ -49,16 +46,14 @@ class SpikeWatch:
         return self.since is not None and report.step - self.since + 1 >= self.config.patience
 
     def restarted(self, step: int) -> None:
-        """Training went back to the average after ``step``."""
         self.restarts.append(step)
         self.since = None
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs, in JSON types. Every rank calls it: it holds a collective."""
+        """What a resume needs, in JSON types. It holds a collective."""
         return {"monitor": self.monitor.state(), "since": self.since, "restarts": list(self.restarts)}
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
-        """Take over a saved state; None starts afresh."""
         self.monitor.load_state(state["monitor"] if state else None)
         self.since = state["since"] if state else None
         self.restarts = list(state["restarts"]) if state else []

@@ -6,19 +6,13 @@ import torch
 
 Tensors = Sequence[torch.Tensor]
 
-#: elements exchanged at a time: 16 MiB of fp32, so that a swap needs no second copy of the masters
-EXCHANGE_ELEMENTS = 4 * 1024 * 1024
+EXCHANGE_ELEMENTS = 4 * 1024 * 1024  #: at a time: a swap needs no second copy of the masters
 
 
 class Exchange:
-    """Two lists of fp32 tensors of the same shapes that change their contents, bit for bit, a piece at a time.
-
-    All it needs is allocated when it is made, but for the ``scratch`` of an earlier one of these shapes. `forth` and
-    `back` may fail at any piece, as on a lost device, and either may be called again: a piece that was under way is
-    first put back as it was. It takes three copies, and at any time both contents are somewhere whole::
-
-        left -> scratch | right -> left | scratch -> right
-    """
+    """Two lists of fp32 tensors of the same shapes that change their contents, bit for bit, a piece at a time. All it
+    needs is allocated when it is made. `forth` and `back` may fail at any piece, as on a lost device, and be called
+    again: in left -> scratch | right -> left | scratch -> right both contents are somewhere whole at any time."""
 
     def __init__(self, left: Tensors, right: Tensors, scratch: torch.Tensor | None = None):
         pairs = [piece for a, b in zip(left, right, strict=True) for piece in _cut(a, b)]
@@ -27,16 +21,13 @@ class Exchange:
             scratch = torch.empty(max((a.numel() for a, _ in pairs), default=0), dtype=torch.float32, device=device)
         self.scratch = scratch
         self._pieces = [(a, b, scratch[: a.numel()].view(a.shape)) for a, b in pairs]
-        # how many pieces have changed places, from the first on; the one under way; how many of its copies have ended:
-        # one value, so that an interrupt leaves no half of it
+        # pieces that have changed places; the one under way; its copies that have ended: one value, for interrupts
         self._state = (0, 0, 0)
 
     def forth(self) -> None:
-        """Each list has what the other had."""
         self._to(len(self._pieces))
 
     def back(self) -> None:
-        """Each list has its own."""
         self._to(0)
 
     def _to(self, count: int) -> None:
@@ -60,7 +51,7 @@ class Exchange:
 
 
 def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of two tensors side by side; whole, if one has strides: such parameters are rare and small."""
+    """Pieces side by side; whole, if one has strides: such parameters are rare and small."""
     if left.is_contiguous() and right.is_contiguous():
         left, right = left.view(-1), right.view(-1)
         yield from zip(left.split(EXCHANGE_ELEMENTS), right.split(EXCHANGE_ELEMENTS), strict=True)
@@ -69,9 +60,8 @@ def _cut(left: torch.Tensor, right: torch.Tensor) -> Iterator[tuple[torch.Tensor
 
 
 class KeptBuffers:
-    """What modules hold beside their parameters (a BatchNorm's statistics), copied to CPU memory. But a cache that
-    another tensor has replaced stays so: the length it has grown to (of a dynamic RoPE, say) is the module's attribute.
-    """
+    """What modules hold beside their parameters (a BatchNorm's statistics), copied to CPU memory. A cache that another
+    tensor has replaced stays so: the length it has grown to (of a dynamic RoPE) is the module's attribute."""
 
     def __init__(self, modules: Sequence[torch.nn.Module]):
         owners = {id(owner): owner for module in modules for owner in module.modules()}.values()
@@ -84,16 +74,12 @@ class KeptBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every buffer is the tensor it was, with the bits it had (NaNs, too)."""
         for owner, name, buffer, kept, cache in self._kept:
             if getattr(owner, name, None) is not buffer:
                 if cache:
                     continue
                 owner._buffers[name] = buffer
             # what is not laid out in strides (a sparse matrix) is taken as changed
-            if buffer.layout is not torch.strided or not torch.equal(_bits(buffer), _bits(kept)):
+            both = [t.detach().to("cpu").contiguous() for t in (buffer, kept) if buffer.layout is torch.strided]
+            if not both or not torch.equal(*(t.view(-1).view(torch.uint8) for t in both)):
                 buffer.copy_(kept)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)

@@ -1,12 +1,9 @@
 """The arithmetic of averaging, in place, on lists of fp32 tensors in CPU memory.
 
-Every function works element by element, in an order that is fixed, and never leaves a product and a sum to one kernel,
-which may fuse them (one rounding, not two) in the middle of a tensor and not at its end. So an element's bits do not
-depend on which rank holds it, where its shard begins, or how many threads work.
-
-All of it goes by numpy in pieces that stay in a core's cache (`in_pieces`), which the threads take one after another.
-Torch's own threads share every tensor evenly and wait for the slowest at each call's end, which on shared cores takes
-dozens of times the work itself.
+Every function works element by element, in a fixed order, and never leaves a product and a sum to one kernel, which may
+fuse them (one rounding, not two) in the middle of a tensor and not at its end. So an element's bits do not depend on
+which rank holds it, where its shard begins, or how many threads work. They take pieces that stay in a core's cache
+(`in_pieces`), by numpy: torch's own wait for the slowest at each call's end, on shared cores dozens of times the work.
 """
 
 import math
@@ -32,15 +29,14 @@ _TINY = float(np.finfo(np.float32).tiny)  # a share of the mean below what fp32 
 
 
 def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
-    """Relative weights of ``count`` snapshots, oldest first; only their ratios count (`normalised`).
+    """Relative weights of ``count`` snapshots, oldest first; of a list the last are used. ``"wma"``: the newer the
+    heavier (PMA, arXiv 2505.12082). ``"minus-sqrt"`` and ``"cosine"`` emulate a learning rate decay (WSM, arXiv
+    2507.17634).
 
-    ``"mean"``: 1, 1, ... ``"wma"``: 1, 2, ..., count, the newer the heavier (PMA, arXiv 2505.12082). Numbers: the last
-    belongs to the newest snapshot; of fewer snapshots, the last ``count`` are used.
-
-    ``"minus-sqrt"`` and ``"cosine"``: a learning rate decay emulated after the fact (WSM, arXiv 2507.17634). With a
-    constant learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the interval
-    before snapshot i added. A mean with weights c_j that add up to 1 scales d_i by ``w_i = c_i + ... + c_{k-1}``, as a
-    learning rate decayed by w_i would if it changed no gradient. So ``c_j = w_j - w_{j+1}``, with w_0 = 1 and w_k = 0:
+    With a constant learning rate the j-th of k snapshots is ``x_j = x_0 + d_1 + ... + d_j``, d_i being what the
+    interval before snapshot i added. A mean with weights c_j that add up to 1 scales d_i by ``w_i = c_i + ... +
+    c_{k-1}``, as a learning rate decayed by w_i would if it changed no gradient. So ``c_j = w_j - w_{j+1}``, with w_0 =
+    1 and w_k = 0:
 
         ``w_i = 1 - sqrt(i / k)``: ``c_j = sqrt((j + 1) / k) - sqrt(j / k)``, the oldest is the heaviest
         ``w_i = (1 + cos(pi i / k)) / 2``: ``c_j = sin(pi / 2k) sin(pi (2j + 1) / 2k)``, but for the first factor
@@ -59,17 +55,15 @@ def read_weights(kind: str | Sequence[float], count: int) -> list[float]:
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
-    """Relative weights, finite, none negative and one positive, divided by their sum: each rounded once, to fp64, so
-    that three weights of 1e-300 or of 1e308 give the bits of three weights of 1."""
+    """Relative weights, none negative, divided by their sum, each rounded once: 1e-300 and 1e308 are as good as 1."""
     exact = [Fraction(weight) for weight in weights]
     total = sum(exact)
     return [float(weight / total) for weight in exact]
 
 
 def factors(weights: Sequence[float]) -> tuple[list[float], int]:
-    """How a mean with relative ``weights`` is made: of snapshot times factor, added up and divided once by the number.
-    Equal ones have factors of 1; others add up to 1, and the number is 1. A factor of 0 leaves its snapshot out: times
-    0 an infinity would be NaN."""
+    """How a mean is made: of snapshot times factor, added up and divided once by the number. Equal ``weights`` have
+    factors of 1; others add up to 1, and the number is 1. Factor 0 leaves a snapshot out: times 0 infinity is NaN."""
     shares = [share if share >= _TINY else 0.0 for share in normalised(weights)]
     kept = [share for share in shares if share]
     if len(set(kept)) == 1:
@@ -78,11 +72,8 @@ def factors(weights: Sequence[float]) -> tuple[list[float], int]:
 
 
 def weighted_mean_(out: Tensors, snapshots: Sequence[Tensors], weights: Sequence[float]) -> None:
-    """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) with relative weights into ``out``.
-
-    Adds them oldest to newest, times their `factors`, then divides once: equal weights give the bits of
-    ``sum(snapshots) / len(snapshots)``.
-    """
+    """Write the mean of ``snapshots`` (oldest first, all of ``out``'s shapes) with relative weights into ``out``. They
+    are added oldest to newest, times their `factors`: equal weights give the bits of ``sum(snapshots) / count``."""
     in_pieces(mean_of(weights), out, *snapshots)
 
 
@@ -107,7 +98,6 @@ def mean_of(weights: Sequence[float]) -> Work:
 
 
 def add_(total: Tensors, snapshot: Tensors) -> None:
-    """Add a snapshot to a running sum."""
     in_pieces(lambda _, target, source: np.add(target, source, out=target), total, snapshot)
 
 
@@ -140,7 +130,6 @@ def copy_(out: Tensors, source: Tensors) -> None:
 
 
 def all_finite(tensors: Tensors) -> bool:
-    """Whether no element is infinite or NaN, on any device."""
     found: list[bool] = []
 
     def look(_: Array, array: Array) -> None:  # a NaN is the largest and the smallest
@@ -153,12 +142,9 @@ def all_finite(tensors: Tensors) -> bool:
 
 
 def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None = None) -> None:
-    """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of the same elements.
-
-    By as many threads as torch has been given, of which the caller is one, each with fp32 scratches of its own. The
-    others live as long as the call, so that none is lost in a fork. A bf16 tensor comes as its bits (`bits_of`), one
-    with strides as one piece: such shards are small. ``piece``: elements, at most.
-    """
+    """Call ``work(*scratches, *arrays)`` on the lists' tensors side by side, cut into pieces of at most ``piece``
+    elements, by as many threads as torch has been given, each with fp32 scratches of its own; they live as long as the
+    call, so that none is lost in a fork. A bf16 tensor comes as its bits (`bits_of`), one with strides as one piece."""
     if not lists:
         return
     threads = min(torch.get_num_threads(), _THREADS)
@@ -180,19 +166,15 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
                         kept = np.empty((scratches, count), np.float32)
                     work(*(row[:count].reshape(shape) for row in kept), *part)
 
-    threads = min(threads, -(-sum(t.numel() for t in lists[0]) // size))
-    if threads <= 1:
+    others = min(threads, -(-sum(t.numel() for t in lists[0]) // size)) - 1
+    with ThreadPoolExecutor(max(others, 1), thread_name_prefix="averaging") as pool:  # which starts none until it must
+        begun = [pool.submit(run) for _ in range(others)]
         run()
-        return
-    with ThreadPoolExecutor(threads - 1, thread_name_prefix="averaging") as pool:
-        others = [pool.submit(run) for _ in range(threads - 1)]
-        run()
-        for other in others:
+        for other in begun:
             other.result()
 
 
 def bits_of(array: Array) -> torch.Tensor:
-    """A piece of a bf16 tensor as `in_pieces` gives it, as the tensor it is."""
     return torch.from_numpy(array).view(torch.bfloat16)
 
 
@@ -203,7 +185,7 @@ def _is_shared(tensor: torch.Tensor) -> bool:
 
 def _cut(lists: Sequence[Tensors], piece: int) -> Iterator[list[Array]]:
     for tensors in zip(*lists, strict=True):
-        arrays = [_array(t.detach()) for t in tensors]
+        arrays = [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).detach().numpy() for t in tensors]
         if any(array.shape != arrays[0].shape for array in arrays):
             raise ValueError(f"tensors of one shape are averaged, not of {' and '.join(str(a.shape) for a in arrays)}")
         if all(array.flags.c_contiguous for array in arrays):
@@ -218,7 +200,3 @@ def _parts(arrays: list[Array], piece: int) -> Iterator[list[Array]]:
         return
     for start in range(0, arrays[0].size, piece):
         yield [array[start : start + piece] for array in arrays]
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -4,7 +4,6 @@ Not called building.py: a package holds a module that was imported under its nam
 """
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,17 @@ def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> P
 @contextlib.contextmanager
 def building(source: str | Path | Mapping[str, Any] | CompletePConfig | None) -> Iterator[CompletePConfig | None]:
     """Every GPTModel that is built in the block is scaled, as `prepare` and `finish` do; yields the section.
-
-    ``source``: the JSON file or what is in it, or its ``completep`` section; without one, or with the method off, the
-    block builds what it would have built. The given TransformerConfig is changed itself: the model holds that object.
-
-    Raises ConfigError as these two do; StateError: a recipe is in force already, or no GPTModel was built in the block.
-    """
+    ``source``: the JSON file, what is in it, or its ``completep`` section; without one, or if it is off, nothing is.
+    The given TransformerConfig is changed itself: the model holds that object. Raises ConfigError as these two do;
+    StateError: a recipe is in force already, or no GPTModel was built in the block."""
     section = source if isinstance(source, CompletePConfig | None) else split_config(source)[1].completep
     if section is None:
         yield None
         return
     if any(patch.name == GPT_MODEL_INIT for patch in active()):
         raise StateError("completep.building: a recipe is in force for every GPTModel already; use one of them")
-    built: list[weakref.ref[Any]] = []
-    patch = scaled_builds(section, lambda config: built.append(weakref.ref(config)))
+    built: list[bool] = []
+    patch = scaled_builds(section, lambda config: built.append(True))
     patch.apply()
     try:
         yield section

@@ -1,9 +1,8 @@
 """CompleteP in the model: init, residual branches, attention scale and logits of a megatron-core GPTModel.
 
-`prepare` uses megatron-core's extension points before the model is built (config fields and the layer spec), on a copy;
-`prepared` does so on the very config that a script builds its model from. `finish` does to the built model what they do
-not reach. At the base model's size nothing changes, bit for bit, but the output projections' init: megatron's default
-divides it by sqrt(2 x layers), Table 1 does not.
+`prepare` uses megatron-core's extension points before the model is built (config fields and the layer spec), `finish`
+does to the built model what they do not reach. At the base model's size nothing changes, bit for bit, but the output
+projections' init: megatron's default divides it by sqrt(2 x layers), Table 1 does not.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a res
 _BASE_STD = "completep_base_std"
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
-#: fields that set one of our quantities another way, or add residual streams, or parameters without a role
+#: fields that set one of our quantities another way, or add streams, or parameters without a role
 _UNSUPPORTED = """
     num_moe_experts multi_latent_attention mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
     heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
@@ -45,14 +44,9 @@ _READ_LATER = ("pipeline_dtype",)  # of the fields that are set, while the model
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
-    """A TransformerConfig and a layer spec that build the scaled model; the given ones are left as they are, and
-    returned without a section (the method is off).
-
-    The std's of the config's init methods are the base model's. The model holds the returned config: what a training
-    loop sets on it (``finalize_model_grads_func``, ...) belongs there.
-
-    Raises ConfigError: it asks for what the rules do not cover, or what sets the same quantity another way.
-    """
+    """A TransformerConfig, whose init methods' std's are the base model's, and a layer spec that build the scaled
+    model; without a section the given ones, which are left as they are. The model holds the returned config. Raises
+    ConfigError: it asks for what the rules do not cover, or what sets the same quantity another way."""
     if section is None:
         return config, layer_spec
     check_config(config)
@@ -63,16 +57,17 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
 
 @contextlib.contextmanager
 def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator[Any]:
-    """`prepare` on the given TransformerConfig itself, since who gave it goes on to use it; yields the layer spec.
-
-    One that is prepared already is so anew, from the values before: several models or stages may share it, and its size
-    may have changed. When the block fails, it is left as it was."""
+    """`prepare` on the given TransformerConfig itself, since who gave it goes on to use it; yields the layer spec. It
+    may be prepared already, shared by models or stages, its size changed. When the block fails, it is left as it
+    was."""
     check_config(config)
     before = dict(vars(config))
     try:
         stds = base_stds(config)  # before: what is ours knows it, whatever depth the given ones were made for
         give_back(config)
-        _refuse_unsupported(config)
+        for name in _UNSUPPORTED.split():
+            if value := getattr(config, name, None):
+                raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}: not covered; leave it off")
         scaled_spec = _scaled_spec(config, layer_spec, section)
         values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
@@ -108,7 +103,6 @@ def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]
 
 
 def _scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
-    """The layer spec with residual branches that are multiplied, or the given one where nothing is."""
     for layer in _layers(layer_spec):
         _check_layer(layer, section)
     branch = rules.residual_multiplier(ratios_of(config, section), section.recipe)
@@ -121,8 +115,7 @@ def _scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
 
 
 def base_stds(config: Any) -> dict[str, float]:
-    """The std of each of a TransformerConfig's init methods, as the base model's: of the output projections
-    ``init_method``'s in place of megatron-core's std / sqrt(2 x layers), unless the config says another."""
+    """The std of each of a TransformerConfig's init methods; ``init_method``'s in place of std / sqrt(2 x layers)."""
     stds = {name: _std(name, getattr(config, name)) for name in _DRAWN}
     given, plain = stds["output_layer_init_method"], stds["init_method"]
     by_depth = [std / math.sqrt(2 * config.num_layers) for std in (plain, config.init_method_std)]
@@ -137,20 +130,16 @@ def _std(name: str, method: Any) -> float:
     settings = {"mean": 0.0, "std": 1.0, **getattr(method, "keywords", {})}
     plain = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
     if not plain or settings.keys() != {"mean", "std"} or settings["mean"] != 0:
-        raise ConfigError(
-            f"completep: TransformerConfig.{name} is {method!r}, which cannot be scaled; write init_method_std, or "
-            "functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
-        )
+        remedy = "write init_method_std, or functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
+        raise ConfigError(f"completep: TransformerConfig.{name} is {method!r}, which cannot be scaled; {remedy}")
     return float(settings["std"])
 
 
 def _layers(layer_spec: Any) -> list[Any]:
-    """The layer specs inside a block's spec, or the one given."""
     return getattr(getattr(layer_spec, "submodules", layer_spec), "layer_specs", None) or [layer_spec]
 
 
 def _check_layer(layer: Any, section: CompletePConfig) -> None:
-    """Refuse a layer whose residual branches are not added by the two submodules that this method knows."""
     from megatron.core.transformer.identity_op import IdentityOp
 
     if not hasattr(layer, "submodules"):
@@ -158,9 +147,8 @@ def _check_layer(layer: Any, section: CompletePConfig) -> None:
     check_mask(layer)
     kind = f"completep: the layer spec {type(layer.submodules).__name__}"
     for name in _ADDS:
-        if not hasattr(layer.submodules, name):
+        if (add := getattr(layer.submodules, name, None)) is None:
             raise ConfigError(f"{kind} has no {name!r}, where residual branches are added; use a GPT layer's")
-        add = getattr(layer.submodules, name)
         if section.residual == "forward" and scaled_add(add, 1.0) is None:
             raise ConfigError(f'{kind} has a {name} of its own, {add!r}; remove it, or write "residual": "folded"')
     cross = getattr(layer.submodules, "cross_attention", None)
@@ -170,16 +158,11 @@ def _check_layer(layer: Any, section: CompletePConfig) -> None:
 
 
 def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, Role]:
-    """Complete a model, or a pipeline's stage, once: unembedding init and logits. Returns the role of every parameter.
-
-    It scales weights as they were drawn: call it right after the model is built, before any are loaded. A second call
-    changes nothing, nor does one without a section (the method is off), which returns no roles. From then on no
-    optimizer steps on its gradients until param groups are built by role (`param_groups.await_groups`).
-
-    Raises ConfigError: the model is of another kind, was not built from `prepare`'s config, has a parameter without a
-    role, is wrapped in something that may have copied its weights (torch.compile has not), or was built inside
-    ``deepspeed.zero.Init`` or on the meta device.
-    """
+    """Complete a model, or a pipeline's stage, once: unembedding init and logits. Returns the role of every parameter;
+    none without a section (the method is off). It scales weights as they were drawn: call it right after the model is
+    built, before any are loaded. From then on no optimizer steps until param groups are built by role. Raises
+    ConfigError: the model is of another kind, was not built from `prepare`'s config, has a parameter without a role, is
+    wrapped in what may have copied its weights, or was built inside ``deepspeed.zero.Init`` or on the meta device."""
     if section is None:
         return {}
     gpt: Any = bare_model(gpt_of(model))
@@ -211,8 +194,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
     """What a parameter is multiplied by as it was drawn: no random numbers, so tensor-parallel ranks stay in step."""
-    # an untied output layer is drawn with init_method, which is the hidden matrices' here; norms start at one
-    if role is Role.UNEMBEDDING:
+    if role is Role.UNEMBEDDING:  # untied, it is drawn with init_method, which is the hidden matrices' here
         return section.multipliers(role, ratios).init_std / section.multipliers(Role.HIDDEN, ratios).init_std
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
 
@@ -229,9 +211,3 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
     if section is not None and section.base_head_dim not in (None, head):
         found["q.k"] = rules.attention_scale(head, section.base_head_dim, section.recipe)
     return found
-
-
-def _refuse_unsupported(config: Any) -> None:
-    for name in _UNSUPPORTED.split():
-        if value := getattr(config, name, None):
-            raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}, which is not covered; leave it off")

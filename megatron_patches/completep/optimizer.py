@@ -1,14 +1,9 @@
 """CompleteP on megatron-core's own optimizer: param groups by role, checks, and clipping in the folded mode.
 
-    optimizer = build_optimizer(optimizer_config, model_chunks, section)
-    scheduler = OptimizerParamScheduler(optimizer, init_lr=0.0, ...)
-    check_scheduler(scheduler)
-
 It uses megatron-core's extension point, ``get_megatron_optimizer(..., config_overrides=...)``. What to know of it:
 
-* Overrides are plain dicts merged into the group: ``eps``, ``betas`` and the initial ``lr`` and ``weight_decay`` reach
-  the optimizer, too, where the latter have the base values until the scheduler's first step.
-* The scheduler reads a group's ``max_lr``, ``min_lr`` and ``wd_mult``; its ``init_lr``, where warmup starts, is global.
+* Overrides are plain dicts merged into the group. The scheduler reads a group's ``max_lr``, ``min_lr`` and ``wd_mult``;
+  its ``init_lr``, where warmup starts, is global.
 * A checkpoint's groups are recognised by ``wd_mult`` and ``lr_mult`` (in 0.19 also ``max_lr`` and ``min_lr``), not by
   eps, so that two roles could get each other's. Nothing else reads ``lr_mult``: the role's name is written there.
 * The group whose learning rate is logged says ``default_config``: the embeddings, whose multiplier is mostly 1.
@@ -50,18 +45,12 @@ def build_optimizer(
     get_optimizer: Callable[..., Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """``get_megatron_optimizer`` with the groups of the section's recipe, checked, and clipping that knows the mode.
-
-    The groups are checked again whenever the optimizer loads a state, and their learning rates and weight decays before
-    each step, which is refused where they are not in the ratios of their roles.
-
-    ``optimizer_config`` holds the base model's values. ``model_chunks``: in DistributedDataParallel, built and finished
-    under `prepare` and `finish`. ``get_optimizer``: megatron-core's function, where its name is bound to another;
-    ``arguments`` go to it. Collective.
-
-    Raises ConfigError, on every rank: the rules do not hold for the optimizer, the chunks are not finished, or a
-    parameter did not land in the group of its role.
-    """
+    """``get_megatron_optimizer`` with the groups of the section's recipe, checked now and after each load of a state,
+    and clipping that knows the mode. Steps are refused where learning rates and weight decays are not in their ratios.
+    ``optimizer_config`` holds the base model's values. ``model_chunks``: in DistributedDataParallel, finished.
+    ``get_optimizer``: megatron-core's function, where its name is bound to another; ``arguments`` go to it. Every rank
+    calls it. Raises ConfigError, on every rank: the rules do not hold for the optimizer, the chunks are not finished,
+    or a parameter did not land in the group of its role."""
     from megatron.core.optimizer import get_megatron_optimizer
 
     build = get_optimizer or get_megatron_optimizer
@@ -90,8 +79,7 @@ def build_optimizer(
 def config_overrides(
     model_chunks: Sequence[torch.nn.Module], section: CompletePConfig, optimizer_config: Any
 ) -> dict[Any, dict[str, Any]]:
-    """``{ParamKey: ParamGroupOverride}`` for ``get_megatron_optimizer``: one entry per role in these chunks. It
-    matches its parameters by identity, whatever wrappers call them. Raises as `build_optimizer`."""
+    """``{ParamKey: ParamGroupOverride}`` for ``get_megatron_optimizer``, by role. Raises as `build_optimizer`."""
     from megatron.core.optimizer import ParamKey
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 
@@ -125,11 +113,10 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
             continue
         group = found[id(parameter)]
         for setting, value in expected[role].items():
-            if setting not in ("lr", "weight_decay") and not _same(group.get(setting), value):
-                raise ConfigError(
-                    f"completep: parameter {name!r} (role {role.value}) has {setting} {group.get(setting)!r}, expected "
-                    f"{value!r}; use build_optimizer's groups alone, and resume with the same recipe and learning rate"
-                )
+            if setting not in ("lr", "weight_decay") and not _same(held := group.get(setting), value):
+                what = f"parameter {name!r} (role {role.value}) has {setting} {held!r}, expected {value!r}"
+                remedy = "use build_optimizer's groups alone, and resume with the same recipe and learning rate"
+                raise ConfigError(f"completep: {what}; {remedy}")
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -139,23 +126,17 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
-    """Make the gradient norm, for clipping and the log, that of the forward mode when multipliers are folded.
-
-    A role with fold factor c has gradients 1/c of the forward mode's. What megatron-core collects for its norm becomes,
-    on this optimizer, one float32 number per factor: c times the norm of the gradients that have it. Nothing is copied,
-    reduced or synchronised in addition; gradients, and the count of their zeros, stay as they are.
-
-    Raises PluginError: this megatron-core does not collect gradients the way this was written for.
-    """
+    """Make the gradient norm, for clipping and the log, that of the forward mode when multipliers are folded: a role
+    with fold factor c has gradients 1/c of the forward mode's, and megatron-core now collects one float32 number per
+    factor: c times the norm of the gradients that have it. Nothing is copied, reduced or synchronised in addition."""
     ratios = _ratios(model_chunks, section)
     factors = {role.value: section.fold_factor(role, ratios) for role in Role}
     for single in _singles(optimizer) if set(factors.values()) != {1.0} else []:
         name = next((name for name in _GRADS_FOR_NORM if hasattr(type(single), name)), None)
         if name is None:
-            raise PluginError(
-                f"megatron-core {metadata.version('megatron-core')} has no {type(single).__name__}."
-                f'{" or ".join(_GRADS_FOR_NORM)}; use a tested version, or write "residual": "forward"'
-            )
+            what = f"megatron-core {metadata.version('megatron-core')} has no {type(single).__name__}"
+            known = " or ".join(_GRADS_FOR_NORM)
+            raise PluginError(f'{what}.{known}; use a tested version, or write "residual": "forward"')
         collect = getattr(type(single), name).__get__(single)
         setattr(single, name, functools.partial(_weighted, single, collect, factors))
 
@@ -163,7 +144,6 @@ def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], se
 def _weighted(
     optimizer: Any, collect: Callable[..., Any], factors: Mapping[str, float], *args: Any, **kwargs: Any
 ) -> list[torch.Tensor]:
-    """In place of ``collect``, a method of the optimizer's."""
     parts: dict[float, list[torch.nn.Parameter]] = {}
     for group in optimizer.param_groups:  # read anew: loading a checkpoint replaces the groups
         if group["params"]:
@@ -173,14 +153,13 @@ def _weighted(
         with replaced(optimizer, _PARAMETERS, lambda parameters=parameters: parameters):
             grads = collect(*args, **kwargs)
         if grads:
-            # float32 also for 16-bit gradients; megatron-core's kernels want tensors of one dtype in a list.
+            # float32 also for 16-bit gradients: megatron-core's kernels want tensors of one dtype
             each = torch._foreach_norm(grads, 2, dtype=torch.float32)
             norms.append(factor * torch.linalg.vector_norm(torch.stack(each)))
     return norms
 
 
 def checkpoint_state(section: CompletePConfig) -> dict[str, Any]:
-    """What to add to a checkpoint's common state."""
     return {_STATE_KEY: section.model_dump()}
 
 
@@ -210,7 +189,6 @@ def _group_values(section: CompletePConfig, ratios: Ratios, config: Any) -> dict
 
 
 def _check_config(config: Any) -> None:
-    """Refuse optimizers that the rules do not hold for, and settings that set the same quantity another way."""
     for name, least in (("lr", "above 0"), ("min_lr", "0.0 for none")):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
@@ -230,7 +208,6 @@ def _check_config(config: Any) -> None:
 
 
 def _parameters(chunks: Sequence[Any], section: CompletePConfig) -> Iterator[tuple[str, torch.nn.Parameter, Role]]:
-    """Name inside the GPTModel, parameter and role."""
     for chunk in chunks:
         model = unwrapped(chunk)
         roles = finished_roles(model, section)
@@ -243,7 +220,6 @@ def _ratios(model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -
 
 
 def _singles(optimizer: Any) -> list[Any]:
-    """The optimizers of a chain, or the one given; those without parameters on this rank have no groups."""
     return list(getattr(optimizer, _CHAIN, [optimizer]))
 
 

@@ -1,11 +1,8 @@
-"""The scaled bias-dropout-add: what a layer spec's ``self_attn_bda`` and ``mlp_bda`` become in the forward mode.
-
-    residual + multiplier * dropout(x + bias)
+"""``residual + multiplier * dropout(x + bias)``: what ``self_attn_bda`` and ``mlp_bda`` become in the forward mode.
 
 The multiplier rides on the addition's own kernel, and where megatron-core fuses (``bias_dropout_fusion``) the same
-compiler fuses this. The sum has the residual's dtype, also with an fp32 residual stream under 16-bit layers
-(``fp32_residual_connection``), which megatron-core 0.16's own function rounds down: at alpha = 1 a branch is a 1/L-th
-of the stream, and 16 bits would lose it.
+compiler fuses this. The sum has the residual's dtype, also with an fp32 residual stream under 16-bit layers, which
+megatron-core 0.16's own function rounds down: at alpha = 1 a branch is a 1/L-th of the stream, and would be lost.
 """
 
 import functools
@@ -19,11 +16,8 @@ BiasDropoutAdd = Callable[[WithBias, torch.Tensor, float], torch.Tensor]
 
 
 def scaled_bias_dropout_add(of_branch: float, of_bias: float = 1.0) -> Callable[[bool, bool], BiasDropoutAdd]:
-    """A value for a layer spec's bias-dropout-add whose branch, or its bias alone, is multiplied before it is added.
-
-    It is called as ``value(training, fused)((x, bias), residual, prob)`` with x and residual [sequence, batch, hidden],
-    bias [hidden] or None; the result has residual's shape and dtype.
-    """
+    """A layer spec's bias-dropout-add whose branch, or its bias alone, is multiplied before it is added, called as
+    ``value(training, fused)((x, bias), residual, prob)``; the result has residual's shape and dtype."""
 
     def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
         function = _fused(training) if fused else (_train if training else _evaluate)
@@ -45,12 +39,9 @@ def scaled_add(add: Any, multiplier: float) -> Any:
 
 
 def scale_before(layer: Any, multiplier: float) -> None:
-    """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it.
-
-    The sum is the same. After it, unfused, the backward pass has one more product, a tensor of its own: in the last
-    layer, beside the matrix's backward pass, the step's peak. In the layers below memory has been freed by then, and
-    the addition is the cheaper place: before the matrix there are four times as many elements.
-    """
+    """Make a built transformer layer's MLP branch multiplied before its second matrix rather than after it. After it,
+    unfused, the backward pass has one more product, a tensor of its own: in the last layer the step's peak. In layers
+    below memory has been freed by then, and before the matrix there are four times as many elements."""
     from megatron.core.transformer.mlp import MLP
 
     if type(layer.mlp) is not MLP:  # a fused one need not call its matrix as a module
@@ -66,7 +57,6 @@ def scaled_before(layer: Any) -> float:
 
 
 def scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
-    """A forward pre-hook: the first argument times the multiplier."""
     return (args[0] * multiplier, *args[1:])
 
 
@@ -92,7 +82,6 @@ def _evaluate(x: WithBias, residual: torch.Tensor, prob: float, of_bias: float, 
 
 @functools.cache
 def _fused(training: bool) -> Callable[..., torch.Tensor]:
-    """Compiled once in a process, by the compiler that megatron-core uses for its own."""
     from megatron.core.jit import jit_fuser
 
     return jit_fuser(_train if training else _evaluate)  # type: ignore[no-any-return]

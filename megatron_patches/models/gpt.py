@@ -53,17 +53,14 @@ class GPTConfig(SectionConfig):
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def ffn_size(self) -> int:
-        """Width of the MLP."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model together."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @model_validator(mode="after")
@@ -72,7 +69,7 @@ class GPTConfig(SectionConfig):
         for name, value, of, total in (
             ("num_attention_heads", heads, "hidden_size", self.hidden_size),
             ("num_query_groups", groups, "num_attention_heads", heads),
-            # Whole query groups go to a rank, so heads follow; they come first because the default ties the two.
+            # whole query groups go to a rank; heads come first because the default ties the two
             ("tensor_parallel", self.tensor_parallel, "num_attention_heads", heads),
             ("tensor_parallel", self.tensor_parallel, "num_query_groups", groups),
             ("tensor_parallel", self.tensor_parallel, "ffn_hidden_size", self.ffn_size),
@@ -81,22 +78,16 @@ class GPTConfig(SectionConfig):
             if total % value:
                 raise ValueError(f"{name} = {value} does not divide {of} = {total}; write a divisor of {total}")
         if self.position_embedding == "rope" and (head := self.hidden_size // heads) % 2:
-            raise ValueError(
-                f"position_embedding='rope' needs an even head size, not hidden_size / num_attention_heads = {head}; "
-                "write another, or position_embedding='learned'"
-            )
+            what = f"position_embedding='rope' needs an even head size, not hidden_size / num_attention_heads = {head}"
+            raise ValueError(f"{what}; write another, or position_embedding='learned'")
         return self
 
 
 def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
-    """Create megatron's process groups and seed every generator the same on all ranks of a tensor-parallel group.
-
-    torch.distributed must be initialised, with gloo on a CPU. Seeds `random`, numpy, torch and megatron's random number
-    tracker, whose model-parallel stream differs per rank. Again with the same sizes, it only seeds.
-
-    Raises StateError without torch.distributed, or when the groups exist with another size; ConfigError when the sizes
-    do not divide the number of ranks, the seed is out of range, or there is neither a GPU nor `megatron_on_cpu`.
-    """
+    """Create megatron's process groups (again only seed), and seed `random`, numpy, torch and megatron's random number
+    tracker, whose model-parallel stream differs per rank. Raises StateError without torch.distributed, or when the
+    groups exist with another size; ConfigError when the sizes do not divide the number of ranks, the seed is out of
+    range, or there is neither a GPU nor `megatron_on_cpu`."""
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
@@ -106,10 +97,8 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     if not 0 <= seed <= _MAX_SEED:
         raise ConfigError(f"seed = {seed} is out of range; use 0 to {_MAX_SEED}")
     if (ranks := dist.get_world_size()) % cfg.model_ranks:
-        name, value = "tensor_parallel", str(cfg.tensor_parallel)
-        if cfg.pipeline_parallel > 1:
-            name, value = f"{name} x pipeline_parallel", f"{value} x {cfg.pipeline_parallel}"
-        raise ConfigError(f"{name} = {value} does not divide the {ranks} ranks of this job; start a multiple of it")
+        asked = f"tensor_parallel x pipeline_parallel = {cfg.tensor_parallel} x {cfg.pipeline_parallel}"
+        raise ConfigError(f"{asked} does not divide the {ranks} ranks of this job; start a multiple of it")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(cfg.tensor_parallel, cfg.pipeline_parallel)
     check_build(cfg)
@@ -120,11 +109,8 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
 
 
 def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
-    """The megatron-core TransformerConfig of `cfg` with float32, bfloat16 or float16 parameters; else ConfigError.
-
-    On the CPU, weights are cut from one full weight drawn alike on every rank, so a model starts the same whatever
-    tensor_parallel is; on a GPU each rank draws its own part. It knows no stages: they are DeepSpeed's.
-    """
+    """The megatron-core TransformerConfig of `cfg` with float32, bfloat16 or float16 parameters; else ConfigError. On
+    the CPU a model starts the same whatever tensor_parallel is; on a GPU each rank draws its own part of a weight."""
     from megatron.core.transformer import TransformerConfig
 
     if dtype not in _DTYPES:
@@ -176,11 +162,8 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 
 def build_gpt(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> Any:
     """A megatron-core GPTModel with parameters of `config.params_dtype`, vocabulary padded by `padded_vocab_size`.
-
-    config, spec: from `transformer_config(cfg, ...)` and `layer_spec(cfg)`, possibly edited since. Raises as
-    `check_build`, and ConfigError for pipeline_parallel above 1, and inside deepspeed.zero.Init, which cuts position
-    embeddings before megatron initialises them.
-    """
+    Raises as `check_build`, and ConfigError for pipeline_parallel above 1, and inside deepspeed.zero.Init, which cuts
+    position embeddings before megatron initialises them."""
     from megatron.core.models.gpt import GPTModel
 
     check_build(cfg, vocab_size)
@@ -210,12 +193,9 @@ _MPU = ("get_tensor_model_parallel_", "get_pipeline_model_parallel_", "get_data_
 
 
 class DeepSpeedMPU:
-    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`: ``get_X_group``, ``get_X_rank`` and
-    ``get_X_world_size`` are megatron's for X tensor_model_parallel, pipeline_model_parallel and data_parallel.
-
-    "model_parallel" is DeepSpeed's old word for the first; megatron's own of that name spans the pipeline too. Sequence
-    parallel methods are left out: DeepSpeed takes their presence for its Ulysses mode. A PipelineModule brings its own.
-    """
+    """megatron-core's process groups in the words DeepSpeed asks of an `mpu`; a PipelineModule brings its own.
+    "model_parallel" is DeepSpeed's old word for tensor_model_parallel; megatron's own of that name spans the pipeline
+    too. Sequence parallel methods are left out: DeepSpeed takes their presence for its Ulysses mode."""
 
     def __init__(self) -> None:
         from megatron.core import parallel_state
@@ -231,7 +211,6 @@ class DeepSpeedMPU:
         return getattr(self._state, name)
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        """Global ranks of this rank's data-parallel group, in order."""
         return dist.get_process_group_ranks(self._state.get_data_parallel_group())
 
 
@@ -246,9 +225,7 @@ def check_build(cfg: GPTConfig, vocab_size: int = 1) -> None:
         found["pipeline_parallel"] = parallel_state.get_pipeline_model_parallel_world_size()
     for name, size in found.items():
         if size != (asked := getattr(cfg, name)):
-            raise StateError(
-                f"megatron's process groups were made for {name} = {size}, the model asks for {asked}; use one value, "
-                "or parallel_state.destroy_model_parallel() between two"
-            )
+            what = f"megatron's process groups were made for {name} = {size}, the model asks for {asked}"
+            raise StateError(f"{what}; use one value, or parallel_state.destroy_model_parallel() between two")
     if vocab_size < 1:
         raise ConfigError(f"vocab_size = {vocab_size} is out of range; use the tokenizer's number of tokens")

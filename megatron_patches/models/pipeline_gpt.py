@@ -1,21 +1,18 @@
 """The GPT of `gpt` cut into the stages of DeepSpeed's pipeline, parameter for parameter the same model.
 
-    cfg = GPTConfig(..., tensor_parallel=2, pipeline_parallel=2)
-    initialize_parallel(cfg, seed)
-    config, spec = transformer_config(cfg, dtype), layer_spec(cfg)      # CompleteP's prepare() as for build_gpt
-    model = build_pipeline(cfg, vocab_size, config, spec)               # ... and its finish(model, section)
+    model = build_pipeline(cfg, vocab_size, config, spec)               # the rest is as for build_gpt
     engine, *_ = deepspeed.initialize(model=model, ...)                 # no mpu: the module brings its own
-
     loss = engine.train_batch(map(micro_batch, batches))
 
-A parameter's name is the GPTModel's behind the prefix DeepSpeed numbers its layers with; `gpt_name` takes it off.
+A parameter's name is the GPTModel's behind the prefix DeepSpeed numbers its layers with; `gpt_name` takes it off. Each
+layer takes what the one before it returns; inside, modules have their place in a GPTModel.
 """
 
 import contextlib
 import functools
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +25,6 @@ from megatron_patches.models.gpt import GPTConfig, check_build, in_one_dtype, pa
 _TIED = "embedding"  # DeepSpeed's key for the layers that share the word embedding
 _WORDS = "embedding.word_embeddings.weight"
 _PREFIX = re.compile(rf"^(\d+|tied_modules\.{_TIED})\.")
-
-# Each layer takes what the one before it returns; inside, modules have their place in a GPTModel.
 
 
 class Embedding(torch.nn.Module):
@@ -47,10 +42,8 @@ class Embedding(torch.nn.Module):
 
 
 class Layer(torch.nn.Module):
-    """[length, batch, width] -> the same; the causal mask is made from the scores' own size.
-
-    ``index``: from 0 in the whole model; ``rotary``: length -> the angles' table, None with learned positions.
-    """
+    """[length, batch, width] -> the same; the causal mask is made from the scores' own size. ``index``: from 0 in the
+    whole model; ``rotary``: length -> the angles' table, None with learned positions."""
 
     def __init__(self, config: Any, spec: Any, index: int, rotary: torch.nn.Module | None):
         from megatron.core.transformer.spec_utils import build_module
@@ -67,8 +60,6 @@ class Layer(torch.nn.Module):
 
 
 class FinalNorm(torch.nn.Module):
-    """[length, batch, width] -> the same."""
-
     def __init__(self, config: Any):
         from megatron.core.transformer.transformer_block import LayerNormImpl  # the one a GPTModel would have
 
@@ -81,10 +72,8 @@ class FinalNorm(torch.nn.Module):
 
 
 class Output(torch.nn.Module):
-    """[length, batch, width] -> logits [length, batch, this rank's part of the vocabulary].
-
-    ``tied``: by a copy of the word embedding; DeepSpeed makes it the first stage's and adds the gradients of the two.
-    """
+    """[length, batch, width] -> logits [length, batch, this rank's part of the vocabulary]. ``tied``: by a copy of the
+    word embedding; DeepSpeed makes it the first stage's and adds the gradients of the two."""
 
     def __init__(self, config: Any, rows: int, tied: bool):
         from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
@@ -115,7 +104,7 @@ def micro_batch(batch: Mapping[str, torch.Tensor]) -> tuple[tuple[torch.Tensor, 
 
 
 class PipelineGPT(PipelineModule):
-    """One rank's stage of the model. Made by `build_pipeline`."""
+    """One rank's stage of the model."""
 
     def __init__(self, specs: Sequence[LayerSpec], config: Any, tied: bool, topology: Any):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed lists the layers there
@@ -126,19 +115,17 @@ class PipelineGPT(PipelineModule):
 
     @property
     def gpt(self) -> "StageOfGPT":
-        """This stage under the names of a GPTModel; the same modules and parameters."""
         return self._gpt[0]
 
 
 class StageOfGPT(torch.nn.Module):
-    """A stage's modules where a GPTModel has them: embedding, decoder.layers, decoder.final_layernorm, output_layer.
-    For reading and for CompleteP, not for a forward pass."""
+    """A stage's modules where a GPTModel has them, for reading and for CompleteP, not for a forward pass."""
 
     def __init__(self, parts: Sequence[torch.nn.Module], config: Any, tied: bool):
         super().__init__()
         self.config, self.share_embeddings_and_output_weights = config, tied
         self.decoder = torch.nn.Module()
-        self.decoder.layers = _Layers()
+        self.decoder.layers = torch.nn.Sequential()  # under the numbers in the whole model, which need not begin with 0
         for part in parts:
             for name in ("embedding", "output_layer"):
                 if hasattr(part, name):
@@ -149,31 +136,18 @@ class StageOfGPT(torch.nn.Module):
                 self.decoder.final_layernorm = part.decoder["final_layernorm"]
 
 
-class _Layers(torch.nn.Module):
-    """Modules under the numbers they have in the whole model, which need not begin with 0 as in a ModuleList."""
-
-    def __iter__(self) -> Iterator[torch.nn.Module]:
-        return self.children()
-
-
 def build_pipeline(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> PipelineGPT:
-    """This rank's stage, of ``num_layers / pipeline_parallel`` layers, with parameters of ``config.params_dtype``; the
-    first also has the embeddings, the last the final norm and the output layer. Every rank of the job calls it.
-
-    ``config``, ``spec``: as for `gpt.build_gpt`, and weights are those that it would draw from the same seed: a stage
-    draws, and drops, those of the stages before it as well.
-
-    Raises as `check_build`, and ConfigError for a norm on queries and keys with tensor parallelism.
+    """This rank's stage, of ``num_layers / pipeline_parallel`` layers; every rank of the job calls it. ``config``,
+    ``spec``: as for `gpt.build_gpt`, and so are the weights of a seed: a stage draws, and drops, those of the stages
+    before it as well. Raises as `check_build`, and ConfigError for a norm on queries and keys with tensor parallelism.
     """
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
     from megatron.core import parallel_state
 
     check_build(cfg, vocab_size)
     if cfg.qk_norm and cfg.tensor_parallel > 1:
-        raise ConfigError(
-            f"qk_norm with tensor_parallel = {cfg.tensor_parallel}: DeepSpeed does not sum these norms' gradients; use "
-            "tensor_parallel 1, or no qk_norm"
-        )
+        why = f"qk_norm with tensor_parallel = {cfg.tensor_parallel}: DeepSpeed does not sum these norms' gradients"
+        raise ConfigError(f"{why}; use tensor_parallel 1, or no qk_norm")
     # ranks in the order pipe, data, tensor, from the slowest to the fastest, as megatron's groups have them
     data = parallel_state.get_data_parallel_world_size()
     topology = PipeModelDataParallelTopology(cfg.pipeline_parallel, cfg.tensor_parallel, data)
@@ -197,8 +171,7 @@ def _specs(cfg: GPTConfig, vocab_size: int, config: Any, spec: Any) -> list[Laye
 
 
 def _drawn_in_turn(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """The same specs; the first one that is built on a rank builds, and drops, all before it: random numbers are taken
-    as if one rank built the whole model."""
+    """The same specs; the first one that is built on a rank builds, and drops, all before it."""
     waiting = list(specs)
 
     def build(spec: LayerSpec, log: bool = False) -> Any:

@@ -9,22 +9,19 @@ import torch
 from ds_plugin.core.errors import ConfigError, DataError
 from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
-#: entries of a micro-batch; other tensors are refused
 _KNOWN = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "dataset_id")
 _SECTION, _NAMES = "sequence_length_warmup", ", ".join(_KNOWN)
 
 
 def cut(batch: Any, length: int) -> dict[str, Any]:
-    """The first ``length`` positions of every sample of a micro-batch, contiguous, as broadcasts need them.
-    Raises DataError for an entry that is not known, so that it is not known what to cut, and for shorter samples."""
+    """The first ``length`` positions of every sample of a micro-batch, contiguous, as broadcasts need them. Raises
+    DataError for an entry that is not known, and for shorter samples."""
     if not isinstance(batch, Mapping):
         raise DataError(f"{_SECTION}: the data are {type(batch).__name__} objects; give dictionaries, {_NAMES}")
     for name, value in batch.items():
         if torch.is_tensor(value) and name not in _KNOWN:
-            raise DataError(
-                f"{_SECTION}: the data hold {name!r} of shape {list(value.shape)}, known are {_NAMES}; leave it out, "
-                "train packed samples (--sft, THD) without sequence_length_warmup"
-            )
+            what = f"the data hold {name!r} of shape {list(value.shape)}, known are {_NAMES}"
+            raise DataError(f"{_SECTION}: {what}; leave it out, train packed samples (--sft, THD) without {_SECTION}")
     try:
         found, _, tokens = cut_batch(batch, length)
     except ConfigError as error:
@@ -43,7 +40,7 @@ class Cut(Iterator[Any]):
         self._ahead: list[Any] = []
 
     def check_first(self, full: int) -> None:
-        """Read one batch ahead: raises DataError as `cut` does at the longest of the lengths, before the first step."""
+        """Read one batch ahead, to raise DataError as `cut` does at the longest of the lengths."""
         with contextlib.suppress(StopIteration):  # a run that has reached its end reads nothing
             cut(self.ahead(), full)
 
@@ -58,7 +55,7 @@ class Cut(Iterator[Any]):
 
 
 class Replay(Iterator[Any]):
-    """The batches of ``source``; those read since `record` come again after each `replay`, and then new ones."""
+    """The batches of ``source``; those read since `record` come again after each `replay`, until `forget`."""
 
     def __init__(self, source: Iterator[Any]):
         self._source = source
@@ -74,23 +71,20 @@ class Replay(Iterator[Any]):
         return batch
 
     def record(self) -> None:
-        """Keep the batches that are read from now on, in CPU memory."""
         self.forget()
         self._recording = True
 
     def replay(self) -> None:
-        """Give the kept batches once more, and keep no others."""
         self._recording, self._again = False, iter(self._kept)
 
     def forget(self) -> None:
-        """Go on with the source, and drop what was kept."""
         self._kept: list[Any] = []
         self.replay()
 
 
 def _sharing(batch: Any, before: Any) -> Any:
-    """The batch; entries equal to those of the batch before are the same tensors, kept once: attention masks are
-    length x length for each sample and mostly the same in all batches, gigabytes in an evaluation."""
+    """The batch; entries equal to those of the batch before are kept once: attention masks, length x length for each
+    sample, are mostly the same in all batches, gigabytes in an evaluation."""
     if not (isinstance(batch, Mapping) and isinstance(before, Mapping)):
         return batch
 

@@ -36,7 +36,7 @@ def enable() -> None:
 
 
 class _WithoutTriton(ModuleType):
-    """Stands in for the kernels that need triton: they are off, and nothing else of them can be used."""
+    """Stands in for the kernels that need triton: they are off."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -14,8 +14,8 @@ class Lengths:
     """The schedule on one run. Tokens are of all ranks together; every rank counts the same, asking no other."""
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, full: int, layout_multiple: int):
-        """``full``: ``--seq-length``. ``layout_multiple``: how many equal parts the layout cuts a sample into.
-        Raises ConfigError: the section does not fit the run, or asks for what this loop does not offer."""
+        """``full``: ``--seq-length``. ``layout_multiple``: into how many equal parts the layout cuts a sample. Raises
+        ConfigError: the section does not fit the run, or asks for what this loop does not offer."""
         elsewhere = "is not supported in Megatron-LM's training loop, only with DeepSpeed"
         for name, offered, why in (
             ("end_length", full, f"is not --seq-length {full}"),
@@ -36,17 +36,16 @@ class Lengths:
         return self.schedule.length_at(done + 1)
 
     def booked(self, samples: int, length: int, applied: bool) -> None:
-        """An iteration is over: ``samples`` over all ranks, of which ``length`` tokens each were trained if applied."""
+        """An iteration is over: ``samples`` are over all ranks."""
         self.iterations += 1
         self.trained += samples * length * applied
 
     def increment(self, samples: int, length: int) -> int:
-        """By how many samples of full length the learning rate's schedule moves on, for ``length`` tokens of each.
-        Megatron-LM counts it in samples, as integers; what is left over is not lost."""
+        """By how many samples of full length the learning rate's schedule moves on for ``length`` tokens of each.
+        Megatron-LM counts whole ones; what is left over is not lost."""
         return (self.trained + samples * length) // self.full - self.trained // self.full
 
     def describe(self, *, batch: int, iterations: int) -> str:
-        """The schedule, and what a run of so many iterations of ``batch`` samples comes to, in one line."""
         c, run = self.config, plan(self.schedule, batch, steps=iterations)
         return (
             f"sequence length warmup: {c.start_length} to {c.end_length} tokens, {c.schedule}, over {c.duration.total} "
@@ -55,11 +54,10 @@ class Lengths:
         )
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, in JSON types; equal on all ranks."""
         return {"iterations": self.iterations, "trained": self.trained, **self._fixed()}
 
     def load_state(self, state: dict[str, Any] | None, *, iteration: int, samples: int) -> None:
-        """Take over a saved state. None: ``iteration`` iterations were trained at full length, of ``samples`` in all.
+        """Take over a saved state; None: ``iteration`` iterations were trained at full length, of ``samples`` in all.
         Raises CheckpointError: it was saved under another schedule."""
         if state is None:
             self.iterations, self.trained = iteration, samples * self.full
@@ -67,10 +65,8 @@ class Lengths:
         saved = {**state, "section": {name: v for name, v in state["section"].items() if name not in _FREE}}
         for name, value in self._fixed().items():
             if saved[name] != value:
-                raise CheckpointError(
-                    f"sequence_length_warmup: the checkpoint was trained with {name} {saved[name]!r}, this run has "
-                    f"{value!r}; give the same section and layout"
-                )
+                what = f"the checkpoint was trained with {name} {saved[name]!r}, this run has {value!r}"
+                raise CheckpointError(f"sequence_length_warmup: {what}; give the same section and layout")
         self.iterations, self.trained = state["iterations"], state["trained"]
 
     def _fixed(self) -> dict[str, Any]:

@@ -19,14 +19,15 @@ import contextlib
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
 from ds_plugin.core.patch import replaced
 from ds_plugin.weight_averaging.averager import WeightAverager
@@ -38,23 +39,22 @@ from megatron_patches.training_loop.options import check_options, layout_multipl
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 
 Stock = Callable[..., Any]  # Megatron-LM's own function
-_SAMPLES = "consumed samples:"  # in the line that Megatron-LM prints of an iteration
+_SAMPLES = re.compile(r"consumed samples:[^|]*\|")  # in the line that Megatron-LM prints of an iteration
 
 
+@dataclass(eq=False)
 class Loop(state.Methods):
-    """Holds the methods' state; made before the script runs."""
+    """Made before the script runs."""
 
-    def __init__(self, sections: PluginConfig, get_args: Callable[[], Any], *, verify: bool = True):
-        super().__init__(sections, get_args, verify=verify)
-        self._ready = False  # model, optimizer and state are there
-        self._last = 0  # length of the iteration that ran last
-        self._rehearsed = sections.sequence_length_warmup is None or not sections.sequence_length_warmup.preflight
-        self._loaded: tuple[Path, int] | None = None
-        self._validation: list[Replay] = []
-        self._mark = ""  # behind the names of what is written, while an average is evaluated
+    _ready: bool = False  # model, optimizer and state are there
+    _last: int = 0  # length of the iteration that ran last
+    _rehearsed: bool = False  # the full length
+    _loaded: tuple[Path, int] | None = None
+    _validation: list[Replay] = field(default_factory=list)
+    _mark: str = ""  # behind the names of what is written, while an average is evaluated
 
     def setup_model_and_optimizer(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """Raises ConfigError for what a method cannot go with, before the model is built, on every rank."""
+        """Raises ConfigError for what a method cannot go with, before the model is built."""
         options, section = self.options(), self.sections.sequence_length_warmup
         with raise_on_all_ranks():
             check_options(self.sections, options)
@@ -83,7 +83,7 @@ class Loop(state.Methods):
         return model, optimizer, scheduler
 
     def load_checkpoint(self, stock: Stock, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse what no run can go on from, and remember what was loaded: our state follows when it has a place."""
+        """Refuse what no run can go on from, and remember what was loaded: our state follows."""
         read = state.check(self, model)
         found, options = stock(model, *args, **kwargs), self.options()
         if (iteration := found[0]) > 0 and not options.finetune:
@@ -92,7 +92,6 @@ class Loop(state.Methods):
         return found
 
     def build_train_valid_test_data_iterators(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """Put `Cut` under the training iterator, and `Replay` under those of validation and test."""
         train, valid, test = stock(*args, **kwargs)
         with raise_on_all_ranks():
             if self.lengths is not None:
@@ -106,7 +105,6 @@ class Loop(state.Methods):
         return train, valid, test
 
     def _describe(self) -> list[str]:
-        """One line for each method that is on."""
         options, lines = self.options(), []
         if self.lengths is not None:
             lines.append(self.lengths.describe(batch=options.global_batch_size, iterations=options.train_iters))
@@ -118,12 +116,11 @@ class Loop(state.Methods):
         return lines
 
     def train_step(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """One iteration at its length. Raises StateError while the average is in place of the weights."""
         if self.averager is not None:
             self.averager.refuse_while_swapped("a training step")
         if self.lengths is not None:
             self._last = self.lengths.length
-            if not self._rehearsed and self._last < self.lengths.full:
+            if self.lengths.config.preflight and not self._rehearsed and self._last < self.lengths.full:
                 self._rehearsed = True
                 stock = functools.partial(preflight.before, stock, self.lengths.full, self.options())
         with self._at_length(self._last):
@@ -136,7 +133,11 @@ class Loop(state.Methods):
     def _after_step(self, *, applied: bool, norm: float | None) -> None:
         options, averager = self.options(), self.averager
         if self.lengths is not None:
-            self.lengths.booked(_samples(options), self._last, applied)
+            from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+            copies = options.data_parallel_size * getattr(options, "gtp_weight_remat_size", 1)
+            samples = options.micro_batch_size * copies * get_num_microbatches()  # over all ranks
+            self.lengths.booked(samples, self._last, applied)
         iteration = options.curr_iteration + 1
         if averager is not None and applied and averager.due(iteration):
             if norm is not None:  # all ranks have the same
@@ -151,30 +152,25 @@ class Loop(state.Methods):
         return contextlib.nullcontext() if off else replaced(self.options(), "seq_length", length)
 
     def num_floating_point_operations(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """At the length of the iteration that ran last."""
         with self._at_length(self._last):
             return stock(*args, **kwargs)
 
     training_log = num_floating_point_operations  # its throughputs
 
     def compute_throughputs_and_append_to_progress_log(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
-        """Samples are multiplied by the length there: the mean length gives the tokens that were trained."""
+        """At the mean length, which times the samples is the tokens that were trained."""
         samples = self.options().consumed_train_samples
         mean = self.lengths.trained / samples if self.lengths is not None and samples else self._last
         with self._at_length(mean):
             return stock(*args, **kwargs)
 
     def print_rank_last(self, stock: Stock, message: Any) -> Any:
-        """The iteration's line says the length, and the tokens trained so far."""
-        before, mark, after = str(message).partition(_SAMPLES)
-        count, bar, rest = after.partition("|")
-        if self.lengths is not None and bar:
+        if self.lengths is not None:
             said = f" sequence length: {self._last:5d} | trained tokens: {self.lengths.trained:14d} |"
-            message = f"{before}{mark}{count}{bar}{said}{rest}"
+            message = _SAMPLES.sub(rf"\g<0>{said}", str(message), count=1)
         return stock(message)
 
     def evaluate_and_print_results(self, stock: Stock, prefix: str, *args: Any, **kwargs: Any) -> Any:
-        """Megatron-LM's evaluation, and once more with each average in place, on the same batches."""
         if self.averager is None or not (steps := self.averager.steps):
             return stock(prefix, *args, **kwargs)
         for source in self._validation:
@@ -194,14 +190,12 @@ class Loop(state.Methods):
         return result
 
     def get_tensorboard_writer(self, stock: Stock) -> Any:
-        """Megatron-LM's, which only the last rank has."""
-        writer = stock()
+        writer = stock()  # None: another rank has it
         return _Marked(writer, self._mark) if self._mark and writer is not None else writer
 
     get_wandb_writer = get_tensorboard_writer
 
     def save_checkpoint(self, stock: Stock, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        """Our files are on disk before Megatron-LM's tracker file names the iteration."""
         if self.averager is not None:
             self.averager.refuse_while_swapped("save_checkpoint()")
         if not self._ready:  # Megatron-LM only converts what it has read
@@ -215,7 +209,7 @@ class Loop(state.Methods):
         return result
 
     def _save_averages(self, averager: WeightAverager, stock: Stock, *args: Any, **kwargs: Any) -> None:
-        """The weights alone, by Megatron-LM's own function and format, so that its tools and layouts read them."""
+        """The weights alone, by Megatron-LM's own function and format."""
         options = self.options()
         call = inspect.signature(stock).bind(*args, **kwargs)
         # nothing of the run's own checkpoints: neither its state nor what is kept from one save to the next
@@ -225,7 +219,7 @@ class Loop(state.Methods):
         # earlier ones are removed with the run's: Megatron-LM would do it in a thread that reads args.save later
         changed = {"no_save_optim": True, "no_save_rng": True, "save_retain_interval": None}
         for horizon in averager.config.horizons or (None,):
-            root = state.root_of_average(Path(options.save), horizon)
+            root = Path(options.save, state.AVERAGED, f"horizon_{horizon}" if horizon is not None else "")
             state.mark_average(self, root, call.arguments["iteration"])  # first: a save may be cut off
             with contextlib.ExitStack() as stack:
                 stack.enter_context(averager.averaged_weights(horizon))
@@ -235,7 +229,7 @@ class Loop(state.Methods):
 
 
 class _Marked:
-    """A writer of TensorBoard's or W&B's that puts ``mark`` behind each name; the rest is the writer's own."""
+    """A writer of TensorBoard's or W&B's that puts ``mark`` behind each name."""
 
     def __init__(self, writer: Any, mark: str):
         self._writer, self._mark = writer, mark
@@ -248,14 +242,6 @@ class _Marked:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
-
-
-def _samples(options: Any) -> int:
-    """Of one iteration, over all ranks."""
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    copies = options.data_parallel_size * getattr(options, "gtp_weight_remat_size", 1)
-    return options.micro_batch_size * copies * get_num_microbatches()
 
 
 def _each(iterators: Any) -> list[Any]:

@@ -36,29 +36,19 @@ _REFUSED = {
     },
     "weight_averaging.save_average": {"two saves at a time would share the process's writers": "async_save"},
     "completep": {
-        "both scale the same quantities": "use_mup",
-        "both set the learning rates of the embedding and the output layer": "decoupled_lr decoupled_min_lr",
-        "it has no rules for mixtures of experts": "num_experts",
-        "it has no rules for latent attention": "multi_latent_attention",
-        "it has no rules for multi-token prediction": "mtp_num_layers",
+        "both scale the same": "use_mup apply_query_key_layer_scaling",
+        "both set the same": """decoupled_lr decoupled_min_lr init_method_xavier_uniform
+            no_weight_decay_cond_type apply_wd_to_qk_layernorm""",
+        "it has no rules for that": """num_experts multi_latent_attention mtp_num_layers softmax_type
+            experimental_attention_variant linear_attention_freq enable_hyper_connections
+            heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json""",
+        "it has rules for a GPTModel of megatron-core": """is_hybrid_model hybrid_layer_pattern hybrid_override_pattern
+            hybrid_attention_ratio hybrid_mlp_ratio vision_pretraining use_legacy_models""",
         "its rules hold for adam, with decoupled weight decay": "optimizer",
         "it has param groups of its own": "use_layer_wise_distributed_optimizer",
         "it keeps one learning rate in a tensor": "optimizer_cuda_graph",
         "its warmup must start at 0, as the start is one value for all param groups": "lr_warmup_init",
-        "both say which parameters decay": "no_weight_decay_cond_type apply_wd_to_qk_layernorm",
         "it replaces the parameters; use the distributed optimizer": _FSDP,
-        "both set the init": "init_method_xavier_uniform",
-        "it has no rule for a learned offset of the softmax": "softmax_type",
-        "it has no rules for its attention": "experimental_attention_variant linear_attention_freq",
-        "its rules hold for layers that are alike": (
-            "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json"
-        ),
-        "it has no rules for their residual streams": "enable_hyper_connections",
-        "both scale the attention": "apply_query_key_layer_scaling",
-        "the model is no GPTModel of megatron-core, which is what it has rules for": (
-            "is_hybrid_model hybrid_layer_pattern hybrid_override_pattern hybrid_attention_ratio hybrid_mlp_ratio "
-            "vision_pretraining use_legacy_models"
-        ),
     },
 }
 
@@ -83,8 +73,8 @@ def check_options(sections: PluginConfig, options: Any) -> None:
 
 
 def layout_multiple(options: Any) -> int:
-    """The number of equal parts that the layout cuts each sample into: with sequence parallelism one for each
-    tensor-parallel rank, with context parallelism two for each of its ranks."""
+    """Into how many equal parts the layout cuts each sample: with sequence parallelism one for each tensor-parallel
+    rank, with context parallelism two for each of its ranks."""
     tensor = options.tensor_model_parallel_size if options.sequence_parallel else 1
     context = options.context_parallel_size
     return math.lcm(tensor * context, 2 * context if context > 1 else 1)

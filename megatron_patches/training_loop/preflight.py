@@ -21,28 +21,17 @@ from megatron_patches.training_loop.batches import cut
 TrainStep = Callable[..., Any]
 _GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
 _MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
-_LOGITS, _TRACE = "the largest attention logits until the optimizer steps", "a trace of the passes"
-_KEPT = {  # what an option keeps of every pass
-    "qk_clip": _LOGITS,
-    "log_max_attention_logit": _LOGITS,
-    "dsa_indexer_loss_coeff": "the indexer's loss for the log",
-    "fine_grained_activation_offloading": "what the first pass has shown of the activations",
-    "moe_routing_trace_path": _TRACE,
-    "save_tokens_per_expert_interval": _TRACE,
-    "save_activations_interval": _TRACE,
-    "save_dgrads_interval": _TRACE,
-}
+_KEEP = """
+    qk_clip log_max_attention_logit dsa_indexer_loss_coeff fine_grained_activation_offloading moe_routing_trace_path
+    save_tokens_per_expert_interval save_activations_interval save_dgrads_interval
+"""  # largest logits, losses for the log, traces, what the first pass has shown
 
 
 def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at ``length`` tokens before its own.
-
-    They train on the next micro-batch, which is read ahead, and with room taken for the optimizer's state. Gradients,
-    buffers, random streams and sums for the log are put back: the run that follows is bit for bit the run without them.
-
-    Raises PluginError: the step, or its passes, are called in another way than in the tested versions;
-    torch.OutOfMemoryError, with a note that names the remedies.
-    """
+    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at ``length`` tokens before its own, on the next
+    micro-batch, with room taken for the optimizer's state. Gradients, buffers, random streams and sums for the log are
+    put back: the run that follows is bit for bit the run without them. Raises PluginError: the step, or its passes, are
+    called in another way than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies."""
     if (why := left_out(options)) is not None:
         _print(f"none at {length} tokens, since {why}")
         return train_step(*args, **kwargs)
@@ -71,18 +60,15 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
 
 
 def left_out(options: Any) -> str | None:
-    """Why there is none with these options, which keep more of a pass than is put back here. None: there is one."""
+    """Why there is none with these options, which keep more of a pass than is put back here; None: there is one."""
     if getattr(options, "fp8", None) and getattr(options, "fp8_recipe", "delayed") == "delayed":
         return "--fp8-recipe delayed keeps the largest values of earlier passes"
-    for name, kept in _KEPT.items():
-        if getattr(options, name, None):
-            return f"--{name.replace('_', '-')} keeps {kept}"
-    return None
+    kept = (name.replace("_", "-") for name in _KEEP.split() if getattr(options, name, None))
+    return next((f"--{option} keeps something of every pass" for option in kept), None)
 
 
 def repeated(iterators: Any, length: int) -> Any:
-    """In place of the loop's iterators (one, a list for virtual stages, None where none is read): their next
-    micro-batch, without end, at ``length`` tokens; each time another dictionary, since forward steps write into it."""
+    """The iterators' next micro-batch without end, each time another dictionary: forward steps write into it."""
     if isinstance(iterators, list):
         return [repeated(each, length) for each in iterators]
     if iterators is None:
@@ -92,8 +78,7 @@ def repeated(iterators: Any, length: int) -> Any:
 
 
 def adams_state(optimizer: Any) -> list[torch.Tensor]:
-    """Tensors as large as the state that Adam makes in its first step, for the parameters that have none yet; none for
-    other optimizers, and for state that is kept in CPU memory."""
+    """Tensors as large as the state that Adam makes in its first step; none for state that is kept in CPU memory."""
     if hasattr(optimizer, "chained_optimizers"):
         return [tensor for single in optimizer.chained_optimizers for tensor in adams_state(single)]
     config, inner = optimizer.config, optimizer.optimizer
@@ -134,7 +119,5 @@ def _print(said: str) -> None:
 
 def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None:
     if lacking := [name for name in names if name not in given]:
-        raise PluginError(
-            f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}; use a "
-            'tested version (core 0.16 to 0.20), or write "preflight": false'
-        )
+        what = f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}"
+        raise PluginError(f'{what}; use a tested version (core 0.16 to 0.20), or write "preflight": false')

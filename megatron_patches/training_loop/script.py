@@ -1,7 +1,6 @@
 """``python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE``: a Megatron-LM script, with the methods in it.
 
-The script is executed as it is, in this process's ``__main__``. A script that may be changed needs two lines instead:
-``import megatron_patches`` and ``megatron_patches.apply(FILE)``.
+The script is executed as it is. One that may be changed needs ``megatron_patches.apply(FILE)`` instead.
 """
 
 import argparse
@@ -13,13 +12,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch
@@ -42,11 +39,15 @@ OTHER_LOOPS = {
     "primus.modules.trainer": "Primus",
 }
 
+_REMEDY = (
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
+    "the completep section alone, megatron_patches.apply(section)"
+)
 _installed: tuple[PluginConfig, Sequence[Change]] | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a script with its own arguments; the exit code. ``arguments``: the script, and what it is given."""
+    """Run a script with its own arguments; the exit code."""
     try:
         script, given, sections, verify = read_arguments(arguments)
         prepare_host(script)
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(error: PluginError) -> None:
-    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it."""
+    """Print an error once, without a collective: a rank may be alone with it."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(OTHERS_WAIT_SECONDS)  # the launcher ends all ranks as soon as one is gone; the first speaks first
@@ -74,8 +75,7 @@ def _say(error: PluginError) -> None:
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig, bool]:
-    """The script, its own arguments, the sections of the plugin's file, and whether checkpoints are verified. Raises
-    ConfigError: there is no such script, or the file is missing, wrong or given twice."""
+    """The script, its own arguments, the sections of the plugin's file, and whether checkpoints are verified."""
     script = Path(arguments[0])
     if not script.is_file():
         raise ConfigError(f"{script} does not exist; give a training script, as Megatron-LM/pretrain_gpt.py")
@@ -89,7 +89,6 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginCon
 
 
 def prepare_host(script: Path) -> None:
-    """Make the script's own Megatron-LM importable, and a machine without a GPU do."""
     if (folder := str(script.parent)) not in sys.path:
         sys.path.insert(0, folder)
     if not torch.cuda.is_available():
@@ -100,29 +99,12 @@ def prepare_host(script: Path) -> None:
         cpu.enable()
 
 
-def apply(section: CompletePConfig | PluginConfig | str | Path | None) -> None:
-    """What is built from now on follows the section, or all sections of a JSON file; again is a no-op.
-
-    A `CompletePConfig` reaches every GPTModel and its optimizer: `apply_completep`. A JSON file, or all its sections,
-    apply to Megatron-LM's own training loop: `install`. None changes nothing. Raises as these two functions do, and
-    ConfigError for a file that cannot be read or is wrong.
-    """
-    if isinstance(section, CompletePConfig):
-        apply_completep(section)
-    elif section is not None:
-        install(section if isinstance(section, PluginConfig) else PluginConfig.from_dict(load_json(section)))
-
-
 def install(sections: PluginConfig, *, verify: bool = True) -> None:
     """Wrap what the training loop calls, and give the models that will be built the section's recipe; again: a no-op.
-    ``verify``: compare a checkpoint's files with what was saved before it is loaded.
-
-    `megatron_patches.revert()` undoes it. Another loop calls nothing that is wrapped: the first step of any optimizer
-    is refused as long as Megatron-LM's has not been set up.
-
-    Raises, with nothing changed, StateError: other sections are in force; ConfigError: another training loop is
-    imported, or Megatron-LM's is not there; PluginError: it lacks one of the names.
-    """
+    ``verify``: compare a checkpoint's files with what was saved before it is loaded. `megatron_patches.revert()` undoes
+    it. The first step of any optimizer is refused as long as Megatron-LM's loop has not been set up: another loop calls
+    nothing that is wrapped. Raises, with nothing changed, StateError: other sections are in force; ConfigError: another
+    loop is imported, or Megatron-LM's is not there; PluginError: it lacks one of the names."""
     global _installed
     if sections == PluginConfig():
         return
@@ -133,7 +115,13 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     for module, name in OTHER_LOOPS.items():
         if module in sys.modules:
             raise ConfigError(f"megatron_patches.apply: {name} ({module}) is imported and trains by itself; {_REMEDY}")
-    training = _training()
+    try:
+        training = importlib.import_module(TRAINING)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{TRAINING}: {error}; give the script of a Megatron-LM checkout and its needs") from None
+    if lacking := [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]:
+        version = importlib.import_module("megatron.core").__version__
+        raise PluginError(f"{training.__file__} of core {version} has no {', '.join(lacking)}; use core 0.16 to 0.20")
     loop, guard = Loop(sections, lambda: training.get_args(), verify=verify), _first_step()  # a script may replace it
     patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
     with all_or_none(patches):
@@ -142,33 +130,13 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     _installed = sections, patches
 
 
-def _training() -> ModuleType:
-    """The module of the training loop. Raises as `install`."""
-    try:
-        training = importlib.import_module(TRAINING)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{TRAINING}: {error}; give the script of a Megatron-LM checkout and its needs") from None
-    if lacking := [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]:
-        version = importlib.import_module("megatron.core").__version__
-        raise PluginError(f"{training.__file__} of core {version} has no {', '.join(lacking)}; use core 0.16 to 0.20")
-    return training
-
-
-_REMEDY = (
-    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
-    "the completep section alone, megatron_patches.apply(section)"
-)
-
-
 def _first_step() -> Change:
     """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
     hooks: list[Any] = []
 
     def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-        raise StateError(
-            f"megatron_patches.apply: {type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer, "
-            f"where the methods come in, was not called; {_REMEDY}"
-        )
+        what = f"{type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer was not called"
+        raise StateError(f"megatron_patches.apply: {what}; {_REMEDY}")
 
     return Change(
         "torch.optim.Optimizer.step",
@@ -191,7 +159,7 @@ def _wrapped(name: str, method: Callable[..., Any], guard: Change) -> Patch:
 
 
 def execute(script: Path) -> None:
-    """Run the file as ``__main__``, without replacing the module: a spawned process finds this package's, guarded."""
+    """Run the file as ``__main__``; the module stays: a spawned process finds this package's, guarded."""
     names = vars(sys.modules["__main__"])
     names["__file__"] = str(script)
     exec(compile(script.read_bytes(), str(script), "exec"), names)

@@ -1,9 +1,9 @@
-"""The methods' state beside Megatron-LM's checkpoints: ``<save>/ds_plugin/iter_0000100/``.
+"""The methods' state beside Megatron-LM's checkpoints, whose loaders read all of theirs: ``SAVE/ds_plugin/``.
 
-``ds_plugin.json`` holds the sections and the small state, equal on all ranks; each rank's averaging window is a file of
-its own (`weight_averaging.state.files`). The folder is our own, because Megatron-LM's loaders read all of theirs.
+``ds_plugin.json`` holds the sections and the small state, equal on all ranks; each rank's averaging window is a file.
 """
 
+import functools
 import json
 import shutil
 import uuid
@@ -28,12 +28,9 @@ from megatron_patches.completep.layers import forward_multipliers
 from megatron_patches.training_loop.lengths import Lengths
 
 FORMAT = 2
-AVERAGED = "averaged"
+AVERAGED = "averaged"  # where averages are saved, for ``--load`` with ``--finetune``
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
-_WITHOUT = (
-    "%s is missing: a checkpoint of a run without this plugin. Its iterations count as iterations at full length, and "
-    "the averaging window starts empty."
-)
+_WITHOUT = "%s is missing: its iterations count as iterations at full length, and the averaging window starts empty"
 
 
 @dataclass(eq=False)
@@ -45,19 +42,16 @@ class Methods:
     lengths: Lengths | None = None
     averager: WeightAverager | None = None
     verify: bool = True  # compare a checkpoint's files with what was saved, before Megatron-LM loads them
-    _sealer: Sealer | None = None
 
-    @property
+    @functools.cached_property
     def sealer(self) -> Sealer:
         """For the checkpoints, which all ranks see; there are no ranks before the script has started."""
-        if self._sealer is None:
-            self._sealer = Sealer(dist.get_rank(), dist.get_world_size())
-            self._sealer.verify = self.verify
-        return self._sealer
+        sealer = Sealer(dist.get_rank(), dist.get_world_size())
+        sealer.verify = self.verify
+        return sealer
 
 
 def folder_of(root: Path, iteration: int) -> Path:
-    """Where the state of an iteration lies."""
     return root / "ds_plugin" / f"iter_{iteration:07d}"
 
 
@@ -81,8 +75,7 @@ def save(loop: Methods, root: Path, iteration: int) -> str:
 
 
 def seal(loop: Methods, root: Path, iteration: int, save_id: str) -> None:
-    """Begin to seal our files and Megatron-LM's, which it has written; with ``--async-save`` it still writes: ours
-    alone. Every rank calls it."""
+    """Begin to seal our files and Megatron-LM's; with ``--async-save`` it still writes: ours alone."""
     folder, theirs = folder_of(root, iteration), root / f"iter_{iteration:07d}"
     with raise_on_all_ranks():  # all have written
         pass
@@ -96,7 +89,6 @@ def _write(loop: Methods, folder: Path, iteration: int, **entries: Any) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A manifest, or None: there is none. Raises CheckpointError for one that is damaged or of another version."""
     if not path.is_file():
         return None
     remedy = "restore it, or load another iteration"
@@ -108,22 +100,17 @@ def _read(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def root_of_average(root: Path, horizon: int | None) -> Path:
-    """Where averages are saved: checkpoints of weights, for ``--load`` with ``--finetune``."""
-    return root / AVERAGED / (f"horizon_{horizon}" if horizon is not None else "")
-
-
 def mark_average(loop: Methods, root: Path, iteration: int) -> None:
-    """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it. Every rank calls it."""
+    """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it."""
     with raise_on_all_ranks():
         if dist.get_rank() == 0 and loop.averager is not None:
             _write(loop, folder_of(root, iteration), iteration, average_of=loop.averager.steps)
 
 
 def check(loop: Methods, model: Any) -> int | None:
-    """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Every rank
-    calls it, and has the same CheckpointError: a run would be resumed from an average, from damaged files or with
-    another ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
+    """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Raises
+    CheckpointError, on every rank alike: a run would be resumed from an average, from damaged files or with another
+    ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
     found = from_rank_0(lambda: _to_load(loop.options()))
     if found is None:
         return None
@@ -131,7 +118,6 @@ def check(loop: Methods, model: Any) -> int | None:
     path = folder_of(root, iteration) / MANIFEST
 
     def looked_at() -> bool:
-        """Whether there is something of ours, which goes with this run."""
         if weights_alone:
             _check_weights(loop, path, model[0])
             return path.is_file()
@@ -143,8 +129,7 @@ def check(loop: Methods, model: Any) -> int | None:
 
 
 def _to_load(options: Any) -> tuple[Path, int, bool] | None:
-    """Where Megatron-LM will find which iteration, and whether it takes the weights alone; None: it finds nothing.
-    As far as can be told: a newer checkpoint that is not persistent it finds alone. `load` looks again, afterwards."""
+    """Where Megatron-LM will find which (persistent) iteration, and whether it takes the weights alone."""
     finetune = options.finetune or getattr(options, "freeze_all_layers", False)
     step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
     root = options.load
@@ -162,18 +147,16 @@ def _to_load(options: Any) -> tuple[Path, int, bool] | None:
 
 
 def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | None:
-    """What ``path`` holds. Raises CheckpointError for what no run of these sections and sizes is resumed from."""
+    """What ``path`` holds. Raises CheckpointError for what no run like this is resumed from."""
     manifest, section = _read(path), loop.sections.completep
     if manifest is None:
         if section is not None:
-            raise CheckpointError(
-                f'{path} is missing: a checkpoint of a run without this plugin; leave out "completep", or start anew'
-            )
+            stock = "a checkpoint of a run without this plugin"
+            raise CheckpointError(f'{path} is missing: {stock}; leave out "completep", or start anew')
         return None
     if steps := manifest.get("average_of"):
-        raise CheckpointError(
-            f"{path} is the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state; give --finetune"
-        )
+        what = f"{path} is the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state"
+        raise CheckpointError(f"{what}; give --finetune")
     recipe, asked = (sections.get("completep") for sections in (manifest["sections"], loop.sections.to_dict()))
     different = [("completep", recipe, asked)] if recipe != asked else []
     if section is not None and recipe is not None:
@@ -187,10 +170,8 @@ def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | No
         raise CheckpointError(f"{path} is damaged (no state of sequence_length_warmup, which was on); restore the file")
     averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
     if averages and (sizes := manifest["model_parallel"]) != _sizes():
-        raise CheckpointError(
-            f"{path}: the window is of tensor and pipeline sizes {sizes}, this run has {_sizes()}; load with the same, "
-            'or write "enabled": false in weight_averaging'
-        )
+        what = f"{path}: the window is of tensor and pipeline sizes {sizes}, this run has {_sizes()}"
+        raise CheckpointError(f'{what}; load with the same, or write "enabled": false in weight_averaging')
     return manifest
 
 
@@ -202,18 +183,12 @@ def _check_weights(loop: Methods, path: Path, chunk: Any) -> None:
     if there != here:
         values = ", ".join(f"{n} x {was:g} there, x {here[n]:g} here" for n, was in there.items() if was != here[n])
         stock = " (the file is missing: weights of a run without this plugin)" if manifest is None else ""
-        raise CheckpointError(
-            f"{path}: --finetune would take weights into another forward pass than their own: {values}; give the same "
-            f'completep section, or fold() the weights and write "residual": "folded"{stock}'
-        )
+        remedy = f'give the same completep section, or fold() the weights and write "residual": "folded"{stock}'
+        raise CheckpointError(f"{path}: --finetune would take weights into another forward pass: {values}; {remedy}")
 
 
 def load(loop: Methods, root: Path, iteration: int) -> None:
-    """Take over the state of the iteration that was loaded from ``root``. Every rank calls it.
-
-    Without any, iterations count as trained at full length and the averaging window starts empty, which is said.
-    Raises CheckpointError, on every rank alike: a file is missing, damaged or of another run, or of other sections.
-    """
+    """Take over the state of the iteration that was loaded from ``root``. Every rank calls it."""
     folder = folder_of(root, iteration)
     manifest = from_rank_0(lambda: _resumable(loop, folder / MANIFEST, iteration))
     if manifest is None:
@@ -231,7 +206,7 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
 
 
 def _forget_retired(root: Path, iteration: int) -> None:
-    """Remove what is of earlier iterations that Megatron-LM has removed, for ``--save-retain-interval``."""
+    """Remove what is of iterations that Megatron-LM has removed, for ``--save-retain-interval``."""
     averages = root / AVERAGED
     for parent in (root / "ds_plugin", averages, *averages.glob("horizon_*"), *averages.glob("**/ds_plugin")):
         for folder in parent.glob("iter_*"):
@@ -241,7 +216,6 @@ def _forget_retired(root: Path, iteration: int) -> None:
 
 
 def _place() -> dict[str, Any]:
-    """This rank's, for the files of the window."""
     from megatron.core import parallel_state as at
 
     coordinate = (at.get_tensor_model_parallel_rank(), at.get_pipeline_model_parallel_rank())

@@ -41,11 +41,8 @@ class Master(NamedTuple):
 
 
 class Part:
-    """The masters of one optimizer. ``lists``: names of its lists of parameters, and of their masters.
-
-    Found by these lists, not by a DistributedOptimizer's model_param_group_index_map: where a group holds parameters of
-    16 and of 32 bits, that one confuses them.
-    """
+    """The masters of one optimizer. ``lists``: names of its lists of parameters, and of their masters; not a
+    DistributedOptimizer's model_param_group_index_map, which confuses parameters of 16 and of 32 bits in a group."""
 
     def __init__(self, optimizer: Any, layout: str, lists: Sequence[tuple[str, str]]):
         self.optimizer, self.layout, self.lists = optimizer, layout, lists
@@ -72,11 +69,9 @@ class Part:
 
 
 class FusedPart(Part):
-    """DistributedOptimizer with use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state.
-
-    FusedAdam writes the parameters itself in its step, and megatron-core's own copy does nothing. What it keeps under
-    the same name for an fp32 parameter is never updated: that parameter is its own master, as without this option.
-    """
+    """With use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state, and megatron-core's own
+    copy does nothing. What is kept for an fp32 parameter is never updated: it is its own master, as without this
+    option."""
 
     def __init__(self, optimizer: Any):
         super().__init__(optimizer, "sharded", ((SHARDED[0][0], RUNS_16), SHARDED_32))
@@ -87,7 +82,7 @@ class FusedPart(Part):
             raise ConfigError("weight_averaging: store_param_remainders keeps half of each master; set it to False")
         need(self.adam, FUSED_INITIALIZE)
         initialize = getattr(self.adam, FUSED_INITIALIZE)
-        # The first step would make the state, with these very values; the averager needs the masters before.
+        # the first step would make the state, with these very values; the averager needs the masters before
         arguments = (False,) if FUSED_REMAINDERS in inspect.signature(initialize).parameters else ()
         for run in (run for group in self.adam.param_groups for run in group["params"] if not self.adam.state[run]):
             initialize(run, *arguments)
@@ -105,8 +100,7 @@ class FusedPart(Part):
 
 
 class MegatronShards:
-    """The `MasterShards` of a megatron-core optimizer. A refresh is its copy from the masters and, where they are
-    sharded, the parameter all-gather of one step. ``models``: the chunks without their wrappers."""
+    """The `MasterShards` of a megatron-core optimizer: a refresh is its copy and, where sharded, one all-gather."""
 
     def __init__(self, optimizer: Any, chunks: list[Any]):
         from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -115,9 +109,8 @@ class MegatronShards:
         self.models = unwrap_model(chunks)
         for chunk, model in zip(chunks, self.models, strict=True):
             _refuse_chunk(getattr(chunk, "ddp_config", None), model)
-        # By the exact type: a subclass (LayerWiseDistributedOptimizer) may keep and gather its weights in another way.
         members = [optimizer]
-        if type(optimizer) is ChainedOptimizer:
+        if type(optimizer) is ChainedOptimizer:  # no subclass: it may keep and gather its weights in another way
             need(optimizer, CHAIN)
             members = getattr(optimizer, CHAIN)
         self.parts = [_part(member) for member in members if not getattr(member, STUB, False)]
@@ -130,10 +123,10 @@ class MegatronShards:
         for group in self._bucket_groups():
             need(group, SYNC, IN_FLIGHT)
         self._names = _names(self.models)
-        if strange := [tuple(m.parameter.shape) for m in self._masters() if id(m.parameter) not in self._names]:
-            raise ConfigError(
-                f"weight_averaging: the optimizer trains one of shape {strange[0]} that is in none of the model chunks"
-            )
+        for master in self._masters():
+            if id(master.parameter) not in self._names:
+                strange = f"one of shape {tuple(master.parameter.shape)} that is in none of the model chunks"
+                raise ConfigError(f"weight_averaging: the optimizer trains {strange}; give all of them")
 
     def _masters(self) -> Iterator[Master]:
         return (master for part in self.parts for master in part.masters())
@@ -156,7 +149,7 @@ class MegatronShards:
 
     def _finish_gathers(self) -> None:
         """Wait for all-gathers under way (overlap_param_gather), which carry the weights of before: a sync that is
-        asked for meanwhile would wait for them and gather nothing. As a rule there is none between two steps."""
+        asked for meanwhile would wait for them and gather nothing."""
         for group in self._bucket_groups():
             if getattr(group, IN_FLIGHT) is not None:
                 getattr(group, SYNC)(force_sync=True)
@@ -170,11 +163,8 @@ class MegatronShards:
 
 def find_megatron_shards(optimizer: Any, model_chunks: Sequence[Any]) -> MegatronShards:
     """The `MasterShards` of an optimizer that `get_megatron_optimizer` made for these ``model_chunks``, in this order,
-    each in its DistributedDataParallel wrapper. Every rank calls it, before training.
-
-    Raises, on every rank alike, ConfigError: the optimizer is of another kind, or keeps no fp32 masters in this
-    process's device memory; StateError: it lays them out in another way than the tested versions do.
-    """
+    each in its DistributedDataParallel wrapper. Every rank calls it, before training. Raises, on every rank alike,
+    ConfigError: the optimizer keeps no fp32 masters in device memory; StateError: it does so in an unknown way."""
     with raise_on_all_ranks():
         return MegatronShards(optimizer, list(model_chunks))
 
@@ -208,31 +198,27 @@ def _refuse_chunk(ddp_config: Any, model: torch.nn.Module) -> None:
         raise ConfigError(f"weight_averaging: num_distributed_optimizer_instances is {instances}; set it to 1")
     for name, p in model.named_parameters():
         if type(p.data) is not torch.Tensor:  # of which an exchange could not bring back the bits
-            raise ConfigError(
-                f"weight_averaging: parameter {name!r} is a {type(p.data).__name__}; leave out FSDP2, fp8, fp4 gather"
-            )
+            kind = type(p.data).__name__
+            raise ConfigError(f"weight_averaging: parameter {name!r} is a {kind}; leave out FSDP2, fp8, fp4 gather")
 
 
 def _names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
     """A parameter's id -> its name, unique on all ranks of one tensor- and pipeline-parallel rank: it begins with the
     chunk where there are several (virtual pipeline stages), and with the rank where that has experts of its own."""
+    from megatron.core import parallel_state as at
+
     found = {}
     for chunk, model in enumerate(models):
         prefix = f"model{chunk}." if len(models) > 1 else ""
         for name, p in model.named_parameters():
-            expert = "" if getattr(p, "allreduce", True) else _expert_prefix()  # megatron-core's own mark
-            found[id(p)] = expert + prefix + plain_name(name)
+            found[id(p)] = prefix + plain_name(name)
+            if not getattr(p, "allreduce", True):  # megatron-core's own mark of an expert
+                size, dense = at.get_expert_tensor_parallel_world_size(), at.get_tensor_model_parallel_world_size()
+                if size != dense:
+                    raise ConfigError(f"weight_averaging: expert_tensor_parallel_size is {size}; make it {dense}")
+                if at.get_expert_model_parallel_world_size() > 1:
+                    found[id(p)] = f"expert_rank{at.get_expert_model_parallel_rank()}.{found[id(p)]}"
     return found
-
-
-def _expert_prefix() -> str:
-    from megatron.core import parallel_state as at
-
-    size, dense = at.get_expert_tensor_parallel_world_size(), at.get_tensor_model_parallel_world_size()
-    if size != dense:
-        raise ConfigError(f"weight_averaging: expert_tensor_parallel_size is {size}; make it {dense}, the other one")
-    alone = at.get_expert_model_parallel_world_size() == 1
-    return "" if alone else f"expert_rank{at.get_expert_model_parallel_rank()}."
 
 
 def need(owner: Any, *names: str) -> None:

@@ -25,17 +25,12 @@ def publish_torch_dist(
 ) -> Path:
     """Write the average as a torch_dist checkpoint into ``folder``, in the precision of the model's parameters.
 
-    Every rank calls it, between two optimizer steps, with the same folder on storage that all see. The average is
-    swapped in for the time of the save, and out again, whatever is raised. The folder has its name only when it is
-    complete and on disk; what an interrupted attempt left, ``.<name>.partial``, is replaced.
-
-    Contents: ``model`` (``model0``, ``model1``, ... with virtual pipeline stages), megatron-core's own sharded state
-    dict, which `dist_checkpointing.load` reads at any tensor- and pipeline-parallel size; ``weight_averaging``, the
-    steps that were averaged; ``iteration``, the latest of them; ``checkpoint_version`` 3.0. No optimizer state.
-
-    ``horizon``: which of the averages, in mode ema. Returns the folder. Raises StateError as `WeightAverager.read`, and
-    for another model's averager; CheckpointError: the folder exists, or cannot be written.
-    """
+    Every rank calls it, between two optimizer steps, with the same folder on storage that all see. The folder has its
+    name only when it is complete and on disk. It holds ``model`` (``model0``, ... with virtual pipeline stages),
+    megatron-core's own sharded state dict, for any parallelism; ``weight_averaging``, the steps that were averaged;
+    ``iteration``, the latest of them; ``checkpoint_version`` 3.0. ``horizon``: which of the averages, in mode ema.
+    Raises StateError as `WeightAverager.read`, and for another model's averager; CheckpointError: the folder exists, or
+    cannot be written."""
     from megatron.core.utils import unwrap_model
 
     folder = Path(folder)
@@ -58,10 +53,8 @@ def publish_torch_dist(
         raise
     with raise_on_all_ranks(), _writing(folder):
         if dist.get_rank() == 0:  # after a crash there is all of it, or nothing of that name
-            for path in partial.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            sync_folder(partial)
+            for path in [*partial.iterdir(), partial]:
+                sync_folder(path)  # files as well
             os.rename(partial, folder)
             sync_folder(folder.parent)
     return folder
@@ -87,7 +80,7 @@ def _save(models: list[Any], averager: WeightAverager, horizon: int | None, fold
     state["weight_averaging"] = {"mode": averager.config.mode, "steps": steps, "horizon": horizon}
     state["iteration"], state["checkpoint_version"] = steps[-1], 3.0
     need(filesystem_async, RESULTS_QUEUE)
-    # This save is synchronous: its results can stay in this process's memory. megatron-core's own queue is of a server
-    # process that imports the main script again: one without ``if __name__ == "__main__"`` would never come back.
+    # This save is synchronous: its results can stay here. megatron-core's own queue is of a server process that imports
+    # the main script again: one without ``if __name__ == "__main__"`` would never come back.
     with replaced(filesystem_async, RESULTS_QUEUE, queue.Queue()):
         dist_checkpointing.save(state, str(folder))

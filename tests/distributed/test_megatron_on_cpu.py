@@ -393,7 +393,7 @@ def initialize_without(what):
     ("what", "words"),
     [
         ("host", "megatron_on_cpu.enable()"),
-        ("ranks", "tensor_parallel = 2 does not divide the 1 ranks"),
+        ("ranks", "= 2 x 1 does not divide the 1 ranks"),
         ("seed", "seed = -1"),
     ],
 )

@@ -1,47 +1,32 @@
-"""What `merge` reads: a `Source` says where in which file each tensor of a checkpoint lies; no tensor is loaded early.
-
-The formats, each with its kind of source, are in `safetensors_folders`, `deepspeed` and `torch_dist` (megatron-core).
-"""
+"""What `merge` reads: a `Source` says where in which file each tensor of a checkpoint lies; none is loaded early."""
 
 import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ds_plugin.core.errors import CheckpointError
+from ds_plugin.weight_averaging.publish.layout import DTYPE_NAMES
 from ds_plugin.weight_averaging.state.fragments import WRAPPERS, plain_name
+from ds_plugin.weight_averaging.state.reshard import damage
 from ds_plugin.weight_averaging.window import factors
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK = 128 * 1024  # elements made at a time: they stay in the cache, and calls cost little beside the work
-
 #: classes in files of `torch.save` besides tensors and plain values; none is needed, so `Inert` takes their place
-HARMLESS = (
-    "_io.BytesIO",  # megatron-core's extra state
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
+HARMLESS = """
+    _io.BytesIO deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler deepspeed.runtime.fp16.loss_scaler.LossScaler
+    deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address
+""".split()  # the first is megatron-core's extra state
 RESTORE = "restore the file, or leave this checkpoint out"
-DEQUANTIZE = (
-    "give the checkpoints as they were before they were quantized, or dequantized (transformers: model.dequantize(), "
-    "or load them by a quantization config with dequantize=True; then save_pretrained)"
-)
-
-T = TypeVar("T")
+DEQUANTIZE = "give the checkpoints not quantized, or dequantized (transformers: model.dequantize(), save_pretrained)"
+#: a file to read from; what the cache lets go is closed as soon as nobody holds it
+opened = lru_cache(64)(partial(open, mode="rb", buffering=0))
 
 
 class Piece(NamedTuple):
@@ -64,17 +49,13 @@ def cut(pieces: Iterable[Piece], start: int, count: int, itemsize: int = 4) -> l
 
 
 class Stored(NamedTuple):
-    """One tensor, whose elements in row-major order are those of ``pieces`` laid end to end.
-
-    ``latest``: a buffer or a frozen weight, of which the newest is taken, as of integers, and no mean is made.
-    ``varies``: known to be a buffer, which may differ between checkpoints even where it has no mean.
-    """
+    """One tensor, whose elements in row-major order are those of ``pieces`` laid end to end."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Sequence[Any]  # `Piece`, or what else its source reads
-    latest: bool = False
-    varies: bool = False
+    latest: bool = False  # a buffer or a frozen weight: no mean is made, and the newest taken, as of integers
+    varies: bool = False  # a buffer, which may differ between checkpoints even where it has no mean
 
     @property
     def numel(self) -> int:
@@ -86,19 +67,15 @@ class Stored(NamedTuple):
 
 
 @dataclass
-class Source(ABC):
-    """One checkpoint.
-
-    ``beside``: the folder with the model's configuration and tokenizer. ``remark``: what a user should know about how
-    it was read. ``dtype``: that a mean is written in if the user names none; None: each tensor's own.
-    """
+class Source:
+    """One checkpoint."""
 
     path: Path
     layout: str
     tensors: dict[str, Stored] = field(default_factory=dict)
-    beside: Path | None = None
-    remark: str = ""
-    dtype: torch.dtype | None = None
+    beside: Path | None = None  # the folder with the model's configuration and tokenizer
+    remark: str = ""  # what a user should know about how it was read
+    dtype: torch.dtype | None = None  # of a mean, if the user names none; None: each tensor's own
 
     def read(self, name: str, start: int, count: int) -> torch.Tensor:
         """Elements of a tensor, flat, in memory of their own."""
@@ -114,42 +91,29 @@ class Source(ABC):
                 left, begin = left[found:], begin + found
         return values
 
-    @abstractmethod
     def write(self, out: Path, mean: "Mean", dtype: torch.dtype | None, shard_bytes: int, workers: int) -> None:
         """Write the ``mean`` of checkpoints, of which this is the first, into the new folder ``out``."""
+        raise NotImplementedError
 
 
-@lru_cache(64)
-def opened(path: Path) -> IO[bytes]:
-    """A file to read from. What the cache lets go is closed as soon as nobody holds it."""
-    return open(path, "rb", buffering=0)
-
-
-@dataclass
 class Mean:
     """The weighted mean of ``sources``, oldest first. ``note`` is told what is written."""
 
-    sources: Sequence[Any]
-    weights: Sequence[float]
-    note: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        shares, self._divisor = factors(self.weights)
-        self._terms = [(source, share) for source, share in zip(self.sources, shares, strict=True) if share]
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float], note: Callable[[str], None]):
+        self.sources, self.note = sources, note
+        shares, self._divisor = factors(weights)
+        self._terms = [(source, share) for source, share in zip(sources, shares, strict=True) if share]
 
     def of(self, name: str, *where: Any) -> torch.Tensor:
         """The mean of a part of a tensor, read from every source once: in memory of its own, in fp32 (fp64 of fp64).
-
-        Raises:
-            CheckpointError: integers differ. They have no mean: packed weights of one input with the averaged scales
-                of all would be a wrong model. Single numbers (step counters) and buffers may: the newest is taken.
-        """
+        Raises CheckpointError: integers differ, which have no mean: packed weights of one input with the averaged
+        scales of all would be a wrong model. Single numbers (step counters) and buffers may: the newest is taken."""
         *others, last = self.sources
         newest = last.tensors[name]
-        if newest.latest or not newest.dtype.is_floating_point:
+        floating = newest.dtype.is_floating_point
+        if newest.latest or not floating:
             values = last.read(name, *where)
-            same = newest.dtype.is_floating_point or newest.varies or newest.numel == 1
-            for other in () if same else others:
+            for other in () if floating or newest.varies or newest.numel == 1 else others:
                 refuse(
                     not torch.equal(other.read(name, *where), values),
                     f"tensor {name} is {newest.dtype} and differs between {other.path} and {last.path}, and integers "
@@ -170,19 +134,16 @@ class Mean:
 
 def compare(first: Source, other: Source) -> None:
     """Refuse to average two checkpoints of different models or layouts, naming the first difference, both values."""
-    refuse(
-        first.layout != other.layout,
-        f"{other.path} is {other.layout}, {first.path} is {first.layout}",
-        "give checkpoints of one layout",
-    )
+    what = f"{other.path} is {other.layout}, {first.path} is {first.layout}"
+    refuse(first.layout != other.layout, what, "give checkpoints of one layout")
+
+    def described(source: Source) -> str:
+        stored = source.tensors.get(name)
+        return "absent" if stored is None else f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+
     for name in [*first.tensors, *other.tensors]:
-        mine, theirs = (_described(source.tensors.get(name)) for source in (first, other))
-        what = f"tensor {name} is {theirs} in {other.path} and {mine} in {first.path}"
-        refuse(mine != theirs, what, "give checkpoints of one model")
-
-
-def _described(stored: Stored | None) -> str:
-    return "absent" if stored is None else f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+        what = f"tensor {name} is {described(other)} in {other.path} and {described(first)} in {first.path}"
+        refuse(described(first) != described(other), what, "give checkpoints of one model")
 
 
 def refuse(wrong: object, what: str, remedy: str = RESTORE) -> None:
@@ -191,31 +152,13 @@ def refuse(wrong: object, what: str, remedy: str = RESTORE) -> None:
         raise CheckpointError(f"{what}; {remedy}")
 
 
-@contextmanager
-def damaged(what: object) -> Iterator[None]:
-    """Say of errors in what was read that ``what`` is damaged, or that a file is missing."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{error.filename} is missing; {RESTORE}") from None
-    except (CheckpointError, OSError):
-        raise
-    except Exception as error:  # Python's, torch's, safetensors' and pickle's: whatever the bytes led to
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise CheckpointError(f"{what} is truncated or damaged ({said}); {RESTORE}") from None
-
-
-def without_wrappers(named: Mapping[str, T], where: object) -> dict[str, T]:
+def without_wrappers(named: Mapping[str, Any], where: object) -> dict[str, Any]:
     """``named`` with `plain_name`; two with the same, or a name that is a wrapper's alone, are refused."""
-    found: dict[str, T] = {}
+    found: dict[str, Any] = {}
     for name, value in named.items():
         plain = plain_name(name)
-        refuse(
-            plain in found or not plain,
-            f"{where} holds {name}, which without the prefixes of wrappers ({', '.join(WRAPPERS)}) is the name of "
-            "another tensor",
-            "save the model under one set of names",
-        )
+        what = f"{where} holds {name}, which without the prefixes of wrappers ({', '.join(WRAPPERS)}) is the name of"
+        refuse(plain in found or not plain, f"{what} another tensor", "save the model under one set of names")
         found[plain] = value
     return found
 
@@ -224,30 +167,23 @@ class Inert:
     """Stands in for a class: takes any arguments and runs none of its code."""
 
     def __init__(self, *arguments: object) -> None: ...
-
     def __setstate__(self, state: Any) -> None: ...
 
 
 def load(path: Path) -> Any:
-    """What `torch.save` wrote, without running any code of it; tensors on the meta device.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or names a class not `HARMLESS`, which is then never imported.
-    """
-    with damaged(path):
-        foreign = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(HARMLESS))
-        refuse(
-            foreign,
-            f"{path} holds {', '.join(foreign)}, which is not loaded: a pickle can run any code",
-            "save the checkpoint without it (client_state takes plain values)",
-        )
+    """What `torch.save` wrote, without running any code of it; tensors on the meta device. Raises CheckpointError: it
+    is missing or damaged, or names a class not `HARMLESS`, which is then never imported."""
+    with damage(path, RESTORE):
+        foreign = ", ".join(sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(HARMLESS)))
+        what = f"{path} holds {foreign}, which is not loaded: a pickle can run any code"
+        refuse(foreign, what, "save the checkpoint without it (client_state takes plain values)")
         with safe_globals([(Inert, harmless) for harmless in HARMLESS]):
             return torch.load(path, map_location="meta", weights_only=True)
 
 
 def place(path: Path, name: str, tensor: torch.Tensor) -> Piece:
     """Where a tensor of `load` lies in its file."""
-    what = f"{path}: {name} is {tensor.dtype} with strides {tensor.stride()}, which merge cannot read"
-    refuse(tensor.dtype not in DTYPE_NAMES or not tensor.is_contiguous(), what, DEQUANTIZE)
+    strange = tensor.dtype not in DTYPE_NAMES or not tensor.is_contiguous()
+    refuse(strange, f"{path}: {name} is {tensor.dtype} with strides {tensor.stride()}: not readable", DEQUANTIZE)
     begin: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore  # set by torch.load
     return Piece(path, begin + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.numel())

@@ -1,14 +1,9 @@
 """Torch_dist checkpoints, as megatron-core's dist_checkpointing writes them: read without running code, and written.
 
-torch's own reader and writer do both, but for ``.metadata``, a pickle whose code torch would run: here an unpickler
-admits its plain records alone. The output has the chunks of the newest input, which are read one after another, and of
-inputs that are cut otherwise put together; a reader with any parallelism takes what it needs.
-
-What is averaged are the fp32 masters where the optimizer's state holds them under the parameters' names, as
-``optimizer.state.param.NAME`` (DistributedOptimizer, distrib_optim_sharding_type "fully_reshardable") or
-``optimizer.state.fp32_param.NAME`` (the optimizer that is not distributed), written as ``NAME``; else the model's
-weights. Nothing else of the optimizer is read or written. Entries that are no tensors (``_extra_state``), ``common.pt``
-and ``metadata.json`` are the newest checkpoint's, copied unread.
+The output has the chunks of the newest input. What is averaged are the fp32 masters where the optimizer's state holds
+them under the parameters' names, as ``optimizer.state.param.NAME`` (DistributedOptimizer, distrib_optim_sharding_type
+"fully_reshardable") or ``optimizer.state.fp32_param.NAME`` (the one that is not distributed); else the model's weights.
+Nothing else of the optimizer is read. What is no tensor (``_extra_state``) is the newest checkpoint's, copied unread.
 """
 
 import io
@@ -20,7 +15,7 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem, metadata
@@ -28,7 +23,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ds_plugin.core.json_files import read_json
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES, RESTORE, Inert, Mean, Source, Stored, damaged, refuse
+from ds_plugin.weight_averaging.merge.inputs import RESTORE, Inert, Mean, Source, Stored, refuse
+from ds_plugin.weight_averaging.publish.layout import DTYPE_NAMES
+from ds_plugin.weight_averaging.state.reshard import damage
 
 _OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..*")
 _MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
@@ -45,15 +42,11 @@ _UNUSED = re.compile(r"(torch\.distributed\.checkpoint|megatron\.core\.dist_chec
 
 @dataclass
 class TorchDist(Source):
-    """A torch_dist checkpoint, whose tensors consist of (chunk, file). ``found``: what ``.metadata`` holds.
+    """A torch_dist checkpoint, whose tensors consist of (chunk, file)."""
 
-    ``keys``: under which name each that is to be written is stored. ``objects``: those that are no tensors, with the
-    place of their bytes.
-    """
-
-    found: Any = None
-    keys: dict[str, str] = field(default_factory=dict)
-    objects: dict[str, Any] = field(default_factory=dict)
+    found: Any = None  # what ``.metadata`` holds
+    keys: dict[str, str] = field(default_factory=dict)  # under which name each that is to be written is stored
+    objects: dict[str, Any] = field(default_factory=dict)  # those that are no tensors: where their bytes are
 
     def read(self, name: str, *where: Any) -> torch.Tensor:
         """A chunk (``metadata.ChunkStorageMetadata``) of a tensor, in memory of its own."""
@@ -68,7 +61,7 @@ class TorchDist(Source):
         planner = SimpleNamespace(resolve_tensor=part, commit_tensor=lambda item, tensor: None)
         reader = FileSystemReader(self.path)
         reader.set_up_storage_reader(self.found, is_coordinator=True)
-        with damaged(f"{self.path}: {key}"):
+        with damage(f"{self.path}: {key}", RESTORE):
             items = create_read_items_for_chunk_list(key, entry, [chunk])
             _refuse_gaps(self.path, key, entry, [item.lengths for item in items], values.numel())
             reader.read_data(LoadPlan(items), cast(Any, planner))
@@ -94,7 +87,10 @@ class TorchDist(Source):
             nonlocal made
             name = item.index.fqn
             if item.tensor_data is None:
-                return _bytes_of(newest.path, newest.objects[name])
+                place = newest.objects[name]
+                with open(newest.path / place.relative_path, "rb") as file:
+                    file.seek(place.offset)
+                    return io.BytesIO(file.read(place.length))
             made.untyped_storage().resize_(0)  # the writer keeps what it has written until the file is whole
             made = mean.of(name, item.tensor_data.chunk).to(item.tensor_data.properties.dtype)
             return made
@@ -111,34 +107,26 @@ class TorchDist(Source):
 
 
 def read_torch_dist(path: Path) -> TorchDist:
-    """The model's weights (or their fp32 masters) of a torch_dist folder.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or damaged, of another format, or holds foreign classes.
-    """
+    """The model's weights (or their fp32 masters) of a torch_dist folder."""
     config = read_json(path / "metadata.json", {"sharded_backend": str}, remedy=RESTORE)
     backend, version = config["sharded_backend"], config.get("sharded_backend_version", 1)
     what = f"{path / 'metadata.json'}: the format is {backend} {version}, merge reads torch_dist 1"
     refuse((backend, version) != ("torch_dist", 1), what, "convert it")
-    with damaged(path / ".metadata"), open(path / ".metadata", "rb") as file:
-        found = _Unpickler(file).load()
+
+    class Unpickler(pickle.Unpickler):
+        """torch's would run any code: here another name than `_RECORDS` and `_UNUSED` is refused before any import."""
+
+        def find_class(self, module: str, name: str) -> Any:
+            known = f"{module}.{name}"
+            what = f"{path / '.metadata'} holds {known}, which is not loaded: a pickle can run any code"
+            refuse(known not in _RECORDS and not _UNUSED.fullmatch(known), what, "save the checkpoint without it")
+            return _RECORDS.get(known, Inert)
+
+    with damage(path / ".metadata", RESTORE), open(path / ".metadata", "rb") as file:
+        found = Unpickler(file).load()
         without = _COMMON not in found.state_dict_metadata and not (path / "common.pt").is_file()
         refuse(without, f"{path / 'common.pt'} is missing")
         return _source(path, found)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits plain values, `_RECORDS` and stand-ins for `_UNUSED`; another name is refused before any import."""
-
-    def __init__(self, file: IO[bytes]):
-        super().__init__(file)
-        self._path = file.name
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = f"{module}.{name}"
-        what = f"{self._path} holds {known}, which is not loaded: a pickle can run any code"
-        refuse(known not in _RECORDS and not _UNUSED.fullmatch(known), what, "save the checkpoint without it")
-        return _RECORDS.get(known, Inert)
 
 
 def _source(path: Path, found: Any) -> TorchDist:
@@ -146,8 +134,16 @@ def _source(path: Path, found: Any) -> TorchDist:
     masters = {match[1]: key for key in entries if (match := _MASTER.fullmatch(key))}
     source = TorchDist(path, "a torch_dist checkpoint", found=found)
 
-    def place(*index: Any) -> Any:
-        return _checked(path, index[0], found.storage_data[metadata.MetadataIndex(*index)])
+    def place(name: str, *offsets: Any) -> Any:
+        place = found.storage_data[metadata.MetadataIndex(name, *offsets)]
+        file, end = path / place.relative_path, place.offset + place.length
+        what = f"{path / '.metadata'}: {name} lies in {place.relative_path}, not in a *.distcp beside it"
+        refuse(file.name != place.relative_path or file.suffix != ".distcp", what)
+        ways = place.transform_descriptors
+        refuse(ways, f"{file}: {name} is stored as {ways}, which merge cannot read")
+        size = file.stat().st_size
+        refuse(place.offset < 0 or end > size, f"{file} is truncated: {size} bytes, and {name} ends at {end}")
+        return place
 
     for name, entry in entries.items():
         if _OPTIMIZER.fullmatch(name):
@@ -160,8 +156,8 @@ def _source(path: Path, found: Any) -> TorchDist:
         if master.properties.dtype == torch.float32 and master.size == entry.size and name in masters:
             key, entry, high = masters[name], master, high + 1
         dtype = entry.properties.dtype
-        what = f"{path}: tensor {key} is {dtype}, which has no mean"
-        refuse(dtype not in DTYPE_NAMES, what, "save the weights in bf16")
+        none = dtype not in DTYPE_NAMES
+        refuse(none, f"{path}: tensor {key} is {dtype}, which has no mean", "save the weights in bf16")
         _refuse_gaps(path, key, entry, [chunk.sizes for chunk in entry.chunks], math.prod(entry.size))
         pieces = [(chunk, place(key, chunk.offsets).relative_path) for chunk in entry.chunks]
         source.keys[name], source.tensors[name] = key, Stored(dtype, tuple(entry.size), pieces)
@@ -172,10 +168,10 @@ def _source(path: Path, found: Any) -> TorchDist:
     rounded = [n for n, stored in source.tensors.items() if stored.dtype in (torch.bfloat16, torch.float16)]
     if rounded:  # else the model itself is in fp32, or all have masters
         dtype = str(source.tensors[rounded[0]].dtype).removeprefix("torch.")
+        some = f"{len(rounded)} of {len(source.tensors)} tensors, such as {rounded[0]}"
         source.remark = (
             f"{path}: no fp32 masters under the parameters' names (distrib_optim_sharding_type fully_reshardable has "
-            f"them) for {len(rounded)} of {len(source.tensors)} tensors, such as {rounded[0]}: the mean is of the "
-            f"model's {dtype} weights"
+            f"them) for {some}: the mean is of the model's {dtype} weights"
         )
     return source
 
@@ -185,18 +181,3 @@ def _refuse_gaps(path: Path, key: str, entry: Any, parts: list[torch.Size], nume
     refuse(sum(map(math.prod, parts)) != numel, what)
 
 
-def _checked(path: Path, name: str, place: Any) -> Any:
-    file = path / place.relative_path
-    what = f"{path / '.metadata'}: {name} lies in {place.relative_path}, not in a *.distcp beside it"
-    refuse(file.name != place.relative_path or file.suffix != ".distcp", what)
-    what = f"{file}: {name} is stored as {place.transform_descriptors}, which merge cannot read"
-    refuse(place.transform_descriptors, what)
-    size, end = file.stat().st_size, place.offset + place.length
-    refuse(place.offset < 0 or end > size, f"{file} is truncated: {size} bytes, and {name} ends at {end}")
-    return place
-
-
-def _bytes_of(path: Path, place: Any) -> io.BytesIO:
-    with open(path / place.relative_path, "rb") as file:
-        file.seek(place.offset)
-        return io.BytesIO(file.read(place.length))

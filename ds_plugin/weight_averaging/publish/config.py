@@ -12,14 +12,9 @@ from ds_plugin.weight_averaging.state.fragments import WRAPPERS
 
 
 def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write ``config.json``, and ``generation_config.json`` where the model generates, as `save_pretrained` does.
-
-    Nothing for a model that is not transformers' (nor for a PEFT wrapper, which has other names). ``dtype``: of the
-    floating-point tensors; None: the widest of the parameters, in which a reader's copies keep their bits.
-
-    Raises:
-        ConfigError: transformers refuses to save the configuration.
-    """
+    """Write ``config.json``, and ``generation_config.json`` where the model generates, as `save_pretrained` does; for a
+    model that is not transformers' (nor for a PEFT wrapper, which has other names) nothing. ``dtype``: of the tensors;
+    None: the widest of the parameters. Raises ConfigError: transformers refuses to save the configuration."""
     for wrapper in WRAPPERS:
         module = getattr(module, wrapper, module)
     transformers = sys.modules.get("transformers.modeling_utils")  # who has such a model has imported it
@@ -37,7 +32,5 @@ def write_config(module: Any, folder: Path, dtype: torch.dtype | None) -> None:
         if module.can_generate():
             module.generation_config.save_pretrained(folder)
     except ValueError as error:
-        raise ConfigError(
-            f"publish: transformers does not save the model's configuration ({error}); change model.config or "
-            "model.generation_config"
-        ) from error
+        what = f"transformers does not save the model's configuration ({error})"
+        raise ConfigError(f"publish: {what}; change model.config or model.generation_config") from error

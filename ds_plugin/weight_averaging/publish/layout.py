@@ -1,7 +1,6 @@
 """Which files a model is published as, where in them each rank's elements belong, and who writes what. All of it pure.
 
-Names, shapes and dtypes make the header of a safetensors file, which says where every tensor's bytes are. So ranks that
-agree on those can write into one file side by side.
+Names, shapes and dtypes make the header of a safetensors file: ranks that agree on it write into one file side by side.
 """
 
 import json
@@ -9,28 +8,27 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from ds_plugin.core.errors import StateError
-from ds_plugin.weight_averaging.merge.inputs import DTYPE_NAMES
 
-_NONE: Mapping[str, str] = MappingProxyType({})
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model as it is published, whole; and by what the ranks' models have it sharded.
-
-    ``aliases``: other names of the same, tied, tensor. It is written once; loaders tie the names again. The header's
-    metadata maps alias to name, as ``safetensors.torch.save_model`` has it.
-    """
+    """One tensor of the model as it is published, whole; and by what the ranks' models have it sharded."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    #: other names of the same, tied, tensor: in the metadata, as ``safetensors.torch.save_model`` has it
     aliases: tuple[str, ...] = ()
     tp_sharded: bool = False
     zero3_sharded: bool = False
@@ -54,14 +52,11 @@ class File(NamedTuple):
 
 
 def plan_files(
-    entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, str] = _NONE, stem: str = "model"
+    entries: Sequence[Entry], max_bytes: int, metadata: Mapping[str, str] | None = None, stem: str = "model"
 ) -> list[File]:
-    """The files, in the order of ``entries``: each of ``max_bytes`` of tensors at most, unless one tensor is larger.
-
-    Named as Hugging Face names them: ``<stem>.safetensors`` if there is one, else ``<stem>-00001-of-0000N...``.
-    ``metadata``: what their headers say besides the format.
-    """
-    metadata = {"format": "pt", **metadata}
+    """The files, in the order of ``entries``, with Hugging Face's names, which begin with ``stem``: each of
+    ``max_bytes`` of tensors at most (one may be larger). ``metadata``: what their headers say besides the format."""
+    metadata = {"format": "pt", **(metadata or {})}
     parts: list[list[Entry]] = [[]]
     for entry in entries:
         if parts[-1] and sum(each.nbytes for each in parts[-1]) + entry.nbytes > max_bytes:
@@ -97,10 +92,8 @@ def index_of(files: Sequence[File]) -> str:
 
 
 class Cut(NamedTuple):
-    """Where a tensor-parallel rank's slice lies in the whole tensor, both flat (row-major).
-
-    The slice is a sequence of blocks of ``block`` elements; the whole tensor takes one from every rank in turn.
-    """
+    """Where a tensor-parallel rank's slice lies in the whole tensor, both flat: the slice is a sequence of blocks of
+    ``block`` elements; the whole tensor takes one from every rank in turn."""
 
     block: int
     rank: int = 0
@@ -116,11 +109,9 @@ class Cut(NamedTuple):
 
 
 def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: int) -> tuple[tuple[int, ...], Cut]:
-    """The whole tensor's shape, and the `Cut`, of a slice of ``shape`` that is cut along ``dim``.
-
-    ``stride``: of how many tensors, laid end to end along ``dim`` and each cut by itself, the slice consists (the two
-    halves of a gated unit; 1 otherwise). Raises StateError: they are not equal, or there is no such dimension.
-    """
+    """The whole tensor's shape, and the `Cut`, of a slice of ``shape`` that is cut along ``dim``. ``stride``: of how
+    many tensors, laid end to end along ``dim`` and each cut by itself, it consists (2 for a gated unit). Raises
+    StateError: they are not equal, or there is no such dimension."""
     if not 0 <= dim < len(shape) or shape[dim] % stride:
         raise StateError(f"publish: a slice of {list(shape)} cannot be cut along dimension {dim}, stride {stride}")
     whole = (*shape[:dim], shape[dim] * ranks, *shape[dim + 1 :])
@@ -128,26 +119,17 @@ def cut_along(shape: tuple[int, ...], dim: int, stride: int, rank: int, ranks: i
 
 
 class Report(NamedTuple):
-    """What a rank tells the others.
+    """What a rank tells the others."""
 
-    ``place``: pipeline stage and tensor-parallel rank, whose first rank gives the ``rows``: all others have the same.
-    ``averaged``: how many elements of each row are in this rank's share of the average.
-    """
-
-    place: tuple[int, int]
-    rows: tuple[Entry, ...] | None
-    averaged: tuple[int, ...]
+    place: tuple[int, int]  # pipeline stage and tensor-parallel rank
+    rows: tuple[Entry, ...] | None  # of the first rank of this place: all others have the same
+    averaged: tuple[int, ...]  # how many elements of each row are in this rank's share of the average
 
 
 def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple[list[Entry], list[tuple[int, bool]]]:
-    """All tensors of the model, and what ``rank`` writes: ``(row, whether of the average)``.
-
-    A name that several stages have is a tied tensor, of the lowest of them, and begins with ``tied``. What is sharded
-    by nothing is written by the first tensor- and the first data-parallel rank.
-
-    Raises:
-        StateError: places differ about a tensor, or an averaged one is not held exactly once.
-    """
+    """All tensors of the model, and what ``rank`` writes: ``(row, whether of the average)``. A name that several stages
+    have is a tied tensor, of the lowest of them, and begins with ``tied``. What is not sharded the first ranks write.
+    Raises StateError: places differ about a tensor, or it is not held exactly once."""
     rows = {report.place: report.rows for report in reports if report.rows is not None}
     owners: dict[str, tuple[int, Entry]] = {}
     for place in sorted(rows):
@@ -160,12 +142,9 @@ def agree(reports: Sequence[Report], rank: int, layout: str, tied: str) -> tuple
                 what = f"pipeline stages {owner} and {place[0]} both have a {row.name}, which is not tied"
                 raise StateError(f"publish: {what}; leave parameters to the layers (a loss_fn has none)")
             if (known.dtype, known.shape) != (row.dtype, row.shape):
-                kinds = [f"{each.dtype} {list(each.shape)}" for each in (known, row)]
-                raise StateError(
-                    f"publish: {row.name} is {kinds[0]} on one rank and {kinds[1]} on another; build one model on all, "
-                    "and give what tensor parallelism cuts tensor_model_parallel and partition_dim"
-                )
-
+                one, other_one = (f"{each.dtype} {list(each.shape)}" for each in (known, row))
+                remedy = "build one model on all, and give what is cut tensor_model_parallel and partition_dim"
+                raise StateError(f"publish: {row.name} is {one} on one rank and {other_one} on another; {remedy}")
     here, mine = reports[rank].place, []
     peers = [report for report in reports if report.place == here]
     ranks = 1 + max(tensor_rank for _, tensor_rank in rows)

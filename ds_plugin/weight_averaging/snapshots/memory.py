@@ -4,21 +4,20 @@ import os
 import shutil
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
+from ds_plugin.core.ranks import gathered
 
 _ALIGNED = 64  # bytes: a line of the cache, where a tensor of any dtype can begin in an allocation
 _TOGETHER = 256  # tensors in one allocation, at most: to try all splits of n takes n^2 / 2 steps
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that this rank takes, and all ``ranks`` of its node; what the node had available."""
 
     rank: int
@@ -43,11 +42,8 @@ def pieces(counts: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[int]:
 
 
 def batches(sizes: Sequence[int]) -> list[list[int]]:
-    """Which tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up.
-
-    Six equal ones just above a power of two take 2 times their size one by one, 1.33 times in one allocation; four take
-    1.5 times as one and three, 2 times in one.
-    """
+    """Which tensors of ``sizes`` bytes, in their order, to pin in each allocation, so that least is rounded up: six
+    equal ones just above a power of two take 2 times their size one by one, 1.33 times in one allocation."""
     ends = [0, *accumulate(sizes)]
     fewest, starts = [0], [0]  # of the first n tensors: the bytes they take, and where their last allocation begins
     for end in range(1, len(ends)):
@@ -63,46 +59,36 @@ def batches(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def pinned(sizes: Sequence[int]) -> int:
-    """Bytes that tensors of ``sizes`` bytes take, pinned in `batches`."""
     return sum(rounded(sum(batch)) for batch in batches(sizes))
 
 
 def reserve(rank_bytes: int, remedy: str) -> Memory:
-    """Compare what all ranks of each node need with the memory the node has. Every rank calls it, before it allocates.
-    Raises ConfigError, on every rank alike: some node has too little (a container's own limit is not seen)."""
+    """Compare what all ranks of each node need with the memory it has (a container's own limit is not seen). Every rank
+    calls it, before it allocates. Raises ConfigError, on every rank alike: some node has too little."""
     return _compared(rank_bytes, psutil.virtual_memory().available, "CPU memory", remedy)
 
 
 def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
-    """`reserve` for files in ``folder``, which every node has; a folder that nodes share is counted for each alone.
-    Raises ConfigError where it cannot be written to, too."""
+    """`reserve` for files in ``folder``, which every node has; one that nodes share is counted for each alone."""
     with raise_on_all_ranks():
         if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-            raise ConfigError(
-                f"weight_averaging.storage_path: {folder!r} is not a folder that can be written to on "
-                f"{socket.gethostname()}; make it, or write another one"
-            )
+            what = f"{folder!r} is not a folder that can be written to on {socket.gethostname()}"
+            raise ConfigError(f"weight_averaging.storage_path: {what}; make it, or write another one")
         free = shutil.disk_usage(folder).free
     return _compared(rank_bytes, free, f"files in {folder}", remedy)
 
 
 def size(count: int) -> str:
-    """Bytes as people read them."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _compared(rank_bytes: int, available: int, what: str, remedy: str) -> Memory:
     mine = (socket.gethostname(), rank_bytes, available)
-    reports = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(reports) > 1:
-        dist.all_gather_object(reports, mine)
-    nodes = {}
+    reports, nodes = gathered(mine), {}
     for name in dict.fromkeys(name for name, _, _ in reports):
         taken, free = zip(*(numbers for node, *numbers in reports if node == name), strict=True)
         nodes[name] = found = Memory(rank_bytes, sum(taken), min(free), len(taken), what)
         if found.node > found.available:
-            raise ConfigError(
-                f"weight_averaging: the {found.ranks} rank(s) on {name} need {size(found.node)} of {what}, "
-                f"{size(found.available)} are available; {remedy}"
-            )
+            needed = f"need {size(found.node)} of {what}, {size(found.available)} are available"
+            raise ConfigError(f"weight_averaging: the {found.ranks} rank(s) on {name} {needed}; {remedy}")
     return nodes[mine[0]]

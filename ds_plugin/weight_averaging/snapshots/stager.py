@@ -10,19 +10,17 @@ Both fences are between streams, on the device: the copy begins when step n has 
 """
 
 import functools
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ds_plugin.core.errors import StateError
+from ds_plugin.core.ranks import warn
 
 Tensors = Sequence[torch.Tensor]
-
 _LOOK = 0.001  # seconds between two looks at whether a copy has arrived
 
 
@@ -35,13 +33,9 @@ class Streams:
 
 
 class SnapshotStager:
-    """One copy under way at a time, and a thread that goes on with what it brought.
-
-    Each source is held until its copy has ended, so that the allocator gives it to nobody while it is read (the
-    framework may move masters to CPU memory between steps); that takes the place of ``record_stream``. Whoever changes
-    masters in place other than in a step that `wait_before_step` was called for must `drain` first. The targets are
-    pinned, or the copy would block. ``streams``: `Streams`, or what has its names.
-    """
+    """One copy under way at a time, and a thread that goes on with what it brought. Each source is held until its copy
+    has ended: that takes the place of ``record_stream``. Whoever changes masters in place other than in a step that
+    `wait_before_step` was called for must `drain` first. The targets are pinned, or the copy would block."""
 
     def __init__(self, device: torch.device, streams: Any = Streams):
         self._device, self._streams = device, streams
@@ -55,15 +49,12 @@ class SnapshotStager:
         self._fence_due = False
 
     def begin(self, dst: Tensors, src: Tensors, then: Callable[[], None]) -> None:
-        """After `drain`, copy ``src``, as the training stream will have left it, to ``dst``; returns at once (a source
-        in CPU memory is copied by then). ``then`` is called in the worker thread when all of it has arrived. Raises
-        StateError: there was no `wait_before_step` since the last copy, which a step may have torn."""
+        """After `drain`, copy ``src``, as the training stream will have left it, to ``dst``, and call ``then`` in the
+        worker thread. Raises StateError: no `wait_before_step` since the last copy, which a step may have torn."""
         self.drain()
         if self._fence_due:
-            raise StateError(
-                "weight_averaging: before_step() was not called since the last snapshot; call it before each optimizer "
-                "step, which else overwrites weights that are being copied"
-            )
+            why = "before_step() was not called since the last snapshot; call it before each optimizer step"
+            raise StateError(f"weight_averaging: {why}, which else overwrites weights that are being copied")
         self._stepped.record(self._streams.current_stream(self._device))
         self._side.wait_event(self._stepped)
         with self._side:
@@ -74,8 +65,7 @@ class SnapshotStager:
         self._job = self._worker.submit(self._finish, src, then)  # which holds src until it ends
 
     def wait_before_step(self) -> None:
-        """Have the training stream, not the CPU, wait for the copy: call it before a step that writes the sources.
-        Raises what the last ``then`` raised, if it has ended."""
+        """Have the training stream, not the CPU, wait for the copy. Raises what the last ``then`` did, if it ended."""
         if self._fence_due:
             self._fence_due = False
             self._streams.current_stream(self._device).wait_event(self._done)
@@ -116,8 +106,5 @@ def has_streams(kind: str) -> bool:
             return True
     except RuntimeError as error:  # NotImplementedError is one
         why = str(error)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logging.getLogger("ds_plugin").warning(
-            "weight averaging: no streams on %s (%s): training waits while a snapshot is copied", kind, why
-        )
+    warn("weight averaging: no streams on %s (%s): training waits while a snapshot is copied", kind, why)
     return False

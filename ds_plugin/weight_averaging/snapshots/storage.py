@@ -20,14 +20,13 @@ from ds_plugin.weight_averaging.snapshots.stager import has_streams
 Tensors = list[torch.Tensor]
 
 _LARGE = 4 << 20  # bytes, at which a tensor is worth pages of its own
+_REMEDY = 'write a smaller "window" or fewer "horizons", or use more ranks under ZeRO'
 
 
 class Storage:
     """Buffers, each a list of contiguous CPU tensors with the masters' shapes: one of each of ``dtypes``, which lie
-    where ``storage`` says, and the spare one in fp32, that masters are copied to and weights exchanged with, in memory.
-
-    Memory is pinned only where the masters are on an accelerator with streams: copies would block the training else.
-    """
+    where ``storage`` says, and the spare one in fp32, in memory, that masters are copied to and weights exchanged with.
+    It is pinned only where the masters are on an accelerator with streams: copies would block the training else."""
 
     def __init__(self, config: WeightAveragingConfig, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]):
         self._masters, self._path = masters, config.storage_path
@@ -37,15 +36,14 @@ class Storage:
         #: whether an fp32 buffer and the spare one are of one kind, so that they can change places
         self.exchangeable = kept_in == self._spare_in
 
-    def reserve(self, smaller: str) -> tuple[Memory, Memory | None]:
-        """What the buffers take: CPU memory, and disk if there are files. Every rank calls it, before `allocate`.
-        Raises ConfigError as `memory.reserve` and `memory.reserve_files` do; ``smaller`` is the remedy it names."""
+    def reserve(self) -> tuple[Memory, Memory | None]:
+        """What the buffers take, of memory and of disk. Raises as `memory.reserve` does."""
         in_memory = memory.pinned(self._sizes(self._dtypes("pinned"))) + self._nbytes(*self._dtypes("memory"))
         if self._path is None:
-            return memory.reserve(in_memory, f'{smaller}, or "storage": "files"'), None
-        in_files, more = self._nbytes(*self._dtypes("files")), f'{smaller}, or a "storage_path" with more room'
+            return memory.reserve(in_memory, f'{_REMEDY}, or "storage": "files"'), None
+        in_files, more = self._nbytes(*self._dtypes("files")), f'{_REMEDY}, or a "storage_path" with more room'
         files = memory.reserve_files(self._path, in_files, more)
-        return memory.reserve(in_memory, "use more ranks under ZeRO, or fewer on a node"), files
+        return memory.reserve(in_memory, _REMEDY), files
 
     def allocate(self) -> tuple[list[Tensors], Tensors]:
         """The buffers and the spare one, of undefined contents. Raises ConfigError if the disk has no room for them."""
@@ -54,7 +52,9 @@ class Storage:
         def make(kind: str, dtype: torch.dtype) -> Tensors:
             if kind == "pinned":
                 return list(islice(pinned, len(self._masters)))
-            return self._in_a_file(dtype) if kind == "files" else self._in_memory(dtype)
+            if kind == "files" and self._nbytes(dtype):
+                return self._in_a_file(dtype)
+            return [_empty(t.shape, dtype) for t in self._masters]
 
         *kept, spare = itertools.starmap(make, self._wanted)
         return kept, spare
@@ -69,9 +69,6 @@ class Storage:
     def _nbytes(self, *dtypes: torch.dtype) -> int:
         return sum(dtype.itemsize for dtype in dtypes) * sum(t.numel() for t in self._masters)
 
-    def _in_memory(self, dtype: torch.dtype) -> Tensors:
-        return [_empty(t.shape, dtype) for t in self._masters]
-
     def _sizes(self, dtypes: Sequence[torch.dtype]) -> list[int]:
         return memory.pieces([t.numel() for t in self._masters], dtypes)
 
@@ -84,21 +81,16 @@ class Storage:
                 yield part[: dtype.itemsize * master.numel()].view(dtype).view(master.shape)
 
     def _in_a_file(self, dtype: torch.dtype) -> Tensors:
-        """One file, which has no name: its room returns when the tensors go, or the process, however it ends. Nothing
-        waits for the disk. The blocks are allocated here: a full disk would otherwise be a SIGBUS at some later write.
-        (Filesystems that write every block anew - btrfs, ZFS - promise less.)"""
+        """One file, which has no name: its room returns when the tensors go, or the process, however it ends. The
+        blocks are allocated here: a full disk would otherwise be a SIGBUS at a later write (as on btrfs and ZFS)."""
         nbytes = self._nbytes(dtype)
-        if nbytes == 0:
-            return self._in_memory(dtype)
         try:
             with tempfile.TemporaryFile(dir=self._path) as file:
                 os.posix_fallocate(file.fileno(), 0, nbytes)
                 mapping = mmap.mmap(file.fileno(), nbytes)
         except OSError as error:
-            raise ConfigError(
-                f"weight_averaging.storage_path: no file of {memory.size(nbytes)} could be made in {self._path!r} "
-                f"({error.strerror}); make room there, or write another folder"
-            ) from None
+            what = f"no file of {memory.size(nbytes)} could be made in {self._path!r} ({error.strerror})"
+            raise ConfigError(f"weight_averaging.storage_path: {what}; make room there, or write another") from None
         parts = torch.frombuffer(mapping, dtype=dtype).split([t.numel() for t in self._masters])
         return [part.view(t.shape) for part, t in zip(parts, self._masters, strict=True)]
 

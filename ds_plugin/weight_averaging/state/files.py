@@ -1,15 +1,15 @@
 """What averaging holds, on disk: one safetensors file per rank, in the framework's checkpoint. Never a pickle.
 
-A file holds the mode's buffers as flat tensors, ``<what>.<shard>``, and a `Header`. On the layout it was saved with a
-rank reads its own file; on another one it reads from all files of its coordinate the pieces it needs (`reshard`).
-
-Every rank that opens a file tests its header's SHA-256, one for each file those of all its tensors. All ranks call
-`load` within `raise_on_all_ranks`, so that what one of them finds ends all.
+A file holds the mode's buffers as flat tensors, ``<what>.<shard>``, a `Header`, and the SHA-256 of each: a checkpoint's
+seals (`core.seals`) are written later, and never where a run is killed before. On the layout it was saved with a rank
+reads its own file; on another one it reads from all files of its coordinate the pieces it needs (`reshard`). Each
+file's tensors are tested by one of the ranks, which call `load` within `raise_on_all_ranks`: what one finds ends all.
 """
 
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -27,8 +27,8 @@ from ds_plugin.weight_averaging.state import fragments
 from ds_plugin.weight_averaging.state.fragments import Fragment
 from ds_plugin.weight_averaging.state.reshard import READ_ELEMENTS, REMEDY, Resharded, damage, plan
 
-FORMAT = "4"
-
+FORMAT = "5"
+Place = Sequence[int]  # tensor-parallel rank and pipeline stage
 #: the settings of each mode that cannot change
 _FIXED = {"sliding": ("deltas",), "block": ("window",), "ema": ("horizons",)}
 
@@ -39,12 +39,12 @@ class Header(NamedTuple):
     rank: int
     world_size: int
     save_id: str
-    coordinate: Sequence[int]
+    coordinate: Place
     settings: dict[str, Any]  # the mode, and those that cannot change
     state: dict[str, Any]  # the mode's
     layout: str
     fragments: list[Any]  # each the values of a `Fragment`: which parameters' elements the shards are
-    sha256: dict[str, str]  # of each tensor
+    sha256: str  # of the tensors
 
 
 def shard_name(rank: int) -> str:
@@ -53,54 +53,36 @@ def shard_name(rank: int) -> str:
 
 
 def save(
-    folder: Path,
-    averager: WeightAverager,
-    *,
-    rank: int,
-    world_size: int,
-    save_id: str,
-    coordinate: Sequence[int] = (0, 0),
+    folder: Path, averager: WeightAverager, *, rank: int, world_size: int, save_id: str, coordinate: Place = (0, 0)
 ) -> None:
-    """Write this rank's share into the checkpoint folder, atomically. ``save_id`` marks the files of one save.
-
-    ``coordinate``: tensor-parallel rank and pipeline stage. Ranks of one share out (or replicate) the same weights,
-    others hold other weights under the same names. Raises StateError: shards are laid out in a way that is not known,
-    or in another than at first.
-    """
+    """Write this rank's share into the checkpoint folder, atomically. ``save_id`` marks the files of one save; ranks of
+    another ``coordinate`` hold other weights under the same names. Raises StateError: the shards' layout is strange."""
     laid_out, mode, config = averager.shards.fragments(), averager.mode, averager.config
     fragments.check(laid_out, averager.masters())
     tensors = {name: tensor.view(-1) for name, tensor in mode.tensors().items()}
     settings = {key: getattr(config, key) for key in ("mode", *_FIXED[config.mode])}
-    digests = {name: _digest(tensor, tensor.numel()) for name, tensor in tensors.items()}
-    place, where = (rank, world_size, save_id, coordinate), [astuple(fragment) for fragment in laid_out]
-    header = json.dumps(Header(*place, settings, mode.state(), averager.shards.layout, where, digests)._asdict())
+    where = [astuple(fragment) for fragment in laid_out]
+    place, held = (rank, world_size, save_id, coordinate), (settings, mode.state(), averager.shards.layout)
+    header = json.dumps(Header(*place, *held, where, _digest(tensors))._asdict())
     metadata = {"format": FORMAT, "header": header, "header_sha256": _seal(header)}
     atomic_write(folder / shard_name(rank), lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def load(
-    folder: Path,
-    averager: WeightAverager,
-    *,
-    rank: int,
-    world_size: int,
-    save_id: str,
-    coordinate: Sequence[int] = (0, 0),
+    folder: Path, averager: WeightAverager, *, rank: int, world_size: int, save_id: str, coordinate: Place = (0, 0),
     saved_ranks: int | None = None,
-) -> None:
-    """Read this rank's share back, on the ranks and the layout it was saved with or on others; tensor and pipeline
-    parallelism must be the save's. It goes straight into the averager's buffers, a piece at a time.
-
-    ``save_id``: that of the save to load; ``saved_ranks``: how many ranks saved, this run's if not given. Raises
-    CheckpointError: a file is missing, unreadable, altered, or belongs to another rank, save or mode; or the files do
-    not hold each of this rank's elements exactly once. If it comes while the buffers are filled, no snapshot is held.
-    """
+) -> None:  # fmt: skip
+    """Read this rank's share into the averager's buffers, on the ranks and the layout it was saved with or on others;
+    tensor and pipeline parallelism must be the save's. Raises CheckpointError: a file is missing, unreadable, altered,
+    or belongs to another rank, save or mode; or not each of this rank's elements is held exactly once. If it comes
+    while the buffers are filled, no snapshot is held."""
     saved_ranks = world_size if saved_ranks is None else saved_ranks
     share = functools.cache(lambda saved: _Share(folder, rank=saved, world_size=saved_ranks, save_id=save_id))
     laid_out = averager.shards.fragments()
     fragments.check(laid_out, averager.masters())
-    if world_size == saved_ranks and share(rank).holds(coordinate, laid_out):
-        mine = tested = [share(rank)]
+    own = share(rank) if world_size == saved_ranks else None
+    if own is not None and own.header.coordinate == list(coordinate) and own.fragments == laid_out:
+        mine = tested = [own]
     else:
         files = [share(saved) for saved in range(saved_ranks)]
         mine, tested = _of_coordinate(files, coordinate), files[rank::world_size]
@@ -115,8 +97,8 @@ def load(
 
 
 def compare(saved: Mapping[str, Any], config: WeightAveragingConfig, path: Path) -> None:
-    """Compare a saved section (or as much of it as a rank's file has; none if averaging was off) with this run's.
-    Raises CheckpointError: the mode differs, or what cannot change in it (a sum of 5 snapshots is none of 3)."""
+    """Raises CheckpointError: a saved section (none if averaging was off) has another mode than this run's, or differs
+    in what cannot change in it (a sum of 5 snapshots is none of 3)."""
     for key in ("mode", *_FIXED[config.mode]) if saved else ():
         if (was := saved[key]) != getattr(config, key):
             raise CheckpointError(
@@ -135,47 +117,35 @@ class _Share:
         with damage(path):
             self.file = safe_open(path, framework="pt", device="cpu")
             found = self.file.metadata() or {}
-            if found.get("format") != FORMAT:
-                was = f"{path} has format {found.get('format')!r}, this version reads {FORMAT!r}"
-                raise CheckpointError(f"weight_averaging: {was}; use the version it is from")
+            if (was := found.get("format")) != FORMAT:
+                raise CheckpointError(f"{path} has format {was!r}, this version reads {FORMAT!r}; use its own version")
             if found["header_sha256"] != _seal(found["header"]):
                 raise ValueError("its metadata is not what was saved")
             self.header = Header(**json.loads(found["header"]))
             self.fragments = [Fragment(name, tuple(shape), *where) for name, shape, *where in self.header.fragments]
         for key, value in {"rank": rank, **expected}.items():
             if (was := getattr(self.header, key)) != value:
-                raise CheckpointError(
-                    f"weight_averaging: {path} has {key} {was!r} where this run expects {value!r}: it belongs to "
-                    f"another rank, layout or save; {REMEDY}"
-                )
-
-    def holds(self, coordinate: Sequence[int], laid_out: Sequence[Fragment]) -> bool:
-        """Whether a rank with this layout needs this file alone."""
-        return self.header.coordinate == list(coordinate) and self.fragments == laid_out
+                what = f"{path} has {key} {was!r} where this run expects {value!r}: it belongs to another rank or save"
+                raise CheckpointError(f"weight_averaging: {what}; {REMEDY}")
 
     def verify(self) -> None:
-        """Read all of the file, a piece at a time, and compare it with the hashes it was saved with."""
+        """Read all of the file, a piece at a time, and compare it with the hash it was saved with."""
         with damage(self.path):
-            hashes, found = self.header.sha256, {name: self.file.get_slice(name) for name in self.file.keys()}
-            wrong = hashes.keys() ^ found.keys()
-            wrong = wrong or {n for n, stored in found.items() if _digest(stored, *stored.get_shape()) != hashes[n]}
-            if wrong:
-                raise ValueError(f"its contents are not those that were saved: {min(wrong)}")
+            if _digest({name: self.file.get_slice(name) for name in self.file.keys()}) != self.header.sha256:
+                raise ValueError("its contents are not those that were saved")
 
 
-def _of_coordinate(files: Sequence[_Share], coordinate: Sequence[int]) -> list[_Share]:
-    """Those that ranks of this coordinate saved; they hold the same snapshots."""
+def _of_coordinate(files: Sequence[_Share], coordinate: Place) -> list[_Share]:
+    """Those that ranks of this coordinate saved, of the same snapshots."""
     found = [file for file in files if file.header.coordinate == list(coordinate)]
     if not found:
-        known = sorted({tuple(file.header.coordinate) for file in files})
-        raise CheckpointError(
-            f"weight_averaging: {files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage "
-            f"{list(coordinate)}, only {', '.join(map(str, map(list, known)))}; resume with the save's parallelism"
-        )
-    (first, path), *others = [((file.header.settings, file.header.state), file.path) for file in found]
-    for held, other in others:
+        known = ", ".join(map(str, sorted({tuple(file.header.coordinate) for file in files})))
+        what = f"{files[0].path.parent} holds no window of tensor-parallel rank and pipeline stage {tuple(coordinate)}"
+        raise CheckpointError(f"weight_averaging: {what}, only {known}; resume with the save's parallelism")
+    for file in found:
+        held, first = ((each.header.settings, each.header.state) for each in (file, found[0]))
         if held != first:
-            raise CheckpointError(f"weight_averaging: {other} holds {held} and {path} {first}; {REMEDY}")
+            raise CheckpointError(f"weight_averaging: {file.path} holds {held}, {found[0].path} {first}; {REMEDY}")
     return found
 
 
@@ -183,11 +153,14 @@ def _seal(header: str) -> str:
     return hashlib.sha256(header.encode()).hexdigest()
 
 
-def _digest(flat: Any, count: int) -> str:
-    """SHA-256 of ``count`` elements of a flat tensor, in memory or in a file, and of their dtype."""
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of flat tensors, in memory or in a file."""
     digest = hashlib.sha256()
-    for start in range(0, count, READ_ELEMENTS):
-        values = flat[start : min(start + READ_ELEMENTS, count)]
-        digest.update(str(values.dtype).encode())
-        digest.update(values.view(torch.uint8).numpy().data)
+    for name, flat in sorted(tensors.items()):
+        count = flat.numel() if isinstance(flat, torch.Tensor) else math.prod(flat.get_shape())
+        digest.update(f"{name} {count}".encode())
+        for start in range(0, count, READ_ELEMENTS):
+            values = flat[start : min(start + READ_ELEMENTS, count)]
+            digest.update(str(values.dtype).encode())
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()

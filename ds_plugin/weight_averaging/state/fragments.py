@@ -30,20 +30,15 @@ def plain_names(model: torch.nn.Module) -> dict[int, str]:
     for name, parameter in unwrapped(model).named_parameters():
         plain = found[id(parameter)] = plain_name(name)
         if (other := owners.setdefault(plain, name)) != name:
-            raise ConfigError(
-                f"weight_averaging: parameters {other} and {name} are both {plain} without the names of wrappers "
-                f"({', '.join(WRAPPERS)}); rename one of them"
-            )
+            both = f"parameters {other} and {name} are both {plain} without the names of wrappers"
+            raise ConfigError(f"weight_averaging: {both} ({', '.join(WRAPPERS)}); rename one of them")
     return found
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of one parameter's elements within one shard, both seen flat (row-major).
-
-    ``shape``: the whole parameter's, on this tensor- and pipeline-parallel rank (before data-parallel sharding).
-    Elements ``start`` to ``start + count`` of it lie from ``offset`` on in ``MasterShards.tensors()[shard]``.
-    """
+    """Elements ``start`` to ``start + count`` of a parameter lie from ``offset`` on in `MasterShards.tensors` number
+    ``shard``, both seen flat. ``shape``: the whole parameter's, on this tensor- and pipeline-parallel rank."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +49,7 @@ class Fragment:
 
 
 def whole(names: Iterable[tuple[str, torch.Size, int, int]]) -> list[Fragment]:
-    """Fragments of parameters that lie whole in a shard, from (name, shape, shard, offset)."""
+    """From (name, shape, shard, offset)."""
     return [Fragment(n, tuple(shape), 0, shape.numel(), shard, offset) for n, shape, shard, offset in names]
 
 
@@ -65,8 +60,6 @@ def check(fragments: Sequence[Fragment], shards: Sequence[torch.Tensor]) -> None
         size = torch.Size(f.shape).numel()
         fits = 0 <= f.start and f.start + f.count <= size and f.offset + f.count <= shards[f.shard].numel()
         if not fits or f.offset < ends[f.shard]:
-            raise StateError(
-                f"weight_averaging: {f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps "
-                "another: the framework lays out its shards in an unknown way; use a tested version of it"
-            )
+            what = f"{f} does not fit its shard of {shards[f.shard].numel()} elements, or overlaps another"
+            raise StateError(f"weight_averaging: {what}: an unknown layout; use a tested version of the framework")
         ends[f.shard] = f.offset + f.count

@@ -8,26 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ds_plugin.core.errors import CheckpointError
+from ds_plugin.core.errors import CheckpointError, PluginError
 from ds_plugin.weight_averaging.state.fragments import Fragment
 
-#: elements read at a time: 16 MiB of fp32
-READ_ELEMENTS = 4 * 1024 * 1024
-
+READ_ELEMENTS = 4 * 1024 * 1024  #: read at a time: 16 MiB of fp32
 REMEDY = "restore the file, or resume from another checkpoint (--tag)"
+_SAME_MODEL = "resume with the model, tensor and pipeline parallelism it was saved with"
 
 Source = tuple[Path, Sequence[Fragment]]  # a saved file, and what lies where in its shards
 
 
 @contextlib.contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """Name the file in what goes wrong while it is read."""
+def damage(what: object, remedy: str = REMEDY) -> Iterator[None]:
+    """Say of errors in what was read that ``what`` is damaged, or that a file is missing."""
     try:
         yield
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"weight_averaging: {path} is damaged ({error}); {REMEDY}") from None
+    except PluginError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename} is missing; {remedy}") from None
+    except Exception as error:  # Python's, torch's, safetensors' and pickle's: whatever the bytes led to
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{what} is truncated or damaged ({said}); {remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Piece:
 
 
 def plan(targets: Sequence[Fragment], sources: Sequence[Source]) -> list[Piece]:
-    """The pieces of ``sources`` that make up ``targets``, each of whose elements lies in exactly one source. Raises
-    CheckpointError: a parameter has another shape, or an element of it lies in no source, or in two."""
+    """The pieces of ``sources`` that make up ``targets``. Raises CheckpointError: a parameter has another shape, or an
+    element of it lies in no source, or in two."""
     saved: dict[str, list[tuple[Fragment, Path]]] = defaultdict(list)
     for path, fragments in sources:
         for fragment in fragments:
@@ -59,18 +62,14 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
     at, end, previous = target.start, target.start + target.count, None
     for part, path in parts:
         if part.shape != target.shape:
-            raise CheckpointError(
-                f"weight_averaging: {path} holds parameter {target.name} as a part of {list(part.shape)}, this run has "
-                f"{list(target.shape)}; resume with the model, tensor and pipeline parallelism it was saved with"
-            )
+            what = f"{path} holds parameter {target.name} as a part of {list(part.shape)}, not {list(target.shape)}"
+            raise CheckpointError(f"weight_averaging: {what}; {_SAME_MODEL}")
         first, last = max(part.start, target.start), min(part.start + part.count, end)
         if first >= last:
             continue
         if first < at:
-            raise CheckpointError(
-                f"weight_averaging: elements {first} to {min(at, last)} of parameter {target.name} are in {path} and "
-                f"in {previous} (as with MiCS); resume on the ranks and settings they were saved with"
-            )
+            what = f"elements {first} to {min(at, last)} of parameter {target.name} are in {path} and in {previous}"
+            raise CheckpointError(f"weight_averaging: {what} (as with MiCS); resume with the save's ranks and settings")
         if first > at:
             break
         there, here = part.offset + first - part.start, target.offset + first - target.start
@@ -78,15 +77,12 @@ def _pieces(target: Fragment, parts: Sequence[tuple[Fragment, Path]], sources: S
         at, previous = last, path
     if at < end:
         files = f"{sources[0][0]} to {sources[-1][0].name}" if sources else "the files"
-        raise CheckpointError(
-            f"weight_averaging: element {at} of parameter {target.name} {list(target.shape)} is in none of {files}; "
-            "resume with the model, tensor and pipeline parallelism it was saved with"
-        )
+        what = f"element {at} of parameter {target.name} {list(target.shape)} is in none of {files}"
+        raise CheckpointError(f"weight_averaging: {what}; {_SAME_MODEL}")
 
 
 class Resharded:
-    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads, by the `plan` of its fragments.
-    ``files``: the ``safe_open`` of each path."""
+    """The saved tensors, ``<what>.<shard>``, as the shards of the rank that reads. ``files``: ``safe_open`` of each."""
 
     def __init__(self, pieces: Sequence[Piece], files: Mapping[Path, Any]):
         self._files = files
@@ -95,8 +91,7 @@ class Resharded:
             self._pieces[piece.shard].append(piece)
 
     def read_(self, name: str, out: torch.Tensor) -> None:
-        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero. Raises
-        CheckpointError: a file does not have it, or less of it, or of another dtype than ``out``."""
+        """Read a tensor into ``out``, which is contiguous; what no piece covers (padding) is zero."""
         what, _, shard = name.rpartition(".")
         flat, pieces = out.view(-1), self._pieces[int(shard)]
         if sum(piece.count for piece in pieces) < flat.numel():
