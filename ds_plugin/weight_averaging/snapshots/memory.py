@@ -10,8 +10,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
-from ds_plugin.core.ranks import gathered
+from ds_plugin.core.errors import ConfigError, gathered, raise_on_all_ranks
 
 _ALIGNED = 64  # bytes: a line of the cache, where a tensor of any dtype can begin in an allocation
 _TOGETHER = 256  # tensors in one allocation, at most: to try all splits of n takes n^2 / 2 steps

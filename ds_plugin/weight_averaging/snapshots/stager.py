@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from ds_plugin.core.errors import StateError
-from ds_plugin.core.ranks import warn
+from ds_plugin.core.errors import StateError, warn
 
 Tensors = Sequence[torch.Tensor]
 _LOOK = 0.001  # seconds between two looks at whether a copy has arrived
