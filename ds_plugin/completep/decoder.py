@@ -124,7 +124,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
 def _prepared(model: Any) -> tuple[CompletePConfig, dict[str, Role], Ratios]:
     model = unwrapped(model)
     check_model(model)
-    section: CompletePConfig = getattr(model, MARK)
+    if (section := getattr(model, MARK, None)) is None:
+        raise ConfigError("completep: the model is not finished; see megatron_patches.completep.finish")
     return section, checked_roles(model, section), ratios_of(model.config, section)
 
 
