@@ -4,8 +4,8 @@
 
 The parts and their bounds are in `gpu_parts`. The JSON, written anew after every part, has each figure and its bound.
 A part that raises, or takes longer than its share of the time, has failed, and the rest goes on. Exit code 0; 1 when a
-part failed or found no time; 2, and why, when nothing could be run. With ``--dry-run`` all of it runs in miniature on a
-CPU: streams are a stand-in's, device memory is what torch's operations make, and times have no bound.
+part failed or found no time; 2, and why, when nothing could be run. With ``--dry-run`` all but the profile of copies
+runs in miniature on a CPU: device memory is what torch's operations make, and times have no bound.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
     ends = began + (LIMIT if limit is None else limit)
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU and a stand-in's streams")
+    parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU")
     parser.add_argument("--out", type=Path, help=f"the JSON; default: {OUT.relative_to(ROOT)}, none in a dry run")
     args = parser.parse_args(arguments)
     out = args.out or (None if args.dry_run else OUT)
     try:
-        _environment(args.dry_run)
+        environment(args.dry_run)
         import torch
 
         if not args.dry_run:
@@ -131,7 +131,7 @@ class OverTime(BaseException):
     """No `Exception`, which the frameworks may catch."""
 
 
-def _environment(dry_run: bool) -> None:
+def environment(dry_run: bool) -> None:
     """What torch and the frameworks read when they are imported: one rank, no network, nothing compiled."""
     os.environ.update({"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"})
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

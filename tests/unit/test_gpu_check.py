@@ -38,7 +38,7 @@ def test_an_interpreter_that_is_activated_is_found(tmp_path):
 
 
 def test_a_package_that_is_missing_is_named(check, capsys, monkeypatch):
-    monkeypatch.setattr(check, "_environment", lambda dry_run: None)  # this process's stays
+    monkeypatch.setattr(check, "environment", lambda dry_run: None)  # this process's stays
     monkeypatch.setitem(sys.modules, "torch", None)
     assert check.main(["--dry-run"]) == 2
     error = capsys.readouterr().err
