@@ -2,32 +2,25 @@
 
     python benchmarks/bench_averager.py [--out FILE.json] [--check]
 
-Everything takes turns in rounds, each in an order of its own, on one thread. A figure is the median over the rounds of
-a time over the reference's of the same round, with the middle half of the rounds ("low", "high") beside it and the
-smallest time over the reference's smallest ("best"). Times are CPU time of the thread unless a part says otherwise, so
-that other programs disturb them less. Which physical pages a process gets moves its memory's speed, too: ``memory``
-is the median over several processes, one after another (low and high then are the lowest and the highest of theirs). A
-*memcpy* is torch's copy of all masters into memory of the kind the averager has, of which nothing is in a cache. The
-parts:
+Everything takes turns in rounds on one thread, in CPU time unless a part says otherwise; `common.over` says what a
+figure is. Which physical pages a process gets moves its memory's speed: ``memory`` is the median of several processes.
+A *memcpy* is torch's copy of all masters into memory of the averager's kind, of which nothing is in a cache. The parts:
 
-``memory``  A snapshot, the mean of a window of 5, and what others do: torch's AveragedModel, and the mean of stacked
-            snapshots, both on tensors of 4 MiB, as models have. The floor of the mean: it reads five arrays and writes
-            one, a memcpy reads one and writes one, and a write first reads the line it changes ("add in place" takes
-            no longer than a memcpy), so by bytes as by lines read it is 6 / 2 = 3 memcpys. Measured, it is a memcpy and
-            four times "read", a read-only sum. The bound is on the lower of the two.
-``threads`` The averages and what torch offers, on one thread and on two, in wall time; and the same again while as many
-            other processes as there are cores want them: by how much each falls behind a plain copy on one thread,
-            which shares the cores as well.
-``ranks``   The shards of one rank of 1, 2 and 4 under ZeRO, one after another in this process: ranks times the cost
-            over the cost on one rank, 1 when it falls as 1 / ranks.
+``memory``  A snapshot, the mean of a window of 5, and what others do, on tensors of 4 MiB: torch's AveragedModel, and
+            the mean of stacked snapshots. The floor of the mean: it reads five arrays and writes one, a memcpy reads
+            one and writes one, and a write first reads the line it changes ("add in place"): 6 / 2 = 3 memcpys.
+            Measured, it is a memcpy and four times "read", a read-only sum. The bound is on the lower of the two.
+``threads`` The averages and what torch offers, on one thread and on two, in wall time, over a plain copy on one; and
+            again while as many other processes as there are cores want them.
+``ranks``   The shards of one rank of 1, 2 and 4 under ZeRO, in this process: ranks times the cost over the cost on one
+            rank, 1 when it falls as 1 / ranks.
 ``gather``  Two gloo ranks: gathering the whole fp32 weights on each and averaging them there, over a snapshot of the
             rank's own half. CPU time is the process's, with its gloo threads.
-``step``    DeepSpeed training a small GPT: what the wrapped methods add to the steps of an interval of 100, the
-            snapshot included, over the steps; in fp32 without ZeRO, where a snapshot looks for what is not finite, the
-            most it can cost. A step of N parameters and T tokens is at least 6 N T operations at the rate of a large
-            matmul, a snapshot 4 N bytes: N cancels (and so do ranks, which divide both), and "tokens" says from how
-            many tokens a step, all ranks together, a snapshot every 100 steps is less than 0.1 % of it. On a GPU these
-            are upper limits: snapshots are timed to their end here, and hide behind training there.
+``step``    DeepSpeed training a small GPT in fp32 without ZeRO, where a snapshot looks for what is not finite: what the
+            wrapped methods add to the steps of an interval of 100, the snapshot included. A step of N parameters and T
+            tokens is at least 6 N T operations at the rate of a large matmul, a snapshot 4 N bytes: N cancels, and
+            "tokens" says from how many tokens a step, all ranks together, a snapshot every 100 steps is less than
+            0.1 % of it. On a GPU these are upper limits: snapshots hide behind training there.
 ``seal``    What a save waits for when its files are sealed: the hashing itself is a thread's, while training goes on.
 """
 
@@ -135,9 +128,6 @@ def averager_of(shards: common.Shards, mode: str = "sliding") -> WeightAverager:
         averager.before_step()  # an accelerator's snapshot is followed by the fence of the next step
         averager.snapshot(step, finite=True)
     return averager
-
-
-# -- the parts -------------------------------------------------------------------------------------------------------
 
 
 def memory(args: argparse.Namespace) -> Found:
@@ -373,12 +363,7 @@ def seal(args: argparse.Namespace) -> Found:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
-    "memory": memory,
-    "threads": threads,
-    "ranks": ranks,
-    "gather": gather,
-    "step": step,
-    "seal": seal,
+    part.__name__: part for part in (memory, threads, ranks, gather, step, seal)
 }
 
 
@@ -393,11 +378,9 @@ def _engine(args: argparse.Namespace) -> tuple[Any, Callable[[], None], int]:
 
 
 def _said(figure: Any) -> str:
-    if isinstance(figure, dict) and "low" in figure:
-        return common.said(figure)
-    if isinstance(figure, dict):
-        return ", ".join(f"{name} {_said(value)}" for name, value in figure.items())
-    return f"{figure:.4g}"
+    if not isinstance(figure, dict):
+        return f"{figure:.4g}"
+    return common.said(figure) if "low" in figure else ", ".join(f"{n} {_said(value)}" for n, value in figure.items())
 
 
 if __name__ == "__main__":

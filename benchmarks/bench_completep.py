@@ -38,13 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     builders.start_host()
     steps = {name: build(name, args) for name in VARIANTS}
-    time = common.times(steps, args.rounds)
+    time, ours = common.times(steps, args.rounds), VARIANTS[2:]
     memory = {name: peak_memory(step) for name, step in steps.items()}
-    for name in VARIANTS[1:]:
-        more = memory[name] / memory["unpatched"]
-        print(f"{name}: step time over unpatched {common.said(time[name])}, peak memory {more:.4f}")
-    ours = ("forward", "folded")
-    limits: list[common.Limit] = [(f"{name}, time over unpatched", time[name]["ratio"], 1.01) for name in ours]
+    print("peak memory, bytes:", ", ".join(f"{name} {peak}" for name, peak in memory.items()))
+    limits = common.compared("step time, ", time, ours)
     limits += [(f"{name}, bytes at the peak", memory[name], memory["unpatched"]) for name in ours]
     return common.ended(args, limits, time=time, memory=memory)
 

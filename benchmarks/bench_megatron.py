@@ -150,9 +150,6 @@ def ratios(spent: Sequence[float]) -> dict[str, common.Row]:
     return {"off against off": common.quartiles(off_off), "on against off": common.quartiles(on_off)}
 
 
-# -- a rank ------------------------------------------------------------------------------------------------------------
-
-
 def rank(arguments: list[str]) -> None:
     """Run a script with the sections of the last argument, a JSON file, its methods in turns on and off.
 

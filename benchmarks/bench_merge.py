@@ -2,8 +2,7 @@
 
     python benchmarks/bench_merge.py [--out FILE.json] [--check]
 
-- loop: what one writes by hand: `load_file` of every file, sums in a dict of fp32, `save_file`; torch has as many
-  threads as the merge.
+- loop: what one writes by hand: `load_file`, sums in a dict of fp32, `save_file`; torch has the merge's threads.
 - mergekit: its ``linear`` (mergekit-pytorch), where it can be imported; it is no dependency.
 - copy: every input read once in blocks, the bytes of one written: the least that any of them can do on one thread.
 
@@ -41,12 +40,9 @@ print(open("/proc/self/status").read())
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line per dtype and rival, write the JSON; ``--check``: 1 when a bound is broken."""
-    parser = common.parser(__doc__, f"fail where the merge is not {BOUNDS} times as fast, or above 2 shards + 300 MB")
-    parser.add_argument("--checkpoints", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=1)
+    bounds = f"fail where the merge is not {BOUNDS} times as fast, or above 2 shards + 300 MB"
+    parser = common.parser(__doc__, bounds, checkpoints=5, shards=1, rounds=9, workers=2)
     parser.add_argument("--shard-mb", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where the files go meanwhile; default: the folder for temporaries")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.workers)

@@ -38,11 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     common.start()
     steps = {name: build(name, args, lengths) for name in VARIANTS}
     found = {length: times(steps, args.rounds, length) for length in lengths}
-    for length, rows in found.items():
-        for name in VARIANTS[1:]:
-            print(f"length {length}, {name}: over DeepSpeed alone {common.said(rows[name])}")
-    ours = [(length, name) for length in lengths for name in VARIANTS[2:]]
-    limits = [(f"length {length}, {name}", found[length][name]["ratio"], 1.01) for length, name in ours]
+    limits = [limit for n, rows in found.items() for limit in common.compared(f"length {n}, ", rows, VARIANTS[2:])]
     code = common.ended(args, limits, time=found)
     startup.leave()
     return code

@@ -25,17 +25,13 @@ Row = dict[str, float]
 Limit = tuple[str, float, float]  # what, its figure, at most
 _NUMBERS = {
     "width": "of the model", "depth": "of the model", "length": "tokens of a sample", "batch": "samples a step",
-    "rounds": "in which the variants take turns",
+    "rounds": "in which the variants take turns", "checkpoints": "that are merged", "shards": "of a checkpoint",
+    "workers": "threads or processes",
 }  # fmt: skip
-
-# -- the command and its record --------------------------------------------------------------------------------------
 
 
 def parser(doc: str | None, check: str | None = None, **numbers: int) -> argparse.ArgumentParser:
-    """Of a benchmark with this docstring; with ``--out`` and ``--check`` where it says what ``check`` fails on.
-
-    ``numbers``: options that several have, and what they are by default.
-    """
+    """With ``--out`` and ``--check`` where it says what ``check`` fails on; ``numbers``: options that several have."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if check is not None:
         made.add_argument("--out", type=Path, help="write the figures here")
@@ -43,6 +39,13 @@ def parser(doc: str | None, check: str | None = None, **numbers: int) -> argpars
     for name, default in numbers.items():
         made.add_argument(f"--{name}", type=int, default=default, help=f"{_NUMBERS[name]}; default: {default}")
     return made
+
+
+def compared(name: str, rows: Mapping[str, Row], ours: Sequence[str]) -> list[Limit]:
+    """Print a line for each variant but the first; the limits of ours: 1 % of time more than the first takes."""
+    for variant, row in list(rows.items())[1:]:
+        print(f"{name}{variant}: over {next(iter(rows))} {said(row)}")
+    return [(f"{name}{variant}", rows[variant]["ratio"], 1.01) for variant in ours]
 
 
 def ended(args: argparse.Namespace, limits: Iterable[Limit], **found: Any) -> int:
@@ -63,14 +66,13 @@ def record(args: argparse.Namespace, out: Path | None, **found: Any) -> None:
     """Write what was found to ``out``, if given, with the date, versions, device and settings it was found by."""
     if out is None:
         return
-    settings = {k: v for k, v in vars(args).items() if k != "check" and not isinstance(v, Path)}
     gpu = torch.cuda.is_available()
     described = {
         "date": datetime.date.today().isoformat(),
         "versions": env.versions(),
         "device": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores, one thread a process",
         "load_average": os.getloadavg()[0],
-        "settings": settings,
+        "settings": {k: v for k, v in vars(args).items() if k != "check" and not isinstance(v, Path)},
         **found,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +82,6 @@ def record(args: argparse.Namespace, out: Path | None, **found: Any) -> None:
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table's lines."""
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-# -- times -----------------------------------------------------------------------------------------------------------
 
 
 def clock() -> float:
@@ -137,9 +136,6 @@ def said(row: Row) -> str:
     """A ratio with its spread."""
     best = f", best {row['best']:.4g}" if "best" in row else ""
     return f"{row['ratio']:.4g} (middle half {row['low']:.4g} to {row['high']:.4g}{best})"
-
-
-# -- what is measured ------------------------------------------------------------------------------------------------
 
 
 class Shards:
@@ -204,8 +200,7 @@ def small_gpt(
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """A megatron-core GPT, its TransformerConfig, and the roles of its parameters under CompleteP's ``section``.
 
-    ``spec``: of its layers; by default the library's. ``fused``: whether residual adds are compiled. ``settings``: of
-    `GPTConfig`.
+    ``spec``: of its layers. ``fused``: whether residual adds are compiled. ``settings``: of `GPTConfig`.
     """
     from megatron_patches.completep import finish, prepare
     from megatron_patches.models import gpt

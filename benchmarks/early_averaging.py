@@ -83,7 +83,7 @@ class Plan(small_runs.Small):
 
 
 @dataclass(frozen=True, order=True)
-class Setting:
+class Setting(small_runs.Setting):
     """One training run. ``after``: "" for a run without a spike, otherwise what follows it."""
 
     regime: str
@@ -102,16 +102,6 @@ class Point(Setting):
     average: str
     step: int
     eval_loss: float
-
-    @property
-    def setting(self) -> Setting:
-        """Which run it is of."""
-        return Setting(self.regime, self.lr, self.seed, self.after)
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """By what rows are sorted."""
-        return self.setting, self.average, self.step
 
     def __str__(self) -> str:
         return f"{self.average} {self.eval_loss:.4f} at step {self.step}"
@@ -155,9 +145,6 @@ class Recovery:
     last: float
 
 
-# -- what is trained -------------------------------------------------------------------------------------------------
-
-
 def averages(start: int, interval: int, window: int, horizon: int) -> dict[str, dict[str, Any]]:
     """The three that are compared, all from the same snapshots."""
     snapshots = {"interval": interval, "start_step": start}
@@ -196,9 +183,6 @@ SMOKE = Plan(
     length=32,
     eval_samples=16,
 )
-
-
-# -- one run ---------------------------------------------------------------------------------------------------------
 
 
 def json_of(setting: Setting, plan: Plan) -> dict[str, Any]:
@@ -266,9 +250,6 @@ def _averagers(plugin: Any, regime: Regime) -> dict[str, WeightAverager]:
     }
 
 
-# -- steps saved -----------------------------------------------------------------------------------------------------
-
-
 def smooth(curve: Curve) -> Curve:
     """Centred means of `SMOOTHED` evaluations; towards the ends of as many as lie on both sides."""
     losses = [loss for _, loss in curve]
@@ -290,7 +271,7 @@ def saved(ours: Curve, theirs: Curve, step: int) -> tuple[float, float, float]:
 def curves_of(points: Iterable[Point]) -> dict[Setting, dict[str, Curve]]:
     """Raw evaluations by run and average, in the order of the steps."""
     found: dict[Setting, dict[str, Curve]] = {}
-    for (setting, average), curve in grouped(points, lambda p: p.place[:2]):
+    for (setting, average), curve in grouped(sorted(points), lambda p: (p.setting, p.average)):
         found.setdefault(setting, {})[average] = [(p.step, p.eval_loss) for p in curve]
     return found
 
@@ -330,19 +311,19 @@ def recoveries(points: Iterable[Point], spike: Spike) -> list[Recovery]:
 def table(points: Sequence[Point], rows: Iterable[Saved]) -> list[str]:
     """Markdown: means (smallest to largest) over seeds of the steps saved, and the last evaluation."""
     last = {(p.setting, p.average): p.eval_loss for p in sorted(points, key=lambda p: p.step)}
-    lines = []
-    for (regime, lr, _, against, average), found in grouped(
-        rows, lambda r: (r.regime, r.lr, r.against != "raw", r.against, r.average)
-    ):
+
+    def cells_of(of: tuple[Any, ...], found: list[Saved]) -> list[str]:
+        regime, lr, _, against, average = of
         cells = [regime, f"{lr:g}", average, against]
         cells += [spread([row.steps_saved for row in found if row.share == share], ".0%") for share in SHARES]
         by_seed = dict(grouped(found, lambda row: row.seed))
         cells.append(spread([mean(r.steps_saved for r in of if r.share < 1) for of in by_seed.values()], ".0%"))
         ends = [mean(last[Setting(regime, lr, s, ""), name] for s in by_seed) for name in (average, against)]
-        lines.append([*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"])
+        return [*cells, f"{ends[0]:.3f} ({ends[1]:.3f})"]
+
     shares = [f"saved at {share:.0%}" for share in SHARES]
     heads = ["regime", "lr", "average", "against", *shares, "25-75 %", "final loss (the other's)"]
-    return common.markdown(heads, lines)
+    return small_runs.table(heads, rows, lambda r: (r.regime, r.lr, r.against != "raw", r.against, r.average), cells_of)
 
 
 def largest_rise(curve: Curve) -> float:
@@ -356,22 +337,25 @@ def largest_rise(curve: Curve) -> float:
 def rate_table(points: Iterable[Point]) -> list[str]:
     """Markdown: the runs without a spike as they train, by learning rate."""
     raw = [(setting, curves["raw"]) for setting, curves in curves_of(p for p in points if not p.after).items()]
-    lines = []
-    for (regime, lr), found in grouped(raw, lambda run: (run[0].regime, run[0].lr)):
+
+    def cells(of: tuple[str, float], found: list[tuple[Setting, Curve]]) -> list[str]:
         columns = [curve[-1][1] for _, curve in found], [largest_rise(curve) for _, curve in found]
-        lines.append([regime, f"{lr:g}", *(spread(values, ".3f") for values in columns)])
-    return common.markdown(["regime", "lr", "final raw loss", "largest rise of the raw loss"], lines)
+        return [of[0], f"{of[1]:g}", *(spread(values, ".3f") for values in columns)]
+
+    heads = ["regime", "lr", "final raw loss", "largest rise of the raw loss"]
+    return small_runs.table(heads, raw, lambda run: (run[0].regime, run[0].lr), cells)
 
 
 def spike_table(rows: Iterable[Recovery]) -> list[str]:
     """Markdown: means (smallest to largest) over seeds."""
-    lines = []
-    for (lr, after, average), found in grouped(rows, lambda row: (row.lr, AFTER.index(row.after), row.average)):
-        cells = [f"{lr:g}", AFTER[after], average, f"{mean(row.before for row in found):.3f}"]
-        shown = {"highest": ".3f", "steps": ".0f", "last": ".3f"}
-        lines.append([*cells, *(spread([getattr(row, name) for row in found], how) for name, how in shown.items())])
+    shown = {"highest": ".3f", "steps": ".0f", "last": ".3f"}
+
+    def cells(of: tuple[float, int, str], found: list[Recovery]) -> list[str]:
+        columns = (spread([getattr(row, name) for row in found], how) for name, how in shown.items())
+        return [f"{of[0]:g}", AFTER[of[1]], of[2], f"{mean(row.before for row in found):.3f}", *columns]
+
     heads = ["lr", "after the spike", "weights", "before", "highest after", "steps until back", "last"]
-    return common.markdown(heads, lines)
+    return small_runs.table(heads, rows, lambda row: (row.lr, AFTER.index(row.after), row.average), cells)
 
 
 def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
@@ -406,9 +390,6 @@ def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
             axis.set_xlabel("step")
             axis.legend(frameon=False, fontsize=8)
         panels[0].set_ylabel("evaluation loss (nats per byte)")
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def settings_of(plan: Plan, seeds: Sequence[int]) -> list[Setting]:

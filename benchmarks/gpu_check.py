@@ -2,22 +2,21 @@
 
     bash launch_scripts/gpu_check.sh [--out FILE.json] [--dry-run]
 
-The parts and their bounds are in `gpu_parts`; a line is printed for each. The JSON has what each measured beside its
-bound, and is written anew after every part, so that what was found survives whatever comes next. A part that raises, or
-takes longer than its share of the time, has failed, and the rest goes on. Exit code 0; 1 when a part failed or found no
-time; 2 when nothing could be run, and why: no GPU, or packages that are missing. With ``--dry-run`` all of it runs in
-miniature on a CPU: streams are a stand-in's, device memory is what torch's operations make, and times have no bound.
+The parts and their bounds are in `gpu_parts`. The JSON, written anew after every part, has each figure and its bound.
+A part that raises, or takes longer than its share of the time, has failed, and the rest goes on. Exit code 0; 1 when a
+part failed or found no time; 2, and why, when nothing could be run. With ``--dry-run`` all but the profile of copies
+runs in miniature on a CPU: device memory is what torch's operations make, and times have no bound.
 """
 
 import argparse
 import contextlib
-import datetime
 import importlib
-import json
+import math
 import os
 import signal
 import sys
 import time
+import unittest
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,26 +24,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "gpu" / "check.json"
-LIMIT = 340.0  # seconds for all of it, from the start of this file
+LIMIT = 340.0  # seconds for all of it
 _BEGAN = time.monotonic()
 
-#: a part's status, and what a part yields with the reason when there is nothing here for it to run on
 NOT_RUN, NO_TIME = "not run", "no time was left"
 
-_FORMAT = argparse.RawDescriptionHelpFormatter
 Record = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
-    """Run all parts; the exit code. ``limit``: seconds from now on, in place of `LIMIT`."""
-    parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=_FORMAT, allow_abbrev=False)
-    parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU and a stand-in's streams")
+    """Run all parts; the exit code. ``limit``: seconds from now on, in place of `LIMIT` from the start of this file."""
+    began = _BEGAN if limit is None else time.monotonic()
+    ends = began + (LIMIT if limit is None else limit)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("gpu_check.sh", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true", help="in miniature, on a CPU")
     parser.add_argument("--out", type=Path, help=f"the JSON; default: {OUT.relative_to(ROOT)}, none in a dry run")
     args = parser.parse_args(arguments)
     out = args.out or (None if args.dry_run else OUT)
-    ends = (_BEGAN + LIMIT) if limit is None else time.monotonic() + limit
     try:
-        _environment(args.dry_run)
+        environment(args.dry_run)
         import torch
 
         if not args.dry_run:
@@ -52,7 +51,6 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
         from ds_plugin.cli import env
-        from ds_plugin.core.files import atomic_path
         from ds_plugin.deepspeed_engine import startup
 
         startup.quiet()
@@ -66,44 +64,43 @@ def main(arguments: list[str] | None = None, limit: float | None = None) -> int:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         print(f"error: {error} (CUDA_VISIBLE_DEVICES {visible!r}); --dry-run needs no GPU", file=sys.stderr)
         return 2
-    described: Record = {
-        "date": datetime.date.today().isoformat(),
-        "command": "bash launch_scripts/gpu_check.sh" + " --dry-run" * args.dry_run,
-        "device": env.accelerator(),
-        "versions": env.versions(),
-        "parts": {name: {"status": NOT_RUN, "reason": NO_TIME} for name in parts.PARTS},
-    }
+    command = "bash launch_scripts/gpu_check.sh" + " --dry-run" * args.dry_run
+    records: dict[str, Record] = {name: {"status": NOT_RUN, "reason": NO_TIME} for name in parts.PARTS}
     for name, (function, budget) in parts.PARTS.items():
         left = ends - time.monotonic()
         if left > 1:
-            verdict = parts.verdicts(name, args.dry_run)
-            described["parts"][name] = ran(partial(function, rig), verdict, min(budget, left))
-        print(said(name, described["parts"][name]), flush=True)
-        described["seconds"] = round(time.monotonic() - ends + (LIMIT if limit is None else limit), 1)
-        if out is not None:
-            with atomic_path(out) as path:
-                path.write_text(json.dumps(described, indent=1) + "\n")
+            records[name] = ran(partial(function, rig), min(budget, left))
+        print(said(name, records[name]), flush=True)
+        seconds = round(time.monotonic() - began, 1)
+        parts.common.record(args, out, command=command, device=env.accelerator(), parts=records, seconds=seconds)
     startup.leave()
-    records = described["parts"].values()
-    return int(any(r["status"] == "failed" or r.get("reason") == NO_TIME for r in records))
+    return int(any(r["status"] == "failed" or r.get("reason") == NO_TIME for r in records.values()))
 
 
-def ran(part: Callable[[], Iterator[tuple[str, Any]]], verdict: Callable[[str, Any], Record], seconds: float) -> Record:
-    """What became of a part: its figures, each with a verdict, as far as it came."""
+def ran(part: Callable[[], Iterator[tuple[Any, ...]]], seconds: float) -> Record:
+    """What became of a part: its figures, each beside its bound if it has one, as far as it came."""
     record: Record = {"status": "passed", "figures": {}}
     began = time.monotonic()
     try:
         with within(seconds):
-            for name, value in part():
-                if name == NOT_RUN:
-                    return {"status": NOT_RUN, "reason": value}
-                record["figures"][name] = verdict(name, value)
+            for name, value, *bound in part():
+                record["figures"][name] = judged(value, *bound)
         broken = [name for name, figure in record["figures"].items() if figure.get("passed") is False]
         if broken:
             record |= {"status": "failed", "error": "out of bounds: " + "; ".join(broken)}
+    except unittest.SkipTest as reason:
+        return {"status": NOT_RUN, "reason": str(reason)}
     except (Exception, OverTime) as error:
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     return {**record, "seconds": round(time.monotonic() - began, 1)}
+
+
+def judged(value: Any, bound: tuple[float, float] | None = None) -> Record:
+    """A figure's record. ``bound``: the lowest and the highest value that pass; None where nothing is promised."""
+    if bound is None:
+        return {"value": value, "bound": None}
+    written = [limit if math.isfinite(limit) else None for limit in bound]  # JSON has no infinity
+    return {"value": value, "bound": written, "passed": bool(bound[0] <= value <= bound[1])}
 
 
 def said(name: str, record: Record) -> str:
@@ -134,7 +131,7 @@ class OverTime(BaseException):
     """No `Exception`, which the frameworks may catch."""
 
 
-def _environment(dry_run: bool) -> None:
+def environment(dry_run: bool) -> None:
     """What torch and the frameworks read when they are imported: one rank, no network, nothing compiled."""
     os.environ.update({"LOCAL_RANK": "0", "TORCHDYNAMO_DISABLE": "1", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"})
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

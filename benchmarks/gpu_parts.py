@@ -1,6 +1,6 @@
 """The parts of `gpu_check`: what each measures on a GPU, and the bounds.
 
-A part is a generator of (name of a figure, its value), so that figures found before an error are kept.
+A part yields (name of a figure, its value, its bound if it has one), so that figures found before an error are kept.
 """
 
 import gc
@@ -9,6 +9,7 @@ import math
 import statistics
 import tempfile
 import time
+import unittest
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,51 +23,23 @@ import common
 import torch
 from deepspeed.accelerator import get_accelerator
 from megatron.core.models.gpt import gpt_layer_specs
-from torch.overrides import TorchFunctionMode
 from torch.utils import cpp_extension
 
 import ds_plugin
 from ds_plugin.deepspeed_engine import readings
 from ds_plugin.sweeps import builders
-from ds_plugin.weight_averaging.snapshots import stager
 from launch_scripts.gpt.optimizer import choose_optimizer
 
-Figures = Iterator[tuple[str, Any]]
+Figures = Iterator[tuple[Any, ...]]
+Bound = tuple[float, float]
 Span = tuple[float, float]  # begin and end
 
 _ADAMW = {"lr": 1e-3, "weight_decay": 0.1}
-_NONE, _FEW = (0, 0), (0, 1.01)
-#: part -> figure, by what follows the last ": " of its name -> the lowest and the highest value that pass
-BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
-    "optimizer": {"is fused": (1, 1), "losses not finite": _NONE},
-    "precision": {
-        "losses not finite": _NONE,
-        "steps skipped by an overflow": (1, 1),
-        "loss scale after over before": (0.5, 0.5),
-        "masters changed by it": _NONE,
-        "snapshots of it": _NONE,
-        "tokens trained by it": _NONE,
-        "snapshots of the step after it": (1, 1),
-    },
-    "zero": {"losses not finite": _NONE, "resumed, largest difference": _NONE},
-    "memory": {"full-length pass over step": (0.98, 1.02)},
-    "transformer_engine": {"its modules in the model": (1, math.inf), "losses not finite": _NONE},
-    "snapshot": {
-        "device memory, bytes": _NONE,
-        "copies under kernels": (0.8, 1.0),
-        "rate over the link's": (0.8, math.inf),
-        "overhead at interval 20": (-math.inf, 0.005),
-        "overhead at interval 100": (-math.inf, 0.001),
-    },
-    "completep": {"time over unpatched": _FEW},
-    "warmup": {"time over DeepSpeed's": _FEW},
-}
-#: a dry run does not judge these: times of a miniature, and what a CPU does not have
-ON_A_GPU = {"is fused", *BOUNDS["snapshot"], "time over unpatched", "time over DeepSpeed's"} - {"device memory, bytes"}
+NONE, ONE = (0, 0), (1, 1)  # bounds
 
 
 class Shape(NamedTuple):
-    """Of a GPT and its batch; the length is the full one, in tokens."""
+    """Of a GPT and its batch."""
 
     width: int
     depth: int
@@ -75,7 +48,6 @@ class Shape(NamedTuple):
 
     @property
     def head(self) -> int:
-        """Size of an attention head."""
         return min(64, self.width // 2)
 
 
@@ -89,11 +61,12 @@ class Rig:
         self.large = Shape(64, 2, 64, 8) if dry_run else Shape(1024, 8, 256, 2)
         # its kernels take longer than it takes the CPU to start them
         self.fast = Shape(32, 1, 16, 2) if dry_run else Shape(2048, 2, 512, 16)
-        self.lengths = [8, 16, 32] if dry_run else [128, 256, 512]
-        self.rounds, self.round = (3, 4) if dry_run else (20, 20)
-        self.streams = StandIn()
-        if dry_run:
-            stager.copies_from = lambda tensors: stager.SnapshotStager(torch.device("cpu"), self.streams)
+        self.lengths = [8, 16] if dry_run else [128, 256, 512]
+        self.rounds, self.round = (3, 2) if dry_run else (20, 20)
+
+    def on_a_gpu(self, low: float, high: float) -> Bound | None:
+        """The bound of what a CPU does not have, or has other times of."""
+        return None if self.dry_run else (low, high)
 
     def synchronize(self) -> None:
         if not self.dry_run:
@@ -101,46 +74,12 @@ class Rig:
 
     def profiled(self, work: Callable[[], object]) -> tuple[list[Span], list[Span]]:
         """When copies from the device and when its kernels ran during some work, in seconds."""
-        if self.dry_run:
-            self.streams.copied.clear()
-            began = time.perf_counter()
-            work()
-            return self.streams.copied, [(began, time.perf_counter())]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             self.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(f"{folder}/trace.json")
             return spans(json.loads(Path(folder, "trace.json").read_text()))
-
-
-class StandIn(TorchFunctionMode):
-    """What `SnapshotStager` uses of an accelerator: its streams and events, of which all is done at once.
-
-    ``copied`` has when the copies of a stream that was entered ran.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copied: list[Span] = []
-
-    def set_device_index(self, device: torch.device) -> None: ...
-    def current_stream(self, device: torch.device) -> "StandIn":
-        return self
-
-    Stream = Event = current_stream
-
-    def record(self, stream: "StandIn") -> None: ...
-    def wait_event(self, event: "StandIn") -> None: ...
-    def query(self) -> bool:
-        return True
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        began = time.perf_counter()
-        found = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.copy_:
-            self.copied.append((began, time.perf_counter()))
-        return found
 
 
 def start(dry_run: bool) -> Rig:
@@ -151,20 +90,6 @@ def start(dry_run: bool) -> Rig:
         torch.cuda.set_device(0)
     common.start(threads=int(dry_run))
     return Rig(dry_run)
-
-
-def verdicts(part: str, dry_run: bool) -> Callable[[str, Any], dict[str, Any]]:
-    """What a part's figure comes to: the value, and where it has a bound that counts here, whether it is kept."""
-
-    def verdict(name: str, value: Any) -> dict[str, Any]:
-        kind = name.split(": ")[-1]
-        bound = BOUNDS[part].get(kind)
-        if bound is None or (dry_run and kind in ON_A_GPU):
-            return {"value": value, "bound": None}
-        written = [limit if math.isfinite(limit) else None for limit in bound]  # JSON has no infinity
-        return {"value": value, "bound": written, "passed": bool(bound[0] <= value <= bound[1])}
-
-    return verdict
 
 
 def spans(trace: dict[str, Any]) -> tuple[list[Span], list[Span]]:
@@ -186,18 +111,14 @@ def under(copied: list[Span], kernels: list[Span]) -> float:
     return shared / sum(e - b for b, e in copied)
 
 
-# -- engines ---------------------------------------------------------------------------------------------------------
-
-
 def methods(shape: Shape, *names: str, **averaging: Any) -> dict[str, Any]:
     """The JSON sections of some methods, of all three without names; ``averaging``: settings of its own."""
+    warmup = {"enabled": True, "start_length": 8, "end_length": shape.length, "duration": {"steps": 4}}
     every: dict[str, Any] = {
-        "sequence_length_warmup": {
-            "enabled": True, "start_length": 8, "end_length": shape.length, "duration": {"steps": 4},
-        },
+        "sequence_length_warmup": warmup,
         "completep": {"enabled": True, "base_width": shape.width // 2, "base_depth": 1, "base_head_dim": shape.head},
         "weight_averaging": {"enabled": True, "window": 4, "interval": 1, **averaging},
-    }  # fmt: skip
+    }
     return {name: every[name] for name in names or every}
 
 
@@ -253,45 +174,41 @@ def not_finite(losses: list[float]) -> int:
     return sum(not math.isfinite(loss) for loss in losses)
 
 
-# -- the parts -------------------------------------------------------------------------------------------------------
-
-
 def optimizer(rig: Rig) -> Figures:
     """The AdamW that a JSON without ``torch_adam`` comes to, and a few steps of it with all methods."""
     plain: dict[str, Any] = {"optimizer": {"type": "AdamW", "params": _ADAMW}}
     if rig.dry_run:  # DeepSpeed would compile its own for CPUs
         plain, _ = choose_optimizer(plain)
     elif cpp_extension.CUDA_HOME is None:
-        yield "not run", "DeepSpeed compiles FusedAdam, and there is no CUDA toolkit (nvcc; CUDA_HOME)"
-        return
+        raise unittest.SkipTest("DeepSpeed compiles FusedAdam, and there is no CUDA toolkit (nvcc; CUDA_HOME)")
     with engine_of(rig.small, methods(rig.small), stage=1, **plain) as engine:
         kind = type(engine.basic_optimizer)
         yield "chosen", f"{kind.__module__}.{kind.__qualname__}"
-        yield "is fused", int(kind.__name__ == "FusedAdam")
-        yield "losses not finite", not_finite(train(engine, rig.small, 4))
+        yield "is fused", int(kind.__name__ == "FusedAdam"), rig.on_a_gpu(*ONE)
+        yield "losses not finite", not_finite(train(engine, rig.small, 4)), NONE
 
 
 def precision(rig: Rig) -> Figures:
     """All methods in bf16; and in fp16, where the gradients of one step overflow: it is skipped, and in no average."""
     shape = rig.small
     with engine_of(shape, methods(shape), stage=0) as engine:
-        yield "bf16, stage 0: losses not finite", not_finite(train(engine, shape, 4))
+        yield "bf16, stage 0: losses not finite", not_finite(train(engine, shape, 4)), NONE
     for stage in (0, 1, 3):
         with engine_of(shape, methods(shape), stage=stage, precision="fp16") as engine:
             plugin, what = plugin_of(engine), f"fp16, stage {stage}: "
-            yield what + "losses not finite", not_finite(train(engine, shape, 2))
+            yield what + "losses not finite", not_finite(train(engine, shape, 2)), NONE
             masters = [master.clone() for master in plugin.averager.masters()]
             steps, trained, scale = plugin.averager.steps[:], plugin.ledger.trained, engine.optimizer.loss_scale
             skipped = engine.skipped_steps
             train(engine, shape, 1, factor=1e30)
-            yield what + "steps skipped by an overflow", engine.skipped_steps - skipped
-            yield what + "loss scale after over before", float(engine.optimizer.loss_scale / scale)
+            yield what + "steps skipped by an overflow", engine.skipped_steps - skipped, ONE
+            yield what + "loss scale after over before", float(engine.optimizer.loss_scale / scale), (0.5, 0.5)
             moved = zip(masters, plugin.averager.masters(), strict=True)
-            yield what + "masters changed by it", sum(not torch.equal(a, b) for a, b in moved)
-            yield what + "snapshots of it", len(set(plugin.averager.steps) ^ set(steps))
-            yield what + "tokens trained by it", plugin.ledger.trained - trained
+            yield what + "masters changed by it", sum(not torch.equal(a, b) for a, b in moved), NONE
+            yield what + "snapshots of it", len(set(plugin.averager.steps) ^ set(steps)), NONE
+            yield what + "tokens trained by it", plugin.ledger.trained - trained, NONE
             train(engine, shape, 1)
-            yield what + "snapshots of the step after it", plugin.averager.steps.count(engine.global_steps)
+            yield what + "snapshots of the step after it", plugin.averager.steps.count(engine.global_steps), ONE
 
 
 def zero(rig: Rig) -> Figures:
@@ -304,11 +221,12 @@ def zero(rig: Rig) -> Figures:
                 losses = train(engine, shape, 3)
                 engine.save_checkpoint(folder)
                 straight = _ending(engine, shape)
-            yield what + "losses not finite", not_finite(losses + straight)
+            yield what + "losses not finite", not_finite(losses + straight), NONE
             with engine_of(shape, sections, stage) as engine:
                 engine.load_checkpoint(folder)
                 resumed = _ending(engine, shape)
-            yield what + "resumed, largest difference", max(abs(a - b) for a, b in zip(straight, resumed, strict=True))
+            apart = max(abs(a - b) for a, b in zip(straight, resumed, strict=True))
+            yield what + "resumed, largest difference", apart, NONE
 
 
 def _ending(engine: Any, shape: Shape) -> list[float]:
@@ -331,7 +249,7 @@ def memory(rig: Rig) -> Figures:
     for stage in (0, 1, 2, 3):
         real, tried = peak(stage), peak(stage, "sequence_length_warmup")
         yield f"stage {stage}: step, bytes", real
-        yield f"stage {stage}: full-length pass over step", tried / real
+        yield f"stage {stage}: full-length pass over step", tried / real, (0.98, 1.02)
 
 
 def transformer_engine(rig: Rig) -> Figures:
@@ -339,12 +257,11 @@ def transformer_engine(rig: Rig) -> Figures:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # whatever a build for another machine may raise
-        yield "not run", f"transformer_engine does not import: {type(error).__name__}: {error}"
-        return
+        raise unittest.SkipTest(f"transformer_engine does not import: {type(error).__name__}: {error}") from error
     with engine_of(rig.small, methods(rig.small), stage=1, te=True) as engine:
         kinds = [kind.__module__ for module in engine.module.modules() for kind in type(module).__mro__]
-        yield "its modules in the model", sum(kind.startswith("transformer_engine") for kind in kinds)
-        yield "losses not finite", not_finite(train(engine, rig.small, 6))
+        yield "its modules in the model", sum(kind.startswith("transformer_engine") for kind in kinds), (1, math.inf)
+        yield "losses not finite", not_finite(train(engine, rig.small, 6)), NONE
 
 
 def snapshot(rig: Rig) -> Figures:
@@ -363,12 +280,9 @@ def snapshot(rig: Rig) -> Figures:
             assert averager.steps  # waits for the snapshot before
             rig.synchronize()
 
-        def two_of(which: Any) -> Callable[[], None]:
-            def two() -> None:
-                train(which, shape, 2)
-                rig.synchronize()
-
-            return two
+        def two(which: Any) -> None:
+            train(which, shape, 2)
+            rig.synchronize()
 
         def whole() -> None:
             averager.snapshot(engine.global_steps, finite=known)
@@ -376,14 +290,14 @@ def snapshot(rig: Rig) -> Figures:
 
         known = readings.step_was_finite(engine, averager.masters())
         averager.before_step()
-        yield "device memory, bytes", bench_completep.peak_memory(whole)
+        yield "device memory, bytes", bench_completep.peak_memory(whole), NONE
 
-        variants = {"plain": two_of(plain), "averaged": two_of(engine)}
+        variants = {"plain": partial(two, plain), "averaged": partial(two, engine)}
         seconds = common.interleaved(variants, rig.rounds, time.perf_counter, before=settled)
         added = statistics.median(a - b for a, b in zip(seconds["averaged"], seconds["plain"], strict=True))
         yield "step, seconds", (step := statistics.median(seconds["plain"]) / 2)
-        for interval in (20, 100):
-            yield f"overhead at interval {interval}", added / (interval * step)
+        for interval, most in ((20, 0.005), (100, 0.001)):
+            yield f"overhead at interval {interval}", added / (interval * step), rig.on_a_gpu(-math.inf, most)
 
         flat = torch.cat([master.flatten() for master in averager.masters()])
         pinned = torch.empty(flat.shape, pin_memory=not rig.dry_run)
@@ -394,17 +308,19 @@ def snapshot(rig: Rig) -> Figures:
 
         fastest = min(common.interleaved({"link": link}, rig.rounds, time.perf_counter, before=settled)["link"])
         yield "link, GB/s", flat.nbytes / fastest / 1e9
+        if rig.dry_run:
+            return  # there is no stream beside the kernels' one
 
         def watched() -> None:
-            two_of(engine)()
+            two(engine)
             settled()
 
         rig.profiled(watched)  # a profiler takes its time when it first starts
         copied, kernels = rig.profiled(watched)
         if not copied or not kernels:
             raise RuntimeError(f"the profile shows {len(copied)} copies from the device and {len(kernels)} kernels")
-        yield "copies under kernels", under(copied, kernels)
-        yield "rate over the link's", fastest / sum(e - b for b, e in copied)
+        yield "copies under kernels", under(copied, kernels), (0.8, 1.0)
+        yield "rate over the link's", fastest / sum(e - b for b, e in copied), (0.8, math.inf)
 
 
 def completep(rig: Rig) -> Figures:
@@ -415,7 +331,7 @@ def completep(rig: Rig) -> Figures:
     found = common.times(steps, rig.rounds)
     yield "unpatched again", found["unpatched again"]["ratio"]
     for mode in ("forward", "folded"):
-        yield f"{mode}: time over unpatched", found[mode]["ratio"]
+        yield f"{mode}: time over unpatched", found[mode]["ratio"], rig.on_a_gpu(0, 1.01)
 
 
 def warmup(rig: Rig) -> Figures:
@@ -428,7 +344,7 @@ def warmup(rig: Rig) -> Figures:
         found = bench_warmup.times(steps, args.rounds, length)
         yield f"length {length}, DeepSpeed again", found[again]["ratio"]
         for mode in modes:
-            yield f"length {length}, {mode}: time over DeepSpeed's", found[mode]["ratio"]
+            yield f"length {length}, {mode}: time over DeepSpeed's", found[mode]["ratio"], rig.on_a_gpu(0, 1.01)
 
 
 #: name -> the part, and the seconds it may take

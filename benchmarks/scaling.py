@@ -53,9 +53,8 @@ Row = dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, or measure; the exit code."""
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, rounds=21)
     parser.add_argument("--measure", action="store_true", help="check the arithmetic on this machine")
-    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write measured.json here")
     args = parser.parse_args(arguments)
     if not args.measure:
@@ -112,9 +111,6 @@ def table(rows: list[Row]) -> str:
         for row in rows
     ]  # fmt: skip
     return "\n".join(common.markdown([*heads.split(" | "), "gathering instead: received"], cells))
-
-
-# -- measured ----------------------------------------------------------------------------------------------------------
 
 
 def measured(rounds: int, link: float | None) -> dict[str, Any]:

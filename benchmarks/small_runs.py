@@ -6,7 +6,7 @@ One rank in one process, on the CPU; `common.start` makes the process such a one
 import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -100,20 +100,30 @@ def evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return found
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Of a benchmark that sweeps."""
-    made = common.parser(doc)
+def parser(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """Of a benchmark that sweeps; ``numbers`` as `common.parser` takes them."""
+    made = common.parser(doc, **numbers)
     made.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
     made.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
     return made
 
 
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What tells one run from another: a sweep derives one of its own, and from that its rows, with more fields."""
+
+    @property
+    def setting(self) -> Any:
+        """Which run a row is of: what its class's first ancestor with fields holds."""
+        kind = [base for base in type(self).__mro__ if issubclass(base, Setting)][-2]
+        return kind(*astuple(self)[: len(fields(kind))])
+
+
 class Sweep:
     """The runs in a folder; trains those that are missing.
 
-    ``files``: kinds of rows and their files. A row says of which ``setting`` it is, and by its ``place`` it is sorted.
-    A run is there when it has a row of the last kind. ``train``: from a setting to its rows of all kinds. ``workers``:
-    so many processes; 0: this one.
+    ``files``: kinds of rows and their files; a run is there when it has a row of the last kind. ``train``: from a
+    setting to its rows of all kinds. ``workers``: so many processes; 0: this one.
     """
 
     def __init__(self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0):
@@ -141,8 +151,13 @@ class Sweep:
         for kind, name in self.files.items():
             others = [row for row in self.rows[kind] if row.setting != rows[0].setting]
             mine = [row for row in rows if type(row) is kind]
-            self.rows[kind] = sorted([*others, *mine], key=lambda row: row.place)
+            self.rows[kind] = sorted([*others, *mine], key=astuple)
             write_records(kind, self.rows[kind], self.out / name)
+
+
+def table(heads: Sequence[str], rows: Iterable[Any], key: Callable[[Any], Any], cells: Callable[..., Any]) -> list[str]:
+    """Markdown: for each key of the rows a line of ``cells(key, those rows)``."""
+    return common.markdown(heads, [cells(of, found) for of, found in grouped(rows, key)])
 
 
 def grouped(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, list[Any]]]:

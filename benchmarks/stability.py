@@ -1,5 +1,5 @@
-"""What sequence length warmup is for: where a plain run spikes, does the same run with warmup, and how much sooner is
-it at the plain run's best loss?
+"""What sequence length warmup is for: where a plain run spikes, does the same run with warmup? How much sooner is it
+at the plain run's best loss?
 
     python benchmarks/stability.py --out DIR --cache DIR [--workers 2]
 
@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import common
 import small_runs
 from small_runs import Sweep, grouped
 
@@ -54,8 +53,8 @@ class Scale(small_runs.Small):
         return -(-self.tokens // (batch * self.length))
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, order=True)
+class Setting(small_runs.Setting):
     """One run: plain, truncate or carry; ``batch`` in samples, ``lr`` the peak."""
 
     arm: str
@@ -65,16 +64,6 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.arm} batch {self.batch} lr {self.lr:g} seed {self.seed}"
-
-    @property
-    def setting(self) -> "Setting":
-        """Which run a row is of."""
-        return Setting(self.arm, self.batch, self.lr, self.seed)
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """By what rows are sorted."""
-        return self.batch, self.lr, self.seed, self.arm
 
 
 @dataclass(frozen=True)
@@ -109,10 +98,6 @@ class Point(Setting):
     wall_seconds: float
     eval_loss: float
 
-    @property
-    def place(self) -> tuple[Any, ...]:
-        return *super().place, self.step
-
 
 @dataclass(frozen=True)
 class Losses(Setting):
@@ -145,11 +130,9 @@ class Reached(Setting):
 #: the files of a folder
 FILES: dict[type, str] = {Point: "curves.csv", Losses: "training_losses.csv", Run: "stability.csv"}
 _SECONDS = ("cpu_seconds", "wall_seconds")
-# glibc gives large blocks back to the kernel at once and asks for them anew in the next layer, which was up to a third
-# of a full-length step's time and next to nothing of a short one's: left alone, it would flatter the warmup.
+# glibc gives large blocks back to the kernel at once, which was up to a third of a full-length step's time and next to
+# nothing of a short one's: left alone, it would flatter the warmup.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-
-# -- one run ---------------------------------------------------------------------------------------------------------
 
 
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
@@ -218,14 +201,11 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
     return [*points, Losses(**vars(setting), losses=" ".join(f"{loss:.4g}" for loss in losses)), run]
 
 
-# -- what it says ----------------------------------------------------------------------------------------------------
-
-
 def reached(points: Iterable[Point], rate: float) -> list[Reached]:
     """When each run reached the best loss of the plain run of its batch and seed at ``rate``."""
-    curves = {Setting(*of): curve for of, curve in grouped(points, lambda point: tuple(vars(point.setting).values()))}
+    curves = dict(grouped(points, lambda point: point.setting))
     found = []
-    for setting in sorted(curves, key=lambda setting: setting.place):
+    for setting in curves:
         plain = curves.get(Setting("plain", setting.batch, rate, setting.seed))
         if plain is None:
             continue
@@ -244,9 +224,11 @@ def reached(points: Iterable[Point], rate: float) -> list[Reached]:
 def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
     """Markdown: a row per batch, learning rate and arm over its seeds. Gains over seeds that reached the target."""
     gains = {time.setting: time for time in times}
-    heads = "batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss"
-    lines = []
-    for (batch, lr, arm), chosen in grouped(runs, lambda run: (run.batch, run.lr, ARMS.index(run.arm))):
+    heads = "batch | lr | arm | seeds | largest loss ratio | steps above 1.2 / 1.5 | final loss | best loss | "
+    heads += "tokens to target | gain in tokens | in CPU time | in wall time"
+
+    def cells_of(of: tuple[int, float, int], chosen: list[Run]) -> list[str]:
+        batch, lr, arm = of
         arrived = [gains[run.setting] for run in chosen if run.setting in gains]
         there = [time for time in arrived if math.isfinite(time.tokens)]
         cells = [f"{batch}", f"{lr:g}", ARMS[arm], f"{len(chosen)}"]
@@ -256,11 +238,9 @@ def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
         missed = f" ({len(there)} of {len(arrived)} seeds)" if len(there) < len(arrived) else ""
         tokens = f"{mean(t.tokens for t in there) / 1e6:.2f} M{missed}" if there else "never" if arrived else ""
         each = [[getattr(t, name) for t in there] for name in ("gain_tokens", "gain_cpu", "gain_wall")]
-        cells += [tokens, *(small_runs.spread(values, ".2f") if there else "" for values in each)]
-        lines.append(cells)
-    return common.markdown(
-        [*heads.split(" | "), "tokens to target", "gain in tokens", "in CPU time", "in wall time"], lines
-    )
+        return [*cells, tokens, *(small_runs.spread(values, ".2f") if there else "" for values in each)]
+
+    return small_runs.table(heads.split(" | "), runs, lambda r: (r.batch, r.lr, ARMS.index(r.arm)), cells_of)
 
 
 def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
@@ -292,17 +272,13 @@ def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
         axes[0][0].legend(frameon=False)
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
 def _numbers(kind: type) -> Any:
     return lambda text: [kind(part) for part in text.split(",")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
-    parser = small_runs.parser(__doc__)
-    parser.add_argument("--workers", type=int, default=2)
+    parser = small_runs.parser(__doc__, workers=2)
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=_numbers(int), default=[8, 32], help="samples a step")
     parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])

@@ -366,7 +366,7 @@ def _beside(folder, mode):
     return early, before, expected
 
 
-@pytest.mark.parametrize("mode", [{}, {"mode": "ema", "window": 5, "horizons": [1, 3]}], ids=["sliding", "ema"])
+@pytest.mark.parametrize("mode", [{}, slow({"mode": "ema", "window": 5, "horizons": [1, 3]})], ids=["sliding", "ema"])
 def test_the_average_is_published_with_each_checkpoint(workers, tmp_path, mode):
     names = {"averaged"} if not mode else {"averaged_horizon_1", "averaged_horizon_3"}
     ranks = workers(2).run(_beside, str(tmp_path), mode)
@@ -448,7 +448,7 @@ def test_from_pretrained_gives_the_bits_of_the_average(workers, tmp_path):
         assert f"torch.{written['dtype']}" == str(dtype or own)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(("zero", "precision"), [(1, "fp32"), slow(2, "bf16"), (3, "bf16")])
 def test_zero_to_fp32_reads_the_averaged_checkpoint(workers, tmp_path, zero, precision):
     ranks = workers(2).run(_checkpoint, zero, precision, str(tmp_path))
     for _, changed, said in ranks:
@@ -488,6 +488,7 @@ def _compiled(zero, folder):
     return wrong, [name for name in names if "_orig_mod" in name], missing, str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_names_of_the_model(workers, tmp_path):
     """Not under ZeRO 3, where DeepSpeed 0.19.8 fails in the first forward pass of a model that is wrapped so."""
     for wrong, wrapped, missing, refused in workers(2).run(_compiled, 2, str(tmp_path)):

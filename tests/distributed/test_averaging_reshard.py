@@ -21,6 +21,7 @@ from ds_plugin.deepspeed_engine import checkpoint
 from ds_plugin.weight_averaging.state.files import shard_name
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout
+from tests.harness import slow
 from tests.reference import averaging as reference
 
 SLIDING = {"enabled": True, "window": 3, "interval": 1}
@@ -92,7 +93,7 @@ def _convert(folder, tag):
 
 @pytest.mark.parametrize(
     ("zero", "precision", "section", "later"),
-    [(1, "fp32", SLIDING, 2), (2, "bf16", BLOCK, 1), (3, "fp32", SLIDING, 3), (3, "bf16", EMA, 3)],
+    [(1, "fp32", SLIDING, 2), slow(2, "bf16", BLOCK, 1), slow(3, "fp32", SLIDING, 3), (3, "bf16", EMA, 3)],
 )
 def test_two_hops_of_universal_checkpoints(workers, tmp_path, zero, precision, section, later):
     """2 ranks -> 3 -> 1, the last under another ZeRO stage where DeepSpeed can."""
@@ -156,7 +157,7 @@ def _loaded(folder, zero, expected, section=SLIDING, **options):
     [
         ((2, 0), (3, 0), {}),  # every rank holds all
         ((2, 1), (2, 2), {}),
-        ((2, 2), (3, 1), {"load_optimizer_states": False}),
+        slow((2, 2), (3, 1), {"load_optimizer_states": False}),
     ],
 )
 def test_ordinary_checkpoints_where_deepspeed_loads_them(workers, tmp_path, saved, loaded, options):

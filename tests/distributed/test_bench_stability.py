@@ -12,7 +12,7 @@ from tests import harness
 def _sweep(out, text, cache):
     """Every arm for 10 full-length batches, and a second time from the files; the rows as plain values."""
     bench = harness.benchmark("stability")
-    bench.common.start()
+    bench.small_runs.common.start()
     scale = bench.Scale(tokens=10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
     train = functools.partial(bench.train, scale=scale, cache=Path(cache))
     sweep = bench.Sweep(Path(out), bench.FILES, train)

@@ -18,6 +18,7 @@ from ds_plugin.core.errors import ConfigError
 from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, finished_roles, prepare
 from megatron_patches.models import gpt
+from tests.harness import slow
 from tests.reference.completep import ReferenceGPT, megatron_name
 
 VOCAB, LENGTH, STEPS = 64, 12, 5
@@ -235,7 +236,7 @@ def _group_rates(kind):
     return {g["role"]: g["lr"] / engine.optimizer.param_groups[0]["lr"] for g in engine.optimizer.param_groups}
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+@pytest.mark.parametrize("kind", [slow("WarmupLR"), slow("WarmupDecayLR"), "WarmupCosineLR"])
 def test_schedulers_keep_the_groups_apart(workers, kind):
     for rates in workers(1).run(_group_rates, kind):
         assert rates == pytest.approx({role: lr / LR for role, lr, _, _ in GROUPS})
@@ -340,7 +341,9 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "zero", "tensor_parallel"), [(2, 1, 1), (2, 2, 1), (2, 3, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "zero", "tensor_parallel"), [slow(2, 1, 1), slow(2, 2, 1), (2, 3, 1), (2, 1, 2)]
+)
 def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel):
     expected, groups = workers(1).run(_stage_losses, 0, 1)[0]
     assert [g[0] for g in groups] == [g[0] for g in GROUPS]

@@ -14,7 +14,7 @@ from megatron_patches.models import gpt
 from tests.distributed.test_completep import BASE, DECAY, EPS, LR, VOCAB, build, section
 from tests.harness import slow
 
-LENGTH, STEPS, BATCH = 12, 10, 4
+LENGTH, STEPS, BATCH = 12, 5, 4
 SMALL = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "seq_length": LENGTH}
 SECTION = {"base_width": 8, "base_depth": 1, "base_head_dim": 8}  # m_N = m_L = 4
 #: lr 0.01, decay 0.1, eps 1e-4; m_N = m_L = 4, alpha 1: role -> lr, weight decay, eps
@@ -317,7 +317,7 @@ def _flattened(zero, folder):
     return said
 
 
-@pytest.mark.parametrize("zero", [0, slow(2), 3])
+@pytest.mark.parametrize("zero", [slow(0), slow(2), 3])
 def test_groups_out_of_their_ratios_are_refused_at_the_step(workers, tmp_path, zero):
     first, second = workers(2).run(_flattened, zero, str(tmp_path))
     assert first == second
@@ -335,7 +335,7 @@ def test_groups_out_of_their_ratios_are_refused_at_the_step(workers, tmp_path, z
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 SCHEDULER = {"type": "WarmupCosineLR", "params": {"total_num_steps": 20, "warmup_num_steps": 6}}
-HALF = 4
+HALF = 2
 
 
 def resume_config(completep, zero, **changes):
@@ -374,7 +374,7 @@ def _convert(folder):
     return done, again, printed.getvalue()
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [slow(1, 2), (1, 1), (3, 2), slow(3, 1)])
+@pytest.mark.parametrize(("zero", "ranks"), [(1, 2), slow(1, 1), slow(3, 2), (3, 1)])
 def test_interrupted_and_resumed_is_uninterrupted(workers, tmp_path, zero, ranks):
     """Bit for bit from the checkpoint and from its universal form; on another number of ranks sums are rounded."""
     expected = workers(ranks).run(_uninterrupted, zero, str(tmp_path), small())[0]
@@ -483,7 +483,7 @@ def test_folded_mode_clips_as_the_forward_mode_does(workers, mode):
     zero, changes, tolerance = MODES[mode]
     if "offload" in mode:  # without DeepSpeed's own CPU Adam, which would have to be compiled
         changes = {**changes, "zero_force_ds_cpu_optimizer": False}
-    for forward, folded in workers(2).run(_both_modes, zero, changes, STEPS if tolerance < 1e-3 else 5):
+    for forward, folded in workers(2).run(_both_modes, zero, changes, STEPS):
         assert folded[0] == pytest.approx(forward[0], abs=tolerance)
         if mode == "stage 0":  # the host keeps no norm there
             assert forward[1] == folded[1] == [None] * STEPS

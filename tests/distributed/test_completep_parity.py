@@ -15,6 +15,7 @@ from ds_plugin.completep.rules import Role
 from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.models import gpt
+from tests.harness import slow
 from tests.reference.completep import ReferenceGPT, megatron_name
 
 VOCAB, LENGTH, STEPS = 64, 12, 5
@@ -104,13 +105,15 @@ def check_parity(workers, *, shape=PAPER, alpha=1.0, tied=False, **changes):
     assert not {name: m for name, m in moved.items() if m < 0.003}
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-@pytest.mark.parametrize("tied", [False, True])
+PAIRS = [(1.0, False), (0.5, True), slow(1.0, True), slow(0.5, False)]
+
+
+@pytest.mark.parametrize(("alpha", "tied"), PAIRS)
 def test_a_llama(workers, alpha, tied):
     check_parity(workers, shape=LLAMA, alpha=alpha, tied=tied)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("alpha", [slow(1.0), 0.5])
 def test_norms_on_queries_and_keys(workers, alpha):
     check_parity(workers, shape=QK_NORM, alpha=alpha)
 
@@ -119,8 +122,7 @@ def test_the_epsilon_of_the_papers_reference_code(workers):
     check_parity(workers, eps_scope="all")
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("alpha", "tied"), PAIRS)
 def test_folded_weights_train_as_the_forward_multipliers_do(workers, alpha, tied):
     """With biases: those of the layers that end a branch are folded too. Tied, the final norm scales the logits."""
     check_parity(workers, alpha=alpha, tied=tied, residual="folded")

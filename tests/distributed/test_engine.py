@@ -9,6 +9,7 @@ import torch
 import ds_plugin
 from ds_plugin.core.errors import ConfigError, StateError
 from tests.distributed import plain
+from tests.harness import slow
 
 BOTH = {"sequence_length_warmup": plain.WARMUP, "weight_averaging": plain.AVERAGING}
 OFF = {name: {**section, "enabled": False} for name, section in BOTH.items()}
@@ -23,7 +24,7 @@ def _plain_deepspeed(zero, precision, steps):
     return plain.train(plain.make(plain.host_config(zero, precision), initialize=deepspeed.initialize), steps)
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(("zero", "precision"), [slow(0, "fp32"), (1, "fp32"), slow(2, "bf16"), (3, "fp32")])
 def test_switched_off_it_is_plain_deepspeed(workers, zero, precision):
     pool = workers(2)
     expected = pool.run(_plain_deepspeed, zero, precision, 6)
@@ -120,7 +121,7 @@ def _record(engine, steps):
     return plain.train(engine, steps, after), rows, list(plugin.averager.steps)
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (2, 2), (3, 2), (3, 3)])
+@pytest.mark.parametrize(("zero", "ranks"), [slow(0, 2), slow(1, 2), (2, 2), slow(3, 2), (3, 3)])
 def test_interrupted_and_resumed_equals_uninterrupted(workers, tmp_path, zero, ranks):
     pool = workers(ranks)
     uninterrupted = pool.run(_train_save, zero, str(tmp_path), 5, 6)

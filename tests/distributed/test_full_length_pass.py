@@ -17,6 +17,7 @@ from ds_plugin.core import full_length_pass
 from tests import harness
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import Layout
+from tests.harness import slow
 
 ROWS, WIDTH = 20, 1024  # so that activations, gradients and Adam's state are all a good part of the whole
 BUCKET = 20_000  # elements; DeepSpeed's own is larger than all of this
@@ -63,12 +64,12 @@ def _both(*case):
     ("zero", "precision", "accumulation", "offload"),
     [
         (0, "fp32", 1, False),
-        (0, "bf16", 2, False),
+        slow(0, "bf16", 2, False),
         (1, "bf16", 2, False),
-        (2, "fp32", 1, False),
+        slow(2, "fp32", 1, False),
         (2, "bf16", 2, True),
         (3, "fp32", 1, False),
-        (3, "bf16", 2, True),
+        slow(3, "bf16", 2, True),
     ],
 )
 def test_the_first_short_step_needs_what_a_full_one_needs(workers, zero, precision, accumulation, offload):
@@ -99,7 +100,7 @@ def _both_pipelined(layout, zero, precision):
     return short, step
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(0, "fp32"), (1, "bf16")])
+@pytest.mark.parametrize(("zero", "precision"), [slow(0, "fp32"), (1, "bf16")])
 def test_a_pipelines_first_short_step_needs_what_a_full_one_needs(workers, zero, precision):
     layout = Layout(pipe=2)
     for short, step in workers(layout.ranks).run(_both_pipelined, layout, zero, precision):

@@ -1,4 +1,4 @@
-"""A run killed in mid-step and resumed, under the real launcher."""
+"""A run killed in mid-step and resumed, under the real launcher; while it runs, its folder is taken."""
 
 import json
 import random
@@ -16,13 +16,14 @@ from tests.distributed.test_pretrain import (  # noqa: F401 - folder is a fixtur
     run_script,
     summary,
 )
+from tests.distributed.test_two_runs import refused_while_it_runs
 from tests.harness import Launched, launch, slow
 
 SCRIPT = ROOT / "launch_scripts" / "pretrain_gpt.py"
 WARNING = r"\w+Warning: .*"  # `startup.quiet` knows every message of an ordinary run
 
 
-@pytest.mark.parametrize(("zero", "steps", "all_launched"), [slow(1, 60, True), slow(3, 60, True), (3, 30, False)])
+@pytest.mark.parametrize(("zero", "steps", "all_launched"), [slow(1, 60, True), slow(3, 60, True), (3, 20, False)])
 def test_killed_after_half_the_steps_and_resumed(workers, folder, zero, steps, all_launched):  # noqa: F811
     """``all_launched``: the uninterrupted run and the resumed one as well; else their ranks are forked ones."""
     settings = config(zero_optimization__stage=zero)
@@ -46,6 +47,9 @@ def test_killed_after_half_the_steps_and_resumed(workers, folder, zero, steps, a
     run_to_the_end("whole")
     cut = folder / "runs" / "cut"
     with Launched([*arguments, "cut"], ranks=2) as launched:
+        if not all_launched:
+            launched.wait_for_file(cut / "metrics.csv", f"\n{saved + 1},", timeout=120)
+            refused_while_it_runs(workers, launched, cut, [*arguments[1:], "cut"])
         launched.wait_for_file(cut / "metrics.csv", f"\n{saved + 3},", timeout=120)
         launched.kill()
         assert not re.findall(WARNING, launched.output)

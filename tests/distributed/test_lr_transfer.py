@@ -119,6 +119,7 @@ def _shared(out, workers):
     return main([*arguments, *small, "--data", __file__, "--workers", str(workers)])
 
 
+@pytest.mark.slow  # the processes are fresh ones
 def test_two_workers_train_what_one_does(workers, tmp_path):
     found = []
     for number in (1, 2):

@@ -404,10 +404,15 @@ def test_initialize_parallel_names_what_is_wrong(workers, what, words):
 
 FRESH = """
 import sys
+import megatron_patches
+assert not {"torch", "megatron"} & set(sys.modules), "importing the package must be cheap"
 from megatron_patches import megatron_on_cpu
 assert not any(name.split(".")[0] == "megatron" for name in sys.modules)
 megatron_on_cpu.enable()
 import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+mended = DistributedOptimizer.state_dict
+assert mended.__module__ == "megatron_patches.megatron_on_cpu", mended
 from megatron.core.tensor_parallel import random as tracker_module
 tracker = tracker_module.CudaRNGStatesTracker()
 tracker.add(tracker_module._MODEL_PARALLEL_RNG_TRACKER_NAME, 7)
@@ -421,6 +426,10 @@ assert torch.equal(torch.rand(3), outside)
 megatron_on_cpu.disable()
 assert tracker_module._lazy_call is torch.cuda._lazy_call
 assert torch.cuda._lazy_call.__module__ == "torch.cuda"
+assert DistributedOptimizer.state_dict.__module__ == DistributedOptimizer.__module__
+assert megatron_patches.active() == []
+megatron_on_cpu.enable()
+assert DistributedOptimizer.state_dict is mended
 """
 
 

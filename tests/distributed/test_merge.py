@@ -12,6 +12,7 @@ from ds_plugin.core.errors import CheckpointError
 from ds_plugin.weight_averaging.merge.merge import merge
 from megatron_patches.models import gpt
 from tests.distributed import pipelined, plain, test_completep
+from tests.harness import slow
 from tests.reference import averaging as reference
 
 
@@ -36,11 +37,11 @@ def _train_and_save(folder, zero, precision, extra, sections):
 
 LAYOUTS = [
     # ranks, stage, precision, more of zero_optimization, more of the config
-    (2, 1, "fp32", {}, {}),
+    slow(2, 1, "fp32", {}, {}),
     (2, 2, "fp32", {"round_robin_gradients": True}, {}),
-    (2, 3, "fp32", {}, {}),
+    slow(2, 3, "fp32", {}, {}),
     (3, 3, "fp32", {"sub_group_size": 300}, {}),
-    (3, 2, "bf16", {}, {}),
+    slow(3, 2, "bf16", {}, {}),
     (2, 3, "bf16", {"stage3_param_persistence_threshold": 0}, {}),
     (2, 1, "bf16", {}, {"data_types": {"grad_accum_dtype": "fp32"}}),  # DeepSpeed's BF16_Optimizer
     (1, 0, "fp32", {}, {}),
@@ -101,7 +102,7 @@ def _load_tensor_parallel(out):
     return found, [name for name in missing if not name.endswith("_extra_state")], unexpected
 
 
-@pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), (0, "fp32")])
+@pytest.mark.parametrize(("zero", "precision"), [(1, "bf16"), slow(0, "fp32")])
 def test_tensor_parallel_ranks_have_a_folder_each(workers, tmp_path, zero, precision):
     averages = workers(2).run(_train_tensor_parallel, str(tmp_path / "run"), zero, precision)
     merge([tmp_path / "run" / f"step{step}" for step in (2, 3, 4)], tmp_path / "out", workers=2)
@@ -133,7 +134,7 @@ def _train_pipeline(folder, layout, precision):
 
 @pytest.mark.parametrize(
     ("layout", "precision"),
-    [(pipelined.Layout(pipe=2), "fp32"), (pipelined.Layout(pipe=2, tensor=2), "bf16")],
+    [(pipelined.Layout(pipe=2), "fp32"), slow(pipelined.Layout(pipe=2, tensor=2), "bf16")],
     ids=["pp2", "pp2-tp2"],
 )
 def test_pipeline_stages_lie_together(workers, tmp_path, layout, precision):

@@ -12,7 +12,7 @@ from tests.distributed import pipelined
 from tests.distributed.pipelined import LENGTH, Layout
 from tests.harness import WorkerError, slow
 
-STEPS = 6
+STEPS = 4
 LAYOUTS = [
     Layout(pipe=2, data=2, tensor=2),
     Layout(pipe=2, tensor=2),
@@ -59,14 +59,16 @@ def rarely(*names):
     return [slow(layout) if name_of(layout) in names else layout for layout in LAYOUTS]
 
 
-# Seen: losses (4.3 to 2.9) apart by at most 4.8e-7, weights by 1.2e-7; without tensor or data parallelism none at all.
-@pytest.mark.parametrize("layout", rarely("pp2-dp1-tp2"), ids=name_of)
-@pytest.mark.parametrize(("zero", "sections"), [(0, NO_CLIP), (1, None)], ids=["zero0", "zero1-clipped"])
+# Seen: losses apart by at most 4.8e-7, weights by 1.2e-7; without tensor or data parallelism none at all.
+@pytest.mark.parametrize("layout", rarely("pp2-dp2-tp2", "pp3-dp1-tp1", "pp1-dp2-tp1"), ids=name_of)
+@pytest.mark.parametrize(
+    ("zero", "sections"), [slow(0, NO_CLIP, id="zero0"), pytest.param(1, None, id="zero1-clipped")]
+)
 def test_every_layout_trains_the_same_model(workers, layout, zero, sections):
     (losses, weights, norms), *_ = workers(1).run(full_length, Layout(), zero, sections)
     found = workers(layout.ranks).run(full_length, layout, zero, sections)
     expected = pipelined.whole_weights(Layout(), [weights])
-    assert losses[0] - losses[-1] > 1
+    assert losses[0] - losses[-1] > 0.5
     if sections is None:
         assert min(norms) > pipelined.CLIP
         assert all(rank[2] == pytest.approx(norms, rel=1e-5) for rank in found)
@@ -100,7 +102,7 @@ def shortened(layout, lengths, evaluations=True, resets=True, **settings):
     return losses
 
 
-@pytest.mark.parametrize("layout", rarely("pp2-dp1-tp1", "pp2-dp1-tp2"), ids=name_of)
+@pytest.mark.parametrize("layout", rarely("pp2-dp1-tp1", "pp2-dp1-tp2", "pp2-dp2-tp2", "pp1-dp2-tp1"), ids=name_of)
 def test_every_layout_trains_the_same_at_changing_lengths(workers, layout):
     expected = workers(1).run(shortened, Layout(), LENGTHS)[0]
     assert all(
@@ -108,6 +110,7 @@ def test_every_layout_trains_the_same_at_changing_lengths(workers, layout):
     )
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_need_no_reset(workers):
     found = workers(2).run(shortened, Layout(pipe=2), LENGTHS, resets=False, dynamic_shape=True)
     assert found == workers(2).run(shortened, Layout(pipe=2), LENGTHS)
@@ -115,7 +118,8 @@ def test_dynamic_shapes_need_no_reset(workers):
 
 # Why the plugin has to reset: stages keep the first shapes, and the first other one ends the run, on gloo at least.
 @pytest.mark.parametrize(
-    ("lengths", "evaluations"), [([4, 8], False), ([8, 4], False), ([4], True)], ids=["grow", "shrink", "evaluate"]
+    ("lengths", "evaluations"),
+    [pytest.param([4, 8], False, id="grow"), slow([8, 4], False, id="shrink"), slow([4], True, id="evaluate")],
 )
 def test_without_a_reset_the_first_other_length_fails(workers, lengths, evaluations):
     with pytest.raises(WorkerError, match="_exec_recv_activations|shape mismatch"):
@@ -138,16 +142,16 @@ def stage_0_norms(layout, mended):
     return pipelined.train(engine, STEPS), norms
 
 
-def test_stage_0_in_fp32_clips_by_too_small_a_norm(workers):
+@pytest.mark.parametrize("layout", [Layout(pipe=2), slow(Layout(pipe=2, tensor=2))], ids=name_of)
+def test_stage_0_in_fp32_clips_by_too_small_a_norm(workers, layout):
     """`clip_grad_norm_` counts uncut parameters on rank 0 of pipe x tensor only, so it misses later stages' norms.
 
     ZeRO 1 is right (above). If this fails, DeepSpeed has mended it, and clipping need not be left out above.
     """
     losses, norms = workers(1).run(stage_0_norms, Layout(), False)[0]
-    for layout in (Layout(pipe=2), Layout(pipe=2, tensor=2)):
-        found_losses, found = workers(layout.ranks).run(stage_0_norms, layout, False)[0]
-        assert all(small < norm * 0.995 for small, norm in zip(found, norms, strict=True))
-        assert max(abs(a - b) for a, b in zip(found_losses, losses, strict=True)) > 1e-3
-        found_losses, found = workers(layout.ranks).run(stage_0_norms, layout, True)[0]
-        assert found == pytest.approx(norms, rel=1e-5)
-        assert found_losses == pytest.approx(losses, abs=1e-5)
+    found_losses, found = workers(layout.ranks).run(stage_0_norms, layout, False)[0]
+    assert all(small < norm * 0.995 for small, norm in zip(found, norms, strict=True))
+    assert max(abs(a - b) for a, b in zip(found_losses, losses, strict=True)) > 1e-3
+    found_losses, found = workers(layout.ranks).run(stage_0_norms, layout, True)[0]
+    assert found == pytest.approx(norms, rel=1e-5)
+    assert found_losses == pytest.approx(losses, abs=1e-5)

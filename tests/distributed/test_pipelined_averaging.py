@@ -9,6 +9,7 @@ from ds_plugin.core.errors import StateError
 from ds_plugin.deepspeed_engine.readings import step_was_finite
 from tests.distributed import pipelined, plain
 from tests.distributed.pipelined import LENGTH, Layout
+from tests.harness import slow
 from tests.reference import averaging as reference
 
 AVERAGING = {"weight_averaging": {"enabled": True, "interval": 2, "window": 2}}
@@ -25,7 +26,7 @@ LAYOUTS = [
     (Layout(pipe=2), 0, "fp32", {}),
     (Layout(pipe=2, data=2), 1, "fp32", WARMUP),
     (Layout(pipe=2), 0, "bf16", {}),  # DeepSpeed's BF16_Optimizer
-    (Layout(pipe=2, data=2, tensor=2), 1, "bf16", {}),
+    slow(Layout(pipe=2, data=2, tensor=2), 1, "bf16", {}),
 ]
 
 
@@ -81,7 +82,7 @@ def test_every_stage_equals_the_mean_of_gathered_snapshots(workers, layout, zero
         assert (raw, after) == without
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [slow(0), 1])
 def test_a_batch_waits_for_the_copy_of_the_last_snapshot(workers, zero):
     for wrong, steps, *_ in workers(2).run(averaged, Layout(pipe=2), zero, "fp32", {}, late=True):
         assert wrong == [] and steps == [4, 6]
@@ -123,5 +124,6 @@ def resumed(layout, zero, folder):
     return [losses, steps] == again and loss == other_loss, different(weights, other_weights)
 
 
-def test_a_resumed_pipeline_averages_on(workers, tmp_path):
-    assert workers(4).run(resumed, Layout(pipe=2, data=2), 1, str(tmp_path)) == [(True, [])] * 4
+@pytest.mark.parametrize("layout", [Layout(pipe=2), slow(Layout(pipe=2, data=2))])
+def test_a_resumed_pipeline_averages_on(workers, tmp_path, layout):
+    assert workers(layout.ranks).run(resumed, layout, 1, str(tmp_path)) == [(True, [])] * layout.ranks

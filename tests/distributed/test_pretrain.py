@@ -109,21 +109,22 @@ def files(path):
     return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-@pytest.mark.parametrize("others", [[(2, 3, 1), (4, 1, 2)], slow([(2, 1, 1), (2, 2, 1)])], ids=["some", "the rest"])
+@pytest.mark.parametrize(
+    "others", [[(2, 3, 1), (2, 1, 2)], slow([(2, 1, 1), (2, 2, 1), (4, 1, 2)])], ids=["some", "the rest"]
+)
 def test_fp32_losses_agree_across_stages_and_layouts(workers, folder, others):
-    runs = {}
+    runs, steps = {}, 10
     for ranks, zero, tensor_parallel in [(2, 0, 1), *others]:
         name = f"zero{zero}tp{tensor_parallel}"
-        compared = workers(ranks).run(
-            run_script, str(folder), name, config(zero_optimization__stage=zero, model__tensor_parallel=tensor_parallel)
-        )
+        settings = config(zero_optimization__stage=zero, model__tensor_parallel=tensor_parallel, training__steps=steps)
+        compared = workers(ranks).run(run_script, str(folder), name, settings)
         assert compared == [0 if tensor_parallel == 1 else compared[0]] * ranks
         assert tensor_parallel == 1 or compared[0] > 0
         runs[name] = metrics(folder, name)
         assert (folder / "runs" / name / "report.png").stat().st_size > 10_000
     reference = runs["zero0tp1"]
-    assert reference["step"] == list(range(1, STEPS + 1))
-    assert reference["train_loss"][0] - reference["train_loss"][-1] > 0.5
+    assert reference["step"] == list(range(1, steps + 1))
+    assert reference["train_loss"][0] - reference["train_loss"][-1] > 0.3
     for name, run in runs.items():
         for column in ("train_loss", "eval_loss", "eval_loss_averaged", "lr"):
             assert run[column] == pytest.approx(reference[column], abs=1e-5), (name, column)
@@ -155,7 +156,7 @@ def test_the_summary_is_what_was_measured(workers, folder):
     assert sum(t.numel() for t in averaged.values()) == found["parameters"]
 
 
-@pytest.mark.parametrize("zero", [slow(0), 1, 2, slow(3)])
+@pytest.mark.parametrize("zero", [slow(0), slow(1), 2, slow(3)])
 def test_bf16_trains(workers, folder, zero):
     workers(2).run(run_script, str(folder), "bf16", config(), "--precision", "bf16", "--zero-stage", str(zero))
     rows = metrics(folder, "bf16")
@@ -169,7 +170,7 @@ HELD = {"pacing": "adaptive", "adaptive": {"variance_max": 0.1}, "report_interva
 
 
 @pytest.mark.parametrize(
-    ("zero", "dropout", "warmup"), [(1, 0.0, {}), (1, 0.1, {**CARRY, **HELD}), (3, 0.0, {**CARRY})]
+    ("zero", "dropout", "warmup"), [slow(1, 0.0, {}), (1, 0.1, {**CARRY, **HELD}), slow(3, 0.0, {**CARRY})]
 )
 def test_resumed_metrics_are_bitwise_those_of_an_uninterrupted_run(workers, folder, zero, dropout, warmup):
     pool, settings = workers(2), config(zero_optimization__stage=zero, model__dropout=dropout)
@@ -233,21 +234,23 @@ def test_a_run_that_throws_nothing_away(workers, folder):
 
 
 def test_methods_off(workers, folder):
+    steps = 4
     off = {
         key: value
-        for key, value in config().items()
+        for key, value in config(training__steps=steps).items()
         if key not in ("sequence_length_warmup", "completep", "weight_averaging")
     }
     workers(2).run(run_script, str(folder), "off", off)
     found, rows = summary(folder, "off"), metrics(folder, "off")
-    assert set(rows["length"]) == {32} and found["tokens_read"] == found["tokens_trained"] == STEPS * 8 * 32
+    assert set(rows["length"]) == {32} and found["tokens_read"] == found["tokens_trained"] == steps * 8 * 32
     assert found["eval_loss_averaged"] is None and found["methods"] == {}
     assert not (folder / "runs" / "off" / "averaged.safetensors").exists()
 
 
 def test_gradient_accumulation_gives_the_same_run(workers, folder):
-    workers(2).run(run_script, str(folder), "one", config())
-    accumulated = {**config(), "gradient_accumulation_steps": 2}
+    short = config(training__steps=6, training__eval_interval=6)
+    workers(2).run(run_script, str(folder), "one", short)
+    accumulated = {**short, "gradient_accumulation_steps": 2}
     workers(2).run(run_script, str(folder), "two", accumulated)
     one, two = metrics(folder, "one"), metrics(folder, "two")
     for column in ("train_loss", "eval_loss_averaged"):
@@ -319,37 +322,41 @@ def _resume_with(folder, json_config, *flags):
     run_script(folder, "a", json_config, "--resume", *flags)
 
 
+def four_steps(**changes):
+    return config(training__steps=4, training__save_interval=2, **changes)
+
+
 CHANGED = [
-    (config(model__hidden_size=64), (), ["model.hidden_size", "32", "64"]),
-    (config(training__seed=5), (), ["seed", "1234", "5"]),
-    (config(completep__enabled=False), (), ["completep", "'base_width': 16", "None"]),
-    (config(model__seq_length=16, sequence_length_warmup__end_length=16), (), ["model.seq_length", "32", "16"]),
-    (config(completep__base_width=8), (), ["completep", "'base_width': 16", "'base_width': 8"]),
-    (config(), ("--tag", "step00000011"), ["step00000011", "step00000010"]),
+    (four_steps(model__hidden_size=64), (), ["model.hidden_size", "32", "64"]),
+    (four_steps(training__seed=5), (), ["seed", "1234", "5"]),
+    (four_steps(completep__enabled=False), (), ["completep", "'base_width': 16", "None"]),
+    (four_steps(model__seq_length=16, sequence_length_warmup__end_length=16), (), ["model.seq_length", "32", "16"]),
+    (four_steps(completep__base_width=8), (), ["completep", "'base_width': 16", "'base_width': 8"]),
+    (four_steps(), ("--tag", "step00000003"), ["step00000003", "step00000002"]),
 ]
 
 
 def test_a_run_of_another_kind_is_not_resumed(workers, folder):
     pool = workers(2)
-    pool.run(run_script, str(folder), "a", config())
+    pool.run(run_script, str(folder), "a", four_steps())
     kept = files(folder / "runs" / "a")
     for changed, flags, parts in CHANGED:
         for error in pool.run(_resume_with, str(folder), changed, *flags, expect="errors", timeout=60):
             assert error is not None and error.type.endswith("CheckpointError"), error
             assert all(part in error.message for part in parts), error.message
     assert files(folder / "runs" / "a") == kept
-    streams = folder / "runs" / "a" / "checkpoints" / "step00000020" / "rng_rank_00001.safetensors"
+    streams = folder / "runs" / "a" / "checkpoints" / "step00000004" / "rng_rank_00001.safetensors"
     whole = streams.read_bytes()
     streams.write_bytes(whole[:100])  # of one rank, found after the engine was loaded
     later = folder / "runs" / "a" / "metrics.csv"
-    later.write_text(later.read_text() + "21" + 14 * "," + "\n")
+    later.write_text(later.read_text() + "5" + 14 * "," + "\n")
     kept = files(folder / "runs" / "a")
-    for error in pool.run(_resume_with, str(folder), config(), expect="errors", timeout=60):
+    for error in pool.run(_resume_with, str(folder), four_steps(), expect="errors", timeout=60):
         assert error is not None and "rng_rank_00001" in error.message, error
     assert files(folder / "runs" / "a") == kept
     streams.write_bytes(whole)
     later.unlink()  # nothing depends on it: the run ends again, and says nothing of what it does not know
-    pool.run(_resume_with, str(folder), config(), timeout=60)
+    pool.run(_resume_with, str(folder), four_steps(), timeout=60)
     assert metrics(folder, "a")["step"] == []
     found = summary(folder, "a")
-    assert (found["steps"], found["first_length"], found["eval_loss"]) == (20, None, None)
+    assert (found["steps"], found["first_length"], found["eval_loss"]) == (4, None, None)

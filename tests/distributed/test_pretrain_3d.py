@@ -26,8 +26,7 @@ from tests.distributed.test_pretrain import (  # noqa: F401 - folder is a fixtur
 )
 from tests.harness import Launched, launch, slow
 
-STEPS = 8
-SHORT = {"training__steps": STEPS, "training__eval_interval": 4, "training__save_interval": 4}
+SHORT = {"training__steps": 6, "training__eval_interval": 3, "training__save_interval": 3}
 SAME = ("length", "lr", "tokens_trained", "tokens_read", "flops")
 CLOSE = ("train_loss", "eval_loss", "eval_loss_averaged")
 
@@ -46,7 +45,7 @@ def test_three_axes_train_the_run_of_one(workers, folder, ranks):  # noqa: F811
     )
     assert min(compared) > 0
     one, both = metrics(folder, "data"), metrics(folder, "all")
-    assert one["train_loss"][0] - one["train_loss"][-1] > 0.3
+    assert one["train_loss"][0] - one["train_loss"][-1] > 0.2
     for column in SAME:
         assert both[column] == one[column], column
     for column in CLOSE:
@@ -73,9 +72,9 @@ def test_a_resumed_pipeline_is_bitwise_the_uninterrupted_one(workers, folder):  
     cut = folder / "runs" / "cut"
     shutil.copytree(folder / "runs" / "whole", cut)
     (cut / "summary.json").unlink()
-    (cut / "checkpoints" / "latest").write_text("step00000004")
+    (cut / "checkpoints" / "latest").write_text("step00000003")
     lines = (cut / "metrics.csv").read_text().splitlines(keepends=True)
-    (cut / "metrics.csv").write_text("".join(lines[: 1 + 6]))
+    (cut / "metrics.csv").write_text("".join(lines[: 1 + 5]))
     pool.run(run_script, str(folder), "cut", settings, "--resume")
     assert metrics(folder, "cut") == metrics(folder, "whole")
     first, second = averaged(folder, "whole"), averaged(folder, "cut")

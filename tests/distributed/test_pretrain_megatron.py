@@ -203,10 +203,10 @@ def of_adam(training):
     training.setup_model_and_optimizer, training.evaluate_and_print_results = set_up, with_states
 
 
-@pytest.mark.parametrize("layout", [slow("tensor"), "pipeline", "data"])
+@pytest.mark.parametrize("layout", [slow("tensor"), "pipeline", slow("data")])
 def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
     """Passes at full length before the first short iteration, of a resumed run, too: everything else is as without."""
-    options = {**LAYOUTS[layout], "dropout": 0.1, "save": str(tmp_path / "run"), "save_interval": 2}
+    options = {**LAYOUTS[layout], "dropout": 0.1, "save": str(tmp_path / "run"), "save_interval": 2, "train_iters": 5}
     sections = {"sequence_length_warmup": REHEARSED, "weight_averaging": AVERAGING, "completep": RECIPE}
     without = {**sections, "sequence_length_warmup": {**REHEARSED, "preflight": False}}
     micro_batches = 1 if layout == "data" else 2
@@ -369,23 +369,37 @@ def explicit_completep(training):
 RECIPE = {"enabled": True, "base_width": 8, "base_depth": 1}
 
 
-def test_completep_and_resume(workers, tmp_path):
-    """All three methods, learning rates by tokens; stopped after four iterations and resumed, nothing is lost.
+BY_TOKENS = {**WARMUP, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 300}}
+ALL_THREE = {"sequence_length_warmup": BY_TOKENS, "weight_averaging": AVERAGING, "completep": RECIPE}
 
-    CompleteP alone equals the recipe applied by its own functions.
-    """
+
+@pytest.fixture(scope="module")
+def saved(workers, tmp_path_factory):
+    """A folder with a run of all three methods in it, and one of none; what both have recorded."""
+    folder = tmp_path_factory.mktemp("saved")
+    options = {**LAYOUTS["pipeline"], "save": str(folder / "run")}
+    whole = workers(2).run(run, str(folder), ALL_THREE, options)
+    short = {**LAYOUTS["pipeline"], "train_iters": 3, "save": str(folder / "plain"), "save_interval": 3}
+    return folder, whole, workers(2).run(run, str(folder), {}, short)
+
+
+def loading(folder, **changes):
+    """Options that go on from the run's fourth iteration."""
+    return {**LAYOUTS["pipeline"], "load": str(folder / "run"), "ckpt_step": 4, **changes}
+
+
+def test_completep_is_the_recipe_applied_by_its_own_functions(workers, tmp_path, saved):
     short = {**LAYOUTS["pipeline"], "train_iters": 3}
     alone = workers(2).run(run, str(tmp_path), {"completep": RECIPE}, short)
     explicit = workers(2).run(run, str(tmp_path), {}, short, twin=explicit_completep)
-    plain = workers(2).run(run, str(tmp_path), {}, {**short, "save": str(tmp_path / "plain"), "save_interval": 3})
-    assert alone[1]["losses"] == explicit[1]["losses"] != plain[1]["losses"]
+    assert alone[1]["losses"] == explicit[1]["losses"] != saved[2][1]["losses"]
     assert same(alone[0]["weights"][-1], explicit[0]["weights"][-1]) == []
 
-    by_tokens = {**WARMUP, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 300}}
-    sections = {"sequence_length_warmup": by_tokens, "weight_averaging": AVERAGING, "completep": RECIPE}
-    options = {**LAYOUTS["pipeline"], "save": str(tmp_path / "run")}
-    whole = workers(2).run(run, str(tmp_path), sections, options)
-    resumed = workers(2).run(run, str(tmp_path), sections, {**options, "load": options["save"], "ckpt_step": 4})
+
+def test_a_resumed_run_is_the_uninterrupted_one(workers, saved):
+    """All three methods, learning rates by tokens; stopped after four iterations and resumed, nothing is lost."""
+    folder, whole, _ = saved
+    resumed = workers(2).run(run, str(folder), ALL_THREE, loading(folder, save=str(folder / "resumed")))
     lengths, tokens = [], 0
     for _ in range(STEPS):  # the next token's position, in a duration of 300
         lengths.append(max(8, (8 + 24 * min(tokens + 1, 300) // 300) // 8 * 8))
@@ -405,45 +419,57 @@ def test_completep_and_resume(workers, tmp_path):
         for (*one, weights), (*two, expected) in zip(again["evaluations"], found["evaluations"][2:], strict=True):
             assert one == two and same(weights, expected) == []
 
-    folder = tmp_path / "run" / "ds_plugin" / "iter_0000004"
-    load = {**options, "load": options["save"], "ckpt_step": 4, "save": None}
-    longer = {**sections, "sequence_length_warmup": {**by_tokens, "duration": {"tokens": 400}}}
-    wider = {**sections, "completep": {**RECIPE, "base_width": 4}}
-    forward = {**sections, "completep": {**RECIPE, "residual": "forward"}}
-    for changed, words in (
-        (longer, "give the same section"),
-        (wider, "another completep: base_width 8 there, 4 here;"),
-        (forward, 'another completep: residual "folded" there, "forward" here; give the same section'),
-    ):
-        refused(workers(2).run(run, str(tmp_path), changed, load), words)
-    ours = {**load, "finetune": True, "train_iters": 1}
-    stock = {**ours, "load": str(tmp_path / "plain"), "ckpt_step": None}
-    averaging_alone = {"weight_averaging": AVERAGING}
-    for changed, given, words in (  # weights go where the forward pass is theirs
-        (forward, ours, "residual branches x 1 there, x 0.5 here, logits x 1 there, x 0.5 here; give"),
-        (forward, stock, "weights of a run without this plugin"),
-        (averaging_alone, ours, None),
-        ({**averaging_alone, "completep": RECIPE}, stock, None),
-        (wider, ours, None),
-    ):
-        ranks = workers(2).run(run, str(tmp_path), changed, given)
-        if words is not None:
-            refused(ranks, words)
-        assert words is not None or [found["code"] for found in ranks] == [0, 0], ranks[0]["said"]
+
+LONGER = {**ALL_THREE, "sequence_length_warmup": {**BY_TOKENS, "duration": {"tokens": 400}}}
+WIDER = {**ALL_THREE, "completep": {**RECIPE, "base_width": 4}}
+FORWARD = {**ALL_THREE, "completep": {**RECIPE, "residual": "forward"}}
+AVERAGING_ALONE = {"weight_averaging": AVERAGING}
+OURS, STOCK = {"finetune": True, "train_iters": 1}, {"finetune": True, "train_iters": 1, "ckpt_step": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "given", "words"),
+    [  # weights go where the forward pass is theirs
+        slow(LONGER, {}, "give the same section"),
+        slow(WIDER, {}, "another completep: base_width 8 there, 4 here;"),
+        (FORWARD, {}, 'another completep: residual "folded" there, "forward" here; give the same section'),
+        (FORWARD, OURS, "residual branches x 1 there, x 0.5 here, logits x 1 there, x 0.5 here; give"),
+        slow(FORWARD, STOCK, "weights of a run without this plugin"),
+        slow(AVERAGING_ALONE, OURS, None),
+        ({**AVERAGING_ALONE, "completep": RECIPE}, STOCK, None),
+        slow(WIDER, OURS, None),
+    ],
+)
+def test_what_a_checkpoint_is_resumed_with(workers, saved, changed, given, words):
+    folder, *_ = saved
+    from_stock = {"load": str(folder / "plain")} if given is STOCK else {}
+    ranks = workers(2).run(run, str(folder), changed, loading(folder, **given, **from_stock))
+    if words is not None:
+        refused(ranks, words)
+    assert words is not None or [found["code"] for found in ranks] == [0, 0], ranks[0]["said"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(workers, saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    load, folder = loading(tmp_path), tmp_path / "run" / "ds_plugin" / "iter_0000004"
     tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
     tracker.rename(tmp_path / "tracker")  # the host does without, where --ckpt-step is given
-    refused(workers(2).run(run, str(tmp_path), forward, load), 'residual "folded" there, "forward" here')
+    refused(workers(2).run(run, str(tmp_path), FORWARD, load), 'residual "folded" there, "forward" here')
     (tmp_path / "tracker").rename(tracker)
     (folder / "weight_averaging_rank_00001.safetensors").unlink()
-    refused(workers(2).run(run, str(tmp_path), sections, load), "and is missing now")
+    refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "and is missing now")
     manifest = folder / "ds_plugin.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    refused(workers(2).run(run, str(tmp_path), sections, load), "ds_plugin.json has format 1, this version reads 2")
+    refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "ds_plugin.json has format 1, this version reads 2")
     manifest.unlink()
-    refused(workers(2).run(run, str(tmp_path), sections, load), "a checkpoint of a run without this plugin")
-    of_another = {**options, "load": str(tmp_path / "plain"), "save": None, "train_iters": 4}
-    del sections["completep"]
-    ranks = workers(2).run(run, str(tmp_path), sections, of_another)
+    refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "a checkpoint of a run without this plugin")
+
+
+def test_a_run_of_none_is_gone_on_with_at_full_length(workers, saved):
+    folder, *_ = saved
+    of_another = {**LAYOUTS["pipeline"], "load": str(folder / "plain"), "train_iters": 4}
+    sections = {"sequence_length_warmup": BY_TOKENS, "weight_averaging": AVERAGING}
+    ranks = workers(2).run(run, str(folder), sections, of_another)
     assert "iterations at full length" in ranks[0]["warned"].replace("\n", " ")
     for found in ranks:
         assert found["code"] == 0

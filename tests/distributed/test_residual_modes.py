@@ -22,6 +22,7 @@ from megatron_patches.completep import (
 )
 from megatron_patches.completep.residual import scaled_bias_dropout_add
 from megatron_patches.models import gpt
+from tests.harness import slow
 
 VOCAB, LENGTH = 64, 12
 SIZE = {"num_layers": 8, "hidden_size": 64, "num_attention_heads": 8, "seq_length": LENGTH}
@@ -85,8 +86,7 @@ def _both(changes):
     return forward_losses, folded_losses, different, len(scaled)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("shape", [{}, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize(("shape", "tied"), [({}, True), (LLAMA, False), slow({}, False), slow(LLAMA, True)])
 def test_both_are_the_same_training_run_bit_for_bit(workers, shape, tied):
     """Multipliers are powers of two here (m_N = m_L = 4), so that folding rounds nothing."""
     forward, folded, different, scaled = workers(1).run(_both, {**shape, "tie_embeddings": tied})[0]

@@ -40,7 +40,7 @@ def tune(folder, json_config, *flags):  # noqa: F811
 def test_a_search_finds_a_json_that_the_script_takes(folder):  # noqa: F811
     # 4 steps of learning-rate warmup, so trials of 16 of the 20 steps, the first with a duration of 12
     ended = tune(
-        folder, config(), "--durations", "12,24", "--launcher", "deepspeed --num_accelerators 2 --master_port 29617"
+        folder, config(), "--durations", "12,24", "--launcher", "deepspeed --num_accelerators 1 --master_port 29617"
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for duration in (12, 24):
@@ -60,7 +60,7 @@ def test_a_search_finds_a_json_that_the_script_takes(folder):  # noqa: F811
     ("launcher", "lr", "outcome"),
     [
         slow("deepspeed --num_accelerators 1 --master_port 29618", 1.0, "fluctuated"),
-        ("torchrun --nproc_per_node 1 --master_port 29619", 100.0, "diverged"),
+        slow("torchrun --nproc_per_node 1 --master_port 29619", 100.0, "diverged"),
     ],
 )
 def test_an_unstable_trial_is_ended_at_once(folder, launcher, lr, outcome):  # noqa: F811

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_an_interpreter_that_is_activated_is_found(tmp_path):
 
 
 def test_a_package_that_is_missing_is_named(check, capsys, monkeypatch):
-    monkeypatch.setattr(check, "_environment", lambda dry_run: None)  # this process's stays
+    monkeypatch.setattr(check, "environment", lambda dry_run: None)  # this process's stays
     monkeypatch.setitem(sys.modules, "torch", None)
     assert check.main(["--dry-run"]) == 2
     error = capsys.readouterr().err
@@ -56,24 +57,24 @@ def figures(*found, then=None):
     return part
 
 
-def below_two(name, value):
-    return {"value": value, "passed": value < 2}
+def skip():
+    raise unittest.SkipTest("there is none")
 
 
 @pytest.mark.parametrize(
     ("part", "status", "why", "kept"),
     [
-        (figures(("a", 1)), "passed", None, ["a"]),
-        (figures(("a", 1), ("b", 2)), "failed", "out of bounds: b", ["a", "b"]),
+        (figures(("a", 1, (0, 1)), ("b", "text")), "passed", None, ["a", "b"]),
+        (figures(("a", 1), ("b", 2, (0, 1))), "failed", "out of bounds: b", ["a", "b"]),
         (figures(("a", 1), then=lambda: 1 / 0), "failed", "ZeroDivisionError: division by zero", ["a"]),
         (figures(("a", 1), then=lambda: time.sleep(5)), "failed", "OverTime: took longer than its 0 s", ["a"]),
-        (figures(("not run", "there is none")), "not run", "there is none", []),
+        (figures(("a", 1), then=skip), "not run", "there is none", []),
     ],
 )
 def test_figures_until_an_error_are_kept(check, part, status, why, kept):
     handler = signal.getsignal(signal.SIGALRM)
     began = time.monotonic()
-    record = check.ran(part, below_two, 0.2)
+    record = check.ran(part, 0.2)
     assert record["status"] == status and record.get("error", record.get("reason")) == why
     assert list(record.get("figures", {})) == kept and time.monotonic() - began < 2
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0

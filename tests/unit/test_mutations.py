@@ -20,3 +20,12 @@ def test_each_breaks_one_place_and_names_a_test(name):
     tests = ast.parse((ROOT / file).read_text("utf-8")).body
     names = [node.name for node in tests if isinstance(node, ast.FunctionDef)]
     assert test.partition("[")[0] in names, mutation.test
+
+
+def test_no_test_they_name_is_slow(request):
+    """Of the whole suite; of a few files that were asked for, those that belong to them."""
+    collected = [item.nodeid for item in request.session.items]
+    files = {nodeid.partition("::")[0] for nodeid in collected}
+    whole = len(files) > 80 and not request.config.option.keyword
+    named = [m.test for m in mutations.MUTATIONS.values() if whole or m.test in collected]
+    assert [test for test in named if not any(n == test or n.startswith(f"{test}[") for n in collected)] == []

@@ -172,6 +172,11 @@ def test_what_arrives_is_of_its_step(device, ahead):
     assert master.tolist() == [2] * 4 and arrived.tolist() == [1] * 4
 
 
+def settled(averager):
+    """Wait for the snapshot under way, as whoever reads does."""
+    return averager.steps
+
+
 def test_the_host_waits_for_nothing(device):
     """Nothing has run on the device, and nobody has let go, when the training thread gets on."""
     copies, master, arrived, threads = SnapshotStager(CPU, device), torch.ones(1), torch.zeros(1), []
@@ -349,7 +354,7 @@ def test_averages_equal_those_of_synchronous_snapshots(device, on_device, tmp_pa
             device.training.run()
         device.let_go.set()
         if averager.due(step):
-            averager._copies.drain()
+            settled(averager)
             device.let_go.clear()
             verdict = torch.tensor(True)
             device.training.do("verdict", functools.partial(verdict.fill_, step != 6))
@@ -427,7 +432,7 @@ def test_whoever_reads_waits_for_what_is_under_way(device, on_device, name):
     averager.snapshot(2, finite=True)
     threading.Timer(0.05, device.let_go.set).start()
     assert READS[name](averager, host) == [2]
-    averager._copies.drain()
+    settled(averager)
     assert averager.steps == ([] if name in ("restart", "reset") else [2])  # nothing comes after a reset
 
 
@@ -487,7 +492,7 @@ def test_a_snapshot_allocates_nothing_on_the_device(device, monkeypatch, mode, v
         with training:
             averager.snapshot(step, finite=verdict)
             averager.before_step()
-    averager._copies.drain()
+    settled(averager)
     assert training.count and worker.count and averager.steps
     assert training.allocating == [] and worker.reading == []
     with training:
@@ -510,7 +515,7 @@ def test_a_norm_is_read_when_the_masters_have_arrived(device, on_device, number,
 def test_a_failure_of_the_arithmetic_reaches_the_training_thread(device, on_device, monkeypatch):
     host, build = on_device
     averager = build()
-    monkeypatch.setattr(averager._mode, "take", lambda *a: 1 / 0)
+    monkeypatch.setattr(averager.mode, "take", lambda *a: 1 / 0)
     device.let_go.set()
     averager.snapshot(2, finite=True)
     with pytest.raises(ZeroDivisionError):
