@@ -2,11 +2,11 @@
 
     python benchmarks/bench_hugging_face.py [--out FILE.json]
 
-Four variants of one run take turns: the Trainer alone, twice ("plain again" says what the measurement is good for), with
-the hooks and no section ("off"), and with a warmup that has reached its full length and an average whose first snapshot
-does not come ("on"). A round is one ``train()`` of each, in an order of its own; what is timed is from the end of its
-second step to the end of its last, so that batches, hooks and logs are in it and engines are not. The figures are medians
-over rounds of the time over that of the same round: off over plain, on over off. Time is CPU time without a GPU.
+Four variants of one run take turns: the Trainer alone, twice ("plain again" says what the measurement is good for),
+with the hooks and no section ("off"), and with a warmup that has reached its full length and an average whose first
+snapshot does not come ("on"). A round is one ``train()`` of each, in an order of its own; what is timed is from the end
+of its second step to the end of its last, so that batches, hooks and logs are in it and engines are not. The figures
+are medians over rounds of the time over that of the same round. Time is CPU time without a GPU.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def _train(variant: str, args: argparse.Namespace, folder: str) -> float:
     shape |= {"num_attention_heads": 4, "vocab_size": common.VOCAB, "max_position_embeddings": args.length}
     rows = torch.randint(common.VOCAB, (args.steps * args.batch, args.length))
     given: dict[str, Any] = {"max_steps": args.steps, "logging_steps": 5, "save_strategy": "no", "report_to": []}
-    given |= {"per_device_train_batch_size": args.batch, "learning_rate": 1e-4, "disable_tqdm": True, "log_level": "error"}
+    given |= {"per_device_train_batch_size": args.batch, "learning_rate": 1e-4, "disable_tqdm": True}
     arguments = transformers.TrainingArguments(folder, deepspeed=config, **given)
     trainer = transformers.Trainer(
         model=transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)),

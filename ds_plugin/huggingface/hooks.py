@@ -130,7 +130,7 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = sections.resolve({**_given, **found}, kwargs.get("model"), None) if prepared is None else prepared
         kwargs[name] = {**config, **given}
         if (section := split_config(kwargs[name])[1].completep) is not None:
-            prepare_decoder(kwargs.get("model"), section)
+            prepare_decoder(kwargs["model"], section)
         kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)
         return attach.initialize(*args, **kwargs)
 
