@@ -5,10 +5,14 @@ torch is imported when it is needed: errors are raised before it is."""
 
 import contextlib
 import logging
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+OTHERS_WAIT_SECONDS = 5.0  # in which the other ranks leave the message of an error to rank 0
 
 
 class PluginError(Exception):
@@ -31,6 +35,18 @@ class CheckpointError(PluginError, RuntimeError):
 
 class StateError(PluginError, RuntimeError):
     """A call that makes no sense now, such as a training step while the averaged weights are swapped in."""
+
+
+def say(error: Exception) -> int:
+    """Print the error that ends a framework's script, once though every rank may have raised it; the exit code, 2.
+    Without a collective: a rank may be alone with it. The launcher ends all as soon as one is gone, so the first speaks
+    first."""
+    rank, told = os.environ.get("RANK", "0"), getattr(error, "on_every_rank", False)
+    if rank != "0":
+        time.sleep(OTHERS_WAIT_SECONDS)
+    if rank == "0" or not told:
+        print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def this_rank() -> int:

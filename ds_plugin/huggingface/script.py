@@ -7,14 +7,11 @@ Under a launcher, ``-m ds_plugin run`` stands before the script: ``torchrun --np
 import os
 import runpy
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_plugin.core.errors import ConfigError, PluginError
+from ds_plugin.core.errors import ConfigError, PluginError, say
 from ds_plugin.huggingface.hooks import enable
-
-OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
 
 
 def run(script: str, arguments: Sequence[str], *, config: str | None = None, module: bool = False) -> int:
@@ -35,15 +32,5 @@ def run(script: str, arguments: Sequence[str], *, config: str | None = None, mod
             sys.path.insert(0, str(Path(script).resolve().parent))  # as Python does
             runpy.run_path(script, run_name="__main__")
     except PluginError as error:
-        _say(error)
-        return 2
+        return say(error)
     return 0
-
-
-def _say(error: PluginError) -> None:
-    """Print an error once, though every rank may have raised it. Without a collective: a rank may be alone with it."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)  # the launcher ends all ranks as soon as one is gone; the first speaks first
-    if rank == "0" or not error.on_every_rank:
-        print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import importlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ds_plugin.config import PluginConfig, load_json
-from ds_plugin.core.errors import ConfigError, PluginError, StateError
+from ds_plugin.core.errors import ConfigError, PluginError, StateError, say
 from ds_plugin.core.patch import Change, Patch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
 from megatron_patches.training_loop.loop import Loop
 
 FLAG = "--ds-plugin-config"
 NO_VERIFY = "--ds-plugin-no-verify"
-OTHERS_WAIT_SECONDS = 5.0  # of ranks other than the first, before they print an error
 TRAINING = "megatron.training.training"
 #: what the loop calls by name in its own module
 WRAPPED = tuple(name for name in vars(Loop) if not name.startswith("_"))
@@ -60,18 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         execute(script)
     except PluginError as error:
-        _say(error)
-        return 2
+        return say(error)
     return 0
-
-
-def _say(error: PluginError) -> None:
-    """Print an error once, without a collective: a rank may be alone with it."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(OTHERS_WAIT_SECONDS)  # the launcher ends all ranks as soon as one is gone; the first speaks first
-    if rank == "0" or not error.on_every_rank:
-        print(f"error: {'' if error.on_every_rank else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginConfig, bool]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ds_plugin.config import PluginConfig
+from ds_plugin.core import errors
 from ds_plugin.core.errors import ConfigError, PluginError
 from megatron_patches.training_loop import preflight
 from tests.distributed import plain
@@ -54,7 +55,7 @@ def run(folder, sections, options, twin=None):
 
     file = Path(folder) / f"methods_{torch.distributed.get_rank()}.json"
     file.write_text(json.dumps(sections))
-    script.OTHERS_WAIT_SECONDS = 0
+    errors.OTHERS_WAIT_SECONDS = 0
     sys.path.insert(0, str(FOLDER))
     script.prepare_host(SCRIPT)
     from megatron.training import training
