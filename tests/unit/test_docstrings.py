@@ -19,6 +19,19 @@ LACKING = {
     "ds_plugin/deepspeed_engine/optimizer_check.py: line_of",
     "ds_plugin/huggingface/trainer.py: create_accelerator",
     "ds_plugin/plan/inputs.py: Job",
+    "ds_plugin/weight_averaging/snapshots/memory.py: pinned",
+    "ds_plugin/weight_averaging/snapshots/memory.py: size",
+    "ds_plugin/weight_averaging/window.py: add_",
+    "ds_plugin/weight_averaging/window.py: all_finite",
+    "ds_plugin/weight_averaging/window.py: bits_of",
+    "megatron_patches/apply_completep.py: all_or_none",
+    "megatron_patches/completep/optimizer.py: checkpoint_state",
+    "megatron_patches/completep/residual.py: scale_input",
+    "megatron_patches/megatron_on_cpu.py: disable",
+    "megatron_patches/megatron_on_cpu.py: enabled",
+    "megatron_patches/models/pipeline_gpt.py: FinalNorm",
+    "megatron_patches/training_loop/script.py: prepare_host",
+    "megatron_patches/training_loop/state.py: folder_of",
 }
 
 
