@@ -3,19 +3,16 @@
     python benchmarks/bench_megatron.py --megatron CHECKOUT [--out FILE.json] [--check]
 
 One job of ``CHECKOUT/pretrain_gpt.py`` (tensor x pipeline x data parallel, distributed optimizer, CPU, gloo) trains
-with sequence length warmup, CompleteP and averaging. In every other iteration all that they have put there is taken out
-of the way: the wrappers of the loop's functions, of the data, the optimizer and the scheduler, the residual additions
-and hooks of the model, which are Megatron's again (where CompleteP is in the forward pass), the norm that clips, and
-the param groups, which are merged into Megatron's two. Two jobs side by side would not do: identical ones differ by
-more than the bound. Which weights are trained is of no interest here. The first round, in which the warmup reaches the
-full length, is left out.
+with all three. In every other iteration what they have put there is taken out of the way: the wrappers of the loop's
+functions, of the data, the optimizer and the scheduler, the residual additions and hooks of the model, the norm that
+clips, and the param groups, which are merged into Megatron's two. Two jobs side by side would not do: identical ones
+differ by more than the bound. The first round, in which the warmup reaches the full length, is left out.
 
 An iteration is what lies between two calls of the loop's ``train_step``, so that reading, counting and logging are in
 it. A round is twenty: on, off, off, on, and so on, with one snapshot, one logged line with the methods and one without.
 The figure is the median over rounds of the time with over that without; "off against off", every second of a round's
 iterations without over the others, says what the measurement is good for. Time is CPU time of the ranks' main threads,
-all ranks together: there the model and the plugin compute. (gloo's own threads wake up 100 times a second, also in
-ranks that wait.)
+all ranks together; gloo's own wake up 100 times a second, also in ranks that wait.
 """
 
 import argparse
@@ -121,22 +118,14 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[list[float], str]:
 def flags(args: argparse.Namespace) -> list[str]:
     """Megatron-LM's, beyond and in place of those that `tests.megatron_lm` gives: layout, model and intervals."""
     tensor, pipeline = min(2, args.ranks), 2 if args.ranks >= 4 else 1
-    given = {
-        "tensor-model-parallel-size": tensor,
-        "pipeline-model-parallel-size": pipeline,
-        "num-layers": args.depth,
-        "hidden-size": args.width,
-        "num-attention-heads": args.width // 64,
-        "seq-length": LENGTH,
-        "max-position-embeddings": LENGTH,
-        "micro-batch-size": 2,
-        "global-batch-size": 2 * args.micro_batches * (args.ranks // (tensor * pipeline)),
-        "train-iters": (args.rounds + 1) * ROUND + 1,  # the last only ends the one before it
-        "log-interval": ROUND // 2,
-        "eval-interval": 10**9,
-        "eval-iters": 0,
-    }
-    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    batch = 2 * args.micro_batches * (args.ranks // (tensor * pipeline))
+    iterations = (args.rounds + 1) * ROUND + 1  # the last only ends the one before it
+    return f"""
+        --tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline} --num-layers {args.depth}
+        --hidden-size {args.width} --num-attention-heads {args.width // 64} --seq-length {LENGTH}
+        --max-position-embeddings {LENGTH} --micro-batch-size 2 --global-batch-size {batch} --train-iters {iterations}
+        --log-interval {ROUND // 2} --eval-interval {10**9} --eval-iters 0
+    """.split()
 
 
 def ratios(spent: Sequence[float]) -> dict[str, common.Row]:

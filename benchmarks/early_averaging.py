@@ -111,8 +111,8 @@ class Point(Setting):
 class Saved:
     """A row of summary.csv: how much sooner ``average`` is where ``against`` is at a ``share`` of the run.
 
-    ``steps_saved`` is a share of the steps that ``against`` took (negative: later; minus infinity: not in this run),
-    ``loss_gain`` the difference at that same step; both between smoothed curves.
+    Between smoothed curves: ``steps_saved`` is a share of the steps that ``against`` took (minus infinity: not in this
+    run), ``loss_gain`` the difference at that same step.
     """
 
     regime: str
@@ -130,9 +130,8 @@ class Saved:
 class Recovery:
     """A row of spike.csv: what a spike did to ``average`` (or "raw").
 
-    ``before`` is the raw evaluation loss at the spike's beginning; ``highest`` the average's highest from the spike's
-    end on (after a restart: of the evaluations after it); ``steps`` those from the spike's end until it is back at
-    ``before`` after that (0: never above it; infinite: not in this run); ``last`` its last loss.
+    ``before`` is the raw evaluation loss at the spike's beginning, ``highest`` and ``last`` are the average's after its
+    end (or the restart), ``steps`` those until it is back at ``before`` (0: never above; infinite: not in this run).
     """
 
     lr: float
