@@ -50,6 +50,7 @@ def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:
 
 @contextlib.contextmanager
 def all_or_none(patches: Sequence[Change]) -> Iterator[None]:
+    """Apply changes for the block and what follows; where megatron-core lacks a symbol, none stays."""
     try:
         for patch in patches:
             patch.apply()

@@ -49,11 +49,13 @@ def enable(*, pretend_cuda: bool = False) -> None:
 
 
 def disable() -> None:
+    """Undo `enable`, newest change first."""
     for change in reversed([*_CHANGES, *_PRETEND, *_RESUME.values()]):
         change.revert()
 
 
 def enabled() -> bool:
+    """Whether a GPU is pretended in this process now."""
     return _CHANGES[0].applied
 
 

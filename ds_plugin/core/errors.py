@@ -50,6 +50,7 @@ def say(error: Exception) -> int:
 
 
 def this_rank() -> int:
+    """This process's global rank; 0 without communication."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_initialized() else 0

@@ -119,4 +119,5 @@ def _check_known(field: str, name: Any, usual: str, known: Iterable[str]) -> Non
 
 
 def line_of(error: Exception) -> str:
+    """An exception's type and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -36,6 +36,7 @@ def refuse(given: Mapping[str, Any]) -> None:
 
 
 def create_accelerator(own: Own, trainer: Any) -> None:
+    """Remember whose the Accelerator is; say so where a Trainer has no DeepSpeed for the methods to be in."""
     own(trainer)
     _trainers[trainer.accelerator] = weakref.ref(trainer)
     if not trainer.is_deepspeed_enabled:

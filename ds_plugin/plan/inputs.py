@@ -29,6 +29,8 @@ _Warmup = Annotated[float, Field(ge=0, le=1e15)]
 
 @dataclass(frozen=True)
 class Job:
+    """What a plan is made of, whichever framework's recipe it was read from."""
+
     source: str
     model: GPTConfig
     methods: PluginConfig

@@ -98,6 +98,7 @@ def mean_of(weights: Sequence[float]) -> Work:
 
 
 def add_(total: Tensors, snapshot: Tensors) -> None:
+    """Add a snapshot to a running sum in place, element by element in fp32."""
     in_pieces(lambda _, target, source: np.add(target, source, out=target), total, snapshot)
 
 
@@ -130,6 +131,7 @@ def copy_(out: Tensors, source: Tensors) -> None:
 
 
 def all_finite(tensors: Tensors) -> bool:
+    """Whether no element is a NaN or infinite; reads CPU memory only."""
     found: list[bool] = []
 
     def look(_: Array, array: Array) -> None:  # a NaN is the largest and the smallest
@@ -175,6 +177,7 @@ def in_pieces(work: Work, *lists: Tensors, scratches: int = 1, piece: int | None
 
 
 def bits_of(array: Array) -> torch.Tensor:
+    """An array of 16-bit integers seen as bfloat16; nothing is copied."""
     return torch.from_numpy(array).view(torch.bfloat16)
 
 

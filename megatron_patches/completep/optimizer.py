@@ -160,6 +160,7 @@ def _weighted(
 
 
 def checkpoint_state(section: CompletePConfig) -> dict[str, Any]:
+    """What a checkpoint's common state says of the section, for `check_checkpoint_state` on a resume."""
     return {_STATE_KEY: section.model_dump()}
 
 

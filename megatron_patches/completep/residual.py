@@ -57,6 +57,7 @@ def scaled_before(layer: Any) -> float:
 
 
 def scale_input(module: torch.nn.Module, args: tuple[Any, ...], *, multiplier: float) -> tuple[Any, ...]:
+    """A forward pre-hook: the first argument times ``multiplier``, as before the output layer."""
     return (args[0] * multiplier, *args[1:])
 
 

@@ -60,6 +60,8 @@ class Layer(torch.nn.Module):
 
 
 class FinalNorm(torch.nn.Module):
+    """The layer norm after the last block, under the names that a GPTModel gives its parameters."""
+
     def __init__(self, config: Any):
         from megatron.core.transformer.transformer_block import LayerNormImpl  # the one a GPTModel would have
 

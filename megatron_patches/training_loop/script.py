@@ -77,6 +77,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginCon
 
 
 def prepare_host(script: Path) -> None:
+    """Make a checkout's modules importable and, without a GPU, megatron-core run on the CPU."""
     if (folder := str(script.parent)) not in sys.path:
         sys.path.insert(0, folder)
     if not torch.cuda.is_available():

@@ -52,6 +52,7 @@ class Methods:
 
 
 def folder_of(root: Path, iteration: int) -> Path:
+    """Where the methods' files of a checkpoint lie, beside Megatron-LM's own."""
     return root / "ds_plugin" / f"iter_{iteration:07d}"
 
 

@@ -58,6 +58,7 @@ def batches(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def pinned(sizes: Sequence[int]) -> int:
+    """Bytes that buffers of these sizes take in page-locked memory, whose blocks are rounded up."""
     return sum(rounded(sum(batch)) for batch in batches(sizes))
 
 
@@ -78,6 +79,7 @@ def reserve_files(folder: str, rank_bytes: int, remedy: str) -> Memory:
 
 
 def size(count: int) -> str:
+    """So many bytes in words: MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
