@@ -6,7 +6,10 @@ import platform
 
 from ds_plugin import __version__
 
-_REQUIRED = ("torch", "deepspeed", "megatron-core", "pydantic", "numpy", "safetensors", "tokenizers")
+_REQUIRED = (
+    "torch", "deepspeed", "megatron-core", "pydantic", "numpy", "safetensors", "tokenizers", "transformers",
+    "accelerate", "peft", "trl",
+)  # fmt: skip
 _OPTIONAL = {"apex": "apex.optimizers", "transformer-engine": "transformer_engine"}
 _OPTIONAL |= {name: name for name in ("tensorboard", "wandb")}
 
