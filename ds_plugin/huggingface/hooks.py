@@ -25,7 +25,6 @@ from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten
 _ACCELERATE = "accelerate.accelerator.Accelerator"
 _TRAINER = "transformers.trainer.Trainer"
 _patches: list[Patch] = []
-_given: dict[str, Any] = {}  # the sections that enable() was given, which no DeepSpeed JSON holds
 #: of the model that Accelerate prepares
 _prepared: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("sections", default=None)
 
@@ -40,20 +39,19 @@ def enable(config: str | Path | Mapping[str, Any] | None = None) -> None:
         ConfigError: ``config`` is wrong, or neither transformers, accelerate nor lightning is installed.
         PluginError: a library has no function of a name that is patched.
     """
-    given = sections.of(load_json(config)) if config is not None else {}
-    if config is not None and not given:
+    found = sections.of(load_json(config)) if config is not None else {}
+    if config is not None and not found:
         raise ConfigError(f"enable: the config has none of the sections {', '.join(sections.SECTIONS)}; add one")
     if not _patches:
         _apply(_make())
-    _given.clear()
-    _given.update(given)
+    sections.given = found
 
 
 def disable() -> None:
     """Undo `enable`. Engines that have their methods keep them; `ds_plugin.detach` takes those off."""
     while _patches:
         _patches.pop().revert()
-    _given.clear()
+    sections.given = {}
 
 
 def _make() -> list[Patch]:
@@ -102,9 +100,9 @@ def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
         return original(accelerator, *args)
     owner = trainer.of_accelerator(accelerator)
     with sections.out_of(config) as found:
-        if both := sorted(found.keys() & _given.keys()):
+        if both := sorted(found.keys() & sections.given.keys()):
             raise ConfigError(f"{both[0]}: stands in the DeepSpeed JSON and in the one given to enable(); remove one")
-        token = _prepared.set(sections.resolve({**_given, **found}, model, getattr(owner, "args", None)))
+        token = _prepared.set(sections.resolve({**sections.given, **found}, model, getattr(owner, "args", None)))
         try:
             if owner is not None:
                 trainer.refuse(_prepared.get() or {})
@@ -127,8 +125,9 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if found or prepared:
                 warn("this engine has no optimizer: it trains nothing, and gets none of the methods")
             return original(*args, **kwargs)
-        given = sections.resolve({**_given, **found}, kwargs.get("model"), None) if prepared is None else prepared
-        kwargs[name] = {**config, **given}
+        if prepared is None:  # Lightning's call, or a script's
+            prepared = sections.resolve({**sections.given, **found}, kwargs.get("model"), None)
+        kwargs[name] = {**config, **prepared}
         if (section := split_config(kwargs[name])[1].completep) is not None:
             prepare_decoder(kwargs["model"], section)
         kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)

@@ -12,6 +12,7 @@ from ds_plugin.config import SECTIONS
 from ds_plugin.core.errors import ConfigError, warn
 
 AUTO = "auto"
+given: dict[str, Any] = {}  # those that enable() was given, which no DeepSpeed JSON holds
 #: a sample's length in tokens by the names of training arguments (TRL's), then of a model's configuration
 _ARGUMENTS = ("max_length", "max_seq_length", "model_max_length")
 _CONFIGURATION = ("max_position_embeddings", "n_positions", "max_sequence_length")

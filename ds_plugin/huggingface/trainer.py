@@ -39,9 +39,13 @@ def create_accelerator(own: Own, trainer: Any) -> None:
     """Remember whose the Accelerator is; say so where a Trainer has no DeepSpeed for the methods to be in."""
     own(trainer)
     _trainers[trainer.accelerator] = weakref.ref(trainer)
-    if not trainer.is_deepspeed_enabled:
-        what = "this Trainer does not use DeepSpeed, and none of the methods is in it"
-        warn('ds_plugin: %s; give TrainingArguments(deepspeed="config.json")', what)
+    if trainer.is_deepspeed_enabled:
+        return
+    remedy = 'give TrainingArguments(deepspeed="config.json")'
+    if sections.given:
+        what = f"enable() was given {', '.join(sections.given)}, and this Trainer does not use DeepSpeed"
+        raise ConfigError(f"{what}; {remedy}")
+    warn("this Trainer does not use DeepSpeed, and none of ds_plugin's methods is in it; %s", remedy)
 
 
 def get_batch_samples(own: Own, trainer: Any, batches: Iterator[Any], *args: Any, **kwargs: Any) -> Any:

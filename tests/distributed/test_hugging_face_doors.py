@@ -2,11 +2,15 @@
 what is refused."""
 
 import json
+import os
 
 import pytest
+import torch
 import transformers
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ds_plugin import huggingface
+import ds_plugin
+from ds_plugin import completep, huggingface
 from ds_plugin.core.errors import PluginError
 from ds_plugin.deepspeed_engine import attach
 from tests.distributed.test_hugging_face import history
@@ -19,6 +23,7 @@ from tests.hugging_face import (
     build,
     collate,
     config_of,
+    samples,
     trainer_of,
 )
 
@@ -49,6 +54,62 @@ def test_labels_are_cut_where_a_loss_is_computed_outside_the_model(workers, tmp_
     for by_hand, ours in found.values():
         assert ours == by_hand and len(ours) == 4
     assert found["smooth"] != found["checkpointed"]
+
+
+COMPLETEP = {"enabled": True, "base_width": 16, "base_depth": 1}
+
+
+def _scaled(folder, stage, described):
+    """Losses and the roles' rates of a Trainer's run and of an engine's by hand. ``described``: the optimizer stands in
+    the JSON, and is not the Trainer's own AdamW."""
+    config = {**config_of(stage, completep=COMPLETEP)}
+    if not described:
+        del config["optimizer"]
+    huggingface.enable()
+    given = {**QUIET, "lr_scheduler_type": "constant", "weight_decay": 0.1}
+    run = trainer_of(folder / "run", config, model=build(), **given)
+    run.train()
+    rates = {group["role"]: group["lr"] for group in run.deepspeed.basic_optimizer.param_groups}
+
+    huggingface.disable()
+    unset_hf_deepspeed_config()
+    adam = {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True}
+    sizes = {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    by_hand = {**sizes, "gradient_clipping": 1.0, "zero_optimization": zero, "completep": COMPLETEP}
+    torch.manual_seed(run.args.seed)
+    model = build()
+    torch.manual_seed(run.args.seed)
+    completep.prepare_decoder(model, COMPLETEP)
+    engine = ds_plugin.initialize(model=model, config={**by_hand, "optimizer": {"type": "AdamW", "params": adam}})[0]
+    rank, ranks, losses = torch.distributed.get_rank(), torch.distributed.get_world_size(), []
+    rows = samples()
+    for step in range(4):
+        first = [(step * ACCUMULATION + i) * ranks + rank for i in range(ACCUMULATION)]
+        batches = [collate(rows[n * MICRO : (n + 1) * MICRO]) for n in first]
+        count = torch.tensor(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+        torch.distributed.all_reduce(count)
+        parts = []
+        for batch in batches:
+            loss = engine(**batch, num_items_in_batch=count).loss * ranks
+            parts.append(loss.item())
+            engine.backward(loss, scale_wrt_gas=False)
+            engine.step()
+        mean = torch.tensor(sum(parts))
+        torch.distributed.all_reduce(mean)
+        losses.append((mean / ranks).item())
+    own = {group["role"]: group["lr"] for group in engine.basic_optimizer.param_groups}
+    return history(run, "loss"), losses, rates, own
+
+
+def _scaled_both(folder):
+    return _scaled(folder, 1, True), _scaled(folder, 3, False)
+
+
+def test_a_decoder_is_scaled_as_it_is_prepared(workers, tmp_path):
+    for trained, by_hand, rates, own in workers(2).run(_scaled_both, tmp_path)[0]:
+        assert [loss for _, loss in trained] == pytest.approx(by_hand, abs=1e-6) and len(by_hand) == 4
+        assert rates == own and rates["hidden"] == rates["embedding"] / 2
 
 
 def _best(folder):
@@ -96,7 +157,6 @@ def test_the_best_average_is_found_and_loaded(workers, tmp_path):
 def _adapter(folder):
     """LoRA: base frozen, a low rank on the attention."""
     import peft
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     def model():
         settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, init_lora_weights=False)
@@ -162,6 +222,8 @@ def _refused(folder):
     foreign.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
     said["foreign"] = history(foreign, "length", "tokens_trained")
     huggingface.enable({"weight_averaging": SECTIONS["weight_averaging"]})
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]  # which a Trainer with DeepSpeed leaves
+    case("no DeepSpeed", lambda: trainer_of(folder / "run", None, **QUIET))
     one = trainer_of(folder / "given", config_of(1), **QUIET)
     one.train()
     said["given"] = list(attach.get_plugin(one.deepspeed).averager.steps)
@@ -176,6 +238,7 @@ def test_what_is_refused_says_so(workers, tmp_path):
     assert 'did you mean "sequence_length_warmup"' in said["misspelt"]
     assert "stands in the DeepSpeed JSON and in the one given to enable()" in said["twice"]
     assert said["given"] == [2, 4]
+    assert said["no DeepSpeed"].startswith("enable() was given weight_averaging, and this Trainer does not use")
     # of a checkpoint without the methods, the steps count as full-length ones
     full = 2 * MICRO * ACCUMULATION * LENGTH
     lengths, trained = [length for _, length, _ in said["foreign"]], [tokens for *_, tokens in said["foreign"]]
