@@ -12,7 +12,7 @@ for PY in "${DS_PLUGIN_PYTHON:-}" "${active:+$active/bin/python}" "$ROOT/.venv/b
     if [ -n "$PY" ] && [ -x "$PY" ]; then
         export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
         # a call that hangs in the driver ends with the rest; what was found by then is written
-        exec timeout -k 5 355 "$PY" "$ROOT/benchmarks/gpu_check.py" "$@"
+        exec timeout -k 5 355 "$PY" "$ROOT/tests/gpu/gpu_check.py" "$@"
     fi
 done
 echo "error: no Python found; activate an environment, or name one: DS_PLUGIN_PYTHON=/a/python" >&2

@@ -42,11 +42,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def benchmark(name: str) -> ModuleType:
-    """A module of benchmarks/, read anew, as the script would be: it is not installed, and imports those beside it."""
-    folder = ROOT / "benchmarks"
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    """A module of benchmarks/ or tests/gpu/, read anew, as the script would be: it is not installed, and imports those
+    beside it."""
+    folders = [ROOT / "benchmarks", ROOT / "tests" / "gpu"]
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
+    path = next(folder / f"{name}.py" for folder in folders if (folder / f"{name}.py").is_file())
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there
