@@ -37,6 +37,10 @@ PRELOAD_IF_POSSIBLE = (
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "torch.profiler",
+    "accelerate",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "transformers.training_args",  # not its trainer, which imports pyarrow: that starts a thread
 )
 # And every module of ours: each rank would import what it needs of them again, up to half of its time.
 PRELOAD_WHOLE = ("ds_plugin", "megatron_patches", "launch_scripts.gpt")

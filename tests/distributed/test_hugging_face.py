@@ -81,8 +81,8 @@ def _all(folder, cases):
     return {case: _trained(folder / f"{case[0]}_{case[1]}", *case) for case in cases}
 
 
-CASES = [(1, MODELS[0]), (2, MODELS[1]), (3, MODELS[0])]
-SLOW = [(2, MODELS[0]), (0, MODELS[0]), (1, MODELS[1]), (3, MODELS[1])]
+CASES = [(1, MODELS[0]), (3, MODELS[0])]
+SLOW = [(2, MODELS[0]), (0, MODELS[0]), *((stage, MODELS[1]) for stage in (1, 2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +145,6 @@ def test_the_loss_ratio_counts_a_short_accumulation_step_as_any_other(trained, c
 
 
 def test_stages_agree(trained):
-    one, three = trained(CASES[0]), trained(CASES[2])
+    one, three = trained(CASES[0]), trained(CASES[1])
     for (_, loss, *_), (_, other, *_) in zip(one["whole"], three["whole"], strict=True):
         assert math.isclose(loss, other, abs_tol=1e-6)

@@ -6,8 +6,6 @@ import os
 
 import pytest
 import torch
-import transformers
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import ds_plugin
 from ds_plugin import completep, huggingface
@@ -26,6 +24,14 @@ from tests.hugging_face import (
     samples,
     trainer_of,
 )
+
+
+def unset_config():
+    """Or a model that is built next is divided by ZeRO 3."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
 
 QUIET = {"eval_strategy": "no", "max_steps": 4}
 
@@ -72,7 +78,7 @@ def _scaled(folder, stage, described):
     rates = {group["role"]: group["lr"] for group in run.deepspeed.basic_optimizer.param_groups}
 
     huggingface.disable()
-    unset_hf_deepspeed_config()
+    unset_config()
     adam = {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True}
     sizes = {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": ACCUMULATION}
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
@@ -170,7 +176,7 @@ def _adapter(folder):
         found.append(history(run, "loss", "grad_norm"))
     run.save_model(str(folder / "final"))
     evaluated = run.evaluate()["eval_averaged_loss"]
-    unset_hf_deepspeed_config()
+    unset_config()
     published = peft.PeftModel.from_pretrained(build(), folder / "final" / "averaged")
     loaded = trainer_of(folder / "loaded", config_of(3), model=published).evaluate()["eval_loss"]
     files = sorted(p.name for p in (folder / "final" / "averaged").iterdir())
@@ -185,15 +191,10 @@ def test_an_adapter_is_averaged_and_published_as_one(workers, tmp_path):
     assert found["loaded"] == pytest.approx(found["evaluated"], abs=1e-6)
 
 
-class Late(transformers.TrainerCallback):
-    """What an obvious callback does."""
-
-    def on_train_begin(self, *args, **kwargs):
-        huggingface.enable()
-
-
 def _refused(folder):
     """What is said, by case."""
+    import transformers
+
     said = {}
 
     def case(name, act):
@@ -208,6 +209,13 @@ def _refused(folder):
 
     warmup = {**SECTIONS["sequence_length_warmup"], "end_length": 32}
     late = trainer_of(folder / "late", config_of(1, sequence_length_warmup=warmup), **QUIET)
+
+    class Late(transformers.TrainerCallback):
+        """What an obvious callback does."""
+
+        def on_train_begin(self, *args, **kwargs):
+            huggingface.enable()
+
     late.add_callback(Late())
     huggingface.disable()
     case("late", late.train)

@@ -481,5 +481,7 @@ def test_roles_that_carry_a_multiplier():
         "branch_out_bias": 0.25,
         "logit_norm": 0.25,
         "unembedding": 0.25,
+        "scaled_embedding": 0.5,  # its forward pass multiplies by sqrt(width) itself
+        "scaled_logit_norm": 0.5,
     }
     assert {forward.fold_factor(r, ratios) for r in Role} == {1.0}
