@@ -36,7 +36,7 @@ def _run(name, folder, steps):
     [
         ("nano_loop.py", "step 20, length 128"),
         ("accelerate_loop.py", "held out: "),
-        ("trainer.py", "averaged model of "),
+        slow("trainer.py", "averaged model of "),
         slow("sft.py", ""),
     ],
 )

@@ -40,11 +40,10 @@ def tune(folder, json_config, *flags):  # noqa: F811
 def test_a_search_finds_a_json_that_the_script_takes(folder):  # noqa: F811
     # 4 steps of learning-rate warmup, so trials of 16 of the 20 steps, the first with a duration of 12
     ended = tune(
-        folder, config(), "--durations", "12,24", "--launcher", "deepspeed --num_accelerators 1 --master_port 29617"
+        folder, config(), "--durations", "12", "--launcher", "deepspeed --num_accelerators 1 --master_port 29617"
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    for duration in (12, 24):
-        assert f"start 8, duration {duration}: stable at step 16 of 16, perplexity" in ended.stdout
+    assert "start 8, duration 12: stable at step 16 of 16, perplexity" in ended.stdout
     trial = metrics(folder, "start8_duration12")
     # 8 + 2t, floored to 8; every step is evaluated
     assert trial["step"][:16] == list(range(1, 17)) and trial["length"][:16] == [8] * 3 + [16] * 4 + [24] * 4 + [32] * 5
@@ -52,7 +51,7 @@ def test_a_search_finds_a_json_that_the_script_takes(folder):  # noqa: F811
 
     tuned = settings.load_settings(settings.parser().parse_args(["--config", str(folder / "runs" / "tiny.json")]))
     assert tuned.plugin.sequence_length_warmup.start_length == 8
-    assert tuned.plugin.sequence_length_warmup.duration.steps == 24
+    assert tuned.plugin.sequence_length_warmup.duration.steps == 12
     assert tuned.plugin.weight_averaging is not None
 
 

@@ -166,7 +166,7 @@ if "--hang" in sys.argv or "--stall" in sys.argv:
 def tune(tmp_path, monkeypatch, capsys):
     """``tune(*flags)`` runs the command on a JSON in tmp_path; exit code, stdout, stderr."""
     monkeypatch.setattr(search_module, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(search_module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(search_module, "GRACE_SECONDS", 0.2)
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def run(*flags, **changes):
@@ -313,7 +313,7 @@ def left(folder):
 
 
 def test_no_process_is_left_behind(tmp_path, tune, monkeypatch):
-    monkeypatch.setattr(search_module, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(search_module, "GRACE_SECONDS", 0.2)
     assert tune("--- --hang")[0] == 0  # each with a child in a session of its own that ignores SIGTERM
     assert started(tmp_path) == TRIALS and left(tmp_path) == []
 
