@@ -14,7 +14,7 @@ USUAL_WARNINGS = (
     "Transformer Engine and Apex are not installed. Falling back to",
     "Apex is not installed. Falling back to Torch Norm",
     # Megatron-core warns about the default of its own setting, also where there are no CUDA graphs
-    "full scope is deprecated. Use empty cuda_graph_scope",
+    "full scope is deprecated. Use empty cuda_graph",
     # DeepSpeed calls them, and the new names are not in every torch that is supported
     "`torch.distributed.all_gather_into_tensor` is deprecated",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
