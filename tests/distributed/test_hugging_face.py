@@ -144,7 +144,12 @@ def test_the_loss_ratio_counts_a_short_accumulation_step_as_any_other(trained, c
     assert ratios and all(0.9 < ratio < 1.1 for ratio in ratios)
 
 
-def test_stages_agree(trained):
-    one, three = trained(CASES[0]), trained(CASES[1])
-    for (_, loss, *_), (_, other, *_) in zip(one["whole"], three["whole"], strict=True):
-        assert math.isclose(loss, other, abs_tol=1e-6)
+@pytest.mark.parametrize(
+    ("kind", "stages"), [(MODELS[0], (1, 3)), slow(MODELS[0], (0, 1, 2, 3)), slow(MODELS[1], (1, 2, 3))]
+)
+def test_stages_agree(trained, kind, stages):
+    first, *others = [trained((stage, kind))["whole"] for stage in stages]
+    assert others
+    for other in others:
+        for (_, loss, *_), (_, its, *_) in zip(first, other, strict=True):
+            assert math.isclose(loss, its, abs_tol=1e-6)
