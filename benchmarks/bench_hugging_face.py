@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line per comparison; exit code 1 when ``--check``'s bound is broken."""
     bound = "fail when the hooks cost more than 1 %%"
     parser = common.parser(__doc__, bound, width=256, depth=4, length=128, batch=4, rounds=40)
-    parser.add_argument("--steps", type=int, default=12, help="of a round; default: 12")
+    parser.add_argument("--steps", type=int, default=8, help="of a round; default: 8")
     args = parser.parse_args(arguments)
     common.start()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
