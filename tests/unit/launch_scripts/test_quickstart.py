@@ -40,9 +40,14 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+#: a shell cannot hear a signal that was ignored when it started, as SIGHUP is when the tests run under nohup
+HEARD = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
 def start(place: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     command = ["bash", str(place / "launch_scripts" / "quickstart.sh"), *arguments]
     env = {**os.environ, "DS_PLUGIN_PYTHON": str(place / "python"), **environment}
+    command = [sys.executable, "-c", HEARD, *command]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
