@@ -89,8 +89,9 @@ def _train(variant: str, args: argparse.Namespace, folder: str) -> float:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    trainer.deepspeed.destroy()
-    del trainer
+    engine: Any = trainer.deepspeed
+    engine.destroy()
+    del trainer, engine
     gc.collect()  # or the engines of all rounds stay in memory
     return clock.ends[-1] - clock.ends[1]
 
