@@ -8,6 +8,7 @@ of the Trainer, six methods         see `trainer`
 import contextvars
 import functools
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
@@ -114,9 +115,10 @@ def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
 def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a library calls for an engine: with the sections where something is trained, without them where not, as of
     a reference model or before an evaluation."""
+    kwargs = dict(inspect.signature(attach.initialize).bind(*args, **kwargs).arguments)  # all by name
     name = next((name for name in ("config", "config_params") if isinstance(kwargs.get(name), Mapping)), None)
     if name is None:  # a script's own call
-        return attach.initialize(*args, **kwargs) if _has_sections(kwargs) else original(*args, **kwargs)
+        return attach.initialize(**kwargs) if _has_sections(kwargs) else original(**kwargs)
     config = dict(kwargs[name])
     with sections.out_of(config) as found:
         kwargs[name] = config
@@ -124,14 +126,14 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("optimizer") is None and kwargs.get("model_parameters") is None:
             if found or prepared:
                 warn("this engine has no optimizer: it trains nothing, and gets none of the methods")
-            return original(*args, **kwargs)
+            return original(**kwargs)
         if prepared is None:  # Lightning's call, or a script's
             prepared = sections.resolve({**sections.given, **found}, kwargs.get("model"), None)
         kwargs[name] = {**config, **prepared}
         if (section := split_config(kwargs[name])[1].completep) is not None:
             prepare_decoder(kwargs["model"], section)
         kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)
-        return attach.initialize(*args, **kwargs)
+        return attach.initialize(**kwargs)
 
 
 def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:

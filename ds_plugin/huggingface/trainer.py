@@ -69,9 +69,11 @@ def evaluation_loop(own: Own, trainer: Any, dataloader: Any, description: str, *
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given["metric_key_prefix"] = given.get("metric_key_prefix", "eval") + SUFFIX
     streams = rng.capture()  # a pass draws from them; training goes on as if there had been one
-    with plugin.averaged_weights():
-        output.metrics.update(own(trainer, dataloader, description, **given).metrics)
-    rng.restore(streams)
+    try:
+        with plugin.averaged_weights():
+            output.metrics.update(own(trainer, dataloader, description, **given).metrics)
+    finally:
+        rng.restore(streams)
     return output
 
 
