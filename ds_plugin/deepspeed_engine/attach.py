@@ -21,6 +21,7 @@ from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.sequence_length_warmup.slicing import Shorten
 
 _ATTRIBUTE = "_ds_plugin"  # where an engine holds its Plugin
+ONE_CONFIG = "initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config); %s were given"
 #: DeepSpeed's, bound before ours can take its place by ``deepspeed.initialize = ds_plugin.initialize``
 _deepspeed_initialize = deepspeed.initialize
 _running = contextvars.ContextVar("ds_plugin.initialize", default=False)
@@ -57,8 +58,7 @@ def initialize(
     given = {name: value for name, value in locals().items() if name != "shorten"}
     configs = [c for c in (getattr(args, "deepspeed_config", None), config, config_params) if c is not None]
     if len(configs) != 1:
-        what = "initialize() takes one DeepSpeed config (config=, config_params= or args.deepspeed_config)"
-        raise ConfigError(f"{what}; {len(configs) or 'none'} were given")
+        raise ConfigError(ONE_CONFIG % (len(configs) or "none"))
     given["config"], sections = split_config(configs[0])
     json_check.check(given["config"], _ranks(given["config"], model, mpu, mesh_param))
     if sections.weight_averaging is not None:

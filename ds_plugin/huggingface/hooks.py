@@ -5,13 +5,14 @@
 of the Trainer, six methods         see `trainer`
 """
 
+import contextlib
 import contextvars
 import functools
 import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,7 @@ def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
         return original(accelerator, *args)
     owner = trainer.of_accelerator(accelerator)
     with sections.out_of(config) as found:
-        if both := sorted(found.keys() & sections.given.keys()):
-            raise ConfigError(f"{both[0]}: stands in the DeepSpeed JSON and in the one given to enable(); remove one")
-        token = _prepared.set(sections.resolve({**sections.given, **found}, model, getattr(owner, "args", None)))
+        token = _prepared.set(sections.resolve(sections.with_given(found), model, getattr(owner, "args", None)))
         try:
             if owner is not None:
                 trainer.refuse(_prepared.get() or {})
@@ -116,24 +115,41 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What a library calls for an engine: with the sections where something is trained, without them where not, as of
     a reference model or before an evaluation."""
     kwargs = dict(inspect.signature(attach.initialize).bind(*args, **kwargs).arguments)  # all by name
-    name = next((name for name in ("config", "config_params") if isinstance(kwargs.get(name), Mapping)), None)
-    if name is None:  # a script's own call
-        return attach.initialize(**kwargs) if _has_sections(kwargs) else original(**kwargs)
-    config = dict(kwargs[name])
-    with sections.out_of(config) as found:
-        kwargs[name] = config
+    with _config(kwargs) as (config, is_own), sections.out_of(config) as found:
         prepared = _prepared.get()
-        if kwargs.get("optimizer") is None and kwargs.get("model_parameters") is None:
+        if not is_own and kwargs.get("optimizer") is None and kwargs.get("model_parameters") is None:
             if found or prepared:
-                warn("this engine has no optimizer: it trains nothing, and gets none of the methods")
-            return original(**kwargs)
+                what = "initialize() without optimizer and model_parameters, as for a reference model"
+                warn(f"{what}: this engine gets none of the methods; give model_parameters to train it with them")
+            return original(**kwargs, config=config)
         if prepared is None:  # Lightning's call, or a script's
-            prepared = sections.resolve({**sections.given, **found}, kwargs.get("model"), None)
-        kwargs[name] = {**config, **prepared}
-        if (section := split_config(kwargs[name])[1].completep) is not None:
+            prepared = sections.resolve(sections.with_given(found), kwargs.get("model"), None)
+        if not prepared:
+            return original(**kwargs, config=config)
+        whole = {**config, **prepared}
+        if (section := split_config(whole)[1].completep) is not None:
             prepare_decoder(kwargs["model"], section)
-        kwargs["shorten"] = _of_lightning(kwargs.get("model"), config)
-        return attach.initialize(**kwargs)
+        return attach.initialize(**kwargs, config=whole, shorten=_of_lightning(kwargs.get("model"), config))
+
+
+@contextlib.contextmanager
+def _config(kwargs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The DeepSpeed config taken out of the arguments of a call, as a dict, and whether it was a file, which is how
+    a script calls; libraries give a dict."""
+    args: Any = kwargs.get("args")
+    given = [kwargs.pop(name, None) for name in ("config", "config_params")]
+    given.append(getattr(args, "deepspeed_config", None))
+    configs = [config for config in given if config is not None]
+    if len(configs) != 1:
+        raise ConfigError(attach.ONE_CONFIG % (len(configs) or "none"))
+    is_own = not isinstance(configs[0], Mapping)
+    if given[-1] is not None:
+        args.deepspeed_config = None
+    try:
+        yield dict(load_json(configs[0]) if is_own else configs[0]), is_own
+    finally:
+        if given[-1] is not None:
+            args.deepspeed_config = given[-1]
 
 
 def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:
@@ -143,8 +159,3 @@ def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:
         return None
     cut = ByName(model.training_step, micro_batch=config.get("train_micro_batch_size_per_gpu"))
     return lambda args, kwargs, length: cut(args, kwargs, length)
-
-
-def _has_sections(kwargs: Mapping[str, Any]) -> bool:
-    given = (kwargs.get("config"), kwargs.get("config_params"), getattr(kwargs.get("args"), "deepspeed_config", None))
-    return any(isinstance(source, (str, Path)) and sections.of(load_json(source)) for source in given)

@@ -23,6 +23,13 @@ def of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in SECTIONS if name in config}
 
 
+def with_given(found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` in a DeepSpeed config, and those that `enable` was given. Raises ConfigError: both have one."""
+    if both := sorted(found.keys() & given.keys()):
+        raise ConfigError(f"{both[0]}: stands in the DeepSpeed JSON and in the one given to enable(); remove one")
+    return {**given, **found}
+
+
 @contextlib.contextmanager
 def out_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The sections, which the config does not have inside the block and has again after it."""

@@ -196,4 +196,3 @@ def buffers(config: WeightAveragingConfig) -> list[torch.dtype]:
         return [torch.float32] + [torch.bfloat16] * (config.window - 1)
     count = {"sliding": config.window, "block": 2, "ema": len(config.horizons or ())}[config.mode]
     return [torch.float32] * count
-

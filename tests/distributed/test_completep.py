@@ -341,9 +341,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "zero", "tensor_parallel"), [slow(2, 1, 1), slow(2, 2, 1), (2, 3, 1), (2, 1, 2)]
-)
+@pytest.mark.parametrize(("ranks", "zero", "tensor_parallel"), [slow(2, 1, 1), slow(2, 2, 1), (2, 3, 1), (2, 1, 2)])
 def test_layouts_agree_and_keep_the_groups(workers, ranks, zero, tensor_parallel):
     expected, groups = workers(1).run(_stage_losses, 0, 1)[0]
     assert [g[0] for g in groups] == [g[0] for g in GROUPS]

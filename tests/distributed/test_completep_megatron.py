@@ -401,9 +401,7 @@ def test_groups_of_half_precision_and_other_recipes(workers):
 
 def modes(tied, sharded):
     config = {"log_num_zeros_in_grad": True}
-    return [
-        train(section(residual=mode), sharded=sharded, tied=tied, config=config) for mode in ("forward", "folded")
-    ]
+    return [train(section(residual=mode), sharded=sharded, tied=tied, config=config) for mode in ("forward", "folded")]
 
 
 @pytest.mark.parametrize(("tied", "sharded"), [(False, True), (True, False), slow(False, False), slow(True, True)])

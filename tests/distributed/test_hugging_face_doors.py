@@ -1,9 +1,11 @@
 """What a Trainer's user may do besides: labels read outside the model, adapters, the best model, several Trainers; and
 what is refused."""
 
+import argparse
 import json
 import os
 
+import deepspeed
 import pytest
 import torch
 
@@ -251,3 +253,47 @@ def test_what_is_refused_says_so(workers, tmp_path):
     full = 2 * MICRO * ACCUMULATION * LENGTH
     lengths, trained = [length for _, length, _ in said["foreign"]], [tokens for *_, tokens in said["foreign"]]
     assert lengths == [None, None, 24, 32] and trained[2] > full
+
+
+def _own_call(folder):
+    """What a script's own ``deepspeed.initialize`` gives its engine: groups by role, and the methods that run."""
+    adam = {"type": "AdamW", "params": {"lr": 3e-3, "weight_decay": 0.1, "torch_adam": True}}
+    config, scaled = {"train_batch_size": MICRO, "optimizer": adam}, {"completep": COMPLETEP}
+    average = {"weight_averaging": SECTIONS["weight_averaging"]}
+    for name, sections in (("plain", {}), ("scaled", scaled), ("average", average)):
+        (folder / name).write_text(json.dumps({**config, **sections}))
+    found = {}
+
+    def case(name, given, *args, **kwargs):
+        huggingface.enable(given)
+        try:
+            engine = deepspeed.initialize(*args, **kwargs)[0]
+        except PluginError as error:
+            found[name] = str(error)
+            return
+        plugin = getattr(engine, "_ds_plugin", None)
+        roles = [group["role"] for group in engine.basic_optimizer.param_groups if "role" in group]
+        found[name] = (len(roles) > 1, plugin is not None and plugin.averager is not None)
+
+    args = argparse.Namespace(deepspeed_config=str(folder / "scaled"), local_rank=0)
+    case("args", average, args, build())
+    found["args are as they were"] = args.deepspeed_config == str(folder / "scaled")
+    case("by place", scaled, None, build(), None, None, None, None, None, None, None, None, str(folder / "average"))
+    case("file", average, model=build(), config=folder / "plain")
+    case("none", None, model=build(), config=str(folder / "plain"))
+    case("twice", average, model=build(), config=str(folder / "average"))
+    case("neither", average, model=build())
+    model = build()
+    case("dict", scaled, model=model, model_parameters=model.parameters(), config={**config, **average})
+    case("reference", None, model=build(), config={**config, **average})
+    return found
+
+
+def test_a_scripts_own_call_gets_all_sections(workers, tmp_path):
+    found = workers(1).run(_own_call, tmp_path)[0]
+    assert found.pop("args are as they were")
+    assert "weight_averaging: stands in the DeepSpeed JSON and in the one given to enable()" in found.pop("twice")
+    assert "initialize() takes one DeepSpeed config" in found.pop("neither")
+    both, average, neither = (True, True), (False, True), (False, False)
+    assert [found.pop(name) for name in ("args", "by place", "dict")] == [both] * 3
+    assert found == {"file": average, "none": neither, "reference": neither}

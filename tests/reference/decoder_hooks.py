@@ -35,9 +35,7 @@ class Twin:
         self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         self.ends = tuple(f".{end}" for end in ENDS[family])
         with torch.no_grad():
-            for (name, mine), (other, theirs) in zip(
-                model.named_parameters(), folded.named_parameters(), strict=True
-            ):
+            for (name, mine), (other, theirs) in zip(model.named_parameters(), folded.named_parameters(), strict=True):
                 assert name == other
                 mine.copy_(self.unfolded(name, theirs))
         for name, module in model.named_modules():

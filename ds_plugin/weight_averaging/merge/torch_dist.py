@@ -179,5 +179,3 @@ def _source(path: Path, found: Any) -> TorchDist:
 def _refuse_gaps(path: Path, key: str, entry: Any, parts: list[torch.Size], numel: int) -> None:
     what = f"{path}: the {len(entry.chunks)} chunks of {key} {list(entry.size)} do not cover it once"
     refuse(sum(map(math.prod, parts)) != numel, what)
-
-

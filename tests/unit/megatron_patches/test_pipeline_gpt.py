@@ -1,6 +1,5 @@
 """A pipeline's names and param groups, worked out by hand; what of an earlier run counts as one without a pipeline."""
 
-
 import pytest
 
 from ds_plugin.deepspeed_engine.completep import divided
