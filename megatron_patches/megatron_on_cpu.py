@@ -7,6 +7,7 @@ in spite of different draws on the CPU (a resumed run, another data order).
 """
 
 import contextlib
+import importlib
 import itertools
 import logging
 from collections import defaultdict
@@ -30,7 +31,9 @@ _GRAPH_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_
 _TRACKER = logging.getLogger("megatron.core.tensor_parallel.random")
 _TRACKER_WARNING = "CPU RNG state changed"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_ROUTER, _KERNEL = "megatron.core.transformer.moe.moe_utils", "te_general_gemm"
 _CPU = torch.device("cpu")
+_named: list[Any] = []  # modules whose missing name was set
 
 
 def enable(*, pretend_cuda: bool = False) -> None:
@@ -218,6 +221,19 @@ def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
     _RESUME["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
 
 
+def _name_missing_kernel() -> None:
+    """Without TransformerEngine some versions leave the name of its matrix product undefined that a router looks at."""
+    module = importlib.import_module(_ROUTER)
+    if not hasattr(module, _KERNEL):
+        setattr(module, _KERNEL, None)
+        _named.append(module)
+
+
+def _take_kernels_name() -> None:
+    while _named:
+        delattr(_named.pop(), _KERNEL)
+
+
 def _always(value: Any) -> Any:  # a new function, as `Patch` wants one of its own
     return lambda *args, **kwargs: value
 
@@ -286,7 +302,10 @@ _MENDED = {
     "load_state_dict": _load_optimizer_state_dict,
     "_set_main_param_and_optimizer_states": _set_optimizer_states,
 }
-_RESUME = {
+_RESUME: dict[str, Any] = {
     name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
     for name, mended in _MENDED.items()
 }
+_RESUME["router"] = Change(
+    _ROUTER, _name_missing_kernel, _take_kernels_name, reason="a router without TransformerEngine"
+)

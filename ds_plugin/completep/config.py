@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ds_plugin.completep import rules
-from ds_plugin.completep.rules import Multipliers, Ratios, Recipe, Role
-from ds_plugin.core.settings_model import Layers, Ratio, SectionConfig, Width
+from ds_plugin.completep.rules import Experts, Multipliers, Ratios, Recipe, Role
+from ds_plugin.core.settings_model import Heads, Layers, Ratio, SectionConfig, Width
 
 #: by recipe, the settings that it does not react to; the base's size is asked for all the same
 WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
@@ -39,6 +39,27 @@ class CompletePConfig(SectionConfig):
         "the weights, learning rates, weight decay and eps (Adam only; the forward pass is megatron-core's own); by "
         "default forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
     )
+    base_num_heads: Heads | None = Field(
+        None, description="its number of attention heads, e.g. 4; this and the next seven: null when in proportion"
+    )
+    base_num_query_groups: Heads | None = Field(
+        None, description="its number of key and value heads; each must be shared by as many heads as in this model"
+    )
+    base_ffn_hidden_size: Width | None = Field(None, description="the hidden size of its MLP, e.g. 1024")
+    base_moe_ffn_hidden_size: Width | None = Field(None, description="the hidden size of one of its experts, e.g. 256")
+    base_moe_shared_expert_intermediate_size: int | None = Field(
+        None, ge=0, le=2**20, description="the hidden size of its shared experts together, 0 for none"
+    )
+    base_num_moe_experts: Heads | None = Field(None, description="its number of experts, e.g. 8")
+    base_moe_router_topk: Heads | None = Field(None, description="of these, how many a token goes through, e.g. 2")
+    base_moe_router_topk_scaling_factor: Ratio | None = Field(
+        None, description="what the weights of a token's experts sum to in the base, e.g. 1.0"
+    )
+    moe: Literal["fixed_sparsity", "mue"] | None = Field(
+        None,
+        description="for experts whose number, share or size is not the base's: fixed_sparsity (Jiang et al., the same "
+        "active share) or mue (Complete-muE, any share)",
+    )
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: Ratio = Field(1.0, description="completed_p: this run's batch in tokens over the base run's")
     token_ratio: Ratio = Field(1.0, description="completed_p: this run's training tokens over the base run's")
@@ -67,10 +88,14 @@ class CompletePConfig(SectionConfig):
         names = sorted({*there, *here})
         return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
 
-    def ratios(self, width: int, depth: int) -> Ratios:
-        """Of a model of this hidden size and number of layers against the base model."""
+    def ratios(
+        self, width: int, depth: int, dims: Mapping[str, float] | None = None, experts: Experts | None = None
+    ) -> Ratios:
+        """Of a model of this hidden size and number of layers against the base model; ``dims``, ``experts``: as
+        `sizes.dims_of` and `sizes.experts_of` give them, for other sizes than those in proportion."""
         m_N, m_L = width / self.base_width, depth / self.base_depth
-        return Ratios(m_N, m_L, self.alpha, self.batch_ratio, self.token_ratio)
+        given = (self.alpha, self.batch_ratio, self.token_ratio)
+        return Ratios(m_N, m_L, *given, dims=dims or {}, experts=experts or Experts())
 
     def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
         """The row of this section's recipe."""

@@ -5,18 +5,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ds_plugin.completep import rules
+from ds_plugin.completep import rules, sizes
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import Ratios, Role
-from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, unwrapped
+from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, is_transformer_config, label, unwrapped
 from ds_plugin.core.errors import ConfigError
 
 
 def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
-    """The ratios of a TransformerConfig, or of a decoder's config, against the section's base model."""
-    depth = getattr(config, "num_hidden_layers", None) or config.num_layers
-    return section.ratios(config.hidden_size, depth)
+    """The ratios of a TransformerConfig, or of a decoder's config, against the section's base model. Raises
+    ConfigError: a size in it has no ratio to the base's (see `sizes`)."""
+    if is_transformer_config(config):
+        dims, experts = sizes.dims_of(config, section), sizes.experts_of(config, section)
+        return section.ratios(config.hidden_size, config.num_layers, dims, experts)
+    if given := next((name for name in sizes.OF_MEGATRON if getattr(section, name) is not None), None):
+        what = f"of {label(config)}'s model the sizes are taken to grow in proportion"
+        raise ConfigError(f"completep.{given}: {what}; keep the base's proportions, and leave it out")
+    return section.ratios(config.hidden_size, config.num_hidden_layers)
 
 
 class Prepared(NamedTuple):
@@ -57,7 +63,9 @@ def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str,
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
     folded, tied = section.residual == "folded", is_tied(model)
-    return {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
+    roles = {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
+    ratios = ratios_of(model.config, section)
+    return {name: rules.merged(role, ratios, folded=folded) for name, role in roles.items()}
 
 
 def in_force(model: torch.nn.Module, section: CompletePConfig) -> CompletePConfig:

@@ -3,6 +3,13 @@
 m_N is the width ratio, hidden size / base hidden size; m_L the depth ratio, layers / base layers. Every multiplier
 applies to the base model's value.
 
+Where dimensions do not grow in proportion, a matrix inside a block has ratios of its own, m_in of its fan-in and m_out
+of its fan-out, and its row is init std m_in^-1/2, learning rate m_L^(alpha-1) / m_in, weight decay m_in (so that their
+product stays), eps (m_N m_out)^-1/2 m_L^-alpha. Why the last: a gradient at a vector of n elements, the stream, is of
+order 1/n at each. Through a matrix of k to n with weights of order k^-1/2 it is n^1/2 k^-1/2 / n = (n k)^-1/2, and
+through one of j to k before it, k^1/2 j^-1/2 (n k)^-1/2 = (n j)^-1/2: (n size)^-1/2 at a vector of any size. Entries of
+the matrix's gradient are that at its output times inputs of order 1. In proportion this is Table 1.
+
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
@@ -15,7 +22,8 @@ unembedding, or, where that is the word embedding too, into the gains and biases
 
 import enum
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Recipe = Literal["completep", "mup", "standard", "completed_p"]
@@ -28,6 +36,16 @@ class Role(enum.Enum):
     EMBEDDING = "embedding"  # token and learned position embeddings; a tied unembedding too
     HIDDEN = "hidden"  # matrices inside a block
     BRANCH_OUT = "branch_out"  # folded mode only: those that end a residual branch; hidden matrices to Table 1
+    #: hidden matrices of a model whose dimensions are not in proportion to its base's; the second ends the branch
+    QKV = "qkv"
+    ATTENTION_OUT = "attention_out"
+    MLP_UP = "mlp_up"
+    MLP_DOWN = "mlp_down"
+    ROUTER = "router"  # and a shared expert's gate
+    EXPERT_UP = "expert_up"
+    EXPERT_DOWN = "expert_down"
+    SHARED_UP = "shared_up"  # of experts that every token goes through
+    SHARED_DOWN = "shared_down"
     BLOCK_NORM = "block_norm"  # gains and biases of the norms inside a block
     QK_NORM = "qk_norm"  # gains and biases of the norms on queries and keys; a block norm to Table 1
     BLOCK_BIAS = "block_bias"  # biases inside a block
@@ -40,6 +58,41 @@ class Role(enum.Enum):
     SCALED_LOGIT_NORM = "scaled_logit_norm"  # folded mode only: the final norm of a model with that one tied
 
 
+#: of the matrices inside a block, which of the model's dimensions their fan-in and fan-out are (see `Ratios.of`)
+FANS: Mapping[Role, tuple[str, str]] = {
+    Role.HIDDEN: ("width", "width"),
+    Role.BRANCH_OUT: ("width", "width"),
+    Role.QKV: ("width", "heads"),
+    Role.ATTENTION_OUT: ("heads", "width"),
+    Role.MLP_UP: ("width", "ffn"),
+    Role.MLP_DOWN: ("ffn", "width"),
+    Role.ROUTER: ("width", "width"),  # Jiang et al. give its eps so
+    Role.EXPERT_UP: ("width", "expert_ffn"),
+    Role.EXPERT_DOWN: ("expert_ffn", "width"),
+    Role.SHARED_UP: ("width", "shared_ffn"),
+    Role.SHARED_DOWN: ("shared_ffn", "width"),
+}
+#: matrices that end a residual branch
+ENDS = (Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
+#: dense ones, which are hidden matrices to Table 1 where their dimensions are in proportion
+_DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a mixture of experts differs from the base's.
+
+    ``rule``: ``fixed_sparsity``, Jiang et al. (arXiv 2601.20205): each token goes through the same share of the
+    experts; ``mue``, Complete-muE (arXiv 2605.23893): the share may change. Both are Table 1's hidden row where the
+    experts' number, the active ones and the hidden size of one over the model's are the base's. ``form``: the weights
+    of a token's experts sum to a constant (``mean``), or to their number (``sum``)."""
+
+    rule: Literal["fixed_sparsity", "mue"] = "fixed_sparsity"
+    form: Literal["mean", "sum"] = "mean"
+    m_E: float = 1.0  # ratio of the number of experts
+    m_K: float = 1.0  # of those that a token goes through
+
+
 @dataclass(frozen=True)
 class Ratios:
     """How the model and its training differ from the base's; below 1 for smaller ones."""
@@ -49,6 +102,12 @@ class Ratios:
     alpha: float = 1.0
     m_B: float = 1.0  # batch ratio; completed_p only
     m_D: float = 1.0  # ratio of training tokens; completed_p only
+    dims: Mapping[str, float] = field(default_factory=dict)  # of dimensions that are not in proportion to the width
+    experts: Experts = Experts()
+
+    def of(self, dimension: str) -> float:
+        """The ratio of a dimension in `FANS`."""
+        return self.dims.get(dimension, self.m_N)
 
 
 @dataclass(frozen=True)
@@ -66,8 +125,18 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
     """The ratios a recipe reacts to: the others are taken as 1."""
     if recipe == "completed_p":
         return ratios
-    m_N = 1.0 if recipe == "standard" else ratios.m_N
-    return Ratios(m_N, ratios.m_L if recipe == "completep" else 1.0, ratios.alpha)
+    if recipe == "standard":
+        return Ratios(1.0, 1.0, ratios.alpha)
+    m_L = ratios.m_L if recipe == "completep" else 1.0
+    return Ratios(ratios.m_N, m_L, ratios.alpha, dims=ratios.dims, experts=ratios.experts)
+
+
+def merged(role: Role, ratios: Ratios, *, folded: bool) -> Role:
+    """The role in whose param group a dense matrix is: Table 1's where its dimensions are in proportion, so that a
+    model in proportion has as few groups as the table has rows; others are in their own."""
+    if role not in _DENSE or any(ratios.of(dimension) != ratios.m_N for dimension in FANS[role]):
+        return role
+    return Role.BRANCH_OUT if folded and role in ENDS else Role.HIDDEN
 
 
 def multipliers(
@@ -88,7 +157,7 @@ def multipliers(
 def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:
     """What folded mode multiplies a role's weights by, in place of an output in the forward pass; 1 for most. Gradients
     are 1/c of the forward mode's: a norm over all of them must weigh these by c."""
-    if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS):
+    if role in ENDS or role is Role.BRANCH_OUT_BIAS:
         return residual_multiplier(ratios, recipe)
     if role in (Role.SCALED_EMBEDDING, Role.SCALED_LOGIT_NORM):  # the base's sqrt(width) in place of the model's
         c = effective(recipe, ratios).m_N ** -0.5
@@ -107,10 +176,30 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
             return Multipliers(1, 1, 1, other_eps)
         case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:
             return Multipliers(1, 1, 0, other_eps)
-        case Role.HIDDEN | Role.BRANCH_OUT:
-            return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N, block_eps)
         case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS:
             return Multipliers(1, block_lr, 0, block_eps)
+        case Role.EXPERT_UP | Role.EXPERT_DOWN:
+            return _expert(role, ratios)
+        case _:
+            m_in, m_out = (ratios.of(dimension) for dimension in FANS[role])
+            eps = 1 / (math.sqrt(m_N * m_out) * m_L**alpha)
+            return Multipliers(1 / math.sqrt(m_in), block_lr / m_in, m_in, eps)
+
+
+def _expert(role: Role, ratios: Ratios) -> Multipliers:
+    """A row of an expert's matrix. Those of a token add up to one long down-projection: in the sum form of m_M m_K
+    inputs; in the mean form each is divided by m_K, so that its weights are m_K times as large for the same output.
+
+    eps is no source's at another share: an expert's gradient is of m_K / m_E of the tokens, times the weight that each
+    gives it (1 / m_K in the mean form), beside what it is of in a dense model."""
+    m_N, m_M, depth = ratios.m_N, ratios.of("expert_ffn"), ratios.m_L**ratios.alpha
+    experts, block_lr = ratios.experts, ratios.m_L ** (ratios.alpha - 1)
+    k = experts.m_K if experts.form == "sum" else 1.0
+    std = (math.sqrt(experts.m_K / m_M) if experts.rule == "mue" else math.sqrt(m_N) / m_M) / k
+    seen = k / experts.m_E
+    if role is Role.EXPERT_UP:
+        return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N, std * seen / (math.sqrt(m_N) * depth))
+    return Multipliers(std, block_lr / (m_M * k), m_M * k, seen / (m_N * depth))
 
 
 def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:

@@ -8,8 +8,9 @@ import torch
 from ds_plugin.core.errors import ConfigError
 
 MODELS = (
-    "dense megatron-core GPTModels, the same in DeepSpeed's pipeline (megatron_patches.models.pipeline_gpt), and "
-    "decoders that ds_plugin.completep.prepare_decoder(model, section) has been called on as they were built"
+    "megatron-core GPTModels, dense or with experts, the same in DeepSpeed's pipeline "
+    "(megatron_patches.models.pipeline_gpt), and decoders that ds_plugin.completep.prepare_decoder(model, section) has "
+    "been called on as they were built"
 )
 MARK = "completep_applied"  # on a finished or prepared model its section, on a TransformerConfig a `Prepared`
 ROLES = "completep_roles"  # on a prepared decoder: its parameters' roles, by name
@@ -70,9 +71,14 @@ def check_model(model: Any) -> None:
         raise ConfigError(f"completep: this is {label(model)}; {remedy}")
 
 
+def is_transformer_config(config: Any) -> bool:
+    """Whether this is megatron-core's."""
+    return _is_a(config, "TransformerConfig")
+
+
 def check_config(config: Any) -> None:
     """Raises ConfigError for what is no TransformerConfig, or one of another kind of attention."""
-    if not _is_a(config, "TransformerConfig") or _is_a(config, "MLATransformerConfig"):
+    if not is_transformer_config(config) or _is_a(config, "MLATransformerConfig"):
         raise ConfigError(
             f"completep: the config is {label(config)}; supported is megatron-core's TransformerConfig itself (for a "
             "GPTConfig, gpt.transformer_config(cfg, dtype)) with multi-head or grouped-query attention"

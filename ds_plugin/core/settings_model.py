@@ -20,6 +20,7 @@ Waiting = Annotated[int, Field(ge=1, le=10_000)]  # of each step a loss waits on
 Tokens = Annotated[int, Field(ge=1, le=10**15)]  # twenty-five times what the largest runs train
 Length = Annotated[int, Field(ge=1, le=2**24)]  # of a sample in tokens; the longest contexts have ten million
 Width = Annotated[int, Field(ge=1, le=2**20)]
+Heads = Annotated[int, Field(ge=1, le=10_000)]  # and experts
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Ranks = Annotated[int, Field(ge=1, le=100_000)]
 MOST_RATE = 1e3  # of learning rates, weight decay and eps: weights overflow soon above it

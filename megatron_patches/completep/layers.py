@@ -36,7 +36,7 @@ _BASE_STD = "completep_base_std"
 _INFERENCE_SCALE = "softmax_scale"
 #: fields that set one of our quantities another way, or add streams, or parameters without a role
 _UNSUPPORTED = """
-    num_moe_experts multi_latent_attention mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
+    moe_latent_size multi_latent_attention mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
     heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
     experimental_attention_variant linear_attention_freq
 """
@@ -194,8 +194,9 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
     """What a parameter is multiplied by as it was drawn: no random numbers, so tensor-parallel ranks stay in step."""
-    if role is Role.UNEMBEDDING:  # untied, it is drawn with init_method, which is the hidden matrices' here
-        return section.multipliers(role, ratios).init_std / section.multipliers(Role.HIDDEN, ratios).init_std
+    if role is Role.UNEMBEDDING or role in rules.FANS:  # an untied output matrix is drawn as the hidden ones are
+        drawn = Role.BRANCH_OUT if role in rules.ENDS else Role.HIDDEN
+        return section.multipliers(role, ratios).init_std / section.multipliers(drawn, ratios).init_std
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0
 
 

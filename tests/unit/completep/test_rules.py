@@ -1,18 +1,22 @@
 """Table 1 of arXiv 2505.01618, worked out by hand for m_N = 4, m_L = 16."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 
 from ds_plugin.completep.param_groups import scaled_betas
 from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import (
+    FANS,
+    Experts,
     Multipliers,
     Ratios,
     Role,
     attention_scale,
     fold_factor,
     logit_multiplier,
+    merged,
     multipliers,
     residual_multiplier,
 )
@@ -44,6 +48,7 @@ for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.BRANCH_OUT: _table[Role.HIDDEN], Role.BRANCH_OUT_BIAS: _table[Role.BLOCK_BIAS]}
     _table |= {Role.LOGIT_NORM: _table[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: _table[Role.FINAL_NORM]}
     _table |= {Role.SCALED_EMBEDDING: _table[Role.EMBEDDING]}
+    _table |= dict.fromkeys(FANS, _table[Role.HIDDEN])  # all of a block's matrices, in proportion
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -87,13 +92,13 @@ MUP = {
 }
 MUP |= {Role.BRANCH_OUT: MUP[Role.HIDDEN], Role.BRANCH_OUT_BIAS: MUP[Role.BLOCK_BIAS]}
 MUP |= {Role.LOGIT_NORM: MUP[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: MUP[Role.FINAL_NORM]}
-MUP |= {Role.SCALED_EMBEDDING: MUP[Role.EMBEDDING]}
+MUP |= {Role.SCALED_EMBEDDING: MUP[Role.EMBEDDING], **dict.fromkeys(FANS, MUP[Role.HIDDEN])}
 
 
 def test_mup_is_width_only_and_standard_scales_nothing():
     for role in Role:
         assert multipliers(role, Ratios(4, 16), recipe="mup") == Multipliers(*MUP[role]), role
-        matrices = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+        matrices = (Role.EMBEDDING, Role.SCALED_EMBEDDING, *FANS, Role.UNEMBEDDING)
         decays = role in matrices
         assert multipliers(role, Ratios(4, 16), recipe="standard") == Multipliers(1, 1, int(decays), 1), role
     assert residual_multiplier(Ratios(4, 16), "mup") == residual_multiplier(Ratios(4, 16), "standard") == 1
@@ -113,7 +118,7 @@ COMPLETED_P = {
 }
 COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS: COMPLETED_P[Role.BLOCK_BIAS]}
 COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
-COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING]}
+COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING], **dict.fromkeys(FANS, COMPLETED_P[Role.HIDDEN])}
 
 
 def test_completed_p():
@@ -134,6 +139,7 @@ FOLDED = {
     Role.SCALED_EMBEDDING: (1 / 2, 1 / 2, 2, 2),
     Role.SCALED_LOGIT_NORM: (1 / 2, 1 / 2, 0, 2),  # the logits' 1/4, of which the tied embedding has 1/2
 }
+FOLDED |= {role: FOLDED[Role.BRANCH_OUT] for role in FANS if role.value.endswith(("_out", "_down"))}
 
 
 def test_folding():
@@ -142,7 +148,8 @@ def test_folding():
         expected = FOLDED.get(role, ALPHA_1[role])
         assert multipliers(role, ratios, folded=True) == Multipliers(*expected), role
     assert {role: fold_factor(role, ratios) for role in FOLDED} == {
-        Role.BRANCH_OUT: 1 / 16,
+        **dict.fromkeys((Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN), 1 / 16),
+        Role.SHARED_DOWN: 1 / 16,
         Role.BRANCH_OUT_BIAS: 1 / 16,
         Role.UNEMBEDDING: 1 / 4,
         Role.LOGIT_NORM: 1 / 4,
@@ -168,20 +175,33 @@ NAMES = {
     "embedding.position_embeddings.weight": Role.EMBEDDING,
     LAYER + "self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
     LAYER + "self_attention.linear_qkv.layer_norm_bias": Role.BLOCK_NORM,
-    LAYER + "self_attention.linear_qkv.weight": Role.HIDDEN,
+    LAYER + "self_attention.linear_qkv.weight": Role.QKV,
     LAYER + "self_attention.linear_qkv.bias": Role.BLOCK_BIAS,
     LAYER + "self_attention.q_layernorm.weight": Role.QK_NORM,
     LAYER + "self_attention.q_layernorm.bias": Role.QK_NORM,
     LAYER + "self_attention.k_layernorm.weight": Role.QK_NORM,
     LAYER + "self_attention.k_layernorm.bias": Role.QK_NORM,
-    LAYER + "self_attention.linear_proj.weight": Role.HIDDEN,
+    LAYER + "self_attention.linear_proj.weight": Role.ATTENTION_OUT,
     LAYER + "self_attention.linear_proj.bias": Role.BLOCK_BIAS,
     LAYER + "mlp.linear_fc1.layer_norm_weight": Role.BLOCK_NORM,
     LAYER + "mlp.linear_fc1.layer_norm_bias": Role.BLOCK_NORM,
-    LAYER + "mlp.linear_fc1.weight": Role.HIDDEN,
+    LAYER + "mlp.linear_fc1.weight": Role.MLP_UP,
     LAYER + "mlp.linear_fc1.bias": Role.BLOCK_BIAS,
-    LAYER + "mlp.linear_fc2.weight": Role.HIDDEN,
+    LAYER + "mlp.linear_fc2.weight": Role.MLP_DOWN,
     LAYER + "mlp.linear_fc2.bias": Role.BLOCK_BIAS,
+    LAYER + "mlp.router.weight": Role.ROUTER,
+    LAYER + "mlp.experts.local_experts.3.linear_fc1.weight": Role.EXPERT_UP,
+    LAYER + "mlp.experts.local_experts.3.linear_fc1.bias": Role.BLOCK_BIAS,
+    LAYER + "mlp.experts.local_experts.3.linear_fc2.weight": Role.EXPERT_DOWN,
+    LAYER + "mlp.experts.local_experts.3.linear_fc2.bias": Role.BLOCK_BIAS,
+    LAYER + "mlp.experts.weight1": Role.EXPERT_UP,
+    LAYER + "mlp.experts.weight2": Role.EXPERT_DOWN,
+    LAYER + "mlp.experts.linear_fc1.weight11": Role.EXPERT_UP,
+    LAYER + "mlp.experts.linear_fc2.weight0": Role.EXPERT_DOWN,
+    LAYER + "mlp.experts.linear_fc2.bias0": Role.BLOCK_BIAS,
+    LAYER + "mlp.shared_experts.linear_fc1.weight": Role.SHARED_UP,
+    LAYER + "mlp.shared_experts.linear_fc2.weight": Role.SHARED_DOWN,
+    LAYER + "mlp.shared_experts.gate_weight": Role.ROUTER,
     "decoder.final_layernorm.weight": Role.FINAL_NORM,
     "decoder.final_layernorm.bias": Role.FINAL_NORM,
     "output_layer.weight": Role.UNEMBEDDING,
@@ -189,10 +209,10 @@ NAMES = {
 # the copy of the word embedding that a pipeline's last stage holds
 TIED_NAMES = NAMES | {"output_layer.weight": Role.EMBEDDING}
 _ENDS_OF_BRANCHES = {
-    LAYER + "self_attention.linear_proj.weight": Role.BRANCH_OUT,
     LAYER + "self_attention.linear_proj.bias": Role.BRANCH_OUT_BIAS,
-    LAYER + "mlp.linear_fc2.weight": Role.BRANCH_OUT,
     LAYER + "mlp.linear_fc2.bias": Role.BRANCH_OUT_BIAS,
+    LAYER + "mlp.experts.local_experts.3.linear_fc2.bias": Role.BRANCH_OUT_BIAS,
+    LAYER + "mlp.experts.linear_fc2.bias0": Role.BRANCH_OUT_BIAS,
 }
 FOLDED_NAMES = NAMES | _ENDS_OF_BRANCHES
 FOLDED_TIED_NAMES = TIED_NAMES | _ENDS_OF_BRANCHES
@@ -210,8 +230,8 @@ def test_roles(folded, tied, names):
 @pytest.mark.parametrize(
     "name",
     [
-        "decoder.layers.0.mlp.router.weight",
-        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight",
+        "decoder.layers.0.mlp.router.bias",
+        "decoder.layers.0.mlp.experts.local_experts.0.linear_fc3.weight",
         "decoder.layers.0.self_attention.linear_q_down_proj.weight",
         "mtp.layers.0.eh_proj.weight",
         "decoder.layers.0.mixer.in_proj.weight",
@@ -222,3 +242,52 @@ def test_roles(folded, tied, names):
 def test_an_unknown_parameter_is_named(name):
     with pytest.raises(ConfigError, match=name):
         role_of(name)
+
+
+def test_matrices_in_proportion_train_in_the_tables_groups():
+    ratios = Ratios(4.0, 8.0, dims={"ffn": 4.0})
+    for folded, ends in ((False, Role.HIDDEN), (True, Role.BRANCH_OUT)):
+        found = {role: merged(role, ratios, folded=folded) for role in (Role.QKV, Role.MLP_UP, Role.EXPERT_UP)}
+        assert found == {Role.QKV: Role.HIDDEN, Role.MLP_UP: Role.HIDDEN, Role.EXPERT_UP: Role.EXPERT_UP}
+        assert merged(Role.MLP_DOWN, ratios, folded=folded) is merged(Role.ATTENTION_OUT, ratios, folded=folded) is ends
+    for role in (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN):
+        assert multipliers(role, ratios) == multipliers(Role.HIDDEN, ratios)
+
+
+def test_matrices_out_of_proportion_have_their_own_fan_in():
+    """Width x 4, depth x 8, an MLP of 3.25 times and heads of 2 times the base's: by hand."""
+    ratios, alpha = Ratios(4.0, 8.0, 0.5, dims={"ffn": 3.25, "heads": 2.0}), 0.5
+    lr, depth = 8.0 ** (alpha - 1), 8.0**alpha
+    expected = {
+        Role.QKV: (1 / 2, lr / 4, 4, 1 / math.sqrt(8) / depth),
+        Role.ATTENTION_OUT: (1 / math.sqrt(2), lr / 2, 2, 1 / 4 / depth),
+        Role.MLP_UP: (1 / 2, lr / 4, 4, 1 / math.sqrt(13) / depth),
+        Role.MLP_DOWN: (1 / math.sqrt(3.25), lr / 3.25, 3.25, 1 / 4 / depth),
+    }
+    for role, row in expected.items():
+        assert astuple(multipliers(role, ratios))[:4] == pytest.approx(row, rel=1e-12), role
+        assert merged(role, ratios, folded=True) is role
+        assert multipliers(role, ratios, recipe="standard") == Multipliers(1, 1, 1, 1)
+    assert fold_factor(Role.MLP_DOWN, ratios) == fold_factor(Role.ATTENTION_OUT, ratios) == 8.0**-alpha
+
+
+@pytest.mark.parametrize("form", ["mean", "sum"])
+def test_experts(form):
+    """m_N 4, m_L 8, experts of 2 times the base's hidden size, twice as many and as many active; both papers' rows."""
+    for rule, std in (("fixed_sparsity", 4**0.5 / 2), ("mue", (2 / 2) ** 0.5)):
+        ratios = Ratios(4.0, 8.0, dims={"expert_ffn": 2.0}, experts=Experts(rule, form, m_E=2.0, m_K=2.0))
+        k = 2 if form == "sum" else 1
+        down = (std / k, 1 / (2 * k), 2 * k, k / 2 / 4 / 8)  # k / m_E of the tokens' weights
+        up = (1 / 2, 1 / 4, 4, std / k * k / 2 / 2 / 8)
+        assert astuple(multipliers(Role.EXPERT_DOWN, ratios))[:4] == pytest.approx(down, rel=1e-12)
+        assert astuple(multipliers(Role.EXPERT_UP, ratios))[:4] == pytest.approx(up, rel=1e-12)
+        assert multipliers(Role.ROUTER, ratios) == multipliers(Role.HIDDEN, ratios)
+        assert multipliers(Role.SHARED_DOWN, ratios) == multipliers(Role.HIDDEN, ratios)
+
+
+def test_the_two_forms_of_the_mix_are_one_model():
+    """A mean-form expert is one of the sum form whose down-projection is m_K times as large."""
+    mean, of_sum = (Ratios(4.0, 8.0, experts=Experts("mue", form, m_E=4.0, m_K=2.0)) for form in ("mean", "sum"))
+    assert multipliers(Role.EXPERT_UP, mean) == multipliers(Role.EXPERT_UP, of_sum)
+    a, b = (astuple(multipliers(Role.EXPERT_DOWN, ratios)) for ratios in (mean, of_sum))
+    assert a[:4] == pytest.approx((b[0] * 2, b[1] * 2, b[2] / 2, b[3] / 2))
