@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -63,9 +64,20 @@ class CompletePConfig(SectionConfig):
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: Ratio = Field(1.0, description="completed_p: this run's batch in tokens over the base run's")
     token_ratio: Ratio = Field(1.0, description="completed_p: this run's training tokens over the base run's")
-    eps_scope: Literal["table", "all"] = Field(
+    eps_scope: Literal["table", "all", "embedding"] = Field(
         "table",
-        description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code",
+        description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code; "
+        "embedding: Table 1's, and the embeddings 1 / m_N",
+    )
+    weight_decay_exponent: float = Field(
+        1.0, ge=0.0, le=2.0, description="weight decay of matrices grows by width^this; 1 keeps lr x weight decay"
+    )
+    embedding_multiplier: Ratio = Field(1.0, description="what embeddings are multiplied by, in the base model too")
+    output_multiplier: Ratio = Field(1.0, description="what logits are multiplied by, in the base model too")
+    lr_multipliers: dict[str, Ratio] = Field(
+        {},
+        description='by role, what its learning rate is multiplied by, in the base model too, e.g. {"mlp_down": 0.5}; '
+        "hidden, block_norm, block_bias, embedding and final_norm stand for all of their kind",
     )
 
     roles: dict[str, str] = Field(
@@ -95,13 +107,22 @@ class CompletePConfig(SectionConfig):
         `sizes.dims_of` and `sizes.experts_of` give them, for other sizes than those in proportion."""
         m_N, m_L = width / self.base_width, depth / self.base_depth
         given = (self.alpha, self.batch_ratio, self.token_ratio)
-        return Ratios(m_N, m_L, *given, dims=dims or {}, experts=experts or Experts())
+        return Ratios(
+            m_N, m_L, *given, dims=dims or {}, experts=experts or Experts(), decay_exponent=self.weight_decay_exponent,
+            embedding=self.embedding_multiplier, output=self.output_multiplier,
+        )  # fmt: skip
 
     def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
-        """The row of this section's recipe."""
-        return rules.multipliers(
-            role, ratios, recipe=self.recipe, eps_scope=self.eps_scope, folded=self.residual == "folded"
-        )
+        """The row of this section's recipe, with the role's own factor on the learning rate."""
+        folded = self.residual == "folded"
+        row = rules.multipliers(role, ratios, recipe=self.recipe, eps_scope=self.eps_scope, folded=folded)
+        names = (role.value, rules.kind_of(role).value)
+        return replace(row, lr=row.lr * next((self.lr_multipliers[n] for n in names if n in self.lr_multipliers), 1.0))
+
+    def merged(self, role: Role, ratios: Ratios) -> Role:
+        """`rules.merged`, but for a role with a factor of its own."""
+        own = role.value in self.lr_multipliers
+        return role if own else rules.merged(role, ratios, folded=self.residual == "folded")
 
     def fold_factor(self, role: Role, ratios: Ratios) -> float:
         """What the role's weights are multiplied by, and its gradients divided by, against the forward mode."""
@@ -117,8 +138,11 @@ class CompletePConfig(SectionConfig):
                     f"completep.{name}: {value!r} has no effect with recipe {self.recipe!r}; remove it, or write "
                     f'"recipe": {takes}'
                 )
+        known = [each.value for each in Role]
+        if unknown := [role for role in self.lr_multipliers if role not in known]:
+            raise ValueError(f"completep.lr_multipliers: {unknown[0]!r} is no role; roles are {', '.join(known)}")
         for pattern, role in self.roles.items():
-            if role not in (known := [each.value for each in Role]):
+            if role not in known:
                 raise ValueError(f"completep.roles: {pattern!r} is given {role!r}; roles are {', '.join(known)}")
             try:
                 re.compile(pattern)

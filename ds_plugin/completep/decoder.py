@@ -19,7 +19,7 @@ from torch import nn
 from ds_plugin.completep import probe, rules
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import checked_roles, describe, ratios_of
-from ds_plugin.completep.param_groups import await_groups, build_param_groups
+from ds_plugin.completep.param_groups import await_groups, build_param_groups, refuse_unused
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, label, unwrapped
 from ds_plugin.core.errors import ConfigError
@@ -106,6 +106,7 @@ def optimizer_groups(
     the base model's hyperparameters in, one group per role out. Raises ConfigError: it is not prepared."""
     given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
     section, roles, ratios = _prepared(model)
+    refuse_unused(section, roles.values())
     return build_param_groups(model, roles, ratios, section, **given)
 
 

@@ -65,7 +65,7 @@ def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str,
     folded, tied = section.residual == "folded", is_tied(model)
     roles = {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
     ratios = ratios_of(model.config, section)
-    return {name: rules.merged(role, ratios, folded=folded) for name, role in roles.items()}
+    return {name: section.merged(role, ratios) for name, role in roles.items()}
 
 
 def in_force(model: torch.nn.Module, section: CompletePConfig) -> CompletePConfig:

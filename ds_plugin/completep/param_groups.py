@@ -4,16 +4,16 @@ whether a step's groups still stand in those ratios."""
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.rules import Multipliers, Ratios, Role
+from ds_plugin.completep.rules import Multipliers, Ratios, Role, kind_of
 from ds_plugin.completep.supported import unwrapped
-from ds_plugin.core.errors import ConfigError, StateError
+from ds_plugin.core.errors import ConfigError, StateError, gathered
 
 _NOTHING = 1e-14  # a learning rate or decay this small moves no weight
 #: finished models that no optimizer knows the roles of, and what ends their watch
@@ -42,6 +42,17 @@ def build_param_groups(
             groups.append({"params": params, "role": role.value, **settings})
     groups_built(model)
     return groups
+
+
+def refuse_unused(section: CompletePConfig, roles: Iterable[Role]) -> None:
+    """Raises ConfigError, on every rank: ``lr_multipliers`` names a role that no parameter of the model has, ``roles``
+    being those of this rank's part. Every rank calls it."""
+    found = {name.value for role in roles for name in (role, kind_of(role))}
+    if section.lr_multipliers:
+        found = {name for rank in gathered(sorted(found)) for name in rank}
+    if unused := sorted(section.lr_multipliers.keys() - found):
+        what = f"no parameter of the model has the role {unused[0]!r}; it has {', '.join(sorted(found))}"
+        raise ConfigError(f"completep.lr_multipliers: {what}")
 
 
 def group_settings(

@@ -23,11 +23,11 @@ unembedding, or, where that is the word embedding too, into the gains and biases
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Recipe = Literal["completep", "mup", "standard", "completed_p"]
-EpsScope = Literal["table", "all"]
+EpsScope = Literal["table", "all", "embedding"]
 
 
 class Role(enum.Enum):
@@ -78,6 +78,21 @@ ENDS = (Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN, Ro
 _DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN)
 
 
+#: roles that others are a kind of
+_KINDS = {
+    **dict.fromkeys((Role.BRANCH_OUT, *_DENSE), Role.HIDDEN),
+    Role.QK_NORM: Role.BLOCK_NORM,
+    Role.BRANCH_OUT_BIAS: Role.BLOCK_BIAS,
+    Role.SCALED_EMBEDDING: Role.EMBEDDING,
+    **dict.fromkeys((Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM), Role.FINAL_NORM),
+}
+
+
+def kind_of(role: Role) -> Role:
+    """What a role is to Table 1, whatever the mode and the embeddings: itself for most."""
+    return _KINDS.get(role, role)
+
+
 @dataclass(frozen=True)
 class Experts:
     """How a mixture of experts differs from the base's.
@@ -104,6 +119,11 @@ class Ratios:
     m_D: float = 1.0  # ratio of training tokens; completed_p only
     dims: Mapping[str, float] = field(default_factory=dict)  # of dimensions that are not in proportion to the width
     experts: Experts = Experts()
+    #: what a user has set for every size: the exponent of a matrix's weight decay in m_in, and what the embeddings'
+    #: and the output layer's results are multiplied by
+    decay_exponent: float = 1.0
+    embedding: float = 1.0
+    output: float = 1.0
 
     def of(self, dimension: str) -> float:
         """The ratio of a dimension in `FANS`."""
@@ -125,10 +145,8 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
     """The ratios a recipe reacts to: the others are taken as 1."""
     if recipe == "completed_p":
         return ratios
-    if recipe == "standard":
-        return Ratios(1.0, 1.0, ratios.alpha)
-    m_L = ratios.m_L if recipe == "completep" else 1.0
-    return Ratios(ratios.m_N, m_L, ratios.alpha, dims=ratios.dims, experts=ratios.experts)
+    ratios = replace(ratios, m_B=1.0, m_D=1.0, m_L=ratios.m_L if recipe == "completep" else 1.0)
+    return replace(ratios, m_N=1.0, dims={}, experts=Experts()) if recipe == "standard" else ratios
 
 
 def merged(role: Role, ratios: Ratios, *, folded: bool) -> Role:
@@ -143,7 +161,8 @@ def multipliers(
     role: Role, ratios: Ratios, *, recipe: Recipe = "completep", eps_scope: EpsScope = "table", folded: bool = False
 ) -> Multipliers:
     """One row of the recipe's table; ``folded``: with `fold_factor` in it. ``eps_scope="all"`` gives every role the
-    block's epsilon, as the paper's reference code does; the table states the rule for block parameters only."""
+    block's epsilon, as the paper's reference code does; the table states the rule for block parameters only.
+    ``"embedding"``: as the table, and the embeddings 1 / m_N of theirs, as Complete(d)P."""
     reacted = effective(recipe, ratios)
     row = _table_1(role, reacted, eps_scope)
     if recipe == "completed_p":
@@ -159,12 +178,13 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
     are 1/c of the forward mode's: a norm over all of them must weigh these by c."""
     if role in ENDS or role is Role.BRANCH_OUT_BIAS:
         return residual_multiplier(ratios, recipe)
-    if role in (Role.SCALED_EMBEDDING, Role.SCALED_LOGIT_NORM):  # the base's sqrt(width) in place of the model's
-        c = effective(recipe, ratios).m_N ** -0.5
-        return c if role is Role.SCALED_EMBEDDING else logit_multiplier(ratios, recipe, tied=True) / c
-    if role in (Role.UNEMBEDDING, Role.LOGIT_NORM):
-        return logit_multiplier(ratios, recipe, tied=role is Role.LOGIT_NORM)
-    return 1.0
+    # a scaled embedding has the base's sqrt(width) in place of the model's
+    of_width = effective(recipe, ratios).m_N ** -0.5 if role in (Role.SCALED_EMBEDDING, Role.SCALED_LOGIT_NORM) else 1.0
+    if role in (Role.EMBEDDING, Role.SCALED_EMBEDDING):
+        return ratios.embedding * of_width
+    if role in (Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM):  # the output layer is the embedding, with its factor
+        return logit_multiplier(ratios, recipe, tied=True) / (ratios.embedding * of_width)
+    return logit_multiplier(ratios, recipe) if role is Role.UNEMBEDDING else 1.0
 
 
 def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
@@ -172,7 +192,9 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     block_lr, block_eps = m_L ** (alpha - 1), 1 / (m_N * m_L**alpha)
     other_eps = block_eps if eps_scope == "all" else 1.0
     match role:  # init_std, lr, weight_decay, eps
-        case Role.EMBEDDING | Role.UNEMBEDDING | Role.SCALED_EMBEDDING:
+        case Role.EMBEDDING | Role.SCALED_EMBEDDING:
+            return Multipliers(1, 1, 1, 1 / m_N if eps_scope == "embedding" else other_eps)
+        case Role.UNEMBEDDING:
             return Multipliers(1, 1, 1, other_eps)
         case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:
             return Multipliers(1, 1, 0, other_eps)
@@ -183,7 +205,7 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
         case _:
             m_in, m_out = (ratios.of(dimension) for dimension in FANS[role])
             eps = 1 / (math.sqrt(m_N * m_out) * m_L**alpha)
-            return Multipliers(1 / math.sqrt(m_in), block_lr / m_in, m_in, eps)
+            return Multipliers(1 / math.sqrt(m_in), block_lr / m_in, m_in**ratios.decay_exponent, eps)
 
 
 def _expert(role: Role, ratios: Ratios) -> Multipliers:
@@ -198,19 +220,21 @@ def _expert(role: Role, ratios: Ratios) -> Multipliers:
     std = (math.sqrt(experts.m_K / m_M) if experts.rule == "mue" else math.sqrt(m_N) / m_M) / k
     seen = k / experts.m_E
     if role is Role.EXPERT_UP:
-        return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N, std * seen / (math.sqrt(m_N) * depth))
-    return Multipliers(std, block_lr / (m_M * k), m_M * k, seen / (m_N * depth))
+        eps = std * seen / (math.sqrt(m_N) * depth)
+        return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N**ratios.decay_exponent, eps)
+    return Multipliers(std, block_lr / (m_M * k), (m_M * k) ** ratios.decay_exponent, seen / (m_N * depth))
 
 
 def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     """Complete(d)P on top of a row of Table 1."""
     init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
-    if eps_scope == "table":
+    if eps_scope != "all":
         embedding, of_norms = 1 / ratios.m_N, ratios.m_L**-ratios.alpha
         others = {Role.EMBEDDING: embedding, Role.SCALED_EMBEDDING: embedding, Role.QK_NORM: of_norms}
         eps = others.get(role, eps)
     if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
-        init_std, lr, weight_decay = init_std / ratios.m_N, lr / ratios.m_N, weight_decay * ratios.m_N
+        init_std, lr = init_std / ratios.m_N, lr / ratios.m_N
+        weight_decay *= ratios.m_N**ratios.decay_exponent
     batch = math.sqrt(ratios.m_B / ratios.m_D)
     return Multipliers(init_std, lr * batch, weight_decay * batch, eps / batch, ratios.m_B / ratios.m_D)
 
@@ -221,10 +245,10 @@ def residual_multiplier(ratios: Ratios, recipe: Recipe = "completep") -> float:
 
 
 def logit_multiplier(ratios: Ratios, recipe: Recipe = "completep", *, tied: bool = False) -> float:
-    """What the logits are multiplied by: m_N^-1; 1 where it is absorbed into an untied unembedding."""
-    if recipe == "completed_p" and not tied:
-        return 1.0
-    return 1 / effective(recipe, ratios).m_N
+    """What the logits are multiplied by: m_N^-1; 1 where it is absorbed into an untied unembedding; times what a user
+    has set."""
+    absorbed = recipe == "completed_p" and not tied
+    return ratios.output if absorbed else ratios.output / effective(recipe, ratios).m_N
 
 
 def attention_scale(head_dim: int, base_head_dim: int, recipe: Recipe = "completep") -> float:

@@ -10,7 +10,7 @@ import torch
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import describe, finished_roles, in_force, ratios_of
-from ds_plugin.completep.param_groups import build_param_groups, check_rates
+from ds_plugin.completep.param_groups import build_param_groups, check_rates, refuse_unused
 from ds_plugin.completep.rules import Role
 from ds_plugin.completep.supported import bare_model, gpt_of
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, gathered
@@ -45,6 +45,7 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
     built = isinstance(optimizer, torch.optim.Optimizer)
     base = _base_of(optimizer, model) if built else _base_of_json(config, optimizer)
     roles, ratios = finished_roles(whole, section), ratios_of(whole.config, section)
+    refuse_unused(section, roles.values())
     groups = build_param_groups(whole, roles, ratios, section, **base)
     if gpt_of(model) is not model:
         groups = divided(groups, max(gathered(len(groups))))

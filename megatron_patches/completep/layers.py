@@ -183,6 +183,8 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
     if (logits := multipliers["logits"]) != 1.0 and (output_layer := getattr(gpt, "output_layer", None)) is not None:
         output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
+    if (embeddings := multipliers["embeddings"]) != 1.0 and (embedding := getattr(gpt, "embedding", None)) is not None:
+        embedding.register_forward_hook(functools.partial(_scale_output, multiplier=embeddings))
     if (branch := multipliers["residual branches"]) != 1.0 and layers:
         scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
     for layer in layers if gpt.config.softmax_scale is not None else []:
@@ -190,6 +192,10 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     await_groups(gpt)
     setattr(gpt, MARK, section)
     return roles
+
+
+def _scale_output(module: torch.nn.Module, args: tuple[Any, ...], output: Any, *, multiplier: float) -> Any:
+    return output * multiplier
 
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
@@ -204,9 +210,11 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
     """What a forward pass of the model multiplies beside its weights, under a section; None: in stock code."""
     config: Any = model.config
     head = config.kv_channels
-    found = {"residual branches": 1.0, "logits": 1.0, "q.k": rules.attention_scale(head, head, "standard")}
+    found = {"embeddings": 1.0, "residual branches": 1.0, "logits": 1.0}
+    found["q.k"] = rules.attention_scale(head, head, "standard")
     if section is not None and section.residual == "forward":
         ratios = ratios_of(config, section)
+        found["embeddings"] = section.embedding_multiplier
         found["residual branches"] = rules.residual_multiplier(ratios, section.recipe)
         found["logits"] = rules.logit_multiplier(ratios, section.recipe, tied=is_tied(model))
     if section is not None and section.base_head_dim not in (None, head):

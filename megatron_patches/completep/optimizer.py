@@ -19,7 +19,7 @@ import torch
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import finished_roles, ratios_of
-from ds_plugin.completep.param_groups import check_rates, group_settings, groups_built
+from ds_plugin.completep.param_groups import check_rates, group_settings, groups_built, refuse_unused
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks
@@ -56,6 +56,7 @@ def build_optimizer(
     build = get_optimizer or get_megatron_optimizer
     with raise_on_all_ranks():
         overrides = config_overrides(model_chunks, section, optimizer_config)
+    refuse_unused(section, [role for *_, role in _parameters(model_chunks, section)])
     optimizer = build(optimizer_config, list(model_chunks), config_overrides=overrides, **arguments)
     with raise_on_all_ranks():
         check_groups(optimizer, model_chunks, section)

@@ -441,6 +441,9 @@ def refusals():
     attempt("checkpoint", lambda: host.check_checkpoint_state(stored, section(base_width=32)))
     attempt("no state", lambda: host.check_checkpoint_state({}, section()))
     attempt("other host", lambda: host.clip_as_unfolded(types.SimpleNamespace(), [ddp], section(residual="folded")))
+    routed = section(lr_multipliers={"router": 2.0, "hidden": 0.5})
+    other = wrap(build(routed), False)
+    attempt("no such role", lambda: host.build_optimizer(optimizer_config(False), [other], routed))
     ddp.ddp_config.use_megatron_fsdp = True
     attempt("fsdp", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
     ddp.ddp_config.use_megatron_fsdp = False
@@ -495,6 +498,7 @@ EXPECTED = {
     "checkpoint": ["CheckpointError", "base_width 16 there, 32 here"],
     "no state": ["CheckpointError", "written without it"],
     "other host": ["PluginError", "SimpleNamespace.get_main_grads_for_grad_norm", "megatron-core 0."],
+    "no such role": ["ConfigError", "has the role 'router'"],
     "fsdp": ["ConfigError", "use_megatron_fsdp=False"],
     "no role": ["ConfigError", "extra.weight"],
 }

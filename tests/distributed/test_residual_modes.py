@@ -72,14 +72,15 @@ def train(model, roles, completep, steps=10):
     return losses
 
 
-def _both(changes):
+def _both(changes, **settings):
     runs = []
     for residual in ("forward", "folded"):
-        model, roles = build(section(residual), **changes)
-        runs.append((train(model, roles, section(residual)), model))
+        completep = section(residual, **settings)
+        model, roles = build(completep, **changes)
+        runs.append((train(model, roles, completep), model))
     (forward_losses, forward), (folded_losses, folded) = runs
     tied = changes.get("tie_embeddings", False)
-    plain = unfold(folded.state_dict(), folded.config, section("folded"), tied=tied)
+    plain = unfold(folded.state_dict(), folded.config, section("folded", **settings), tied=tied)
     theirs = forward.state_dict()
     different = [n for n, w in theirs.items() if torch.is_tensor(w) and not torch.equal(w, plain[n])]
     scaled = [n for n, w in folded.state_dict().items() if torch.is_tensor(w) and not torch.equal(w, plain[n])]
@@ -94,6 +95,26 @@ def test_both_are_the_same_training_run_bit_for_bit(workers, shape, tied):
     assert forward[0] - forward[-2] > 0.05
     norm = 1 if shape else 2  # gain, bias
     assert scaled == (16 if shape else 32) + (norm if tied else 1)
+
+
+#: what a user may set beside the recipe, in powers of two
+SETTINGS = {
+    "embedding_multiplier": 4.0,
+    "output_multiplier": 0.5,
+    "lr_multipliers": {"mlp_down": 0.5, "embedding": 2.0, "hidden": 0.25},
+    "weight_decay_exponent": 0.5,
+    "eps_scope": "embedding",
+}
+
+
+def _with_settings():
+    return [(_both({"tie_embeddings": tied}, **SETTINGS), _both({"tie_embeddings": tied})) for tied in (True, False)]
+
+
+def test_what_a_user_sets_beside_the_recipe_is_the_same_in_both(workers):
+    for (forward, folded, different, scaled), (plain, *_) in workers(1).run(_with_settings)[0]:
+        assert forward == folded and different == [] and forward[1] != plain[1]
+        assert scaled >= 32 + 2  # branches' ends, the two embeddings
 
 
 def _any_ratio():
@@ -477,7 +498,7 @@ def test_roles_that_carry_a_multiplier():
     folded, forward = section("folded"), section("forward")
     ratios = folded.ratios(64, 8)
     assert {r.value: folded.fold_factor(r, ratios) for r in Role if folded.fold_factor(r, ratios) != 1} == {
-        "branch_out": 0.25,
+        **dict.fromkeys(("branch_out", "attention_out", "mlp_down", "expert_down", "shared_down"), 0.25),
         "branch_out_bias": 0.25,
         "logit_norm": 0.25,
         "unembedding": 0.25,

@@ -5,6 +5,7 @@ from dataclasses import astuple
 
 import pytest
 
+from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.param_groups import scaled_betas
 from ds_plugin.completep.roles import role_of
 from ds_plugin.completep.rules import (
@@ -291,3 +292,30 @@ def test_the_two_forms_of_the_mix_are_one_model():
     assert multipliers(Role.EXPERT_UP, mean) == multipliers(Role.EXPERT_UP, of_sum)
     a, b = (astuple(multipliers(Role.EXPERT_DOWN, ratios)) for ratios in (mean, of_sum))
     assert a[:4] == pytest.approx((b[0] * 2, b[1] * 2, b[2] / 2, b[3] / 2))
+
+
+def test_what_a_user_sets_beside_the_recipe():
+    given = {"base_width": 16, "base_depth": 2, "lr_multipliers": {"hidden": 0.5, "mlp_down": 3.0, "qk_norm": 7.0}}
+    given |= {
+        "weight_decay_exponent": 0.5,
+        "eps_scope": "embedding",
+        "embedding_multiplier": 8.0,
+        "output_multiplier": 3.0,
+    }
+    forward, folded = (CompletePConfig.model_validate({"residual": mode, **given}) for mode in ("forward", "folded"))
+    ratios = forward.ratios(64, 32)  # m_N 4, m_L 16
+    rates = {role: forward.multipliers(role, ratios).lr for role in Role}
+    assert [rates[r] for r in (Role.QKV, Role.BRANCH_OUT, Role.MLP_DOWN, Role.ROUTER)] == [1 / 8, 1 / 8, 3 / 4, 1 / 4]
+    assert [rates[r] for r in (Role.BLOCK_NORM, Role.QK_NORM)] == [1, 7]
+    assert forward.multipliers(Role.HIDDEN, ratios).weight_decay == 2
+    assert (
+        forward.multipliers(Role.EMBEDDING, ratios).eps == 1 / 4
+        and forward.multipliers(Role.UNEMBEDDING, ratios).eps == 1
+    )
+    assert forward.merged(Role.MLP_DOWN, ratios) is Role.MLP_DOWN and forward.merged(Role.MLP_UP, ratios) is Role.HIDDEN
+    factors = {role: folded.fold_factor(role, ratios) for role in Role}
+    assert factors[Role.EMBEDDING] == 8 and factors[Role.UNEMBEDDING] == 3 / 4 and factors[Role.LOGIT_NORM] == 3 / 4 / 8
+    assert factors[Role.SCALED_EMBEDDING] == 4 and factors[Role.SCALED_LOGIT_NORM] == 3 / 4 / 4
+    assert folded.multipliers(Role.MLP_DOWN, ratios).lr == 3 / 4 / 16
+    with pytest.raises(ValueError, match="'mlp' is no role; roles are embedding, hidden"):
+        CompletePConfig.model_validate({**given, "lr_multipliers": {"mlp": 2.0}})
