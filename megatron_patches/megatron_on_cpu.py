@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
-from ds_plugin.core.patch import Change, Patch
+from ds_plugin.core.patch import Change, Patch, replaced
 
 # Private names of torch and megatron, here only. `_lazy_call` queues a callback until CUDA is initialised, that is for
 # ever on such a machine; megatron's tracker sets generator states through it: a fork would silently do nothing.
@@ -32,6 +32,8 @@ _TRACKER = logging.getLogger("megatron.core.tensor_parallel.random")
 _TRACKER_WARNING = "CPU RNG state changed"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _ROUTER, _KERNEL = "megatron.core.transformer.moe.moe_utils", "te_general_gemm"
+_TORCH_NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
+_SPLITS = {"output_split_sizes", "input_split_sizes"}
 _CPU = torch.device("cpu")
 _named: list[Any] = []  # modules whose missing name was set
 
@@ -116,6 +118,9 @@ class _CudaToCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _to_cpu(kwargs["device"])}
+        for name in _SPLITS & kwargs.keys():  # of an exchange; megatron makes them numbers where it copies off a GPU
+            if torch.is_tensor(kwargs[name]):
+                kwargs = {**kwargs, name: kwargs[name].tolist()}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.record_stream:
@@ -234,6 +239,16 @@ def _take_kernels_name() -> None:
         delattr(_named.pop(), _KERNEL)
 
 
+def _norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """megatron refuses torch's norms under sequence parallelism, which asks of them only that their gradients are added
+    up over the ranks; so their parameters are marked, as those of other norms are."""
+    with replaced(config, "sequence_parallel", False):
+        norm = _MARKED_NORM.original(cls, config, *args, **kwargs)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return norm
+
+
 def _always(value: Any) -> Any:  # a new function, as `Patch` wants one of its own
     return lambda *args, **kwargs: value
 
@@ -306,6 +321,10 @@ _RESUME: dict[str, Any] = {
     name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
     for name, mended in _MENDED.items()
 }
+_MARKED_NORM = Patch(
+    f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()
+)
+_RESUME["norm"] = _MARKED_NORM
 _RESUME["router"] = Change(
     _ROUTER, _name_missing_kernel, _take_kernels_name, reason="a router without TransformerEngine"
 )
