@@ -22,7 +22,7 @@ from ds_plugin.completep.model import finished_roles, ratios_of
 from ds_plugin.completep.param_groups import check_rates, group_settings, groups_built, refuse_unused
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import unwrapped
-from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks
+from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks, warn
 from ds_plugin.core.patch import replaced
 
 # Private names of megatron-core's optimizers, here only.
@@ -64,8 +64,9 @@ def build_optimizer(
     inner_load, inner_step = optimizer.load_state_dict, optimizer.step
     rows = {role.value: section.multipliers(role, _ratios(model_chunks, section)) for role in Role}
 
-    def load_state_dict(*args: Any, **kwargs: Any) -> None:
-        inner_load(*args, **kwargs)
+    def load_state_dict(state: Any, *args: Any, **kwargs: Any) -> None:
+        _take_rates_of(optimizer, state)
+        inner_load(state, *args, **kwargs)
         check_groups(optimizer, model_chunks, section)  # groups come with the state, an eps of another base's too
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -75,6 +76,27 @@ def build_optimizer(
 
     optimizer.load_state_dict, optimizer.step = load_state_dict, step
     return optimizer
+
+
+def _take_rates_of(optimizer: Any, state: Any) -> None:
+    """Give the groups of an optimizer's state the rates of this run, where all of them are one factor away: another
+    base learning rate, to anneal with. By its rates some versions recognise a group, and all schedule it. Whether the
+    scheduler's state may differ, too, is megatron-core's to say (``override_opt_param_scheduler``)."""
+    here = {group[_ROLE_KEY]: group for single in _singles(optimizer) for group in single.param_groups}
+    saved = [group for group in _groups_in(state) if group.get(_ROLE_KEY) in here and group.get("max_lr")]
+    factors = [here[group[_ROLE_KEY]]["max_lr"] / group["max_lr"] for group in saved]
+    if not factors or _same(factors[0], 1.0) or not all(_same(factor, factors[0]) for factor in factors):
+        return  # another recipe is refused by what differs
+    warn("completep: learning rates are %g times the checkpoint's, as this run's base has them", factors[0])
+    for group in saved:
+        group.update({name: here[group[_ROLE_KEY]][name] for name in ("max_lr", "min_lr")})
+
+
+def _groups_in(state: Any) -> Iterator[dict[str, Any]]:
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        yield from _groups_in(value)
+    if isinstance(state, dict):
+        yield from (group for group in state.get("param_groups", ()) if isinstance(group, dict))
 
 
 def config_overrides(

@@ -325,6 +325,26 @@ def test_a_state_of_another_base_is_refused(workers):
     assert "eps 2.5e-05, expected 1.25e-05" in message, message
 
 
+def anneal(sharded):
+    """What the groups hold after a state of another base learning rate is loaded, and what they hold anew."""
+
+    def started(**changes):
+        return host.build_optimizer(optimizer_config(sharded, **changes), [wrap(build(section()), sharded)], section())
+
+    state = started().state_dict()
+    optimizer, fresh = (started(lr=LR / 4, min_lr=0.0) for _ in range(2))
+    optimizer.load_state_dict(state)
+    names = ("lr_mult", "max_lr", "min_lr", "wd_mult", "eps")
+    found, expected = ([[group[n] for n in names] for group in each.param_groups] for each in (optimizer, fresh))
+    return sorted(found), sorted(expected)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "distributed"])
+def test_a_run_goes_on_at_another_base_learning_rate(workers, sharded):
+    found, expected = workers(1).run(anneal, sharded)[0]
+    assert found == expected and max(row[1] for row in found) == LR / 4
+
+
 # lr, min lr, wd, eps of the base: 0.01, 0.001, 0.1, 1e-4; m_N = m_L = 2, alpha 1.
 GROUPS = {
     "embedding": (0.01, 0.001, 0.1, 1e-4),

@@ -151,6 +151,37 @@ if CHECKOUT is not None:
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
+    def test_a_mixture_of_experts_killed_and_resumed(tmp_path):
+        """Expert parallel 2 x data parallel, with a balancing bias and an auxiliary loss, all three methods."""
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 16}, "multiple_of": 16}
+        experts = {"base_num_moe_experts": 4, "base_moe_router_topk": 2}
+        sections = {
+            "sequence_length_warmup": warmup,
+            "weight_averaging": {"enabled": True, "interval": 3, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2, **experts},
+        }
+        mixture = (
+            "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --expert-model-parallel-size 2 "
+            "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 1e-2 "
+            "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --disable-bias-linear "
+            "--train-iters 24 --lr-warmup-iters 2 --eval-interval 12 --save-interval 12 --save"
+        ).split()
+
+        def trained(folder, *more):
+            return real(CHECKOUT, tmp_path, folder, sections, *mixture, tmp_path / folder, *more, ranks=2)
+
+        whole, evaluations = logged(finished(trained("whole")))
+        losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
+        assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
+        with trained("killed") as killed:
+            killed.wait_for("iteration       13/", 1500)
+        resumed, later = logged(finished(trained("killed", "--load", tmp_path / "killed")))
+        assert min(resumed) == 13 and later == evaluations[2:]
+        for step in range(15, 25):
+            assert resumed[step] == whole[step], step
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
     def test_where_iterations_go_back_the_state_is_of_the_checkpoint_that_was_read(tmp_path):
         """--override-ckpt-iteration: the lengths and tokens go on, the window begins anew."""
         flag = "--override-ckpt-iteration"

@@ -589,7 +589,7 @@ REFUSED = {
     "weight_averaging.restart": ("weight_averaging", {"restart": {"patience": 2}}, {}),
     "--use-mup": ("completep", {}, {"use_mup": True}),
     "--decoupled-lr 0.1": ("completep", {}, {"decoupled_lr": 0.1}),
-    "--num-experts 4": ("completep", {}, {"num_experts": 4}),
+    "--moe-latent-size 4": ("completep", {}, {"moe_latent_size": 4}),
 }
 SECTIONS = {"sequence_length_warmup": WARMUP, "weight_averaging": AVERAGING, "completep": RECIPE}
 
