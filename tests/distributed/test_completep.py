@@ -518,7 +518,7 @@ EXPECTED = {
     "BERT spec": ["attn_mask_type is 'padding'", "BERT", "decoder-only"],
     "T5 spec": ["CrossAttention", "decoder-only"],
     "no spec": ["layer spec is None", "ModuleSpec"],
-    "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are dense megatron-core GPTModels"],
+    "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are megatron-core GPTModels"],
     "HF model's roles": ["this is Hugging Face's LlamaForCausalLM"],
     "HF engine": ["this is Hugging Face's LlamaForCausalLM"],
     "wrapped": ["megatron-core's DistributedDataParallel around megatron-core's GPTModel", "before it is wrapped"],
