@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+import ds_plugin
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.core.errors import ConfigError
 from megatron_patches import megatron_on_cpu
@@ -111,6 +112,43 @@ def test_experts_train_as_the_rules_say(workers):
         assert not {name: d for name, d in apart.items() if d > 2e-4}
         assert not {name: m for name, m in moved.items() if m < 0.003}
         assert inits == pytest.approx(expected_inits, rel=1e-5)
+
+
+def on_deepspeed():
+    """Losses of engines at ZeRO 1 and 3, and of torch's AdamW, in the forward mode."""
+    sizes, base, changes = OTHER_SHARE
+    completep, found = section(base, **changes), {}
+    adam = {"lr": LR, "weight_decay": DECAY, "eps": EPS, "torch_adam": True}
+    for stage in (None, 1, 3):
+        model, roles = build(completep, sizes)
+
+        def loss_of(tokens, labels, model=model):
+            return model(tokens, torch.arange(LENGTH).expand(3, -1), None, labels=labels).mean()
+
+        if stage is None:
+            ratios = ratios_of(model.config, completep)
+            groups = build_param_groups(model, roles, ratios, completep, lr=LR, weight_decay=DECAY, eps=EPS)
+            found[stage] = train(loss_of, torch.optim.AdamW(groups))
+            continue
+        config = {"train_batch_size": 3, "zero_optimization": {"stage": stage}, "completep": completep.model_dump()}
+        config |= {"optimizer": {"type": "AdamW", "params": adam}}
+        engine, *_ = ds_plugin.initialize(model=model, config=config, mpu=gpt.DeepSpeedMPU())
+        found[stage] = []
+        for step in range(STEPS):
+            loss = loss_of(*batch(step), model=engine)
+            engine.backward(loss)
+            engine.step()
+            found[stage].append(loss.item())
+        engine.destroy()
+    return found
+
+
+def test_experts_on_deepspeed(workers):
+    found = workers(1).run(on_deepspeed)[0]
+    expected = found.pop(None)
+    assert expected[0] - expected[-1] > 0.005
+    for stage, losses in found.items():
+        assert losses == pytest.approx(expected, abs=1e-6), stage
 
 
 #: what is refused, by case: the model, its base, what the section says besides, options of the router; the error
