@@ -297,3 +297,26 @@ def test_a_scripts_own_call_gets_all_sections(workers, tmp_path):
     both, average, neither = (True, True), (False, True), (False, False)
     assert [found.pop(name) for name in ("args", "by place", "dict")] == [both] * 3
     assert found == {"file": average, "none": neither, "reference": neither}
+
+
+def _compiled(folder):
+    """``(loss, gradient norm)`` of a run as it is, and of one whose model is compiled."""
+    from torch import _dynamo
+
+    huggingface.enable()
+    found = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("TORCHDYNAMO_DISABLE", raising=False)
+        for more in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+            one = trainer_of(folder / "run", config_of(2, **SECTIONS), **QUIET, **more)
+            one.train()
+            found.append(history(one, "loss", "grad_norm", "length"))
+            seen = _dynamo.utils.counters["stats"]["unique_graphs"]
+    return (*found, seen)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_alike(workers, tmp_path):
+    plain, compiled, graphs = workers(1).run(_compiled, tmp_path)[0]
+    assert compiled == plain and len(plain) == 4 and graphs > 0
+    assert len({length for *_, length in plain}) > 1
