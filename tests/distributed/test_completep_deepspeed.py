@@ -415,6 +415,29 @@ def _universal_refusals(folder, ranks_files):
     return messages
 
 
+def _annealed(folder):
+    """The groups' rates over the base's after a checkpoint of the rate `LR` goes on under a scheduler of a quarter."""
+
+    def started(lr):
+        warm = {"warmup_min_lr": 0.0, "warmup_max_lr": lr, "warmup_num_steps": 1, "warmup_type": "linear"}
+        config = host_config(small(), zero=1, scheduler={"type": "WarmupLR", "params": warm})
+        config["optimizer"]["params"]["lr"] = lr
+        return engine_of(small(), config)
+
+    engine = started(LR)
+    train(engine, 2)
+    engine.save_checkpoint(folder)
+    engine = started(LR / 4)
+    engine.load_checkpoint(folder)
+    train(engine, 2, first=2)
+    return {group["role"]: group["lr"] / (LR / 4) for group in groups(engine)}, engine.global_steps
+
+
+def test_a_run_goes_on_at_another_base_learning_rate(workers, tmp_path):
+    rates, steps = workers(1).run(_annealed, str(tmp_path))[0]
+    assert steps == 4 and rates == pytest.approx({role: row[0] / 0.01 for role, row in ROWS.items()})
+
+
 def test_universal_checkpoints_of_the_other_methods(workers, tmp_path):
     saved = workers(2).run(_warmed_up, str(tmp_path), False)
     workers(1).run(_convert, str(tmp_path))
