@@ -1,10 +1,11 @@
 """The JSON file: one section per method, taken out before DeepSpeed reads the rest."""
 
 import copy
+import functools
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ SECTIONS: dict[str, type[SectionConfig]] = {
     "completep": CompletePConfig,
     "weight_averaging": WeightAveragingConfig,
 }
-
-_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
     Raises ConfigError as `load_json` does, or for a wrong field in one of the sections, a misspelt section name, or a
     curriculum that cannot be translated."""
     config, notes = translate(load_json(source))
-    say_once(notes)
+    for note in notes:
+        say_once(note)
     for key in config:
         # only a near-identical name is a misspelling for certain: "completion" is not
         guess = nearest(key.lower().replace("-", "_"), SECTIONS, cutoff=0.85) if key not in SECTIONS else None
@@ -79,9 +79,9 @@ def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
     return config, PluginConfig(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
 
 
-def say_once(notes: Iterable[str]) -> None:
-    """Log on rank 0 (as launchers number ranks: nothing is initialized yet), each text once in a process."""
-    for note in notes:
-        if os.environ.get("RANK", "0") == "0" and note not in _said:
-            _said.add(note)
-            logging.getLogger("ds_plugin").warning("%s", note)
+@functools.cache
+def say_once(note: str) -> None:
+    """Log on rank 0 (as launchers number ranks: nothing is initialized yet), each text once in a process, until
+    ``say_once.cache_clear()``."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("ds_plugin").warning("%s", note)

@@ -263,12 +263,11 @@ def install_off() -> None:
 def install_idle(called: list[str]) -> Callable[[], None]:
     """Every wrapper with nothing for it to do; ``called`` gets the names of those that are called. Returns the undoing.
 
-    ``megatron_patches.revert()`` would undo the CPU host as well.
+    ``megatron_patches.revert()`` alone would undo megatron-core's stand-ins for a GPU as well.
     """
     import megatron_patches
     from ds_plugin.completep.config import CompletePConfig
     from ds_plugin.config import PluginConfig
-    from ds_plugin.core import patch
     from megatron_patches import apply_completep
     from megatron_patches.completep import build
     from megatron_patches.training_loop import script
@@ -294,15 +293,8 @@ def install_idle(called: list[str]) -> Callable[[], None]:
     recipe = AnyModelIsTheBase.model_validate(given["completep"])
     before = len(megatron_patches.active())
     megatron_patches.apply(dataclasses.replace(PluginConfig.from_dict(given), completep=recipe))
-    ours = patch._REGISTRY[before:]
-    assert len(ours) == len(script.WRAPPED) + 6
-
-    def revert() -> None:
-        for change in reversed(ours):
-            change.revert()
-        assert len(megatron_patches.active()) == before
-
-    return revert
+    assert len(megatron_patches.active()) == before + len(script.WRAPPED) + 6
+    return functools.partial(megatron_patches.revert, keep=before)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

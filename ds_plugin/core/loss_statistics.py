@@ -14,9 +14,9 @@ import torch.distributed as dist
 from ds_plugin.core.errors import StateError
 
 THRESHOLDS = (1.2, 1.5)  # the loss ratios above which the paper counts a step
-# Elements of Adam's state that are read at a time: on a CPU 1 MB, which stays in the cache (16 MB, new from the system,
-# take up to three times as long); on an accelerator 16 MB, for few kernels.
-_CHUNK_CPU, _CHUNK_DEVICE = 2**18, 2**22
+#: elements of Adam's state that are read at a time: on a CPU 1 MB, which stays in the cache (16 MB, new from the
+#: system, take up to three times as long); on an accelerator 16 MB, for few kernels
+CHUNK_CPU, CHUNK_DEVICE = 2**18, 2**22
 _ERRORS = 2.0  # standard errors that a ratio must stand out by before anything is done about it
 _ABSENT = -1.0  # in place of the largest sqrt(v), which is never negative, on a rank without such state
 
@@ -117,7 +117,7 @@ def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | Non
     each), the largest of the maxima is the model's. No gather, no sync, no temporary of the state's size."""
     norms, maxima = [], []
     for variance in readings.adam_variances():
-        for chunk in variance.reshape(-1).split(_CHUNK_CPU if variance.is_cpu else _CHUNK_DEVICE):
+        for chunk in variance.reshape(-1).split(CHUNK_CPU if variance.is_cpu else CHUNK_DEVICE):
             if not chunk.numel():
                 continue
             # torch.sum adds up pairwise, 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,

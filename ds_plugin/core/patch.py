@@ -114,9 +114,9 @@ def active() -> list[Active]:
     return [Active(change.name, change.reason) for change in _REGISTRY]
 
 
-def revert() -> None:
-    """Undo every change, newest first, so that stacked patches of one symbol unwind in order."""
-    for change in reversed(list(_REGISTRY)):
+def revert(keep: int = 0) -> None:
+    """Undo all changes but the ``keep`` oldest, newest first, so that stacked patches of one symbol unwind in order."""
+    for change in reversed(_REGISTRY[keep:]):
         change.revert()
 
 

@@ -89,7 +89,7 @@ def check(config: Mapping[str, Any], ranks: int | None = None, *, auto: bool = F
         if (lower := key.lower().replace("-", "_")) in KNOWN:
             raise ConfigError(f'{key}: DeepSpeed does not know this key and ignores it; did you mean "{lower}"?')
         hint = f'did you mean "{g}"?' if (g := nearest(key, [*KNOWN, *SECTIONS])) else "remove it if it means nothing"
-        say_once([f"{key}: DeepSpeed {version('deepspeed')} does not know this key and ignores it; {hint}"])
+        say_once(f"{key}: DeepSpeed {version('deepspeed')} does not know this key and ignores it; {hint}")
 
 
 def batch_sizes(config: Mapping[str, Any], ranks: int) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from ds_plugin.core.errors import DataError
 from ds_plugin.core.json_files import read_json
 from launch_scripts.gpt.tokens import LARGEST_VOCABULARY
 
-_COUNT_AT_MOST = 1 << 26
-_COUNT_BLOCK = 1 << 20
+#: tokens that `count_tokens` reads: of a larger file so many, in blocks of so many
+COUNT_AT_MOST, COUNT_BLOCK = 1 << 26, 1 << 20
 
 
 class Description(pydantic.BaseModel):
@@ -91,13 +91,13 @@ def count_tokens(prefix: Path, dtype: type[np.number], tokens: int) -> tuple[np.
     Raises DataError: they are no token numbers.
     """
     stored = np.memmap(prefix.with_name(prefix.name + ".bin"), dtype=dtype, mode="r")[:tokens]
-    if tokens <= _COUNT_AT_MOST:
-        starts = np.arange(0, tokens, _COUNT_BLOCK)
+    if tokens <= COUNT_AT_MOST:
+        starts = np.arange(0, tokens, COUNT_BLOCK)
     else:
-        starts = np.linspace(0, tokens - _COUNT_BLOCK, _COUNT_AT_MOST // _COUNT_BLOCK).astype(np.int64)
+        starts = np.linspace(0, tokens - COUNT_BLOCK, COUNT_AT_MOST // COUNT_BLOCK).astype(np.int64)
     counts = np.zeros(0, dtype=np.int64)
     for start in starts:
-        block = stored[start : start + _COUNT_BLOCK]
+        block = stored[start : start + COUNT_BLOCK]
         low, high = block.min(), block.max()
         if not np.issubdtype(dtype, np.integer) or low < 0 or high >= LARGEST_VOCABULARY:
             raise DataError(

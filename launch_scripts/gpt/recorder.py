@@ -51,6 +51,42 @@ _MONITORED = (
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 
+class Standstill:
+    """Ends a run that gets nowhere: ``most`` steps in a row without an update."""
+
+    def __init__(self, most: int):
+        self.most, self._in_a_row = most, 0
+
+    def book(self, step: int, *, skipped: bool) -> None:
+        """The step is over. Raises StateError: as many in a row have been skipped."""
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if self._in_a_row >= self.most:
+            raise StateError(
+                f"step {step}: {self.most} steps in a row were skipped, since gradients were not finite; go on from an "
+                "earlier checkpoint with a lower learning rate or in bf16, or raise training.skipped_in_a_row"
+            )
+
+
+def shortfalls(plugin: Any, *, steps: int, batch: int) -> list[str]:
+    """What a run of ``steps`` steps, of ``batch`` samples each, is too short for."""
+    warmup, averager, lines = plugin.warmup, plugin.averager, []
+    if warmup is not None:
+        planned = plan(warmup.scheduler, batch, steps=steps)
+        last = steps if warmup.config.duration.unit == "steps" else planned.trained
+        if last < warmup.config.duration.total:
+            lines.append(
+                f"note: {steps} steps end the run within the sequence length warmup of "
+                f"{warmup.config.duration.total:,} {warmup.config.duration.unit}; it reaches "
+                f"{warmup.scheduler.length_at(last)} of {warmup.config.end_length} tokens"
+            )
+    if averager is not None and averager.first_step() > steps:
+        lines.append(
+            f"note: {steps} steps end the run before the first snapshot, at step {averager.first_step()}: nothing "
+            "will be averaged"
+        )
+    return lines
+
+
 class Recorder:
     """One run's record. Every rank makes one and calls it alike; rank 0 writes what is common to all."""
 
@@ -58,7 +94,8 @@ class Recorder:
         self.engine, self.run, self.folder, self.text, self.progress = engine, run, folder, text, progress
         self.plugin = ds_plugin.get_plugin(engine)
         self.first = dist.get_rank() == 0
-        for line in [*self.plugin.describe(), *self._shortfalls()]:
+        too_short = shortfalls(self.plugin, steps=run.training.steps, batch=engine.train_batch_size())
+        for line in [*self.plugin.describe(), *too_short]:
             progress.message(line)
         monitor.log_settings(engine, self._settings())
         self.started = self._window_started = time.monotonic()
@@ -70,7 +107,8 @@ class Recorder:
         self._unwritten: list[dict[str, Any]] = []  # rows for metrics.csv; more than none where the disk is full
         self._said = False  # that they wait
         self._row: dict[str, Any] = {}
-        self._skipped = self._skipped_in_a_row = 0  # steps so far, as the engine counts them; up to this one
+        self._skipped = 0  # steps before this one, as the engine counts them
+        self._standstill = Standstill(run.training.skipped_in_a_row)
         self._flops, self._per_token = 0.0, Flops(engine.module, run.model)
         self._trained_before = 0
 
@@ -80,27 +118,6 @@ class Recorder:
         tokens, limit = self.run.training.tokens, self.run.step_limit
         enough = tokens is not None and self._tokens()[0] >= tokens
         return enough or (limit is not None and self.engine.global_steps >= limit)
-
-    def _shortfalls(self) -> list[str]:
-        """What this run is too short for."""
-        steps, lines = self.run.training.steps, []
-        warmup, averager = self.plugin.warmup, self.plugin.averager
-        if warmup is not None:
-            batch = self.engine.train_batch_size()
-            planned = plan(warmup.scheduler, batch, steps=steps)
-            last = steps if warmup.config.duration.unit == "steps" else planned.trained
-            if last < warmup.config.duration.total:
-                lines.append(
-                    f"note: {steps} steps end the run within the sequence length warmup of "
-                    f"{warmup.config.duration.total:,} {warmup.config.duration.unit}; it reaches "
-                    f"{warmup.scheduler.length_at(last)} of {warmup.config.end_length} tokens"
-                )
-        if averager is not None and averager.first_step() > steps:
-            lines.append(
-                f"note: {steps} steps end the run before the first snapshot, at step {averager.first_step()}: nothing "
-                "will be averaged"
-            )
-        return lines
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -127,7 +144,7 @@ class Recorder:
         Raises:
             StateError: on every rank, so many steps in a row had no update that the run gets nowhere.
         """
-        self._refuse_standstill()
+        self._standstill.book(self.engine.global_steps, skipped=self.engine.skipped_steps > self._skipped)
         trained, read = self._tokens()
         step, cfg = self.engine.global_steps, self.run.training
         length = self._row["length"] if not self._full_length() else self.run.model.seq_length
@@ -143,16 +160,6 @@ class Recorder:
         self._unread.append((self._row, torch.stack(self._losses).mean().float()))
         if self.finished or any(step % n == 0 for n in (cfg.log_interval, cfg.eval_interval, cfg.save_interval)):
             self._read()
-
-    def _refuse_standstill(self) -> None:
-        skipped, most = self.engine.skipped_steps > self._skipped, self.run.training.skipped_in_a_row
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if self._skipped_in_a_row >= most:
-            raise StateError(
-                f"step {self.engine.global_steps}: {most} steps in a row were skipped, since gradients were not "
-                "finite; go on from an earlier checkpoint with a lower learning rate or in bf16, or raise "
-                "training.skipped_in_a_row"
-            )
 
     def evaluation(self, loss: float) -> None:
         """The loss of the weights as trained, after this step."""

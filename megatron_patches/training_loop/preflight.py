@@ -45,7 +45,7 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
             _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
             longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
             room = functools.partial(adams_state, optimizer)
-            with _silent(options, length, config), full_length_pass(model, room, length=length, means=_MEANS):
+            with leaving_no_trace(options, length, config), full_length_pass(model, room, length=length, means=_MEANS):
                 passes(**{**settings, **longest})
             for chunk in model:
                 chunk.zero_grad_buffer()
@@ -96,7 +96,7 @@ def adams_state(optimizer: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _silent(options: Any, length: int, config: Any) -> Iterator[None]:
+def leaving_no_trace(options: Any, length: int, config: Any) -> Iterator[None]:
     """Megatron-LM at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
     machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
     quiet = replaced(machine, "validate_result", lambda *args, **kwargs: None)  # it would keep the largest values

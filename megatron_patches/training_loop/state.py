@@ -71,7 +71,7 @@ def save(loop: Methods, root: Path, iteration: int) -> str:
             place = {"world_size": dist.get_world_size(), "model_parallel": _sizes()}
             _write(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
             if getattr(loop.options(), "save_retain_interval", None) is not None:
-                _forget_retired(root, iteration)
+                forget_retired(root, iteration)
     return save_id
 
 
@@ -112,7 +112,7 @@ def check(loop: Methods, model: Any) -> int | None:
     """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Raises
     CheckpointError, on every rank alike: a run would be resumed from an average, from damaged files or with another
     ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
-    found = from_rank_0(lambda: _to_load(loop.options()))
+    found = from_rank_0(lambda: to_load(loop.options()))
     if found is None:
         return None
     root, iteration, weights_alone = found
@@ -129,7 +129,7 @@ def check(loop: Methods, model: Any) -> int | None:
     return iteration
 
 
-def _to_load(options: Any) -> tuple[Path, int, bool] | None:
+def to_load(options: Any) -> tuple[Path, int, bool] | None:
     """Where Megatron-LM will find which (persistent) iteration, and whether it takes the weights alone."""
     finetune = options.finetune or getattr(options, "freeze_all_layers", False)
     step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
@@ -206,7 +206,7 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
         loop.averager.reset()
 
 
-def _forget_retired(root: Path, iteration: int) -> None:
+def forget_retired(root: Path, iteration: int) -> None:
     """Remove what is of iterations that Megatron-LM has removed, for ``--save-retain-interval``."""
     averages = root / AVERAGED
     for parent in (root / "ds_plugin", averages, *averages.glob("horizon_*"), *averages.glob("**/ds_plugin")):

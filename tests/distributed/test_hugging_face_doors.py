@@ -11,7 +11,7 @@ import torch
 
 import ds_plugin
 from ds_plugin import completep, huggingface
-from ds_plugin.core.errors import PluginError
+from ds_plugin.core.errors import PluginError, StateError
 from ds_plugin.deepspeed_engine import attach
 from tests.distributed.test_hugging_face import history
 from tests.hugging_face import (
@@ -271,9 +271,12 @@ def _own_call(folder):
         except PluginError as error:
             found[name] = str(error)
             return
-        plugin = getattr(engine, "_ds_plugin", None)
+        try:
+            averages = ds_plugin.get_plugin(engine).averager is not None
+        except StateError:
+            averages = False
         roles = [group["role"] for group in engine.basic_optimizer.param_groups if "role" in group]
-        found[name] = (len(roles) > 1, plugin is not None and plugin.averager is not None)
+        found[name] = (len(roles) > 1, averages)
 
     args = argparse.Namespace(deepspeed_config=str(folder / "scaled"), local_rank=0)
     case("args", average, args, build())

@@ -305,7 +305,7 @@ def test_the_preflight_leaves_nothing_for_the_log_and_for_later_checks():
     machine = rerun_state_machine.get_rerun_state_machine()
     options, config = SimpleNamespace(seq_length=8, mtp_num_layers=1), SimpleNamespace(timers="the host's")
     try:
-        with preflight._silent(options, 32, config):
+        with preflight.leaving_no_trace(options, 32, config):
             assert (options.seq_length, config.timers) == (32, None)
             for _ in range(2):
                 machine.validate_result(
@@ -568,7 +568,7 @@ def test_what_the_host_will_load(tmp_path, case):
     given = {"load": "run", "finetune": False, "ckpt_step": None, "pretrained_checkpoint": None, **changes}
     for name in ("load", "pretrained_checkpoint"):
         given[name] = given[name] and str(tmp_path / given[name])
-    found = state._to_load(SimpleNamespace(**given))
+    found = state.to_load(SimpleNamespace(**given))
     assert found == (expected and (tmp_path / expected[0], *expected[1:]))
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ds_plugin.core import loss_statistics
 from ds_plugin.core.errors import StateError
 from ds_plugin.core.loss_statistics import StabilityMonitor, adam_variance
+from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine.readings import EngineReadings
 from tests.distributed import plain
 from tests.harness import slow
@@ -369,8 +370,8 @@ def _chunks():
     engine = make(3)
     plain.train(engine, 2)
     whole = [value.item() for value in adam_variance(EngineReadings(engine))]
-    loss_statistics._CHUNK_CPU = 7
-    return whole, [value.item() for value in adam_variance(EngineReadings(engine))]
+    with replaced(loss_statistics, "CHUNK_CPU", 7):
+        return whole, [value.item() for value in adam_variance(EngineReadings(engine))]
 
 
 def test_reading_in_chunks_changes_nothing(workers):

@@ -1,4 +1,5 @@
-"""The tree's one rule: which part of the project may import which. Every import is read, those inside functions too."""
+"""The tree's one rule: which part of the project may import which. Every import is read, those inside functions too.
+And what tests may reach into: no private name of ours."""
 
 import ast
 import json
@@ -101,6 +102,62 @@ def test_nothing_imports_what_lies_above_it_or_beside_it():
 
 def test_no_module_imports_itself_by_way_of_others():
     assert circles(ROOT) == []
+
+
+#: private names that tests may use: of frameworks, of Python
+THEIRS = {
+    "torch": "_backward_hooks _dynamo _forward_hooks _forward_pre_hooks _get_current_function_mode_stack _lazy_call "
+    "_make_subclass _orig_mod _python_dispatch _pytree _results_queue _StorageInfo _world",
+    "DeepSpeed": "_get_expert_parallel_rank _get_max_expert_size_name _REMOVED_TOP_LEVEL_CONFIG_KEYS _step_applied "
+    "_take_model_step",
+    "megatron-core": "_build_document_index _build_shuffle_index _CUDA_RNG_STATE_TRACKER "
+    "_CUDA_RNG_STATE_TRACKER_INITIALIZED _te_version",
+    "Hugging Face, Lightning": "_is_hf_initialized _prepare_backend _reset_state _validate_device_index_selection",
+    "Python": "_asdict _exit",
+}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def reached_into(text: str) -> set[tuple[int, str]]:
+    """(line, name) of every private name of another module or object that a file uses, the patched ones too."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            found.append((node.lineno, node.attr))
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            module = getattr(node, "module", None) or ""
+            found += [(node.lineno, part) for a in node.names for part in f"{module}.{a.name}".split(".")]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in PATCHING:
+            given = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            found += [(node.lineno, value.rpartition(".")[2]) for value in given]
+    return {(line, name) for line, name in found if private(name)}
+
+
+PATCHING = {"setattr", "getattr", "hasattr", "delattr", "replaced", "Patch", "attrgetter", "object"}
+
+
+def test_tests_reach_into_no_private_name_of_ours():
+    theirs = set(" ".join(THEIRS.values()).split())
+    seen, ours = set(), []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for line, name in sorted(reached_into(path.read_text())):
+            seen.add(name)
+            if name not in theirs:
+                ours.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert ours == [] and theirs <= seen  # the list holds what is used
+
+
+def test_what_reaches_into_another_module_is_seen():
+    code = """
+from ds_plugin.a import _b, c as _c
+import ds_plugin._d
+self._own, x._e, x.y._f.__class__, x._g()
+patched.setattr(x, "_h", 1), patched.setattr("ds_plugin.a._i", 1), getattr(x, "_j", None), mock.patch.object(x, "_k")
+"""
+    assert "".join(name[1:] for _, name in sorted(reached_into(code))) == "bdefghijk"
 
 
 BLOCK = """

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_plugin.core import loss_statistics
 from ds_plugin.core.errors import StateError
 from ds_plugin.core.loss_statistics import Correlation, LossRatio, StabilityMonitor
 from ds_plugin.deepspeed_engine.readings import EngineReadings
@@ -138,15 +137,15 @@ VARIANCE = slice(3 * SLOTS, 3 * SLOTS + 2)  # where a vector has it
 
 def exchange(monkeypatch, table):
     """A monitor whose job has sent ``table``, [ranks, numbers]: the losses it fed, and what it made of the rest."""
-    engine = SimpleNamespace(device=torch.device("cpu"), global_steps=12)
-    monitor = StabilityMonitor(EngineReadings(engine), SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1})
-    monitor._closed = SLOTS
+    readings = SimpleNamespace(device=torch.device("cpu"), step=12, gradient_norm=lambda: None, adam_variances=list)
+    monitor = StabilityMonitor(readings, SLOTS, lambda: {"length": 16, "tokens": 10**11 + 1}, variance=True)
     losses = []
-    monkeypatch.setattr(loss_statistics, "adam_variance", lambda engine: None)
     monkeypatch.setattr(monitor.loss_ratio, "feed", lambda loss, length, error: losses.append(loss))
     monkeypatch.setattr(dist, "get_world_size", lambda: len(table))
     monkeypatch.setattr(dist, "all_gather_into_tensor", lambda into, _: into.copy_(table.reshape(-1)))
-    return (losses, *monitor._exchange(variance=True))
+    *before, report = [monitor.close_step() for _ in range(SLOTS)]
+    assert not any(before)
+    return losses, report.variance_l1, report.variance_max
 
 
 def test_between_reports_nothing_is_read_from_the_device():
@@ -161,7 +160,8 @@ def test_between_reports_nothing_is_read_from_the_device():
     for _ in range(2):
         monitor.record(torch.empty(2, device=device))
         assert monitor.close_step(16) is None
-    assert monitor._closed == 2
+    with pytest.raises(ValueError, match="process group"):  # the third step's report asks the other ranks
+        monitor.close_step(16)
 
 
 def sent(ranks=RANKS):

@@ -177,8 +177,8 @@ def test_large_prefix_is_counted_in_strides(folder: Path, tmp_path: Path, monkey
 
     (tmp_path / "t.txt").write_bytes(b"ab" * 50000)
     made = make(tmp_path / "t.txt", tmp_path)
-    monkeypatch.setattr(module, "_COUNT_AT_MOST", 8000)
-    monkeypatch.setattr(module, "_COUNT_BLOCK", 1000)
+    monkeypatch.setattr(module, "COUNT_AT_MOST", 8000)
+    monkeypatch.setattr(module, "COUNT_BLOCK", 1000)
     counts, counted = module.count_tokens(made.prefix, np.uint8, made.tokens)
     assert counted == 8000 and abs(int(counts[97]) - 4000) <= 8 and abs(int(counts[98]) - 4000) <= 8
     Path(f"{made.prefix}.json").unlink()

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from launch_scripts.gpt import progress as module
-from launch_scripts.gpt.progress import Progress, _clock
+from launch_scripts.gpt.progress import Progress
 
 
 class Clock:
@@ -110,7 +110,10 @@ def test_terminal():
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(None, "-:--"), (0, "0:00"), (83, "1:23"), (59.6, "1:00"), (3600, "1:00:00"), (5025, "1:23:45")],
+    [(0, "0:00"), (83, "1:23"), (59.6, "1:00"), (3600, "1:00:00"), (5025, "1:23:45")],
 )
-def test_clock(seconds: float | None, shown: str):
-    assert _clock(seconds) == shown
+def test_hours_minutes_and_seconds(clock: Clock, log: Console, seconds: float, shown: str):
+    progress = Progress(2, True, console=log)
+    clock.now += seconds
+    progress.step({"step": 1})
+    assert lines(log)[0].endswith(f"  {shown} elapsed, -:-- left")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -64,14 +65,18 @@ def test_recorded_batches_come_again_and_the_source_goes_on():
     assert numbers(2) == [0, 1]
     source.record()
     assert numbers(2) == [2, 3]
-    kept = source._kept
-    assert kept[0]["attention_mask"] is kept[1]["attention_mask"] and kept[0]["tokens"] is not kept[1]["tokens"]
+    source.replay()
+    first, second = next(source), next(source)  # what they have in common is kept once
+    assert first["attention_mask"] is second["attention_mask"] and first["tokens"] is not second["tokens"]
+    kept = [weakref.ref(batch["tokens"]) for batch in (first, second)]
+    del first, second
     source.replay()
     assert numbers(2) == [2, 3]
     source.replay()
     assert numbers(1) == [2]
+    assert all(tensor() is not None for tensor in kept)
     source.forget()
-    assert numbers(2) == [4, 5] and source._kept == []
+    assert numbers(2) == [4, 5] and all(tensor() is None for tensor in kept)
 
 
 def lengths(**changes):
@@ -237,5 +242,5 @@ def test_state_of_checkpoints_that_the_host_has_removed_goes_too(tmp_path):
     for iteration in (10, 20, 30):
         state.folder_of(tmp_path, iteration).mkdir(parents=True)
     (tmp_path / "iter_0000020").mkdir()
-    state._forget_retired(tmp_path, 30)
+    state.forget_retired(tmp_path, 30)
     assert sorted(p.name for p in (tmp_path / "ds_plugin").iterdir()) == ["iter_0000020", "iter_0000030"]

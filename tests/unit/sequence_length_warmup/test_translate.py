@@ -10,9 +10,8 @@ import pytest
 from deepspeed.runtime.data_pipeline.config import get_data_efficiency_config
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler
 
-from ds_plugin import config as config_module
 from ds_plugin.cli.main import main
-from ds_plugin.config import PluginConfig, split_config
+from ds_plugin.config import PluginConfig, say_once, split_config
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sequence_length_warmup.translate import translate
@@ -304,7 +303,7 @@ def test_refusals_name_key_value_and_remedy(config, parts):
 
 @pytest.fixture
 def log(monkeypatch, caplog):
-    monkeypatch.setattr(config_module, "_said", set())
+    say_once.cache_clear()
     monkeypatch.delenv("RANK", raising=False)
     caplog.set_level(logging.INFO, logger="ds_plugin")
     return caplog

@@ -389,6 +389,10 @@ def _drop(tensors, metadata):
     del tensors["snapshot.2.1"]
 
 
+def _add(tensors, metadata):
+    tensors["more"] = torch.zeros(1)
+
+
 def _older(tensors, metadata):
     metadata["format"] = "4"
 
@@ -429,14 +433,18 @@ def test_files_that_were_changed_are_named(tmp_path, change, parts):
     assert averager[0].steps == []
 
 
-def test_each_file_is_tested_by_one_rank(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", range(4))
+def test_each_file_is_tested_by_one_rank(tmp_path, damaged):
     """Rank r of 2 tests every second of 4 files in full, also where it reads nothing from them."""
     saved(tmp_path, trained("uneven", "sliding"))
-    tested = []
-    verify = checkpoint._Share.verify
-    monkeypatch.setattr(checkpoint._Share, "verify", lambda share: (tested.append(share.path.name), verify(share)))
-    load(tmp_path, ranks_of("two", "sliding"), 4)
-    assert tested == [checkpoint.shard_name(rank) for rank in (0, 2, 1, 3)]
+    _rewrite(tmp_path / checkpoint.shard_name(damaged), _add)
+    found = []
+    for rank, averager in enumerate(ranks_of("two", "sliding")):
+        try:
+            checkpoint.load(tmp_path, averager, rank=rank, world_size=2, save_id="abc", saved_ranks=4)
+        except CheckpointError as error:
+            found.append((rank, "not those that were saved" in str(error)))
+    assert found == [(damaged % 2, True)]
 
 
 def test_other_settings_are_refused(tmp_path):

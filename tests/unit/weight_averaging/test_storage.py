@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -138,8 +139,8 @@ def test_what_it_takes_is_worked_out_and_said(tmp_path, changes, in_memory, in_f
     averager = make(Host(), **changes, **folder)
     assert averager.memory.rank == in_memory
     assert (averager.files and averager.files.rank) == in_files
-    held = [t for t in vars(averager.mode).values() if isinstance(t, list | dict)]
-    assert sum(map(nbytes, [*held, averager._spare])) == in_memory + (in_files or 0)  # and that is what is allocated
+    kept, spare = storage.Storage(averager.config, Host().masters, modes.buffers(averager.config)).allocate()
+    assert sum(map(nbytes, [*kept, spare])) == in_memory + (in_files or 0)  # and that is what is allocated
     line = averager.describe()
     assert f"{in_memory / 1e6:.1f} MB of CPU memory" in line
     assert (f"of files in {tmp_path}" in line) == bool(in_files)
@@ -409,5 +410,6 @@ def test_masters_in_host_memory_are_copied_once_and_without_a_thread(monkeypatch
     host = Host()
     averager = make(host)
     monkeypatch.setattr(averager.mode, "take", lambda *a: pytest.fail("they went through the spare buffer"))
+    before = set(threading.enumerate())
     run(averager, host, 3)
-    assert averager.steps == [1, 2, 3] and averager._copies is None
+    assert set(threading.enumerate()) <= before and averager.steps == [1, 2, 3]
