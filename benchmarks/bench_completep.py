@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fused", action="store_true", help="compile the residual adds, Megatron's and ours")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    builders.start_host()
+    builders.start_megatron()
     steps = {name: build(name, args) for name in VARIANTS}
     time, ours = common.times(steps, args.rounds), VARIANTS[2:]
     memory = {name: peak_memory(step) for name, step in steps.items()}

@@ -147,7 +147,7 @@ def rank(arguments: list[str]) -> None:
     from megatron_patches.training_loop import script
 
     path, given, sections, _ = script.read_arguments(arguments)
-    script.prepare_host(path)
+    script.prepare_megatron(path)
     script.install(sections)
     training = importlib.import_module(script.TRAINING)
     out = Path(arguments[-1]).with_name(f"rank{os.environ['RANK']}.json")

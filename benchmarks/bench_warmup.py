@@ -2,10 +2,10 @@
 
     python benchmarks/bench_warmup.py [--out FILE.json]
 
-Four DeepSpeed engines train the same model: two without the plugin on batches that are already short ("host", and
-"host again", which says what the measurement is good for), one whose hook cuts full-length batches ("truncate"), one
-that reads through `plugin.batches` ("carry"). They take turns step by step, each time in an order of its own, and a
-round is twenty steps of each, so that the instruments' report every twenty steps is in it. The figure is the median
+Four engines train the same model: two of DeepSpeed's without the plugin on batches that are already short ("DeepSpeed",
+and "DeepSpeed again", which says what the measurement is good for), one whose hook cuts full-length batches
+("truncate"), one that reads through `plugin.batches` ("carry"). They take turns step by step, each time in an order of
+its own, and a round is twenty steps of each, so that the instruments' report is in it. The figure is the median
 over rounds of the time over DeepSpeed's of the same round, with the middle half of the rounds beside it. Time is CPU
 time without a GPU, and wall time to the end of the step with one.
 """
@@ -23,7 +23,7 @@ import torch
 import ds_plugin
 from ds_plugin.deepspeed_engine import startup
 
-VARIANTS = ("host", "host again", "truncate", "carry")  # "host" is DeepSpeed
+VARIANTS = ("DeepSpeed", "DeepSpeed again", "truncate", "carry")
 ROUND = 20  # steps; the instruments report once in so many
 
 
@@ -60,7 +60,7 @@ def build(variant: str, args: argparse.Namespace, lengths: list[int]) -> Callabl
         "position_ids": torch.arange(full).expand(args.batch, -1).contiguous(),
         "labels": tokens[:, 1:].contiguous(),
     }
-    if variant.startswith("host"):
+    if variant.startswith("DeepSpeed"):
         engine = deepspeed.initialize(model=model, config=plain)[0]
 
         def batch(length: int) -> dict[str, torch.Tensor]:

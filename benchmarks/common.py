@@ -166,7 +166,7 @@ def start(threads: int = 1) -> None:
         torch.set_num_threads(threads)
     startup.skip_inference_kernel()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
-    builders.start_host()
+    builders.start_megatron()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 

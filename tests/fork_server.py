@@ -1,6 +1,6 @@
 """The fork server behind the ``workers`` fixture, and what happens in a rank. See harness.py for the whole picture.
 
-Neither torch nor the hosts are imported at the top: the pytest process imports this file too.
+Neither torch nor the frameworks are imported at the top: the pytest process imports this file too.
 """
 
 import contextlib

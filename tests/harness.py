@@ -2,7 +2,7 @@
 
 Importing torch, DeepSpeed and Megatron-core costs seconds per process. One fork server per pytest session imports them
 once; every ``run`` then forks a fresh set of ranks from it (about 10 ms each). A rank is never used twice, and that is
-what keeps one test from influencing the next: process groups, the cached globals of both hosts, monkey patches,
+what keeps one test from influencing the next: process groups, the cached globals of both frameworks, monkey patches,
 environment variables and random states all go with the process. Nothing has to be reset, so nothing can be forgotten.
 
 The three processes involved::
@@ -66,7 +66,7 @@ RANK_ENV = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",  # the same tests on a machine with GPUs; forking after CUDA starts would break it
     "TORCHDYNAMO_DISABLE": "1",  # a fresh process would compile every fused kernel of Megatron-core again
-    "GLOO_SOCKET_IFNAME": "lo",  # the host's own name need not resolve
+    "GLOO_SOCKET_IFNAME": "lo",  # the machine's own name need not resolve
 }
 SERVER_START_SECONDS = 120.0
 # Once a rank has failed, how long the others may take to notice before they count as hanging.

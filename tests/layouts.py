@@ -1,8 +1,8 @@
-"""What runs where: each method in each layout of each host, killed in mid-run, resumed, and compared. One command:
+"""What runs where: each method in each layout of each framework, killed in mid-run, resumed, and compared. One command:
 
     python -m tests.layouts [--megatron CHECKOUT] [--out docs/results/layouts.md]
 
-A cell is three runs of the host's own training script on CPU processes: one that trains through, one whose ranks get
+A cell is three runs of the framework's training script on CPU processes: one that trains through, one whose ranks get
 SIGKILL after its checkpoint, and its resumption. Every figure that the script writes for the steps after the checkpoint
 must be the uninterrupted run's, as must the average that it exports. The fp32 losses of DeepSpeed's layouts must also
 be those of the first layout, to 1e-5. A cell that does not hold says so, and the exit code is 1. Cells are kept in
@@ -107,29 +107,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--megatron", type=Path, metavar="CHECKOUT", help="of Megatron-LM: run its script too")
     parser.add_argument("--only", action="append", default=[], help="cells whose names hold this; again: and this")
     parser.add_argument("--work", type=Path, default=Path("runs/layouts"), help="runs, and cells that are done")
-    parser.add_argument("--out", type=Path, help="write the table here; a host that was not run keeps its part")
+    parser.add_argument("--out", type=Path, help="write the table here; a framework that was not run keeps its part")
     args = parser.parse_args(arguments)
     pools = WorkerPools()
-    hosts: dict[str, tuple[tuple[Layout, ...], Cell]] = {
+    frameworks: dict[str, tuple[tuple[Layout, ...], Cell]] = {
         "DeepSpeed": (DEEPSPEED, functools.partial(deepspeed_cell, pools=pools))
     }
     if args.megatron is not None:
-        hosts[f"Megatron-LM {branch(args.megatron)}"] = (MEGATRON, megatron_cell(args.megatron))
+        frameworks[f"Megatron-LM {branch(args.megatron)}"] = (MEGATRON, megatron_cell(args.megatron))
     args.work.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for host, (layouts, run) in hosts.items():
+    for framework, (layouts, run) in frameworks.items():
         cells: dict[str, dict[str, Any]] = {}
         for layout in layouts:
             for method in layout.methods:
                 if layouts is MEGATRON and method in NOT_IN_MEGATRON:
                     continue
-                cell = f"{host} / {layout.name} / {method}"
+                cell = f"{framework} / {layout.name} / {method}"
                 if all(text in cell for text in args.only):
                     cells[cell] = kept(args.work, cell, layout, method, run)
                     failed += not cells[cell]["held"]
                     print(f"{cell}: {cells[cell]['said']} ({cells[cell]['seconds']:.0f} s)", flush=True)
         if args.out is not None and cells:
-            write(args.out, host, table(host, layouts, cells))
+            write(args.out, framework, table(framework, layouts, cells))
     pools.close()
     return 1 if failed else 0
 
@@ -164,7 +164,7 @@ def filed(cell: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in cell)
 
 
-# -- the hosts ---------------------------------------------------------------------------------------------------------
+# -- the frameworks ----------------------------------------------------------------------------------------------------
 
 
 def deepspeed_cell(folder: Path, layout: Layout, sections: dict[str, Any], pools: WorkerPools) -> list[float]:
@@ -251,7 +251,7 @@ def megatron_cell(checkout: Path) -> Cell:
         assert sorted(whole) == list(range(1, STEPS + 1)), sorted(whole)
         assert min(resumed) == SAVED + 1 and later == evaluations[len(evaluations) - len(later) :], (evaluations, later)
         for step in range(SAVED + 1, STEPS + 1):
-            other = {"lm loss"} if step == SAVED + 2 else set()  # there the host logs a mean of two steps
+            other = {"lm loss"} if step == SAVED + 2 else set()  # there Megatron-LM logs a mean of two steps
             names = set(whole[step]) - other
             for name in names:
                 found, expected = resumed[step].get(name), whole[step][name]
@@ -282,12 +282,12 @@ def branch(checkout: Path) -> str:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def table(host: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str, Any]]) -> str:
-    packages = ("torch", "deepspeed") if host == "DeepSpeed" else ("torch",)
+def table(framework: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str, Any]]) -> str:
+    packages = ("torch", "deepspeed") if framework == "DeepSpeed" else ("torch",)
     names = ", ".join(f"{name} {version(name)}" for name in packages)
     dates = sorted({cell["date"] for cell in cells.values()})
     lines = [
-        f"## {host}",
+        f"## {framework}",
         "",
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, Python {platform.python_version()}, {names}, CPU.",
         "",
@@ -297,9 +297,9 @@ def table(host: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str, Any
     for layout in layouts:
         row = []
         for method in METHODS:
-            cell = cells.get(f"{host} / {layout.name} / {method}")
+            cell = cells.get(f"{framework} / {layout.name} / {method}")
             if cell is None:
-                refused = host != "DeepSpeed" and method in NOT_IN_MEGATRON
+                refused = framework != "DeepSpeed" and method in NOT_IN_MEGATRON
                 row.append("refused" if refused else "")
             elif not cell["held"]:
                 row.append("**fails**")
@@ -310,10 +310,10 @@ def table(host: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str, Any
     return "\n".join(lines) + "\n"
 
 
-def write(out: Path, host: str, part: str) -> None:
-    """Put a host's table into the file, in place of its former one."""
+def write(out: Path, framework: str, part: str) -> None:
+    """Put a framework's table into the file, in place of its former one."""
     parts = out.read_text().split("\n## ") if out.exists() else [HEAD]
-    rest = [p for p in parts[1:] if not p.startswith(host + "\n")]
+    rest = [p for p in parts[1:] if not p.startswith(framework + "\n")]
     joined = [parts[0].rstrip("\n"), *sorted([*(p.rstrip("\n") for p in rest), part.removeprefix("## ").rstrip("\n")])]
     text = "\n\n## ".join(joined) + "\n"
     atomic_write(out, lambda path: path.write_text(text) and None)
@@ -324,12 +324,12 @@ HEAD = f"""# What runs where
     python -m tests.layouts --out docs/results/layouts.md
     python -m tests.layouts --megatron ~/Megatron-LM --out docs/results/layouts.md
 
-Every cell is a run of the host's own script (for DeepSpeed launch_scripts/pretrain_gpt.py): {STEPS} steps through, then
-the same killed with SIGKILL after step {KILLED} and resumed from its checkpoint at step {SAVED}. "Resumed": every
+Every cell is a run of the framework's script (for DeepSpeed launch_scripts/pretrain_gpt.py): {STEPS} steps through,
+then the same killed with SIGKILL after step {KILLED} and resumed from its checkpoint at step {SAVED}. "Resumed": every
 figure logged after it is the uninterrupted run's - losses, evaluations raw and averaged, learning rates, lengths,
 tokens, norms - and with DeepSpeed the exported average is, bit for bit. The number is the largest difference of a
 step's fp32 loss from the first row's ("equal": none), which must not exceed {TOLERANCE:g}. "All three" is truncated
-warmup, CompleteP as the host has it by itself (DeepSpeed forward, Megatron-LM folded) and the sliding average. An
+warmup, CompleteP as the framework has it by itself (DeepSpeed forward, Megatron-LM folded) and the sliding average. An
 empty cell was not run.
 """
 

@@ -6,10 +6,10 @@
 Test files of the checkout's tests/unit_tests (`FILES`, or those given) run once for each variant, in a process with one
 rank on the CPU over gloo. Each test's outcome is compared, and for a failure the exception and its first line:
 
-alone      Megatron-LM, made to run without a GPU as `megatron_patches` does it (`script.prepare_host`)
+alone      Megatron-LM, made to run without a GPU as `megatron_patches` does it (`script.prepare_megatron`)
 off        also ``megatron_patches.apply(FILE)``, where FILE has all three sections with ``"enabled": false``
 reverted   also every wrapper put in place, and taken away again once the test files are imported: where they kept a
-           wrapper it has to do what the host's own does
+           wrapper it has to do what Megatron-LM's own does
 on         every wrapper stays and has nothing to do: CompleteP at ratios of 1, whatever the model; a warmup that starts
            at the full length; an average that is never taken. A test may be refused here, by an error of the plugin's
            own; which tests called a wrapper is counted, since the equality of the others proves nothing.
@@ -174,10 +174,10 @@ class Collected:
 
 
 def run_tests(variant: str, checkout: Path, out: Path, files: Sequence[str]) -> int:
-    """Prepare the host, apply the variant's patches and let pytest run the files; pytest's exit code."""
+    """Prepare Megatron-LM, apply the variant's patches and let pytest run the files; pytest's exit code."""
     from megatron_patches.training_loop import script
 
-    script.prepare_host(checkout / "pretrain_gpt.py")
+    script.prepare_megatron(checkout / "pretrain_gpt.py")
     stand_in()
     called: list[str] = []
     plugins: list[Any] = [Recorder(out, checkout, called)]
@@ -201,7 +201,7 @@ def stand_in() -> None:
     from ds_plugin.core.patch import Patch
 
     importlib.import_module("megatron.training.training")  # what of megatron asks for TransformerEngine finds none
-    host, specs = (importlib.import_module(f"megatron.core.{m}") for m in ("utils", "models.gpt.gpt_layer_specs"))
+    utils, specs = (importlib.import_module(f"megatron.core.{m}") for m in ("utils", "models.gpt.gpt_layer_specs"))
     init = torch.distributed.init_process_group
     replaced: dict[str, Callable[..., Any]] = {
         "torch.distributed.init_process_group": lambda backend=None, **kwargs: init("gloo", **kwargs),
@@ -210,7 +210,7 @@ def stand_in() -> None:
         "torch.cuda.nvtx.range_pop": lambda: 0,
     }
     for name in ("get_te_version", "get_fa_version"):  # compared with numbers, though there is none
-        replaced[f"{host.__name__}.{name}"] = lambda: Version("0")
+        replaced[f"{utils.__name__}.{name}"] = lambda: Version("0")
     for name, engine in list(vars(specs).items()):
         local = getattr(specs, name.replace("_with_transformer_engine_", "_local_"), engine)
         if local is not engine and "args" not in inspect.signature(engine).parameters:  # it hands on to another of them

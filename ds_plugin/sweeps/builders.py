@@ -42,7 +42,7 @@ class Megatron:
 
     def start(self) -> None:
         """Called once in each process."""
-        start_host()
+        start_megatron()
 
     def check(self, shape: Shape, base: Base) -> None:
         """Raises ConfigError for a shape that cannot be."""
@@ -76,7 +76,7 @@ class Megatron:
         return section_of(shape, base, base.head_dim), parse_section(gpt.GPTConfig, "model", model)
 
 
-def start_host() -> None:
+def start_megatron() -> None:
     """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
     from megatron_patches import megatron_on_cpu
 

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a script with its own arguments; the exit code."""
     try:
         script, given, sections, verify = read_arguments(arguments)
-        prepare_host(script)
+        prepare_megatron(script)
         install(sections, verify=verify)
     except PluginError as error:  # before there are process groups: every rank has found the same
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -76,7 +76,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], PluginCon
     return script.resolve(), rest, PluginConfig.from_dict(load_json(found.files[0])), found.verify
 
 
-def prepare_host(script: Path) -> None:
+def prepare_megatron(script: Path) -> None:
     """Make a checkout's modules importable and, without a GPU, megatron-core run on the CPU."""
     if (folder := str(script.parent)) not in sys.path:
         sys.path.insert(0, folder)

@@ -142,7 +142,7 @@ def draw_weights(model):
             parameter.copy_(whole if cut is None else whole.chunk(ranks, cut)[rank])
 
 
-def host_config(layout, zero=0, precision="fp32", **sections):
+def deepspeed_config(layout, zero=0, precision="fp32", **sections):
     optimizer = {"lr": LR, "weight_decay": 0.1, "eps": EPS, "torch_adam": True}
     # Other schedulers start at 0: one step that changes nothing.
     warmup = {"warmup_min_lr": LR / 4, "warmup_max_lr": LR, "warmup_num_steps": 3, "warmup_type": "linear"}
@@ -151,14 +151,14 @@ def host_config(layout, zero=0, precision="fp32", **sections):
         "optimizer": {"type": "AdamW", "params": optimizer},
         "scheduler": {"type": "WarmupLR", "params": warmup},
     }
-    return plain.host_config(zero, precision, layout.accumulation, **{**config, **sections})
+    return plain.deepspeed_config(zero, precision, layout.accumulation, **{**config, **sections})
 
 
 def make(layout, initialize, zero=0, precision="fp32", sections=None, **settings):
     """An engine by `initialize`, deepspeed's or ds_plugin's; `sections` join the JSON, `settings` go to `build`."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = build(layout, dtype, **settings)
-    return initialize(model=model, config=host_config(layout, zero, precision, **(sections or {})))[0]
+    return initialize(model=model, config=deepspeed_config(layout, zero, precision, **(sections or {})))[0]
 
 
 def weights(engine):

@@ -33,7 +33,7 @@ class TinyLM(torch.nn.Module):
         return F.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
 
 
-def host_config(zero=0, precision="fp32", accumulation=1, **sections):
+def deepspeed_config(zero=0, precision="fp32", accumulation=1, **sections):
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": accumulation,

@@ -144,7 +144,7 @@ PARALLEL = {"tensor_model_parallel_size": 2, "context_parallel_size": 1, "sequen
 
 def _refused(folder):
     """What each refusal changed, what it said, and the training of the attach that follows them all."""
-    engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    engine = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize)
     found = {}
     for name, (sections, context, part) in refusals(engine, folder).items():
         gc.collect()
@@ -159,7 +159,7 @@ def _refused(folder):
     plugin = ds_plugin.attach(engine, BOTH)
     lengths = [plugin.length]
     losses = plain.train(engine, 4, lambda engine: lengths.append(plugin.length))
-    fresh = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    fresh = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize)
     ds_plugin.attach(fresh, BOTH)
     return found, lengths, losses == plain.train(fresh, 4)
 
@@ -203,7 +203,7 @@ def test_a_refused_attach_leaves_nothing_in_a_pipeline(workers):
 def _refused_when_built():
     """`initialize` is refused by what only the engine can tell; the model and the optimizer are used again."""
     left_out = ("optimizer", "scheduler")
-    config = {key: value for key, value in plain.host_config(1, **BOTH).items() if key not in left_out}
+    config = {key: value for key, value in plain.deepspeed_config(1, **BOTH).items() if key not in left_out}
     tokens = {**config, "sequence_length_warmup": {**WARMUP, "learning_rate": {"by": "tokens"}}}
     losses = []
     for refused in (False, True):
@@ -236,7 +236,7 @@ def _refused_with_groups_of_roles():
     """CompleteP replaces the groups of an optimizer that is built already, before averaging is refused."""
     nowhere = {**plain.AVERAGING, "storage": "files", "storage_path": "/no/such"}
     completep, model = roles.small(), roles.model_of(roles.small())
-    config = {key: value for key, value in roles.host_config(completep).items() if key != "optimizer"}
+    config = {key: value for key, value in roles.deepspeed_config(completep).items() if key != "optimizer"}
     optimizer = roles.BUILT["no decay on some"](model)
     groups = list(optimizer.param_groups)
     contents = [dict(group) for group in groups]
@@ -271,7 +271,7 @@ class Said(logging.Handler):
 def make(kind):
     if kind == "pipeline":
         return pipelined.make(Layout(pipe=2), deepspeed.initialize, zero=1), pipelined
-    return plain.make(plain.host_config(kind), initialize=deepspeed.initialize), plain
+    return plain.make(plain.deepspeed_config(kind), initialize=deepspeed.initialize), plain
 
 
 def going_on(engine, module, plugin):
@@ -341,12 +341,12 @@ def test_attached_after_the_load_is_attached_before_it(workers, tmp_path, kind):
 
 def _in_place_of_deepspeeds():
     theirs = deepspeed.initialize
-    expected = plain.train(plain.make(plain.host_config(1, **BOTH)), 3)
+    expected = plain.train(plain.make(plain.deepspeed_config(1, **BOTH)), 3)
     deepspeed.initialize = ds_plugin.initialize
-    found = plain.train(plain.make(plain.host_config(1, **BOTH), initialize=deepspeed.initialize), 3)
-    off = plain.train(plain.make(plain.host_config(1), initialize=deepspeed.initialize), 3)
+    found = plain.train(plain.make(plain.deepspeed_config(1, **BOTH), initialize=deepspeed.initialize), 3)
+    off = plain.train(plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize), 3)
     deepspeed.initialize = theirs
-    return found == expected, off == plain.train(plain.make(plain.host_config(1), initialize=theirs), 3)
+    return found == expected, off == plain.train(plain.make(plain.deepspeed_config(1), initialize=theirs), 3)
 
 
 def test_it_takes_the_place_of_deepspeeds_initialize(workers):
@@ -355,7 +355,7 @@ def test_it_takes_the_place_of_deepspeeds_initialize(workers):
 
 def _on_what_is_no_engine():
     model = plain.TinyLM()
-    engine, optimizer, *rest = deepspeed.initialize(model=model, config=plain.host_config(1))
+    engine, optimizer, *rest = deepspeed.initialize(model=model, config=plain.deepspeed_config(1))
     messages = {}
     for name, thing in {
         "None": None,

@@ -15,7 +15,7 @@ from tests.reference import averaging as reference
 
 
 def _compare_with_gathered(zero, precision, extra):
-    config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
+    config = plain.deepspeed_config(zero, precision, weight_averaging=plain.AVERAGING)
     config["zero_optimization"].update(extra)
     config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own for CPUs would have to be compiled
     engine = plain.make(config)
@@ -115,7 +115,7 @@ def test_equals_the_mean_of_gathered_snapshots(workers, ranks, zero, precision, 
 
 def _boundary_by_hand():
     """DeepSpeed's other way to accumulate: the caller names the boundary and calls step() once per window."""
-    engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
+    engine = plain.make(plain.deepspeed_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
     plugin, entered = ds_plugin.get_plugin(engine), []
     for step in range(4):
         for micro in range(2):
@@ -137,7 +137,7 @@ def test_windows_that_the_caller_closes(workers):
 
 def _skipped_step(zero):
     """bf16 with DeepSpeed's overflow check: a step whose gradients are not finite is skipped."""
-    config = plain.host_config(zero, sequence_length_warmup=plain.WARMUP, weight_averaging=plain.AVERAGING)
+    config = plain.deepspeed_config(zero, sequence_length_warmup=plain.WARMUP, weight_averaging=plain.AVERAGING)
     config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     engine = plain.make(config)
     plugin = ds_plugin.get_plugin(engine)
@@ -160,7 +160,9 @@ def test_a_skipped_step_leaves_no_snapshot_and_trains_no_tokens(workers, zero):
 
 def _bf16_optimizer():
     """ZeRO 1 with fp32 gradient accumulation is DeepSpeed's BF16_Optimizer, another wrapper with other attributes."""
-    config = plain.host_config(1, "bf16", weight_averaging=plain.AVERAGING, data_types={"grad_accum_dtype": "fp32"})
+    config = plain.deepspeed_config(
+        1, "bf16", weight_averaging=plain.AVERAGING, data_types={"grad_accum_dtype": "fp32"}
+    )
     engine = plain.make(config)
     snapshots = []
     plain.train(engine, 5, lambda e: snapshots.append(reference.full_masters(e)))
@@ -186,8 +188,8 @@ def _losses_with_and_without_reading(zero):
             with ds_plugin.get_plugin(engine).averaged_weights():
                 plain.evaluate(engine)
 
-    with_reading = plain.train(plain.make(plain.host_config(zero, **sections)), 5, read)
-    without = plain.train(plain.make(plain.host_config(zero, **sections)), 5)
+    with_reading = plain.train(plain.make(plain.deepspeed_config(zero, **sections)), 5, read)
+    without = plain.train(plain.make(plain.deepspeed_config(zero, **sections)), 5)
     return with_reading, without
 
 
@@ -198,7 +200,7 @@ def test_reading_the_average_changes_no_later_loss(workers, zero):
 
 
 def _collectives(zero, section, extra):
-    config = plain.host_config(zero, weight_averaging={**plain.AVERAGING, **section})
+    config = plain.deepspeed_config(zero, weight_averaging={**plain.AVERAGING, **section})
     config["zero_optimization"].update(extra)
     engine = plain.make(config)
     plain.train(engine, 3)
@@ -262,7 +264,7 @@ class Counting(plain.TinyLM):
 def _failing_swaps(zero, precision):
     """On one rank the exchange fails, or the refresh after it, or the way out. Then training goes on."""
     torch.manual_seed(7)
-    config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
+    config = plain.deepspeed_config(zero, precision, weight_averaging=plain.AVERAGING)
     engine = ds_plugin.initialize(model=Counting(), config=config)[0]
     plugin, messages = ds_plugin.get_plugin(engine), []
     plain.train(engine, 4)
@@ -323,7 +325,7 @@ def test_a_swap_that_fails_on_one_rank_is_undone_on_all(workers, zero, precision
 
 def _grown(zero):
     """A param group is added to the optimizer after attach."""
-    engine = plain.make(plain.host_config(zero, weight_averaging=plain.AVERAGING))
+    engine = plain.make(plain.deepspeed_config(zero, weight_averaging=plain.AVERAGING))
     plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 2)
     engine.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
@@ -342,7 +344,7 @@ def test_a_param_group_added_after_attach_is_one_error(workers):
 
 
 def _refusals(tmp_path):
-    engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
+    engine = plain.make(plain.deepspeed_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
     plugin = ds_plugin.get_plugin(engine)
     plain.train(engine, 2)
     messages = {}

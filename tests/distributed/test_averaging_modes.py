@@ -37,7 +37,7 @@ LAYOUTS = [(3, 0, "fp32"), (3, 1, "fp32"), (3, 3, "fp32"), (2, 0, "bf16"), (2, 1
 
 def _modes(zero, precision):
     """Every mode from the same snapshots of one run of 8 steps."""
-    engine = plain.make(plain.host_config(zero, precision, weight_averaging=BLOCK))
+    engine = plain.make(plain.deepspeed_config(zero, precision, weight_averaging=BLOCK))
     plugin = ds_plugin.get_plugin(engine)
     sections = {
         "wma": {"window": 3, "weights": "wma"},
@@ -84,7 +84,7 @@ def test_every_mode_equals_gathered_snapshots(workers, ranks, zero, precision):
 
 def _poisoned(zero, precision, section):
     """After two good steps, one rank's loss is NaN, and DeepSpeed applies the step."""
-    config = plain.host_config(zero, precision, weight_averaging=section)
+    config = plain.deepspeed_config(zero, precision, weight_averaging=section)
     if precision == "bf16":
         config["bf16"]["check_grad_overflow"] = False
     engine = plain.make(config)
@@ -109,7 +109,7 @@ def _poisoned(zero, precision, section):
 )
 def test_a_step_that_is_applied_but_not_finite_is_not_averaged(workers, zero, precision, section):
     for applied, finite, steps, wrong in workers(2).run(_poisoned, zero, precision, section):
-        assert applied and not finite  # the case is there: the host did not skip it
+        assert applied and not finite  # the case is there: DeepSpeed did not skip it
         assert steps == [1, 2] and wrong == []
 
 
@@ -118,7 +118,7 @@ def _refused_setups():
 
     def attempt(name, **changes):
         try:
-            config = plain.host_config(1, "bf16", weight_averaging=BLOCK)
+            config = plain.deepspeed_config(1, "bf16", weight_averaging=BLOCK)
             config["zero_optimization"].update(changes)
             config["gradient_clipping"] = 0.0
             plain.make(config)
@@ -157,7 +157,7 @@ def _resumed(folder, section, other):
         with ds_plugin.get_plugin(engine).averaged_weights():
             out.append(plain.evaluate(engine))
 
-    config = plain.host_config(1, "bf16", weight_averaging=section)
+    config = plain.deepspeed_config(1, "bf16", weight_averaging=section)
     engine, whole, again = plain.make(config), [], []
     plain.train(engine, 4)
     engine.save_checkpoint(folder)
@@ -165,7 +165,7 @@ def _resumed(folder, section, other):
     resumed = plain.make(config)
     resumed.load_checkpoint(folder)
     plain.train(resumed, 5, lambda e: averaged(e, again))
-    changed = plain.make(plain.host_config(1, "bf16", weight_averaging=other))
+    changed = plain.make(plain.deepspeed_config(1, "bf16", weight_averaging=other))
     before = reference.full_masters(changed)
     try:
         changed.load_checkpoint(folder)
@@ -188,7 +188,7 @@ def test_a_resume_continues_the_average(workers, tmp_path, section, other, parts
 
 
 def _constant(zero, precision, wrapper):
-    config = plain.host_config(zero, precision, weight_averaging=plain.AVERAGING)
+    config = plain.deepspeed_config(zero, precision, weight_averaging=plain.AVERAGING)
     del config["scheduler"]
     if wrapper == "BF16_Optimizer":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -263,7 +263,7 @@ def test_a_restart_can_keep_the_moments(workers, zero, precision):
 
 
 def _refused_restarts():
-    engine = plain.make(plain.host_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
+    engine = plain.make(plain.deepspeed_config(1, accumulation=2, weight_averaging=plain.AVERAGING))
     plugin, messages = ds_plugin.get_plugin(engine), {}
 
     def attempt(name, **arguments):

@@ -46,7 +46,7 @@ class Odd(plain.TinyLM):
 
 def _make(zero, precision, **sections):
     torch.manual_seed(7)
-    config = plain.host_config(zero, precision, weight_averaging=AVERAGING, **sections)
+    config = plain.deepspeed_config(zero, precision, weight_averaging=AVERAGING, **sections)
     return ds_plugin.initialize(model=Odd(), config=config)[0]
 
 
@@ -270,7 +270,7 @@ def _staged(folder):
         TiedLayerSpec("words", torch.nn.Embedding, 11, 6, forward_fn=lambda module, x: x @ module.weight.t()),
     ]
     model = PipelineModule(layers, num_stages=2, loss_fn=torch.nn.functional.cross_entropy, partition_method="uniform")
-    engine = deepspeed.initialize(model=model, config=plain.host_config(1, "bf16"))[0]
+    engine = deepspeed.initialize(model=model, config=plain.deepspeed_config(1, "bf16"))[0]
     averager = WeightAverager(WeightAveragingConfig.model_validate(AVERAGING), find_shards(engine))
     held, generator = [], torch.Generator().manual_seed(1)
     for step in range(1, 4):
@@ -332,7 +332,7 @@ def _beside(folder, mode):
     """
     torch.manual_seed(7)
     section = {**AVERAGING, "save_average": True, **mode}
-    config = plain.host_config(1, "fp32", 2, weight_averaging=section)
+    config = plain.deepspeed_config(1, "fp32", 2, weight_averaging=section)
     engine = ds_plugin.initialize(model=Odd(), config=config)[0]
     engine.save_checkpoint(folder, tag="a")
     early = _averages(folder)
@@ -405,7 +405,7 @@ def _transformers(folder):
         torch.manual_seed(7)
         kind, _, zero = case.partition("-")
         section = {**AVERAGING, "save_average": True}
-        config = plain.host_config(int(zero), precision, weight_averaging=section)
+        config = plain.deepspeed_config(int(zero), precision, weight_averaging=section)
         engine = ds_plugin.initialize(model=_causal_model(kind), config=config)[0]
         plugin, root = ds_plugin.get_plugin(engine), Path(folder, case)
         for step in range(1, 4):
@@ -466,7 +466,7 @@ def test_zero_to_fp32_reads_the_averaged_checkpoint(workers, tmp_path, zero, pre
 def _compiled(zero, folder):
     """A model that torch.compile has wrapped, and one of its layers by itself; then the same without the wrappers."""
     torch.manual_seed(7)
-    model, config = Odd(), plain.host_config(zero, weight_averaging=AVERAGING)
+    model, config = Odd(), plain.deepspeed_config(zero, weight_averaging=AVERAGING)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # the harness sets it; no kernel is compiled here
         model.inner = torch.compile(model.inner)
@@ -516,7 +516,7 @@ def _experts(folder):
     def make(**section):
         torch.manual_seed(7)
         model = Experts()
-        config = plain.host_config(0, weight_averaging={**AVERAGING, **section})
+        config = plain.deepspeed_config(0, weight_averaging={**AVERAGING, **section})
         config["gradient_clipping"] = 0.0
         groups = split({"params": list(model.parameters()), "name": "all"})
         return ds_plugin.initialize(model=model, model_parameters=groups, config=config)[0]

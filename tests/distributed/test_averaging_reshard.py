@@ -32,7 +32,7 @@ UNIVERSAL = {"checkpoint": {"load_universal": True}}
 
 
 def _config(zero, precision, section, universal=False):
-    return plain.host_config(zero, precision, weight_averaging=section, **(UNIVERSAL if universal else {}))
+    return plain.deepspeed_config(zero, precision, weight_averaging=section, **(UNIVERSAL if universal else {}))
 
 
 def _low(tensors, precision):

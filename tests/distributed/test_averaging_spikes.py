@@ -18,7 +18,7 @@ AVERAGING = {"enabled": True, "interval": 2, "window": 3}
 
 def make(zero, **changes):
     section = {**AVERAGING, "restart": RULE, **changes}
-    return plain.make(plain.host_config(zero, weight_averaging=section))
+    return plain.make(plain.deepspeed_config(zero, weight_averaging=section))
 
 
 def step(engine, scale=1.0):
@@ -77,7 +77,7 @@ def test_a_lasting_spike_is_undone(workers, zero, changes, averaged, last):
 def poisoned(zero, sections):
     """In step 7 the loss is finite and its gradients are not, on one rank. What is logged here, too."""
     section = {**AVERAGING, "restart": RULE}
-    engine, said = plain.make(plain.host_config(zero, weight_averaging=section, **sections)), []
+    engine, said = plain.make(plain.deepspeed_config(zero, weight_averaging=section, **sections)), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("ds_plugin").addHandler(handler)
@@ -160,7 +160,7 @@ def test_the_watch_is_resumed(workers, tmp_path):
 def disk_full(folder):
     """Rank 1 may write no more than a few bytes, as on a full disk; later it may again."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    engine = plain.make(plain.host_config(1, weight_averaging=AVERAGING))
+    engine = plain.make(plain.deepspeed_config(1, weight_averaging=AVERAGING))
     plain.train(engine, 4)
     engine.save_checkpoint(folder, tag="before")
     plain.train(engine, 2)
@@ -170,7 +170,7 @@ def disk_full(folder):
         engine.save_checkpoint(folder, tag="during")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     losses = plain.train(engine, 2)
-    again = plain.make(plain.host_config(1, weight_averaging=AVERAGING))
+    again = plain.make(plain.deepspeed_config(1, weight_averaging=AVERAGING))
     again.load_checkpoint(folder)
     restored = again.global_steps, list(ds_plugin.get_plugin(again).averager.steps)
     engine.save_checkpoint(folder, tag="after")

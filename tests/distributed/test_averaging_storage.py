@@ -37,7 +37,7 @@ def _different(found, expected):
 def _every_storage(zero, precision, folder):
     """Every mode in every storage, from one run of 7 steps; what differs from gathered weights."""
     kinds = {"default": {}, "memory": {"storage": "memory"}, "files": {"storage": "files", "storage_path": folder}}
-    engine = plain.make(plain.host_config(zero, precision, weight_averaging={**plain.AVERAGING, "interval": 1}))
+    engine = plain.make(plain.deepspeed_config(zero, precision, weight_averaging={**plain.AVERAGING, "interval": 1}))
     shards = ds_plugin.get_plugin(engine).averager.shards
     averagers = {
         (name, kind): WeightAverager(WeightAveragingConfig.model_validate({"interval": 1, **section, **where}), shards)
@@ -94,7 +94,7 @@ def _resumed(folder, files):
         with ds_plugin.get_plugin(engine).averaged_weights():
             out.append(plain.evaluate(engine))
 
-    config = plain.host_config(1, "bf16", weight_averaging=section)
+    config = plain.deepspeed_config(1, "bf16", weight_averaging=section)
     engine, whole, again = plain.make(config), [], []
     plain.train(engine, 4)
     engine.save_checkpoint(folder)
@@ -105,7 +105,7 @@ def _resumed(folder, files):
     resumed = plain.make(config)
     resumed.load_checkpoint(folder)
     plain.train(resumed, 4, lambda e: averaged(e, again))
-    changed = plain.make(plain.host_config(1, "bf16", weight_averaging={**section, "deltas": "fp32"}))
+    changed = plain.make(plain.deepspeed_config(1, "bf16", weight_averaging={**section, "deltas": "fp32"}))
     before = reference.full_masters(changed)
     try:
         changed.load_checkpoint(folder)
@@ -130,7 +130,7 @@ def test_differences_in_files_are_resumed_and_the_files_go(workers, tmp_path):
 
 def _refused(folder):
     """What is wrong on one rank is said on both: a limit on its files, its disk, its folder. And then it works."""
-    engine, messages, rank = plain.make(plain.host_config(1), initialize=deepspeed.initialize), {}, dist.get_rank()
+    engine, messages, rank = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize), {}, dist.get_rank()
 
     def attempt(name, path=folder):
         section = {**plain.AVERAGING, "storage": "files", "storage_path": path}
@@ -169,9 +169,9 @@ def _order(by_user):
     """What comes before what in two steps of three micro-batches each."""
     order = []
     WeightAverager.before_step = lambda averager: order.append("wait")  # this process ends with the test
-    engine = plain.make(plain.host_config(1, accumulation=3, weight_averaging=plain.AVERAGING))
-    host_step = engine.optimizer.step
-    engine.optimizer.step = lambda *a, **k: (order.append("step"), host_step(*a, **k))[1]
+    engine = plain.make(plain.deepspeed_config(1, accumulation=3, weight_averaging=plain.AVERAGING))
+    their_step = engine.optimizer.step
+    engine.optimizer.step = lambda *a, **k: (order.append("step"), their_step(*a, **k))[1]
     for index in range(6):
         if by_user:  # two micro-batches a step, whatever the JSON says
             engine.set_gradient_accumulation_boundary(index % 2 == 1)

@@ -43,7 +43,7 @@ class Returns(plain.TinyLM):
 
 def make(zero, kind="loss", accumulation=2, **changes):
     torch.manual_seed(7)
-    config = {**plain.host_config(zero, accumulation=accumulation, **SECTIONS), **changes}
+    config = {**plain.deepspeed_config(zero, accumulation=accumulation, **SECTIONS), **changes}
     return ds_plugin.initialize(model=Returns(kind), config=config)[0]
 
 
@@ -145,7 +145,7 @@ def test_the_guards_see_it(workers, zero):
 
 def _not_told(sections):
     torch.manual_seed(7)
-    engine = ds_plugin.initialize(model=Returns("elsewhere"), config=plain.host_config(1, **sections))[0]
+    engine = ds_plugin.initialize(model=Returns("elsewhere"), config=plain.deepspeed_config(1, **sections))[0]
     engine.train()
     native(engine, engine(*plain.micro_batch(0))["values"])
     engine.step()

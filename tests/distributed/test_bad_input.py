@@ -146,7 +146,7 @@ def test_every_case(workers, place):
         arguments += ["--data", str(place / "text"), *(flag.format(empty=place / "empty") for flag in flags)]
         results = workers(RANKS).run(run_main, arguments, timeout=60)
         assert [code for code, _, _ in results] == [2] * RANKS, (case, results)
-        # the hosts may have said things of their own before
+        # the frameworks may have said things of their own before
         errors = [[line for line in text.splitlines() if line.startswith("error: ")] for _, text, _ in results]
         assert [len(lines) for lines in errors] == [1] * RANKS, (case, results)
         message = errors[0][0]

@@ -32,7 +32,7 @@ def _peaks(scaled_before):
     if not scaled_before:
         layers.scale_before = lambda layer, multiplier: None
     benchmark = harness.benchmark("bench_completep")
-    builders.start_host()
+    builders.start_megatron()
     size = argparse.Namespace(width=64, depth=4, length=32, batch=4, dropout=0.0, fused=False, llama=False)
     peaks = []
     for variant in ("unpatched", "forward"):
@@ -42,7 +42,7 @@ def _peaks(scaled_before):
     return peaks
 
 
-def test_the_forward_mode_holds_no_more_than_the_host(workers):
+def test_the_forward_mode_holds_no_more_than_megatron(workers):
     """And would, if the last layer were multiplied where the others are: by a branch's gradient beside the stream's."""
     [(unpatched, forward)] = workers(1).run(_peaks, True)
     assert forward == unpatched

@@ -44,7 +44,7 @@ def build(completep, finished=True, **changes):
     return model
 
 
-def host_config(completep, zero=0):
+def deepspeed_config(completep, zero=0):
     return {
         "train_micro_batch_size_per_gpu": 3,
         "steps_per_print": 10**9,
@@ -79,7 +79,7 @@ def train(engine):
 def _parity(alpha, tied):
     completep = section(alpha=alpha)
     model = build(completep, tie_embeddings=tied)
-    engine, *_ = ds_plugin.initialize(model=model, config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(model=model, config=deepspeed_config(completep), mpu=gpt.DeepSpeedMPU())
     base = {"base_width": 16, "base_depth": 2, "base_head_dim": 8}
     reference = ReferenceGPT(vocab=VOCAB, length=LENGTH, width=64, depth=8, heads=4, alpha=alpha, tied=tied, **base)
     reference.copy_from_megatron(model)
@@ -216,7 +216,7 @@ def _loaded_weights():
         for p in trained.parameters():
             p.add_(0.01)
     model.load_state_dict(trained.state_dict())
-    engine, *_ = ds_plugin.initialize(model=model, config=host_config(section()), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(model=model, config=deepspeed_config(section()), mpu=gpt.DeepSpeedMPU())
     ours = dict(engine.module.named_parameters())
     return [name for name, p in trained.named_parameters() if not torch.equal(p, ours[name])]
 
@@ -226,7 +226,7 @@ def test_loaded_weights_are_not_scaled_again(workers):
 
 
 def _group_rates(kind):
-    config = {**host_config(section()), "scheduler": {"type": kind, "params": {"warmup_num_steps": 2}}}
+    config = {**deepspeed_config(section()), "scheduler": {"type": kind, "params": {"warmup_num_steps": 2}}}
     if kind != "WarmupLR":
         config["scheduler"]["params"]["total_num_steps"] = 20
     if kind != "WarmupCosineLR":
@@ -244,7 +244,7 @@ def test_schedulers_keep_the_groups_apart(workers, kind):
 
 def _groups_of(**changes):
     engine, *_ = ds_plugin.initialize(
-        model=build(section(**changes)), config=host_config(section(**changes)), mpu=gpt.DeepSpeedMPU()
+        model=build(section(**changes)), config=deepspeed_config(section(**changes)), mpu=gpt.DeepSpeedMPU()
     )
     return {g["role"]: (g["eps"], g["betas"]) for g in engine.optimizer.param_groups}
 
@@ -274,7 +274,7 @@ def _base_model(completep):
             {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0},
         ]
     engine, *_ = ds_plugin.initialize(
-        model=model, config=host_config(completep), model_parameters=groups, mpu=gpt.DeepSpeedMPU()
+        model=model, config=deepspeed_config(completep), model_parameters=groups, mpu=gpt.DeepSpeedMPU()
     )
     return train(engine)
 
@@ -286,13 +286,17 @@ def test_the_base_model_trains_as_without_it(workers):
 
 
 def _save(folder, completep):
-    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(
+        model=build(completep), config=deepspeed_config(completep), mpu=gpt.DeepSpeedMPU()
+    )
     train(engine)
     engine.save_checkpoint(folder)
 
 
 def _load(folder, completep):
-    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(
+        model=build(completep), config=deepspeed_config(completep), mpu=gpt.DeepSpeedMPU()
+    )
     engine.load_checkpoint(folder)
 
 
@@ -304,7 +308,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(workers, tmp_path):
 
 
 def _save_plain(folder):
-    engine, *_ = ds_plugin.initialize(model=build(None), config=host_config(None), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(model=build(None), config=deepspeed_config(None), mpu=gpt.DeepSpeedMPU())
     engine.save_checkpoint(folder)
 
 
@@ -325,7 +329,7 @@ def test_every_setting_of_a_checkpoint_is_compared():
 def _stage_losses(zero, tensor_parallel):
     completep = section()
     model = build(completep, tensor_parallel=tensor_parallel)
-    engine, *_ = ds_plugin.initialize(model=model, config=host_config(completep, zero), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(model=model, config=deepspeed_config(completep, zero), mpu=gpt.DeepSpeedMPU())
     losses = train(engine)
     return losses, [(g["role"], g["lr"], g["weight_decay"], g["eps"]) for g in engine.optimizer.param_groups]
 
@@ -371,11 +375,11 @@ def _other_kinds(attempt, config, cfg):
     attempt("no spec", lambda: prepare(config, None, section()))
     attempt("HF model", lambda: finish(llama, section()))
     attempt("HF model's roles", lambda: finished_roles(torch.nn.DataParallel(llama), section()))
-    attempt("HF engine", lambda: ds_plugin.initialize(model=llama, config=host_config(section())))
+    attempt("HF engine", lambda: ds_plugin.initialize(model=llama, config=deepspeed_config(section())))
     model = build(section(), finished=False)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     attempt("wrapped", lambda: finish(ddp, section()))
-    attempt("wrapped in the engine", lambda: ds_plugin.initialize(model=ddp, config=host_config(section())))
+    attempt("wrapped in the engine", lambda: ds_plugin.initialize(model=ddp, config=deepspeed_config(section())))
 
 
 def _compiled():
@@ -389,7 +393,7 @@ def _compiled():
     groups = build_param_groups(compiled, roles, section().ratios(64, 8), section(), **base)
     ddp = torch.nn.DataParallel(compiled)
     model.decoder.layers[0] = layer
-    engine, *_ = ds_plugin.initialize(model=compiled, config=host_config(section()), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(model=compiled, config=deepspeed_config(section()), mpu=gpt.DeepSpeedMPU())
     same = finished_roles(ddp, section()) == {name.replace("_orig_mod.", ""): role for name, role in roles.items()}
     return same, [g["role"] for g in groups], [g["role"] for g in engine.optimizer.param_groups]
 
@@ -418,28 +422,28 @@ def _refusals():
     attempt("unprepared", lambda: finish(plain, section()))
     attempt("other base", lambda: finish(prepared, section(base_width=32)))
     unfinished = build(section(), finished=False)
-    attempt("unfinished", lambda: ds_plugin.initialize(model=unfinished, config=host_config(section())))
+    attempt("unfinished", lambda: ds_plugin.initialize(model=unfinished, config=deepspeed_config(section())))
     attempt(
         "groups",
         lambda: ds_plugin.initialize(
-            model=prepared, config=host_config(section()), model_parameters=[{"params": prepared.parameters()}]
+            model=prepared, config=deepspeed_config(section()), model_parameters=[{"params": prepared.parameters()}]
         ),
     )
     attempt(
         "optimizer",
         lambda: ds_plugin.initialize(
-            model=prepared, config=host_config(section()), optimizer=torch.optim.SGD(prepared.parameters(), 0.1)
+            model=prepared, config=deepspeed_config(section()), optimizer=torch.optim.SGD(prepared.parameters(), 0.1)
         ),
     )
     attempt(
         "scheduler",
         lambda: ds_plugin.initialize(
-            model=prepared, config={**host_config(section()), "scheduler": {"type": "OneCycle", "params": {}}}
+            model=prepared, config={**deepspeed_config(section()), "scheduler": {"type": "OneCycle", "params": {}}}
         ),
     )
     two = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: 2)
     normed = build(section(), qk_norm=True)
-    attempt("qk_norm", lambda: ds_plugin.initialize(model=normed, config=host_config(section()), mpu=two))
+    attempt("qk_norm", lambda: ds_plugin.initialize(model=normed, config=deepspeed_config(section()), mpu=two))
     prepared.extra = torch.nn.Linear(2, 2)
     attempt("unknown parameter", lambda: finish(prepared, section()))
     for name, value in (
@@ -472,8 +476,8 @@ def _refusals():
         drawn.init_method = method
         attempt(name, lambda drawn=drawn: prepare(drawn, gpt.layer_spec(cfg), section()))
     pipeline = PipelineModule([torch.nn.Linear(2, 2)], num_stages=1)
-    attempt("pipeline", lambda: ds_plugin.initialize(model=pipeline, config=host_config(section())))
-    low = {**host_config(section()), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}
+    attempt("pipeline", lambda: ds_plugin.initialize(model=pipeline, config=deepspeed_config(section())))
+    low = {**deepspeed_config(section()), "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}
     attempt("peak", lambda: ds_plugin.initialize(model=build(section()), config=low))
     crossed.submodules.cross_attention = ModuleSpec(module=CrossAttention)
     attempt("cross-attention", lambda: prepare(config, crossed, section()))
@@ -564,7 +568,9 @@ def test_what_has_its_default_is_no_setting():
 def _smaller_than_the_base():
     """m_N = 1/4, m_L = 1/4: ratios below one are as good as any."""
     completep = section(base_width=256, base_depth=32, base_head_dim=16)
-    engine, *_ = ds_plugin.initialize(model=build(completep), config=host_config(completep), mpu=gpt.DeepSpeedMPU())
+    engine, *_ = ds_plugin.initialize(
+        model=build(completep), config=deepspeed_config(completep), mpu=gpt.DeepSpeedMPU()
+    )
     losses = train(engine)
     return losses, {g["role"]: (g["lr"], g["weight_decay"], g["eps"]) for g in engine.optimizer.param_groups}
 

@@ -36,7 +36,7 @@ def model_of(completep):
     return build(completep, **SMALL)
 
 
-def host_config(completep, zero=0, **changes):
+def deepspeed_config(completep, zero=0, **changes):
     ranks = dist.get_world_size()
     config = {
         "train_micro_batch_size_per_gpu": BATCH // ranks,
@@ -122,13 +122,13 @@ BUILT = {
 
 
 def _built(kinds, zero):
-    plain = host_config(small(), zero)
+    plain = deepspeed_config(small(), zero)
     plain["optimizer"]["params"]["betas"] = [0.8, 0.9]
     expected, found = train(engine_of(small(), plain), 2), {}
     for kind in kinds:
         model = model_of(small())
         optimizer = BUILT[kind](model)
-        config = {key: value for key, value in host_config(small(), zero).items() if key != "optimizer"}
+        config = {key: value for key, value in deepspeed_config(small(), zero).items() if key != "optimizer"}
         engine = engine_of(small(), config, model, optimizer=optimizer, model_parameters=model.parameters())
         assert engine.basic_optimizer is optimizer
         kept = {key: optimizer.param_groups[1].get(key) for key in ("foreach", "bias_correction", "param_names")}
@@ -225,25 +225,25 @@ def _refusals():
     messages, model = {}, model_of(small())
     for name, (given, _) in REFUSED.items():
         messages[name] = refusal(
-            lambda given=given: engine_of(small(), host_config(small()), model, **given(model))  # type: ignore[misc]
+            lambda given=given: engine_of(small(), deepspeed_config(small()), model, **given(model))  # type: ignore[misc]
         )
-    adam = host_config(small())["optimizer"]["params"]
+    adam = deepspeed_config(small())["optimizer"]["params"]
     for name, described in (
         ("1-bit", {"type": "OneBitAdam", "params": adam}),
         ("JSON Adam", {"type": "Adam", "params": {**adam, "adam_w_mode": 0}}),
         ("no rate", {"type": "AdamW"}),
     ):
-        config = host_config(small(), optimizer=described)
+        config = deepspeed_config(small(), optimizer=described)
         messages[name] = refusal(lambda config=config: engine_of(small(), config, model))  # type: ignore
     # bf16 without ZeRO is a wrapper whose norm cannot be corrected; without clipping it does no harm
     for name, clipping in (("folded bf16 clipped", 1.0), ("folded bf16", 0.0)):
         c = small(residual="folded")
-        config = host_config(c, bf16={"enabled": True}, gradient_clipping=clipping)
+        config = deepspeed_config(c, bf16={"enabled": True}, gradient_clipping=clipping)
         messages[name] = refusal(lambda c=c, config=config: engine_of(c, config))  # type: ignore[misc]
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     del DeepSpeedZeroOptimizer.get_grad_norm_direct
-    messages["another DeepSpeed"] = refusal(lambda: engine_of(c, host_config(c, 1)))
+    messages["another DeepSpeed"] = refusal(lambda: engine_of(c, deepspeed_config(c, 1)))
     return messages
 
 
@@ -266,7 +266,7 @@ def _scheduler_function():
 
     model = model_of(small())
     given = filter(lambda p: p.requires_grad, model.parameters())
-    engine = engine_of(small(), host_config(small()), model, lr_scheduler=warmup, model_parameters=given)
+    engine = engine_of(small(), deepspeed_config(small()), model, lr_scheduler=warmup, model_parameters=given)
     train(engine, 2)
     return {group["role"]: group["lr"] for group in groups(engine)}
 
@@ -283,7 +283,7 @@ def _flattened(zero, folder):
         schedulers = torch.optim.lr_scheduler
         return schedulers.ChainedScheduler([schedulers.CosineAnnealingLR(optimizer, 4, eta_min=LR / 2)])
 
-    engine, said = engine_of(small(), host_config(small(), zero), lr_scheduler=floor), {}
+    engine, said = engine_of(small(), deepspeed_config(small(), zero), lr_scheduler=floor), {}
 
     def attempt(name):
         before = weights(engine)
@@ -339,7 +339,7 @@ HALF = 2
 
 
 def resume_config(completep, zero, **changes):
-    return host_config(completep, zero, scheduler=SCHEDULER, gradient_clipping=0.5, **changes)
+    return deepspeed_config(completep, zero, scheduler=SCHEDULER, gradient_clipping=0.5, **changes)
 
 
 def _uninterrupted(zero, folder, completep):
@@ -404,13 +404,13 @@ def _warmed_up(folder, universal):
 def _universal_refusals(folder, ranks_files):
     """On one engine of ZeRO 1: ``ranks_files`` is a universal checkpoint of it."""
     universal = {"checkpoint": {"load_universal": True}}
-    messages = {"stage 0": refusal(lambda: engine_of(small(), host_config(small(), 0, **universal)))}
-    zero3 = engine_of(small(), host_config(small(), 3, **universal))
+    messages = {"stage 0": refusal(lambda: engine_of(small(), deepspeed_config(small(), 0, **universal)))}
+    zero3 = engine_of(small(), deepspeed_config(small(), 3, **universal))
     messages["other stage"] = refusal(lambda: zero3.load_checkpoint(folder))
-    other = engine_of(small(alpha=0.5), host_config(small(alpha=0.5), 1, **universal))
+    other = engine_of(small(alpha=0.5), deepspeed_config(small(alpha=0.5), 1, **universal))
     messages["other recipe"] = refusal(lambda: other.load_checkpoint(folder))
     (ranks_files / "ds_plugin.json").unlink()
-    zero1 = engine_of(small(), host_config(small(), 1, **universal))
+    zero1 = engine_of(small(), deepspeed_config(small(), 1, **universal))
     messages["no manifest"] = refusal(lambda: zero1.load_checkpoint(folder))
     return messages
 
@@ -420,7 +420,7 @@ def _annealed(folder):
 
     def started(lr):
         warm = {"warmup_min_lr": 0.0, "warmup_max_lr": lr, "warmup_num_steps": 1, "warmup_type": "linear"}
-        config = host_config(small(), zero=1, scheduler={"type": "WarmupLR", "params": warm})
+        config = deepspeed_config(small(), zero=1, scheduler={"type": "WarmupLR", "params": warm})
         config["optimizer"]["params"]["lr"] = lr
         return engine_of(small(), config)
 
@@ -463,7 +463,7 @@ def _both_modes(zero, changes, steps):
     found = []
     for residual in ("forward", "folded"):
         completep = small(residual=residual)
-        config = host_config(completep, zero, gradient_clipping=CLIP, **changes)
+        config = deepspeed_config(completep, zero, gradient_clipping=CLIP, **changes)
         engine = engine_of(completep, config)
         losses, norms = [], []
         for step in range(steps):
@@ -508,11 +508,11 @@ def test_folded_mode_clips_as_the_forward_mode_does(workers, mode):
         changes = {**changes, "zero_force_ds_cpu_optimizer": False}
     for forward, folded in workers(2).run(_both_modes, zero, changes, STEPS):
         assert folded[0] == pytest.approx(forward[0], abs=tolerance)
-        if mode == "stage 0":  # the host keeps no norm there
+        if mode == "stage 0":  # DeepSpeed keeps no norm there
             assert forward[1] == folded[1] == [None] * STEPS
         else:
             assert folded[1] == pytest.approx(forward[1], rel=max(1e-5, tolerance))
             assert min(forward[1]) > 2 * CLIP  # it bites
-            assert folded[3] > 2 * forward[3]  # after detach() it is the host's own
+            assert folded[3] > 2 * forward[3]  # after detach() it is DeepSpeed's own
         for name, weight in forward[2].items():
             assert torch.allclose(folded[2][name], weight, rtol=0, atol=tolerance), name

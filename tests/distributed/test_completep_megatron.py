@@ -18,7 +18,7 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
-from megatron_patches.completep import optimizer as host
+from megatron_patches.completep import optimizer as ours
 from megatron_patches.models import gpt
 from tests.harness import slow
 
@@ -100,7 +100,7 @@ def scheduler_of(optimizer, init_lr=0.0):
         optimizer, init_lr=init_lr, max_lr=LR, min_lr=MIN_LR, lr_warmup_steps=WARMUP, lr_decay_steps=DECAY_STEPS,
         lr_decay_style="linear", start_wd=DECAY, end_wd=DECAY, wd_incr_steps=1, wd_incr_style="constant",
     )  # fmt: skip
-    host.check_scheduler(scheduler)
+    ours.check_scheduler(scheduler)
     return scheduler
 
 
@@ -124,7 +124,7 @@ def forward(data, model):
 
 
 def train_step(ddp, optimizer, scheduler, step, config=None):
-    """One step of the global batch through the host's schedule; the loss, on every rank, and the gradient norm.
+    """One step of the global batch through Megatron's schedule; the loss, on every rank, and the gradient norm.
 
     ``config``: where the loop sets how gradients are reduced, if not on the model's own."""
     from megatron.core import parallel_state
@@ -151,7 +151,7 @@ def train_step(ddp, optimizer, scheduler, step, config=None):
 
 def train(completep, *, sharded, steps=STEPS, config=None, **layout):
     ddp = wrap(build(completep, **layout), sharded)
-    optimizer = host.build_optimizer(optimizer_config(sharded, **(config or {})), [ddp], completep)
+    optimizer = ours.build_optimizer(optimizer_config(sharded, **(config or {})), [ddp], completep)
     scheduler = scheduler_of(optimizer)
     curve = [train_step(ddp, optimizer, scheduler, step) for step in range(steps)]
     return [loss for loss, _ in curve], [norm for _, norm in curve]
@@ -241,7 +241,7 @@ def states(model, optimizer, scheduler, sharding, is_loading):
         "model": sharded,
         "optimizer": optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata),
         "scheduler": scheduler.state_dict(),
-        **host.checkpoint_state(section()),
+        **ours.checkpoint_state(section()),
     }
 
 
@@ -259,7 +259,7 @@ def interrupt_and_resume(folder, shardings):
     def start():
         model = build(section())
         ddp = wrap(model, sharded)
-        optimizer = host.build_optimizer(optimizer_config(sharded), [ddp], section())
+        optimizer = ours.build_optimizer(optimizer_config(sharded), [ddp], section())
         return model, ddp, optimizer, scheduler_of(optimizer)
 
     def go_on(ddp, optimizer, scheduler):
@@ -282,11 +282,11 @@ def interrupt_and_resume(folder, shardings):
         model, ddp, optimizer, scheduler = start()
         source = str(Path(folder, str(sharding)))
         state = dist_checkpointing.load(states(model, optimizer, scheduler, sharding, True), source)
-        host.check_checkpoint_state(state, section())
+        ours.check_checkpoint_state(state, section())
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        host.check_groups(optimizer, [ddp], section())
+        ours.check_groups(optimizer, [ddp], section())
         loaded = group_values(optimizer)
         go_on(ddp, optimizer, scheduler)
         different = [name for name, p in model.named_parameters() if not torch.equal(p, expected[name])]
@@ -294,7 +294,7 @@ def interrupt_and_resume(folder, shardings):
     return results
 
 
-# The distributed optimizer's formats that this host can write at all (it refuses fully_sharded_model_space).
+# The distributed optimizer's formats that this Megatron can write at all (it refuses fully_sharded_model_space).
 FORMATS = ["dp_zero_gather_scatter", "dp_reshardable", "fully_reshardable"]
 
 
@@ -305,10 +305,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, shardings):
 
 
 def load_another_bases_state():
-    """At alpha 1 learning rates do not depend on the depth ratio: the host finds every group, with another eps."""
+    """At alpha 1 learning rates do not depend on the depth ratio: Megatron finds every group, with another eps."""
 
     def started(completep):
-        optimizer = host.build_optimizer(optimizer_config(False), [wrap(build(completep), False)], completep)
+        optimizer = ours.build_optimizer(optimizer_config(False), [wrap(build(completep), False)], completep)
         return optimizer, optimizer.state_dict()
 
     _, state = started(section())
@@ -329,7 +329,7 @@ def anneal(sharded):
     """What the groups hold after a state of another base learning rate is loaded, and what they hold anew."""
 
     def started(**changes):
-        return host.build_optimizer(optimizer_config(sharded, **changes), [wrap(build(section()), sharded)], section())
+        return ours.build_optimizer(optimizer_config(sharded, **changes), [wrap(build(section()), sharded)], section())
 
     state = started().state_dict()
     optimizer, fresh = (started(lr=LR / 4, min_lr=0.0) for _ in range(2))
@@ -373,7 +373,7 @@ COMPLETED_GROUPS = {
 
 
 def groups_of(layout, changes, dtype=torch.float32):
-    """Before the scheduler exists, and at its peak; all betas; the groups whose learning rate the host logs."""
+    """Before the scheduler exists, and at its peak; all betas; the groups whose learning rate Megatron logs."""
     from megatron.core.transformer.module import Float16Module
 
     half = dtype is torch.bfloat16
@@ -386,7 +386,7 @@ def groups_of(layout, changes, dtype=torch.float32):
     found = []
     for sharded in (False, True):
         wrapped = [wrap(model, sharded) for model in models]
-        optimizer = host.build_optimizer(optimizer_config(sharded, bf16=half), wrapped, section(**changes))
+        optimizer = ours.build_optimizer(optimizer_config(sharded, bf16=half), wrapped, section(**changes))
         start = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
         scheduler_of(optimizer).step(WARMUP)
         peak = {g["lr_mult"]: (g["lr"], g["min_lr"], g["weight_decay"], g["eps"]) for g in optimizer.param_groups}
@@ -446,36 +446,36 @@ def refusals():
     for name, value in CONFIG_REFUSALS.items():
         config = optimizer_config(False)
         setattr(config, name, value)
-        attempt(name, lambda config=config: host.build_optimizer(config, [ddp], section()))
-    optimizer = host.build_optimizer(optimizer_config(False), [ddp], section())
+        attempt(name, lambda config=config: ours.build_optimizer(config, [ddp], section()))
+    optimizer = ours.build_optimizer(optimizer_config(False), [ddp], section())
     attempt("init_lr", lambda: scheduler_of(optimizer, init_lr=1e-5))
-    attempt("other section", lambda: host.build_optimizer(optimizer_config(False), [ddp], section(alpha=0.5)))
+    attempt("other section", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section(alpha=0.5)))
     from megatron.core.optimizer import get_megatron_optimizer
 
     plain = get_megatron_optimizer(optimizer_config(False), [ddp])
-    attempt("plain groups", lambda: host.check_groups(plain, [ddp], section()))
+    attempt("plain groups", lambda: ours.check_groups(plain, [ddp], section()))
     optimizer.param_groups[1]["eps"] *= 2
-    attempt("eps", lambda: host.check_groups(optimizer, [ddp], section()))
-    stored = host.checkpoint_state(section())
-    host.check_checkpoint_state(stored, section())
-    attempt("checkpoint", lambda: host.check_checkpoint_state(stored, section(base_width=32)))
-    attempt("no state", lambda: host.check_checkpoint_state({}, section()))
-    attempt("other host", lambda: host.clip_as_unfolded(types.SimpleNamespace(), [ddp], section(residual="folded")))
+    attempt("eps", lambda: ours.check_groups(optimizer, [ddp], section()))
+    stored = ours.checkpoint_state(section())
+    ours.check_checkpoint_state(stored, section())
+    attempt("checkpoint", lambda: ours.check_checkpoint_state(stored, section(base_width=32)))
+    attempt("no state", lambda: ours.check_checkpoint_state({}, section()))
+    attempt("other Megatron", lambda: ours.clip_as_unfolded(types.SimpleNamespace(), [ddp], section(residual="folded")))
     routed = section(lr_multipliers={"router": 2.0, "hidden": 0.5})
     other = wrap(build(routed), False)
-    attempt("no such role", lambda: host.build_optimizer(optimizer_config(False), [other], routed))
+    attempt("no such role", lambda: ours.build_optimizer(optimizer_config(False), [other], routed))
     ddp.ddp_config.use_megatron_fsdp = True
-    attempt("fsdp", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
+    attempt("fsdp", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section()))
     ddp.ddp_config.use_megatron_fsdp = False
     ddp.module.extra = torch.nn.Linear(2, 2)
-    attempt("no role", lambda: host.build_optimizer(optimizer_config(False), [ddp], section()))
+    attempt("no role", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section()))
     return messages
 
 
 def flattened(sharded):
     """A loop that writes one rate, and one decay, into all groups; by role as it would have to."""
     ddp = wrap(build(section()), sharded)
-    optimizer = host.build_optimizer(optimizer_config(sharded), [ddp], section())
+    optimizer = ours.build_optimizer(optimizer_config(sharded), [ddp], section())
     scheduler, said = scheduler_of(optimizer), []
     train_step(ddp, optimizer, scheduler, 0)
     for name, value in (("lr", 0.5 * LR), ("weight_decay", DECAY)):
@@ -517,7 +517,7 @@ EXPECTED = {
     "eps": ["ConfigError", "decoder.layers.0.", "eps"],
     "checkpoint": ["CheckpointError", "base_width 16 there, 32 here"],
     "no state": ["CheckpointError", "written without it"],
-    "other host": ["PluginError", "SimpleNamespace.get_main_grads_for_grad_norm", "megatron-core 0."],
+    "other Megatron": ["PluginError", "SimpleNamespace.get_main_grads_for_grad_norm", "megatron-core 0."],
     "no such role": ["ConfigError", "has the role 'router'"],
     "fsdp": ["ConfigError", "use_megatron_fsdp=False"],
     "no role": ["ConfigError", "extra.weight"],
@@ -532,7 +532,7 @@ def test_refusals(workers):
 
 
 def script(said):
-    """A script's own calls of the host, under apply(); then reverted, as its importers see it.
+    """A script's own calls of Megatron, under apply(); then reverted, as its importers see it.
 
     ``said``: what the section says of ``residual``.
     """
@@ -612,7 +612,7 @@ def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
     untouched, names, groups, messages, losses, weights, restored, plain = workers(1).run(script, said)[0]
     assert untouched and restored and len(names) == 5
     assert groups == [set(table)] * 6
-    assert set(plain) == {1.0}  # what a late importer kept is the host's own again
+    assert set(plain) == {1.0}  # what a late importer kept is Megatron's own again
     said_of = (["megatron-core's BertModel"], ["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"])
     for message, parts in zip(messages, said_of, strict=True):
         assert all(part in message for part in parts), message
@@ -643,7 +643,7 @@ def trained_by_a_stock_optimizer():
     except StateError as error:
         message = str(error)
     untouched = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    overrides = host.config_overrides([ddp], section(), optimizer_config(False))
+    overrides = ours.config_overrides([ddp], section(), optimizer_config(False))
     optimizer = get_megatron_optimizer(optimizer_config(False), [ddp], overrides)
     train_step(ddp, optimizer, scheduler_of(optimizer), 0)
     hooks = [name for name, p in model.named_parameters() if p._backward_hooks]

@@ -16,12 +16,12 @@ OFF = {name: {**section, "enabled": False} for name, section in BOTH.items()}
 
 
 def _losses(zero, precision, sections, steps, initialize=None):
-    engine = plain.make(plain.host_config(zero, precision, **sections), initialize=initialize)
+    engine = plain.make(plain.deepspeed_config(zero, precision, **sections), initialize=initialize)
     return plain.train(engine, steps)
 
 
 def _plain_deepspeed(zero, precision, steps):
-    return plain.train(plain.make(plain.host_config(zero, precision), initialize=deepspeed.initialize), steps)
+    return plain.train(plain.make(plain.deepspeed_config(zero, precision), initialize=deepspeed.initialize), steps)
 
 
 @pytest.mark.parametrize(("zero", "precision"), [slow(0, "fp32"), (1, "fp32"), slow(2, "bf16"), (3, "fp32")])
@@ -34,7 +34,7 @@ def test_switched_off_it_is_plain_deepspeed(workers, zero, precision):
 
 
 def _shortened_run(accumulation):
-    engine = plain.make(plain.host_config(1, accumulation=accumulation, **BOTH))
+    engine = plain.make(plain.deepspeed_config(1, accumulation=accumulation, **BOTH))
     plugin = ds_plugin.get_plugin(engine)
     lengths, seen, evaluated = [], [], []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
@@ -76,7 +76,7 @@ def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
 
 def _truncated_by_hand(zero):
     """The same run without the plugin, shortened by the caller."""
-    engine = plain.make(plain.host_config(zero), initialize=deepspeed.initialize)
+    engine = plain.make(plain.deepspeed_config(zero), initialize=deepspeed.initialize)
     engine.train()
     losses = []
     for length in LENGTHS:
@@ -95,7 +95,7 @@ def test_warmup_equals_truncation_by_hand(workers, zero):
 
 
 def _train_save(zero, folder, first, rest):
-    engine = plain.make(plain.host_config(zero, **BOTH))
+    engine = plain.make(plain.deepspeed_config(zero, **BOTH))
     losses = plain.train(engine, first)
     engine.save_checkpoint(folder)
     ds_plugin.get_plugin(engine).sealer.wait()
@@ -103,7 +103,7 @@ def _train_save(zero, folder, first, rest):
 
 
 def _resume(zero, folder, rest):
-    engine = plain.make(plain.host_config(zero, **BOTH))
+    engine = plain.make(plain.deepspeed_config(zero, **BOTH))
     path, _ = engine.load_checkpoint(folder)
     assert path is not None
     return _record(engine, rest)
@@ -156,13 +156,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
     workers(2).run(_train_save, 1, str(tmp_path), 5, 0)
     tag = tmp_path / "global_step5"
     shard = tag / "weight_averaging_rank_00001.safetensors"
-    config, width, ranks = plain.host_config(1, **BOTH), 13, 2
+    config, width, ranks = plain.deepspeed_config(1, **BOTH), 13, 2
     if change == "model":
         width = 15
     elif change == "ranks":
         ranks = 3
     elif change == "stage":
-        config = plain.host_config(3, **BOTH)
+        config = plain.deepspeed_config(3, **BOTH)
     elif change == "missing":
         shard.unlink()
     elif change == "damaged":
@@ -184,10 +184,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_on_every_rank(workers, tmp_pa
 
 
 def _resume_without_our_state(folder):
-    plain_engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    plain_engine = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize)
     plain.train(plain_engine, 5)
     plain_engine.save_checkpoint(folder)
-    engine = plain.make(plain.host_config(1, **BOTH))
+    engine = plain.make(plain.deepspeed_config(1, **BOTH))
     engine.load_checkpoint(folder)
     plugin = ds_plugin.get_plugin(engine)
     return engine.global_steps, plugin.length, plugin.has_average, plugin.ledger.read
@@ -200,7 +200,7 @@ def test_a_plain_checkpoint_can_be_taken_over(workers, tmp_path):
 
 
 def _without_optimizer_states(folder):
-    other = plain.make(plain.host_config(1, **BOTH))
+    other = plain.make(plain.deepspeed_config(1, **BOTH))
     other.load_checkpoint(folder, load_optimizer_states=False)
     plugin = ds_plugin.get_plugin(other)
     return other.global_steps, plugin.length, plugin.averager.steps, plugin.ledger.read
@@ -213,7 +213,7 @@ def test_loading_without_optimizer_states_goes_on_with_the_run(workers, tmp_path
 
 
 def _weights_elsewhere(folder, zero):
-    plain.make(plain.host_config(zero, **BOTH)).load_checkpoint(folder, load_module_only=True)
+    plain.make(plain.deepspeed_config(zero, **BOTH)).load_checkpoint(folder, load_module_only=True)
 
 
 def test_weights_alone_load_in_another_layout(workers, tmp_path):
@@ -227,7 +227,7 @@ def _yes():
 
 def _attach_pretending(attribute, value, sections):
     """An engine under a setting that cannot be had on two CPU ranks."""
-    engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    engine = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize)
     setattr(engine, attribute, value)
     ds_plugin.attach(engine, sections)
 
@@ -247,10 +247,10 @@ def test_engines_that_cannot_be_served_are_refused(workers, attribute, value, se
 
 
 def _weights_only(folder):
-    engine = plain.make(plain.host_config(1, **BOTH))
+    engine = plain.make(plain.deepspeed_config(1, **BOTH))
     plain.train(engine, 5)
     engine.save_checkpoint(folder)
-    other = plain.make(plain.host_config(1, **BOTH))
+    other = plain.make(plain.deepspeed_config(1, **BOTH))
     other.load_checkpoint(folder, load_module_only=True)
     plugin = ds_plugin.get_plugin(other)
     return plugin.length, plugin.has_average, plugin.ledger.read
@@ -262,10 +262,10 @@ def test_loading_weights_only_starts_another_run(workers, tmp_path):
 
 
 def _attach_and_detach():
-    engine = plain.make(plain.host_config(1), initialize=deepspeed.initialize)
+    engine = plain.make(plain.deepspeed_config(1), initialize=deepspeed.initialize)
     with pytest.raises(StateError, match="no plugin"):
         ds_plugin.get_plugin(engine)
-    plugin = ds_plugin.attach(engine, {**plain.host_config(1), **BOTH})
+    plugin = ds_plugin.attach(engine, {**plain.deepspeed_config(1), **BOTH})
     with pytest.raises(StateError, match="already has a plugin"):
         ds_plugin.attach(engine, BOTH)
     with pytest.raises(ConfigError, match=r"completep.*initialize"):
@@ -289,7 +289,7 @@ def test_attach_and_detach(workers):
 
 
 def _bypassing_the_engine():
-    engine = plain.make(plain.host_config(0, sequence_length_warmup=plain.WARMUP))
+    engine = plain.make(plain.deepspeed_config(0, sequence_length_warmup=plain.WARMUP))
     engine.train()
     loss = engine.module(*plain.micro_batch(0))
     engine.backward(loss)
@@ -311,7 +311,7 @@ def _custom_shorten():
         tokens, labels = args
         return (tokens[:, :length], labels[:, :length]), kwargs, tokens.numel(), tokens[:, :length].numel()
 
-    config = plain.host_config(0, sequence_length_warmup=plain.WARMUP)
+    config = plain.deepspeed_config(0, sequence_length_warmup=plain.WARMUP)
     torch.manual_seed(7)
     engine = ds_plugin.initialize(model=_Renamed(), config=config, shorten=shorten)[0]
     by_hand = plain.train(engine, 4)
@@ -329,7 +329,7 @@ def test_a_users_own_shorten(workers):
 
 
 def _bad(changes, model_kwargs=None):
-    config = {**plain.host_config(1), **changes}
+    config = {**plain.deepspeed_config(1), **changes}
     ds_plugin.initialize(model=plain.TinyLM(), config=config, **(model_kwargs or {}))
 
 
@@ -359,7 +359,7 @@ def _pipeline(section):
     from deepspeed.pipe import PipelineModule
 
     model = PipelineModule([torch.nn.Linear(4, 4)], num_stages=1, loss_fn=torch.nn.functional.mse_loss)
-    config = {**plain.host_config(), **section}
+    config = {**plain.deepspeed_config(), **section}
     ds_plugin.initialize(model=model, config=config)
 
 
@@ -370,7 +370,7 @@ def test_completep_in_other_pipelines_is_refused(workers):
 
 
 def _two_configs():
-    ds_plugin.initialize(model=plain.TinyLM(), config=plain.host_config(), config_params=plain.host_config())
+    ds_plugin.initialize(model=plain.TinyLM(), config=plain.deepspeed_config(), config_params=plain.deepspeed_config())
 
 
 def test_one_config_only(workers):
@@ -388,7 +388,7 @@ def _through_args(path):
 
 def test_config_through_the_launchers_arguments(workers, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(plain.host_config(1, **BOTH)))
+    path.write_text(json.dumps(plain.deepspeed_config(1, **BOTH)))
     expected = workers(2).run(_losses, 1, "fp32", BOTH, 3)
     found = workers(2).run(_through_args, str(path))
     assert [losses for losses, _, _ in found] == expected

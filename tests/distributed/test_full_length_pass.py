@@ -32,7 +32,7 @@ def _batch(step):
 
 def _peak(sections, zero, precision, accumulation, offload):
     """Of two steps, and what lives after the first one's first micro-batch began."""
-    config = plain.host_config(zero, precision, accumulation, **sections)
+    config = plain.deepspeed_config(zero, precision, accumulation, **sections)
     config["train_micro_batch_size_per_gpu"] = ROWS
     config["zero_optimization"] |= {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
     if zero == 3:
@@ -120,7 +120,7 @@ def _in_flight(sections):
     loss_fn = lambda logits, labels: torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)  # noqa: E731
     model = deepspeed.PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
     with harness.benchmark("bench_completep").Held() as bytes_of:
-        engine = ds_plugin.initialize(model=model, config=plain.host_config(accumulation=4, **sections))[0]
+        engine = ds_plugin.initialize(model=model, config=plain.deepspeed_config(accumulation=4, **sections))[0]
         tokens = torch.arange(plain.MICRO * LONG).view(plain.MICRO, LONG) % plain.VOCAB
         bytes_of.peak = 0
         for _ in range(2):
@@ -160,7 +160,7 @@ class Trainer(plain.TinyLM):
 def _redirected(preflight):
     torch.manual_seed(7)
     section = {**plain.WARMUP, "preflight": preflight}
-    config = plain.host_config(2, sequence_length_warmup=section)
+    config = plain.deepspeed_config(2, sequence_length_warmup=section)
 
     def shorten(args, kwargs, length):
         batch = tuple(value[:, :length] for value in args[0])
@@ -195,7 +195,7 @@ def _without_room():
     def refuse(*args, **kwargs):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
 
-    engine = plain.make(plain.host_config(1, **WARMUP))
+    engine = plain.make(plain.deepspeed_config(1, **WARMUP))
     engine.train()
     kept, full_length_pass.torch.empty_like = torch.empty_like, refuse
     try:

@@ -74,7 +74,7 @@ def micro_batch(family, step):
 def _trained(family):
     """Losses of three steps under the warmup, and of plain DeepSpeed on batches that are cut by hand."""
     warmup = {"enabled": True, "start_length": LENGTHS[0], "end_length": LENGTH, "duration": {"steps": len(LENGTHS)}}
-    config = plain.host_config(1)
+    config = plain.deepspeed_config(1)
     model = build(family)
     twin = copy.deepcopy(model)
     engine = ds_plugin.initialize(model=model, config={**config, "sequence_length_warmup": warmup})[0]

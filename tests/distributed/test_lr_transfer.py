@@ -139,5 +139,5 @@ def _refused(out):
 
 def test_another_sweeps_folder_is_refused(workers, tmp_path):
     (tmp_path / "lr_transfer.json").write_text("{}")
-    [(code, message)] = workers(1).run(_refused, str(tmp_path))  # it starts a host: not in pytest's own process
+    [(code, message)] = workers(1).run(_refused, str(tmp_path))  # it starts megatron-core: not in pytest's own process
     assert code == 2 and "other settings" in message and message.count("\n") == 1

@@ -1,6 +1,6 @@
 """Averaging on megatron-core's own optimizers against the full-gather reference: equal bit for bit.
 
-Small odd shapes for every kind of optimizer, then a GPT under tensor, pipeline and data parallelism with the host's own
+Small odd shapes for every kind of optimizer, then a GPT under tensor, pipeline and data parallelism with Megatron's own
 schedules, whose published average is read back at other sizes.
 """
 
@@ -155,7 +155,7 @@ def train_step(chunks, optimizer, step):
 
 
 def sync(chunks):
-    """The host's own parameter refresh after a step, where there is one."""
+    """Megatron's own parameter refresh after a step, where there is one."""
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)

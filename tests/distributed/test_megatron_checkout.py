@@ -42,7 +42,7 @@ from pathlib import Path
 from megatron_patches.training_loop import script
 
 if __name__ == "__main__":
-    script.prepare_host(Path(sys.argv[1]))
+    script.prepare_megatron(Path(sys.argv[1]))
     sys.argv = sys.argv[1:]
     script.execute(Path(sys.argv[0]))
 """
@@ -65,7 +65,7 @@ from ds_plugin.config import PluginConfig, load_json
 from megatron_patches.training_loop import options, script
 
 recipe = load_json(sys.argv[1])
-script.prepare_host(Path(sys.argv[2]))
+script.prepare_megatron(Path(sys.argv[2]))
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron_patches.completep import prepare
@@ -146,7 +146,7 @@ if CHECKOUT is not None:
         resumed, later = logged(finished(real(CHECKOUT, tmp_path, "killed", sections, *again)))
         assert min(resumed) == 31 and later == evaluations[2:]
         for step in range(31, 61):
-            names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there the host logs a mean of two
+            names = set(whole[step]) - ({"lm loss"} if step == 32 else set())  # there Megatron-LM logs a mean of two
             assert {n: resumed[step][n] for n in names} == {n: whole[step][n] for n in names}, step
 
     @pytest.mark.slow
@@ -269,7 +269,7 @@ if CHECKOUT is not None:
         tracker.write_text("10")
         resumed, later = trained("again", "--load", tmp_path / "whole")
         assert min(resumed) == 11 and len(evaluations) == 8 and later == evaluations[2:]
-        del resumed[12]["lm loss"], whole[12]["lm loss"]  # there the host logs a mean of two
+        del resumed[12]["lm loss"], whole[12]["lm loss"]  # there Megatron-LM logs a mean of two
         assert resumed == {step: whole[step] for step in range(11, 21)}
 
     @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""megatron-core on the CPU host: real processes, real tensor parallelism.
+"""megatron-core on a CPU: real processes, real tensor parallelism.
 
-The workers import megatron before the tests enable the host, so names copied at import time are covered; the fresh
+The workers import megatron before the tests enable it, so names copied at import time are covered; the fresh
 interpreter of `test_enable_before_importing_megatron` covers the other order.
 """
 
@@ -168,7 +168,7 @@ def test_building_inside_zero_init_is_refused(workers):
 def tracker_streams():
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    # A handler of its own: the warning that the host gives on every fork must not come through.
+    # A handler of its own: the warning that it gives on every fork must not come through.
     seen = []
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())
@@ -284,7 +284,7 @@ def test_megatrons_distributed_optimizer_trains(workers):
 
 
 def snapshot():
-    """Every attribute of torch.cuda and its submodules, the classes the host touches, and megatron's copies."""
+    """Every attribute of torch.cuda and its submodules, the classes it touches, and megatron's copies."""
     spaces = {n: dict(vars(m)) for n, m in sys.modules.items() if n.split(".")[:2] == ["torch", "cuda"] and m}
     spaces |= {n: dict(vars(m)) for n, m in sys.modules.items() if n.split(".")[0] == "megatron" and m}
     spaces |= {n: dict(vars(m)) for n, m in sys.modules.items() if n.split(".")[:2] == ["torch", "autograd"] and m}
@@ -351,7 +351,7 @@ def leave_out_of_order():
         torch.ones(1, device="cuda")
 
 
-def test_reverting_the_registry_disables_the_host_under_another_mode(workers):
+def test_reverting_the_registry_disables_it_under_another_mode(workers):
     workers(1).run(leave_out_of_order)
 
 
@@ -384,7 +384,7 @@ def test_a_machine_with_cuda_is_refused(workers):
 
 def initialize_without(what):
     cfg = gpt.GPTConfig(**SMALL, tensor_parallel=2 if what == "ranks" else 1)
-    if what != "host":
+    if what != "enable":
         megatron_on_cpu.enable()
     gpt.initialize_parallel(cfg, -1 if what == "seed" else 1)
 
@@ -392,7 +392,7 @@ def initialize_without(what):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("host", "megatron_on_cpu.enable()"),
+        ("enable", "megatron_on_cpu.enable()"),
         ("ranks", "= 2 x 1 does not divide the 1 ranks"),
         ("seed", "seed = -1"),
     ],

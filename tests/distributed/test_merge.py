@@ -18,7 +18,7 @@ from tests.reference import averaging as reference
 
 def _train_and_save(folder, zero, precision, extra, sections):
     """Nine steps with a checkpoint at every snapshot (2, 4, 6, 8); the average in fp32, whole, by name."""
-    config = plain.host_config(zero, precision, **{"weight_averaging": plain.AVERAGING, **sections})
+    config = plain.deepspeed_config(zero, precision, **{"weight_averaging": plain.AVERAGING, **sections})
     config["zero_optimization"].update(extra)
     config["zero_force_ds_cpu_optimizer"] = False
     engine = plain.make(config)
@@ -80,7 +80,7 @@ GPT = {"num_layers": 2, "hidden_size": 32, "tensor_parallel": 2}
 def _train_tensor_parallel(folder, zero, precision):
     """As `_train_and_save`, of megatron-core's layers on tensor-parallel ranks."""
     sections = {"weight_averaging": {**plain.AVERAGING, "interval": 1}}
-    config = plain.host_config(zero, precision, **sections)
+    config = plain.deepspeed_config(zero, precision, **sections)
     engine = ds_plugin.initialize(model=test_completep.build(None, **GPT), config=config, mpu=gpt.DeepSpeedMPU())[0]
     for step in range(4):
         tokens, labels = test_completep.batch(step)

@@ -61,7 +61,7 @@ def train_and_save(folder, tensor_parallel, precision, shardings):
 
 
 def read_plain(folders):
-    """The host's own reading of whole tensors, by name, of each folder."""
+    """megatron-core's own reading of whole tensors, by name, of each folder."""
     from megatron.core import dist_checkpointing
 
     megatron_on_cpu.enable()

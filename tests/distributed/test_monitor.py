@@ -8,7 +8,7 @@ REPORTED = {**plain.WARMUP, "report_interval": 2}
 
 def _logged(folder):
     monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "job"}}
-    engine = plain.make(plain.host_config(1, sequence_length_warmup=REPORTED, **monitor))
+    engine = plain.make(plain.deepspeed_config(1, sequence_length_warmup=REPORTED, **monitor))
     plugin = ds_plugin.get_plugin(engine)
     plugin.log(eval_loss=plain.evaluate(engine))  # before the first step there is nothing else to say
 
@@ -20,7 +20,7 @@ def _logged(folder):
 
 
 def _silent():
-    engine = plain.make(plain.host_config(1, sequence_length_warmup=REPORTED))
+    engine = plain.make(plain.deepspeed_config(1, sequence_length_warmup=REPORTED))
     ds_plugin.get_plugin(engine).log(loss=float("nan"))
 
 

@@ -1,4 +1,4 @@
-"""The hosts alone: megatron-core's layers under DeepSpeed's PipelineEngine, shortened by hand.
+"""The frameworks alone: megatron-core's layers under DeepSpeed's PipelineEngine, shortened by hand.
 
 What the plugin must reproduce there, and where DeepSpeed 0.19.8 does not do what its other engine does.
 """
@@ -40,7 +40,7 @@ def groups(layout):
     return [[dist.get_process_group_ranks(group) for group in found] for found in (ours, megatrons)]
 
 
-def test_both_hosts_agree_on_the_groups(workers):
+def test_both_frameworks_agree_on_the_groups(workers):
     found = workers(8).run(groups, Layout(pipe=2, data=2, tensor=2))
     assert all(deepspeeds == megatrons for deepspeeds, megatrons in found)
     # rank 5 = 101 in binary, digits pipe, data, tensor: each group flips one of them
@@ -128,17 +128,17 @@ def test_without_a_reset_the_first_other_length_fails(workers, lengths, evaluati
 
 def stage_0_norms(layout, mended):
     """The norms that fp32 training without ZeRO clips by."""
-    from deepspeed.runtime import engine as host
+    from deepspeed.runtime import engine as deepspeeds
 
     engine = pipelined.make(layout, deepspeed.initialize, zero=0)
     if mended:
         engine.mpu.get_model_parallel_rank = engine.mpu.get_slice_parallel_rank
-    norms, clip = [], host.clip_grad_norm_
+    norms, clip = [], deepspeeds.clip_grad_norm_
 
     def recorded(**arguments):
         norms.append(clip(**arguments).item())
 
-    host.clip_grad_norm_ = recorded
+    deepspeeds.clip_grad_norm_ = recorded
     return pipelined.train(engine, STEPS), norms
 
 

@@ -1,4 +1,4 @@
-"""Sequence length warmup in DeepSpeed's pipeline engine, against the hosts alone on batches that are cut by hand."""
+"""Sequence length warmup in DeepSpeed's pipeline engine, against the frameworks alone on batches cut by hand."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ LEDGERS = {
     "truncate": [(16, 6, 0), (32, 14, 0), (48, 24, 0), (64, 36, 0), (80, 50, 0), (96, 66, 0), (112, 82, 0)],
     "carry": [(16, 6, 10), (32, 14, 18), (32, 24, 8), (48, 32, 16), (48, 40, 8), (48, 48, 0), (64, 64, 0)],
 }
-# The scheduler rises from 1/4 to 1 over 3 * 16 tokens of a sample, and a host's count lags one step behind.
+# The scheduler rises from 1/4 to 1 over 3 * 16 tokens of a sample, and DeepSpeed's count lags one step behind.
 RATES = {
     "truncate": [0.25, 0.25, 0.25 + 0.25 * 6 / 16, 0.25 + 0.25 * 14 / 16, 0.25 + 0.25 * 24 / 16, 0.8125, 1.0],
     "carry": [0.25, 0.25, 0.25 + 0.25 * 6 / 16, 0.25 + 0.25 * 14 / 16, 0.25 + 0.25 * 24 / 16, 0.75, 0.875],

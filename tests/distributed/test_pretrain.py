@@ -208,7 +208,7 @@ def test_a_run_that_ends_by_tokens(workers, folder):
     # 8 samples a step: 1472 tokens in the 11 steps below full length, then 256 a step until 3000 are reached
     assert found["steps"] == 17 and found["tokens_trained"] == 1472 + 6 * 256
     assert found["tokens_discarded"] == 17 * 256 - 3008 and found["tokens_carried"] == 0
-    # "auto": 3000 tokens are 12 full batches; two of them warm up, and the host lags a step behind
+    # "auto": 3000 tokens are 12 full batches; two of them warm up, and DeepSpeed lags a step behind
     before = [0, *rows["tokens_trained"][:-1]]
     full = [tokens / 256 for tokens in [0, *before[:-1]]]
     expected = [0.0] + [0.01 * (p / 2 if p < 2 else max(0.0, (12 - p) / 10)) for p in full[1:]]

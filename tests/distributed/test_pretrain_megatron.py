@@ -1,6 +1,6 @@
 """The methods in Megatron-LM's training loop, on the stand-in of tests/reference/megatron_loop.
 
-The stand-in has the names and calls of the host's loop over the real megatron-core; what is compared on it is bitwise.
+The stand-in has Megatron-LM's names and calls over the real megatron-core; what is compared on it is bitwise.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def run(folder, sections, options, twin=None):
     file.write_text(json.dumps(sections))
     errors.OTHERS_WAIT_SECONDS = 0
     sys.path.insert(0, str(FOLDER))
-    script.prepare_host(SCRIPT)
+    script.prepare_megatron(SCRIPT)
     from megatron.training import training
 
     if twin is not None:
@@ -159,7 +159,7 @@ def test_a_step_waits_for_the_copy_of_the_last_snapshot(workers, tmp_path):
 
 
 def written_where_a_writer_is(hooked, plain, iterations, marks):
-    """TensorBoard and W&B have each evaluation under its own name, and without its mark the host's."""
+    """TensorBoard and W&B have each evaluation under its own name, and without its mark Megatron-LM's."""
     found, expected = hooked[-1], plain[-1]
     assert not any(name in rank for rank in hooked[:-1] for name in ("tensorboard", "wandb"))
     losses = iter([losses[-1] for _, losses, *_ in found["evaluations"]])
@@ -232,7 +232,7 @@ def test_the_preflight_leaves_no_trace(workers, tmp_path, layout):
 
 
 def out_of_memory(training):
-    """The host's passes of more than 24 tokens fail, as they would on a GPU."""
+    """Megatron-LM's passes of more than 24 tokens fail, as they would on a GPU."""
     schedule = training.get_forward_backward_func
 
     def limited(*, seq_length, **settings):
@@ -287,7 +287,7 @@ def test_the_preflights_room_is_the_optimizers_own():
     assert room(aware, optimizer="adam", **dtypes) == 2 * (20 + 40 + 40)
     aware.store_param_remainders = True
     assert room(aware, optimizer="adam", **dtypes) == (20 + 40 + 20) + (20 + 40 + 40)
-    aware.master_weights = False  # the host keeps them itself
+    aware.master_weights = False  # Megatron keeps them itself
     assert room(aware, optimizer="adam", **dtypes) == 2 * (20 + 40)
     aware.state[weight] = {"exp_avg": weight}
     assert room(aware, optimizer="adam", **dtypes) == 20 + 40
@@ -296,14 +296,14 @@ def test_the_preflights_room_is_the_optimizers_own():
 
 
 def test_the_preflight_leaves_nothing_for_the_log_and_for_later_checks():
-    """The host's sums are empty, whatever it calls them, and its spike checks have seen no loss of full length."""
+    """Megatron-LM's sums are empty, whatever it calls them, and its spike checks have seen no loss of full length."""
     from megatron.core import rerun_state_machine
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     tracker = {"values": torch.ones(1), "loss_values": torch.ones(2), "reduce_group": None}
     before, MTPLossLoggingHelper.tracker = MTPLossLoggingHelper.tracker, tracker
     machine = rerun_state_machine.get_rerun_state_machine()
-    options, config = SimpleNamespace(seq_length=8, mtp_num_layers=1), SimpleNamespace(timers="the host's")
+    options, config = SimpleNamespace(seq_length=8, mtp_num_layers=1), SimpleNamespace(timers="Megatron-LM's")
     try:
         with preflight.leaving_no_trace(options, 32, config):
             assert (options.seq_length, config.timers) == (32, None)
@@ -316,7 +316,7 @@ def test_the_preflight_leaves_nothing_for_the_log_and_for_later_checks():
     finally:
         MTPLossLoggingHelper.tracker = before
         rerun_state_machine.destroy_rerun_state_machine()
-    assert (options.seq_length, config.timers) == (8, "the host's") and "validate_result" not in vars(machine)
+    assert (options.seq_length, config.timers) == (8, "Megatron-LM's") and "validate_result" not in vars(machine)
     assert machine.large_value_counts == machine.max_values == {}
     assert [name for name, value in tracker.items() if value is not None and value.any()] == []
 
@@ -348,14 +348,14 @@ def test_hooks_that_change_nothing_leave_every_bit(workers, tmp_path):
 
 def explicit_completep(training):
     """The recipe by the package's own functions, in a loop without hooks."""
-    import megatron.core.models.gpt as host
+    import megatron.core.models.gpt as models
 
     from ds_plugin.completep.config import CompletePConfig
     from megatron_patches.completep import finish, prepare
     from megatron_patches.completep.optimizer import build_optimizer
 
     section = CompletePConfig.model_validate({**RECIPE, "residual": "folded"})  # as it is if the JSON does not say
-    model = host.GPTModel
+    model = models.GPTModel
 
     def build(*, config, transformer_layer_spec, **kwargs):
         config, transformer_layer_spec = prepare(config, transformer_layer_spec, section)
@@ -363,7 +363,7 @@ def explicit_completep(training):
         finish(built, section)
         return built
 
-    host.GPTModel = build
+    models.GPTModel = build
     training.get_megatron_optimizer = lambda config, chunks, config_overrides: build_optimizer(config, chunks, section)
 
 
@@ -454,7 +454,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(workers, saved, tmp_path):
     shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     load, folder = loading(tmp_path), tmp_path / "run" / "ds_plugin" / "iter_0000004"
     tracker = tmp_path / "run" / "latest_checkpointed_iteration.txt"
-    tracker.rename(tmp_path / "tracker")  # the host does without, where --ckpt-step is given
+    tracker.rename(tmp_path / "tracker")  # Megatron-LM does without, where --ckpt-step is given
     refused(workers(2).run(run, str(tmp_path), FORWARD, load), 'residual "folded" there, "forward" here')
     (tmp_path / "tracker").rename(tracker)
     (folder / "weight_averaging_rank_00001.safetensors").unlink()
@@ -478,7 +478,7 @@ def test_a_run_of_none_is_gone_on_with_at_full_length(workers, saved):
 
 
 def test_the_average_is_saved_beside_each_checkpoint(workers, tmp_path):
-    """The weights alone, by the host's function; nothing else of the run is touched, and no run resumes from them."""
+    """The weights alone, by Megatron-LM's function; nothing else of the run changes, and no run resumes from them."""
     options = {**LAYOUTS["pipeline"], "save": str(tmp_path / "run"), "save_retain_interval": 8}
     sections = {"weight_averaging": {**AVERAGING, "save_average": True}}
     found = workers(2).run(run, str(tmp_path), sections, options)
@@ -541,13 +541,13 @@ def test_data_that_cannot_be_cut_are_refused_on_the_ranks_that_read_none_too(wor
     )
 
 
-LOADED = {  # what is asked for, beside --load run, and the trackers' texts: what the host takes of which folder
+LOADED = {  # what is asked for, beside --load run, and the trackers' texts: what Megatron-LM takes of which folder
     "nothing": ({"load": None}, {"run": "8"}, None),
     "the last": ({}, {"run": "8"}, ("run", 8, False)),
     "an earlier": ({"ckpt_step": 4}, {"run": "8"}, ("run", 4, False)),
     "an earlier, without a tracker": ({"ckpt_step": 4}, {}, ("run", 4, False)),
     "none yet": ({}, {}, None),
-    "damaged": ({}, {"run": "eight"}, None),  # the host ends on it
+    "damaged": ({}, {"run": "eight"}, None),  # Megatron-LM ends on it
     "weights": ({"finetune": True}, {"run": "8"}, ("run", 8, True)),
     "frozen": ({"freeze_all_layers": True}, {"run": "8"}, ("run", 8, True)),
     "a release": ({"ckpt_step": 4}, {"run": "release"}, ("run", 0, True)),
@@ -558,7 +558,7 @@ LOADED = {  # what is asked for, beside --load run, and the trackers' texts: wha
 
 
 @pytest.mark.parametrize("case", LOADED)
-def test_what_the_host_will_load(tmp_path, case):
+def test_what_megatron_will_load(tmp_path, case):
     from megatron_patches.training_loop import state
 
     changes, trackers, expected = LOADED[case]
@@ -621,7 +621,7 @@ def lacking(name):
     from megatron_patches.training_loop import script
 
     sys.path.insert(0, str(FOLDER))
-    script.prepare_host(SCRIPT)
+    script.prepare_megatron(SCRIPT)
     from megatron.training import training
 
     before = megatron_patches.active(), dict(vars(training))
@@ -650,7 +650,7 @@ def kept():
     from megatron_patches.training_loop import script
 
     sys.path.insert(0, str(FOLDER))
-    script.prepare_host(SCRIPT)
+    script.prepare_megatron(SCRIPT)
     from megatron.training import training
 
     training.num_floating_point_operations = lambda *args: args
@@ -660,7 +660,7 @@ def kept():
     return wrapper is training.num_floating_point_operations, wrapper(1, 2)
 
 
-def test_a_wrapper_kept_by_another_module_is_the_hosts_after_the_undoing(workers):
+def test_a_wrapper_kept_by_another_module_is_megatrons_after_the_undoing(workers):
     assert workers(1).run(kept) == [(False, (1, 2))]
 
 

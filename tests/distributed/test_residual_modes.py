@@ -145,7 +145,7 @@ def _graphs(tied):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_folded_leaves_the_modules_and_the_forward_pass_the_hosts_own(workers, tied):
+def test_folded_leaves_the_modules_and_the_forward_pass_megatrons_own(workers, tied):
     same = workers(1).run(_same_graphs, tied)[0]
     assert same == {"folded": True, "forward": False}
 
@@ -315,7 +315,7 @@ def _wrong_mode():
 
 
 def test_weights_of_the_other_mode_are_refused(workers):
-    """Also those of which it is not known: a section that does not say ``residual`` is another one on each host."""
+    """Also those of which it is not known: a section without ``residual`` is another one with each framework."""
     folded, forward, *unsaid = workers(1).run(_wrong_mode)[0]
     assert all("depends on the framework" in message and 'write "residual"' in message for message in unsaid)
     assert 'trained with "folded"; fold() takes those of "forward"' in folded
@@ -403,7 +403,7 @@ def test_pipeline_stages_send_the_stream_as_it_is(workers):
     """A stage that receives in another dtype than the one before it sends would hang or read garbage."""
     assert workers(1).run(_prepared, "forward", True) == ["torch.float32"]
     assert workers(1).run(_prepared, "forward", False) == ["torch.bfloat16"]
-    assert workers(1).run(_prepared, "folded", True) == ["torch.bfloat16"]  # the host's own add, and its own dtype
+    assert workers(1).run(_prepared, "folded", True) == ["torch.bfloat16"]  # Megatron's own add, and its own dtype
 
 
 def _block_specs():

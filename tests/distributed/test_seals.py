@@ -19,7 +19,7 @@ SECTIONS = {
 
 def _saved(zero, folder):
     """Two checkpoints; their folders, sealed."""
-    engine = plain.make(plain.host_config(zero, **SECTIONS))
+    engine = plain.make(plain.deepspeed_config(zero, **SECTIONS))
     for tag in ("first", "second"):
         plain.train(engine, 4)
         engine.save_checkpoint(folder, tag=tag)
@@ -61,7 +61,7 @@ def test_no_damage_to_any_file_goes_unseen(workers, tmp_path, zero, record_prope
 
 def _resumes(zero, folder, of):
     """What an engine says to each damage of one of DeepSpeed's own files, and that it is as it was."""
-    engine, said = plain.make(plain.host_config(zero, **SECTIONS)), {}
+    engine, said = plain.make(plain.deepspeed_config(zero, **SECTIONS)), {}
     before = plain.train(engine, 2)
     for name in of:
         try:

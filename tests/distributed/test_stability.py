@@ -23,7 +23,7 @@ ACCUMULATION = 2
 
 
 def make(zero, precision="fp32", extra=None, **sections):
-    config = plain.host_config(zero, precision, ACCUMULATION, **sections)
+    config = plain.deepspeed_config(zero, precision, ACCUMULATION, **sections)
     config["zero_optimization"].update(extra or {})
     config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW: DeepSpeed's own for CPUs would have to be compiled
     return plain.make(config)
@@ -168,7 +168,7 @@ COLLECTIVES = [
 
 @contextlib.contextmanager
 def counted():
-    """How often a tensor was read by the host, and a collective started."""
+    """How often a tensor was read by the CPU, and a collective started."""
     syncs, collectives = collections.Counter(), collections.Counter()
 
     def count(counter, name, function):
@@ -355,7 +355,7 @@ def test_a_gradient_norm_that_is_not_finite_makes_its_step_infinite(workers, zer
 
 
 def _other_optimizer():
-    config = plain.host_config(0, accumulation=ACCUMULATION)
+    config = plain.deepspeed_config(0, accumulation=ACCUMULATION)
     config["optimizer"] = {"type": "SGD", "params": {"lr": 0.01}}
     engine = plain.make(config)
     return train(engine, StabilityMonitor(EngineReadings(engine), 2, variance=True), 2)[1][-1]
@@ -457,7 +457,7 @@ def _pipeline(zero):
     torch.manual_seed(7)
     layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11), torch.nn.Linear(11, 3)]
     model = PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
-    engine = deepspeed.initialize(model=model, config=plain.host_config(zero, accumulation=ACCUMULATION))[0]
+    engine = deepspeed.initialize(model=model, config=plain.deepspeed_config(zero, accumulation=ACCUMULATION))[0]
     monitor = StabilityMonitor(EngineReadings(engine), 2, variance=True)
     stage, replica = engine.stage_id, engine.grid.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(replica)

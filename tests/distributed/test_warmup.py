@@ -59,7 +59,7 @@ def run(engine, batches, steps, crash_after=None):
 
 def carry(zero=0, **changes):
     changes = {"mode": "carry", "interleave": 2, "learning_rate": {"by": "tokens"}, **changes}
-    engine = plain.make(plain.host_config(zero, accumulation=MICROS, **section(**changes)))
+    engine = plain.make(plain.deepspeed_config(zero, accumulation=MICROS, **section(**changes)))
     return engine, ds_plugin.get_plugin(engine).batches(source)
 
 
@@ -128,7 +128,7 @@ def _targets(shifts, folder):
 
     def make():
         torch.manual_seed(7)
-        config = plain.host_config(1, accumulation=MICROS, **section(**changes))
+        config = plain.deepspeed_config(1, accumulation=MICROS, **section(**changes))
         engine = ds_plugin.initialize(model=TinyForCausalLM(), config=config)[0]
         engine.train()
         return engine, ds_plugin.get_plugin(engine).batches(source)
@@ -165,7 +165,7 @@ def test_targets_that_are_lost_at_cuts_are_counted(workers, tmp_path, shifts):
 
 
 def _engine_without_batches():
-    engine = plain.make(plain.host_config(accumulation=MICROS, **section(mode="carry")))
+    engine = plain.make(plain.deepspeed_config(accumulation=MICROS, **section(mode="carry")))
     engine.train()
     engine(*plain.micro_batch(0))
 
@@ -194,7 +194,7 @@ def _grows():
 
 
 def _no_scheduler():
-    config = plain.host_config(**section(learning_rate={"by": "tokens"}))
+    config = plain.deepspeed_config(**section(learning_rate={"by": "tokens"}))
     del config["scheduler"]
     plain.make(config)
 
@@ -203,14 +203,14 @@ def _other_mode(folder):
     engine, batches = carry()
     run(engine, batches, 2)
     engine.save_checkpoint(folder)
-    plain.make(plain.host_config(accumulation=MICROS, **section())).load_checkpoint(folder)
+    plain.make(plain.deepspeed_config(accumulation=MICROS, **section())).load_checkpoint(folder)
 
 
 def _section_removed(folder):
     engine, batches = carry()
     run(engine, batches, 2)
     engine.save_checkpoint(folder)
-    plain.make(plain.host_config(accumulation=MICROS, weight_averaging=plain.AVERAGING)).load_checkpoint(folder)
+    plain.make(plain.deepspeed_config(accumulation=MICROS, weight_averaging=plain.AVERAGING)).load_checkpoint(folder)
 
 
 def _other_end(folder):
@@ -222,11 +222,11 @@ def _other_end(folder):
 
 def _held_in_other_units(folder):
     changes = {"pacing": "adaptive", "report_interval": 1}
-    engine = plain.make(plain.host_config(**section(**changes)))
+    engine = plain.make(plain.deepspeed_config(**section(**changes)))
     plain.train(engine, 2)
     ds_plugin.get_plugin(engine).warmup.held = 3
     engine.save_checkpoint(folder)
-    plain.make(plain.host_config(**section(**changes, duration={"tokens": 99}))).load_checkpoint(folder)
+    plain.make(plain.deepspeed_config(**section(**changes, duration={"tokens": 99}))).load_checkpoint(folder)
 
 
 def _detached():
@@ -238,11 +238,11 @@ def _detached():
 
 def _broken_on_one_rank():
     schedule = "math:floor" if dist.get_rank() else "no.such.module:f"
-    plain.make(plain.host_config(**section(schedule=schedule)))
+    plain.make(plain.deepspeed_config(**section(schedule=schedule)))
 
 
 def _sequence_first_on_one_rank():
-    engine = plain.make(plain.host_config(**section()))
+    engine = plain.make(plain.deepspeed_config(**section()))
     engine.train()
     tokens, labels = plain.micro_batch(0)
     engine(*((tokens.T, labels.T) if dist.get_rank() else (tokens, labels)))
@@ -259,15 +259,15 @@ class Pairs(plain.TinyLM):
 
 
 def _carried_pairs():
-    ds_plugin.initialize(model=Pairs(), config=plain.host_config(**section(mode="carry")))
+    ds_plugin.initialize(model=Pairs(), config=plain.deepspeed_config(**section(mode="carry")))
 
 
 def _rank_dependent():
-    plain.make(plain.host_config(**section(start_length=4 + 4 * dist.get_rank())))
+    plain.make(plain.deepspeed_config(**section(start_length=4 + 4 * dist.get_rank())))
 
 
 def _nested_ulysses():
-    engine = plain.make(plain.host_config(**section()))
+    engine = plain.make(plain.deepspeed_config(**section()))
     ds_plugin.get_plugin(engine).warmup.parts = 2
     engine.train()
     engine(*plain.micro_batch(0))
@@ -346,7 +346,7 @@ def _ragged(folder):
     def make():
         changes = {"report_interval": 3, "learning_rate": {"by": "tokens"}, "preflight": False, "multiple_of": 1}
         duration = {"tokens": 4 * plain.MICRO * dist.get_world_size() * 8}
-        return plain.make({**plain.host_config(1, **section(duration=duration, **changes)), "scheduler": LINEAR})
+        return plain.make({**plain.deepspeed_config(1, **section(duration=duration, **changes)), "scheduler": LINEAR})
 
     rank = dist.get_rank()
     engine = make()
@@ -358,7 +358,7 @@ def _ragged(folder):
     resumed.load_checkpoint(folder)
     again = ds_plugin.get_plugin(resumed).ledger, ragged(resumed, 4)
     read = ragged(make(), 8, lambda first: (padded(step, rank) for step in range(first, 8)))
-    plain_engine = plain.make({**plain.host_config(1), "scheduler": {}}, initialize=deepspeed.initialize)
+    plain_engine = plain.make({**plain.deepspeed_config(1), "scheduler": {}}, initialize=deepspeed.initialize)
     plain_engine.train()
     by_hand = []
     for step, row in enumerate(rows):
@@ -400,7 +400,7 @@ def test_samples_of_any_length_are_cut_and_counted(workers, tmp_path):
 
 
 def _rates(by, scheduler, steps):
-    config = plain.host_config(**section(learning_rate={"by": by}))
+    config = plain.deepspeed_config(**section(learning_rate={"by": by}))
     if scheduler is not None:
         config["scheduler"] = scheduler
     engine = plain.make(config)
@@ -420,7 +420,7 @@ def test_learning_rates_follow_tokens(workers):
     assert state["last_batch_iteration"] == before[-1] and groups[0] == rates[-1]
 
 
-def test_learning_rates_by_steps_are_the_hosts(workers):
+def test_learning_rates_by_steps_are_deepspeeds(workers):
     assert workers(2).run(_rates, "steps", LINEAR, 6)[0][0] == pytest.approx([0.01 * min(n / 4, 1) for n in range(6)])
 
 
@@ -440,7 +440,7 @@ def test_at_full_length_both_are_one(workers, scheduler):
 
 
 def _full_length_rates(by, scheduler):
-    config = plain.host_config(**section(learning_rate={"by": by}, start_length=plain.LENGTH))
+    config = plain.deepspeed_config(**section(learning_rate={"by": by}, start_length=plain.LENGTH))
     engine = plain.make({**config, "scheduler": scheduler})
     rates, said = [], []
     warnings.showwarning = lambda message, *_: said.append(str(message))
@@ -480,7 +480,7 @@ class Dropping(plain.TinyLM):
 def _trained(zero, precision, preflight, mode, accumulation=1, offload=False):
     torch.manual_seed(7)
     changes = {"preflight": preflight, "mode": mode}
-    config = plain.host_config(zero, precision, accumulation, **section(**changes))
+    config = plain.deepspeed_config(zero, precision, accumulation, **section(**changes))
     if offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False
@@ -537,7 +537,7 @@ class Embedded(plain.TinyLM):
 
 def _embedded(preflight):
     torch.manual_seed(7)
-    engine = ds_plugin.initialize(model=Embedded(), config=plain.host_config(2, **section(preflight=preflight)))[0]
+    engine = ds_plugin.initialize(model=Embedded(), config=plain.deepspeed_config(2, **section(preflight=preflight)))[0]
     engine.train()
     losses = []
     for step in range(2):
@@ -550,7 +550,7 @@ def _embedded(preflight):
 
 
 def _features_as_wide_as_samples_on_rank_1():
-    engine = plain.make(plain.host_config(**section()))
+    engine = plain.make(plain.deepspeed_config(**section()))
     engine.train()
     tokens, features = torch.zeros(plain.MICRO, 3).long(), torch.zeros(plain.MICRO, (5, 3)[dist.get_rank()])
     with pytest.raises(ConfigError) as caught:
@@ -577,7 +577,7 @@ class TooLarge(plain.TinyLM):
 
 
 def _out_of_memory():
-    engine = ds_plugin.initialize(model=TooLarge(), config=plain.host_config(1, **section()))[0]
+    engine = ds_plugin.initialize(model=TooLarge(), config=plain.deepspeed_config(1, **section()))[0]
     try:
         plain.train(engine, 1)
     except torch.OutOfMemoryError as error:
@@ -602,7 +602,7 @@ class Checkpointing(plain.TinyLM):
 
 def _checkpointing(preflight):
     torch.manual_seed(7)
-    config = plain.host_config(1, **section(preflight=preflight))
+    config = plain.deepspeed_config(1, **section(preflight=preflight))
     engine = ds_plugin.initialize(model=Checkpointing(), config=config)[0]
     return plain.train(engine, 4), engine.module.lengths
 
@@ -613,7 +613,7 @@ def test_the_preflight_with_a_reentrant_checkpoint_leaves_no_trace(workers):
 
 
 def _longer_samples():
-    engine = plain.make(plain.host_config(**section(end_length=12)))  # read 16, never train more than 12
+    engine = plain.make(plain.deepspeed_config(**section(end_length=12)))  # read 16, never train more than 12
     seen = []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     plain.train(engine, 9)
@@ -621,7 +621,7 @@ def _longer_samples():
 
 
 def _shorter_samples():
-    engine = plain.make(plain.host_config(**section()))
+    engine = plain.make(plain.deepspeed_config(**section()))
     seen = []
     engine.module.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
     tokens, labels = (value[:, :3] for value in plain.micro_batch(0))
@@ -649,7 +649,7 @@ def test_the_preflight_is_at_the_longest_that_is_trained(workers):
 
 
 def _joined_late(folder):
-    engine = plain.make(plain.host_config(accumulation=MICROS), initialize=deepspeed.initialize)
+    engine = plain.make(plain.deepspeed_config(accumulation=MICROS), initialize=deepspeed.initialize)
     plain.train(engine, 3)
     engine.save_checkpoint(folder)
     engine, batches = carry()
@@ -658,7 +658,7 @@ def _joined_late(folder):
     rate = ds_plugin.get_plugin(engine).warmup.batches_trained(with_open_step=False)
     before = (ledger.read, ledger.trained)
     rows = run(engine, batches, 1)
-    late = plain.make(plain.host_config(accumulation=MICROS), initialize=deepspeed.initialize)
+    late = plain.make(plain.deepspeed_config(accumulation=MICROS), initialize=deepspeed.initialize)
     plain.train(late, 2)
     attached = ds_plugin.attach(late, section()).ledger
     return before, rate, rows, (attached.read, attached.trained)
@@ -674,7 +674,7 @@ def test_earlier_steps_count_as_full_length_ones(workers, tmp_path):
 
 def _unheld(folder):
     def make(pacing):
-        return plain.make(plain.host_config(**section(pacing=pacing, report_interval=1)))
+        return plain.make(plain.deepspeed_config(**section(pacing=pacing, report_interval=1)))
 
     engine = make("adaptive")
     plain.train(engine, 2)
@@ -693,7 +693,7 @@ def test_a_hold_ends_with_adaptive_pacing(workers, tmp_path):
 
 
 def _whole_batches(folder):
-    engine = plain.make(plain.host_config(weight_averaging=plain.AVERAGING))
+    engine = plain.make(plain.deepspeed_config(weight_averaging=plain.AVERAGING))
     batches, seen = ds_plugin.get_plugin(engine).batches(source), []
 
     def train(steps):
@@ -721,14 +721,14 @@ def test_whole_batches_go_back_with_a_checkpoint(workers, tmp_path):
 
 def _reported(folder):
     """Losses of every micro-batch, the reports, and what a resume in the middle of an interval goes on to."""
-    engine = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
+    engine = plain.make(plain.deepspeed_config(1, accumulation=2, **section(report_interval=4, variance=True)))
     warmup, reports = ds_plugin.get_plugin(engine).warmup, []
     after = lambda e: reports.append(warmup.report if warmup.report and warmup.report.step == e.global_steps else None)  # noqa: E731
     losses = plain.train(engine, 6, after)
     engine.save_checkpoint(folder)
     losses += plain.train(engine, 6, after)
     summary = warmup.monitor.summary()
-    again = plain.make(plain.host_config(1, accumulation=2, **section(report_interval=4, variance=True)))
+    again = plain.make(plain.deepspeed_config(1, accumulation=2, **section(report_interval=4, variance=True)))
     again.load_checkpoint(folder)
     plain.train(again, 6)
     assert ds_plugin.get_plugin(again).warmup.report == warmup.report
@@ -757,7 +757,7 @@ def _read_by():
     for changes, *_ in READERS:
         reads = []
         loss_statistics.adam_variance = lambda engine, reads=reads: reads.append(1) or original(engine)
-        engine = plain.make(plain.host_config(1, **section(report_interval=2, **changes)))
+        engine = plain.make(plain.deepspeed_config(1, **section(report_interval=2, **changes)))
         plain.train(engine, 4)
         warmup = ds_plugin.get_plugin(engine).warmup
         found.append((len(reads), warmup.report.variance_max is not None, warmup.held > 0))
@@ -779,7 +779,7 @@ def _held(unit, folder):
     changes = {"pacing": "adaptive", "report_interval": 1, "duration": duration}
 
     def make():
-        return plain.make(plain.host_config(**section(**changes)))
+        return plain.make(plain.deepspeed_config(**section(**changes)))
 
     def go(engine, steps):
         lengths, plugin = [], ds_plugin.get_plugin(engine)
@@ -811,7 +811,7 @@ def test_adaptive_pacing_holds_the_length_while_the_loss_spikes(workers, tmp_pat
 
 def _said_while_held():
     """What is logged on this rank, and the losses of a model some of whose micro-batches have no label."""
-    config = plain.host_config(1, accumulation=2, **section(pacing="adaptive", report_interval=2))
+    config = plain.deepspeed_config(1, accumulation=2, **section(pacing="adaptive", report_interval=2))
     engine, said = plain.make(config), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -844,7 +844,7 @@ def test_a_hold_is_said_and_micro_batches_without_labels_are_no_reason(workers):
 
 def _noisy():
     """Micro-batches scaled apart, as means over a handful of labels are: (ratio, beyond noise, held)."""
-    config = plain.host_config(1, accumulation=2, **section(pacing="adaptive", report_interval=1))
+    config = plain.deepspeed_config(1, accumulation=2, **section(pacing="adaptive", report_interval=1))
     engine, rows = plain.make(config), []
     warmup = ds_plugin.get_plugin(engine).warmup
     for scales in [(0.6, 1.4), (1.0, 1.8), (5.0, 5.2)]:
@@ -863,8 +863,8 @@ def test_noise_between_micro_batches_is_no_instability(workers):
 
 
 def _counted(enabled):
-    """Host syncs and collectives of steps 3 to 8, preflight and reports aside."""
-    config = plain.host_config(0, **(section(report_interval=1000) if enabled else {}))
+    """Device syncs and collectives of steps 3 to 8, preflight and reports aside."""
+    config = plain.deepspeed_config(0, **(section(report_interval=1000) if enabled else {}))
     engine = plain.make(config, initialize=ds_plugin.initialize if enabled else deepspeed.initialize)
     batches = [plain.micro_batch(n) for n in range(8)]
     lengths = [4, 4, 8, 8, 8, 12, 12, 16]
@@ -893,7 +893,7 @@ def _counted(enabled):
     return counts
 
 
-def test_a_step_adds_no_host_sync_and_no_collective(workers):
+def test_a_step_adds_no_device_sync_and_no_collective(workers):
     pool = workers(2)
     assert pool.run(_counted, True) == pool.run(_counted, False)
 
@@ -917,8 +917,8 @@ def _masked():
         "enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}, "mode": "mask",
         "schedule": "discrete", "lengths": [8, 16, 32], "boundaries": [2, 4],
     }  # fmt: skip
-    host = {**plain.host_config(), "sequence_length_warmup": warmup}
-    engine = ds_plugin.initialize(model=model, config=host)[0]
+    config = {**plain.deepspeed_config(), "sequence_length_warmup": warmup}
+    engine = ds_plugin.initialize(model=model, config=config)[0]
     plugin, checks = ds_plugin.get_plugin(engine), []
     engine.train()
     for step in range(5):
@@ -946,10 +946,10 @@ def test_masked_fragments_are_samples_of_their_own(workers):
 
 
 def _mask_refused(what):
-    host = {**plain.host_config(), **section(mode="mask")}
+    config = {**plain.deepspeed_config(), **section(mode="mask")}
     if what == "plain":
-        plain.make(host)
-    engine = ds_plugin.initialize(model=_gpt(), config={**host, **section(mode="mask", end_length=32)})[0]
+        plain.make(config)
+    engine = ds_plugin.initialize(model=_gpt(), config={**config, **section(mode="mask", end_length=32)})[0]
     if what == "batches":
         ds_plugin.get_plugin(engine).warmup.batches(lambda n: iter(()))
     tokens = torch.zeros(2, 32).long()
@@ -991,8 +991,8 @@ def _saved(folder):
 def _with_skipped_steps():
     """Steps 2 and 3 are skipped, as fp16 skips them when gradients overflow: the counter goes on, nothing else does."""
     changes = {"duration": {"tokens": 8 * 2 * plain.MICRO}, "learning_rate": {"by": "tokens"}}
-    engine = plain.make({**plain.host_config(**section(**changes)), "scheduler": LINEAR})
-    plugin, rows, host = ds_plugin.get_plugin(engine), [], engine._take_model_step
+    engine = plain.make({**plain.deepspeed_config(**section(**changes)), "scheduler": LINEAR})
+    plugin, rows, take_step = ds_plugin.get_plugin(engine), [], engine._take_model_step
 
     def skipping(lr_kwargs, *args, **kwargs):
         if engine.global_steps in (1, 2):
@@ -1001,7 +1001,7 @@ def _with_skipped_steps():
             engine.skipped_steps += 1
             engine.global_steps += 1
         else:
-            host(lr_kwargs, *args, **kwargs)
+            take_step(lr_kwargs, *args, **kwargs)
 
     engine._take_model_step = skipping
     for _ in range(4):

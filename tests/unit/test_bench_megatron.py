@@ -51,13 +51,13 @@ def test_ratios_are_of_rounds_but_the_first(bench):
 
 class Step:
     def step(self):
-        return "host"
+        return "theirs"
 
     def get_main_grads_for_grad_norm(self):
-        return ["host"]
+        return ["theirs"]
 
 
-def test_switches_put_the_hosts_own_in_place_and_ours_back(bench):
+def test_switches_put_megatrons_own_in_place_and_ours_back(bench):
     layer = torch.nn.Linear(2, 2)
     layer.mlp_bda = layer.self_attn_bda = "ours"
     other = layer.register_forward_pre_hook(lambda module, args: None)
@@ -83,7 +83,7 @@ def test_switches_put_the_hosts_own_in_place_and_ours_back(bench):
         layer.mlp_bda is layer.self_attn_bda and callable(layer.mlp_bda) and layer.mlp_bda.__name__.startswith("get_")
     )
     assert list(layer._forward_pre_hooks) == [other.id]
-    assert optimizer.step() == scheduler.step() == "host" and optimizer.get_main_grads_for_grad_norm() == ["host"]
+    assert optimizer.step() == scheduler.step() == "theirs" and optimizer.get_main_grads_for_grad_norm() == ["theirs"]
     merged = optimizer.optimizer.param_groups
     assert [[len(p) for p in group["params"]] for group in merged] == [[1, 1], [2]]
     assert all(group["default_config"] for group in merged)

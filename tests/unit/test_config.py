@@ -163,11 +163,11 @@ def test_all_wrong_fields_are_named_at_once():
 
 
 def test_sections_are_stripped_and_the_rest_untouched():
-    host = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "completion": {"not": "ours"}}
-    given = {**host, **warmup(), **completep(), **averaging(enabled=False)}
+    theirs = {"train_batch_size": 8, "zero_optimization": {"stage": 1}, "completion": {"not": "ours"}}
+    given = {**theirs, **warmup(), **completep(), **averaging(enabled=False)}
     before = json.dumps(given)
     rest, plugin = split_config(given)
-    assert rest == host
+    assert rest == theirs
     assert json.dumps(given) == before
     assert plugin.sequence_length_warmup is not None and plugin.sequence_length_warmup.start_length == 8
     assert plugin.completep is not None and plugin.completep.alpha == 1.0

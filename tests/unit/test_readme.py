@@ -69,8 +69,8 @@ def blocks():
 def run_blocks(folder, package):
     """The lines that the blocks print, run in ``folder`` with the package found in ``package``."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    host, script, averaged = blocks()
-    (folder / "pasted.py").write_text(host + BEFORE + script + TRAINING + averaged + AFTER)
+    before, script, averaged = blocks()
+    (folder / "pasted.py").write_text(before + BEFORE + script + TRAINING + averaged + AFTER)
     env = {**os.environ, **RANK_ENV, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(package)}
     env["TORCH_EXTENSIONS_DIR"] = str(folder / "extensions")
     command = [sys.executable, "-W", "ignore", "pasted.py"]

@@ -151,7 +151,7 @@ def test_an_interrupted_coordinate_check_keeps_what_it_has(tmp_path, monkeypatch
         return [Row(shape.recipe, shape.width, shape.depth, seed, step, LAST_BLOCK, lr) for step in range(steps)]
 
     whole, measured = [], []
-    monkeypatch.setattr(builders, "start_host", lambda: None)
+    monkeypatch.setattr(builders, "start_megatron", lambda: None)
     monkeypatch.setattr(coord_check, "measure", measure)
     given = ["--widths", "64", "--depths", "2,4", "--recipes", "mup", "--seeds", "1", "--steps", "3", "--lr", "0.5"]
     assert main(["coord-check", *given, "--out", str(tmp_path / "new" / "out")]) == 130

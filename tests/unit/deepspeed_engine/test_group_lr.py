@@ -22,12 +22,12 @@ def test_scalars_become_one_value_per_group():
     }
 
 
-def test_hosts_default_is_spelt_out():
+def test_the_frameworks_default_is_spelt_out():
     found = expand_scheduler({"type": "WarmupDecayLR", "params": {"total_num_steps": 5}}, RATIOS)
     assert found["params"]["warmup_max_lr"] == [0.001, 0.00025]
 
 
-def test_groups_own_rates_are_left_to_the_host():
+def test_groups_own_rates_are_left_to_the_framework():
     assert "warmup_max_lr" not in expand_scheduler({"type": "WarmupLR", "params": {}}, RATIOS)["params"]
 
 
@@ -56,7 +56,7 @@ def test_a_list_of_another_length_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
-def test_ratios_hold_at_every_step_in_the_hosts_schedulers(kind):
+def test_ratios_hold_at_every_step_in_deepspeeds_schedulers(kind):
     from deepspeed.runtime import lr_schedules
 
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in RATIOS]

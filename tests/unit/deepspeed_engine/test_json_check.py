@@ -58,8 +58,8 @@ def test_the_known_keys_are_those_that_deepspeed_asks_for():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
 def test_the_recipes_have_no_other_keys(path, caplog):
-    host, _ = split_config(path)
-    json_check.check({k: v for k, v in host.items() if k not in ("model", "training", "megatron")}, auto=True)
+    rest, _ = split_config(path)
+    json_check.check({k: v for k, v in rest.items() if k not in ("model", "training", "megatron")}, auto=True)
     assert caplog.text == "" and CONFIGS
 
 

@@ -301,7 +301,7 @@ def test_half_a_dataset(tmp_path: Path, there: str, missing: str, given: str):
         make(tmp_path / f"half{given}", tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the host's half-built reader
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # megatron-core's half-built reader
 @pytest.mark.parametrize(
     ("damage", "content", "message"),
     [

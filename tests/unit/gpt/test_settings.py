@@ -19,7 +19,7 @@ def loaded(*flags, **changes):
 
 
 @pytest.mark.parametrize(
-    ("flags", "changes", "dtype", "host"),
+    ("flags", "changes", "dtype", "deepspeeds"),
     [
         ((), {"bf16": {"enabled": True}}, torch.bfloat16, {"enabled": True}),
         ((), {"bfloat16": {"enabled": True}}, torch.bfloat16, {"enabled": True}),
@@ -30,10 +30,10 @@ def loaded(*flags, **changes):
         (("--precision", "fp32"), {"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}, torch.float32, None),
     ],
 )
-def test_bf16_has_one_name(flags, changes, dtype, host):
+def test_bf16_has_one_name(flags, changes, dtype, deepspeeds):
     """DeepSpeed reads "bfloat16" where there is no "bf16": model and engine are of one precision all the same."""
     run = loaded(*flags, **changes)
-    assert run.dtype == dtype and run.deepspeed.get("bf16") == host and "bfloat16" not in run.deepspeed
+    assert run.dtype == dtype and run.deepspeed.get("bf16") == deepspeeds and "bfloat16" not in run.deepspeed
 
 
 def test_two_names_that_disagree_and_a_wrong_value_are_refused():

@@ -238,7 +238,7 @@ def test_a_loop_that_is_not_megatron_lms_takes_no_step(training, monkeypatch):
     assert megatron_patches.active() == []
 
 
-def test_state_of_checkpoints_that_the_host_has_removed_goes_too(tmp_path):
+def test_state_of_checkpoints_that_megatron_has_removed_goes_too(tmp_path):
     for iteration in (10, 20, 30):
         state.folder_of(tmp_path, iteration).mkdir(parents=True)
     (tmp_path / "iter_0000020").mkdir()

@@ -17,7 +17,7 @@ from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sequence_length_warmup.translate import translate
 
 OURS = {"enabled": True, "end_length": 256, "duration": {"steps": 150}}
-HOST = {"train_batch_size": 8, "zero_optimization": {"stage": 1}}
+DEEPSPEEDS = {"train_batch_size": 8, "zero_optimization": {"stage": 1}}
 
 
 def linear(low=8, high=1024, total=40000, step=8, **more):
@@ -118,13 +118,13 @@ TRANSLATED = [
 
 @pytest.mark.parametrize(("old", "section", "said"), TRANSLATED)
 def test_what_each_becomes(old, section, said):
-    given = {**HOST, **old}
+    given = {**DEEPSPEEDS, **old}
     before = copy.deepcopy(given)
     new, notes = translate(given)
     assert given == before
     assert new["sequence_length_warmup"] == section
     assert len(notes) == 1 and "\n" not in notes[0] and all(part in notes[0] for part in said), notes
-    assert without(new, "sequence_length_warmup", "data_efficiency") == HOST
+    assert without(new, "sequence_length_warmup", "data_efficiency") == DEEPSPEEDS
     assert PluginConfig.from_dict(new).sequence_length_warmup is not None
     assert translate(new) == (new, [])
 
@@ -132,24 +132,24 @@ def test_what_each_becomes(old, section, said):
 def test_deepspeed_keeps_the_rest_of_its_section():
     routing = {"enabled": True, "random_ltd": {"enabled": True, "total_layer_num": 24}}
     old = metrics(efficiency={"data_routing": routing}, sampling={"num_epochs": 3})
-    host, plugin = split_config({**HOST, **old})
-    assert host["data_efficiency"] == {
+    rest, plugin = split_config({**DEEPSPEEDS, **old})
+    assert rest["data_efficiency"] == {
         "enabled": True,
         "seed": 1234,
         "data_sampling": {"enabled": True, "num_workers": 2, "num_epochs": 3},
         "data_routing": routing,
     }
     assert plugin.sequence_length_warmup.end_length == 1024
-    read = get_data_efficiency_config(host)
+    read = get_data_efficiency_config(rest)
     assert read["data_sampling"]["curriculum_learning"]["enabled"] is False
     assert read["data_routing"]["random_ltd"]["enabled"] is True
 
 
 @pytest.mark.parametrize("off", [None, {}, {"enabled": False}, {**linear(), "enabled": False}])
 def test_the_removed_section_is_dropped_when_off(off):
-    new, notes = translate({**HOST, "curriculum_learning": off})
-    assert new == HOST and len(notes) == 1 and "curriculum_learning is off" in notes[0]
-    beside = {**HOST, "sequence_length_warmup": OURS}
+    new, notes = translate({**DEEPSPEEDS, "curriculum_learning": off})
+    assert new == DEEPSPEEDS and len(notes) == 1 and "curriculum_learning is off" in notes[0]
+    beside = {**DEEPSPEEDS, "sequence_length_warmup": OURS}
     assert translate({**beside, "curriculum_learning": off})[0] == beside
 
 
@@ -202,21 +202,21 @@ def test_every_step_has_deepspeeds_length(low, high, total, step, degree):
     old = root(low, high, total, step, degree) if degree > 1 else linear(low, high, total, step)
     ours, theirs = scheduler(old), CurriculumScheduler(old)
     for position in range(1, total + 20):
-        mine, host = ours.length_at(position), theirs.get_difficulty(position)
-        if mine != host:
+        mine, deepspeeds = ours.length_at(position), theirs.get_difficulty(position)
+        if mine != deepspeeds:
             # DeepSpeed computes in floats and may stay one multiple below where the exact value is just a multiple;
             # of these schedules only those with difficulty_step 1 do.
             exact = (mine - low) ** degree * total == (high - low) ** degree * position
-            assert exact and mine - host == step == 1, (position, mine, host)
+            assert exact and mine - deepspeeds == step == 1, (position, mine, deepspeeds)
 
 
 def test_floats_are_why_they_may_differ():
-    for old, position, mine, host in [
+    for old, position, mine, deepspeeds in [
         (linear(1, 23, 66, 1), 45, 16, 15),  # 1 + 22 * 45 / 66 = 16
         (root(1, 18, 289, 1, 2), 9, 4, 3),  # 1 + 17 * sqrt(9 / 289) = 4
     ]:
         assert scheduler(old).length_at(position) == mine
-        assert CurriculumScheduler(old).get_difficulty(position) == host
+        assert CurriculumScheduler(old).get_difficulty(position) == deepspeeds
 
 
 @pytest.mark.parametrize(
@@ -311,10 +311,10 @@ def log(monkeypatch, caplog):
 
 def test_the_log_says_it_once(log):
     for _ in range(2):
-        host, plugin = split_config({**HOST, **legacy(linear())})
-        assert host == HOST and plugin.sequence_length_warmup.duration.steps == 40000
+        rest, plugin = split_config({**DEEPSPEEDS, **legacy(linear())})
+        assert rest == DEEPSPEEDS and plugin.sequence_length_warmup.duration.steps == 40000
         assert PluginConfig.from_dict(legacy(linear())) == plugin
-    split_config({**HOST, **legacy(linear(high=2048))})
+    split_config({**DEEPSPEEDS, **legacy(linear(high=2048))})
     said = [record.getMessage() for record in log.records]
     assert len(said) == 2 and '"end_length": 1024' in said[0] and '"end_length": 2048' in said[1]
 
@@ -328,7 +328,7 @@ def test_other_ranks_say_nothing(log, monkeypatch):
 @pytest.fixture
 def old_file(tmp_path):
     path = tmp_path / "old.json"
-    path.write_text(json.dumps({**HOST, **legacy(linear())}))
+    path.write_text(json.dumps({**DEEPSPEEDS, **legacy(linear())}))
     return path
 
 
@@ -336,14 +336,14 @@ def test_command_prints_the_new_file(old_file):
     command = [sys.executable, "-m", "ds_plugin", "translate-config", "--config", str(old_file)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == {**HOST, "sequence_length_warmup": LINEAR}
+    assert json.loads(ended.stdout) == {**DEEPSPEEDS, "sequence_length_warmup": LINEAR}
     assert len(ended.stderr.splitlines()) == 1 and ended.stderr.startswith("note: curriculum_learning is read as")
 
 
 def test_command_writes_the_new_file(old_file, tmp_path, capsys):
     out = tmp_path / "new.json"
     assert main(["translate-config", "--config", str(old_file), "--out", str(out)]) == 0
-    assert json.loads(out.read_text()) == {**HOST, "sequence_length_warmup": LINEAR}
+    assert json.loads(out.read_text()) == {**DEEPSPEEDS, "sequence_length_warmup": LINEAR}
     assert sorted(tmp_path.iterdir()) == [out, old_file]
     assert capsys.readouterr().out == ""
     assert main(["translate-config", "--config", str(out)]) == 0  # what is new already stays as it is
@@ -399,5 +399,5 @@ def test_a_curriculum_that_deepspeed_ignores_is_told(config, parts, tmp_path, ca
 
 
 def test_a_curriculum_that_is_off_or_read_has_no_such_note():
-    for config in (metrics(block={"enabled": False}), metrics(), metrics("voc", RARITY), {**HOST}):
+    for config in (metrics(block={"enabled": False}), metrics(), metrics("voc", RARITY), {**DEEPSPEEDS}):
         assert not [note for note in translate(config)[1] if "ignores" in note]

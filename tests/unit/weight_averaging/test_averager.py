@@ -1,4 +1,4 @@
-"""The averager on a stand-in for a host: uneven, empty and non-contiguous shards."""
+"""The averager on a stand-in for an engine: uneven, empty and non-contiguous shards."""
 
 import itertools
 import logging
@@ -20,7 +20,7 @@ from ds_plugin.weight_averaging.state.fragments import whole
 from tests.reference import averaging as reference
 
 
-class Host:
+class Engine:
     """Three shards, one of them empty; counts its refreshes."""
 
     layout = "sharded"
@@ -47,20 +47,20 @@ class Host:
         return [m.clone() for m in self.masters]
 
 
-def make(host, **changes):
+def make(engine, **changes):
     size = {} if changes.get("mode") == "ema" else {"window": 3}
     settings = {"enabled": True, "interval": 2, **size, **changes}
-    return WeightAverager(WeightAveragingConfig.model_validate(settings), host)
+    return WeightAverager(WeightAveragingConfig.model_validate(settings), engine)
 
 
-def run(averager, host, steps, start=1):
+def run(averager, engine, steps, start=1):
     """Returns the masters after each step."""
     history = {}
     for step in range(start, start + steps):
-        host.step()
+        engine.step()
         if averager.due(step):
             averager.snapshot(step)
-        history[step] = host.copy()
+        history[step] = engine.copy()
     return history
 
 
@@ -77,53 +77,53 @@ def mean_of(snapshots):
     [(1, 0, [1, 2, 3, 4, 5, 6]), (2, 0, [2, 4, 6]), (3, 0, [3, 6]), (2, 4, [4, 6]), (2, 5, [6]), (7, 0, [])],
 )
 def test_due(interval, start, expected):
-    averager = make(Host(), interval=interval, start_step=start)
+    averager = make(Engine(), interval=interval, start_step=start)
     assert [step for step in range(1, 7) if averager.due(step)] == expected
 
 
 def test_the_window_slides_and_the_mean_is_bitwise():
-    host = Host()
-    averager = make(host)
-    history = run(averager, host, 9)  # snapshots at 2, 4, 6, 8; three are kept
+    engine = Engine()
+    averager = make(engine)
+    history = run(averager, engine, 9)  # snapshots at 2, 4, 6, 8; three are kept
     assert averager.steps == [4, 6, 8]
     assert equal(averager.snapshots()[0], history[4]) and equal(averager.snapshots()[2], history[8])
-    before = host.copy()
+    before = engine.copy()
     with averager.averaged_weights():
-        assert equal(host.masters, mean_of([history[4], history[6], history[8]]))
-        assert not equal(host.masters, before)
-        assert host.refreshed == 1
-    assert equal(host.masters, before)
-    assert host.refreshed == 2
+        assert equal(engine.masters, mean_of([history[4], history[6], history[8]]))
+        assert not equal(engine.masters, before)
+        assert engine.refreshed == 1
+    assert equal(engine.masters, before)
+    assert engine.refreshed == 2
 
 
 def test_a_window_that_is_not_full_averages_what_it_has():
-    host = Host()
-    averager = make(host, window=5)
-    history = run(averager, host, 4)
+    engine = Engine()
+    averager = make(engine, window=5)
+    history = run(averager, engine, 4)
     with averager.averaged_weights():
-        assert equal(host.masters, mean_of([history[2], history[4]]))
+        assert equal(engine.masters, mean_of([history[2], history[4]]))
 
 
 def test_reading_twice_gives_the_same_bits():
-    host = Host()
-    averager = make(host)
-    run(averager, host, 8)
+    engine = Engine()
+    averager = make(engine)
+    run(averager, engine, 8)
     with averager.averaged_weights():
-        first = host.copy()
+        first = engine.copy()
     with averager.averaged_weights():
-        assert equal(host.masters, first)
+        assert equal(engine.masters, first)
 
 
 def test_weights_return_when_the_evaluation_fails(caplog):
     """What went wrong is said before the ranks may have to wait for one that is alone with it."""
-    host = Host()
-    averager = make(host)
-    run(averager, host, 4)
-    before, refresh, said = host.copy(), host.refresh, []
-    host.refresh = lambda: (said.append(caplog.text), refresh())
+    engine = Engine()
+    averager = make(engine)
+    run(averager, engine, 4)
+    before, refresh, said = engine.copy(), engine.refresh, []
+    engine.refresh = lambda: (said.append(caplog.text), refresh())
     with pytest.raises(ZeroDivisionError), averager.averaged_weights():
         raise ZeroDivisionError("a bad sample")
-    assert equal(host.masters, before) and not averager.swapped
+    assert equal(engine.masters, before) and not averager.swapped
     assert said[0] == "" and "block ends with ZeroDivisionError: a bad sample" in said[1]
 
 
@@ -142,7 +142,7 @@ def test_exchange_of_non_contiguous_tensors():
     assert torch.equal(left, a) and torch.equal(right.t(), b)
 
 
-class Copying(Host):
+class Copying(Engine):
     """A shard with strides, 16-bit copies that a refresh writes, and a model with a BatchNorm in training mode."""
 
     def __init__(self):
@@ -185,14 +185,14 @@ class Failing(TorchDispatchMode):
 @pytest.mark.parametrize("restart_instead", [False, True], ids=["a swap", "a restart"])
 def test_a_swap_that_fails_anywhere_is_undone_or_steps_are_refused(restart_instead, lasting, monkeypatch):
     monkeypatch.setattr(swap, "EXCHANGE_ELEMENTS", 8)
-    host = Copying()
-    averager = make(host, window=2)
-    run(averager, host, 4)
-    host.refresh()
+    engine = Copying()
+    averager = make(engine, window=2)
+    run(averager, engine, 4)
+    engine.refresh()
     average = [m.clone() for m in averager.read()]
     undone = refused = 0
     for call in itertools.count(1):
-        before, steps, entered = host.everything(), list(averager.steps), False
+        before, steps, entered = engine.everything(), list(averager.steps), False
         mode = Failing(call, 10**9 if lasting else call)
         try:
             with mode:
@@ -201,9 +201,9 @@ def test_a_swap_that_fails_anywhere_is_undone_or_steps_are_refused(restart_inste
                 else:
                     with averager.averaged_weights():
                         entered = True
-                        assert equal(host.masters, average)
+                        assert equal(engine.masters, average)
                         mode.calls, here = -(10**6), mode.calls  # what evaluation does is not what is tested
-                        host.evaluate()
+                        engine.evaluate()
                         mode.calls = here
         except (torch.OutOfMemoryError, StateError) as error:
             raised = error
@@ -217,30 +217,30 @@ def test_a_swap_that_fails_anywhere_is_undone_or_steps_are_refused(restart_inste
             with pytest.raises(StateError, match="could not be put back"), averager.averaged_weights():
                 pass
             assert entered or lasting
-            host = Copying()
-            averager = make(host, window=2)
-            run(averager, host, 4)
-            host.refresh()
+            engine = Copying()
+            averager = make(engine, window=2)
+            run(averager, engine, 4)
+            engine.refresh()
             average = [m.clone() for m in averager.read()]
         else:
             undone += 1
-            after = host.everything()
+            after = engine.everything()
             assert equal(before[0], after[0]) and before[1] == after[1] and averager.steps == steps, call
     assert undone >= 20
     assert (refused > 0) == (lasting or not restart_instead)
-    assert equal(host.masters, average if restart_instead else before[0][: len(host.masters)])
+    assert equal(engine.masters, average if restart_instead else before[0][: len(engine.masters)])
 
 
 def test_buffers_that_evaluation_changes_are_put_back():
-    host = Copying()
-    averager = make(host)
-    run(averager, host, 2)
-    host.refresh()
-    before = host.everything()
+    engine = Copying()
+    averager = make(engine)
+    run(averager, engine, 2)
+    engine.refresh()
+    before = engine.everything()
     with averager.averaged_weights():
-        host.evaluate()
-        inside = host.everything()
-    after = host.everything()
+        engine.evaluate()
+        inside = engine.everything()
+    after = engine.everything()
     assert equal(before[0], after[0]) and before[1] == after[1]
     assert sum(not torch.equal(a, b) for a, b in zip(inside[0][-7:], before[0][-7:], strict=True)) == 6
 
@@ -261,25 +261,27 @@ class Angles(torch.nn.Module):
 
 
 def test_a_cache_that_evaluation_has_grown_stays():
-    host = Host()
-    host.models = [Angles()]
-    averager = make(host)
-    run(averager, host, 2)
-    graph = host.models[0].graph
+    engine = Engine()
+    engine.models = [Angles()]
+    averager = make(engine)
+    run(averager, engine, 2)
+    graph = engine.models[0].graph
     with averager.averaged_weights():
-        host.models[0](5)
-        del host.models[0].graph
+        engine.models[0](5)
+        del engine.models[0].graph
         graph.mul_(2)
-    assert host.models[0](5).tolist() == [0, 1, 2, 3, 4]
-    assert torch.equal(host.models[0].state_dict()["graph"].to_dense(), torch.eye(3)) and host.models[0].graph is graph
+    assert engine.models[0](5).tolist() == [0, 1, 2, 3, 4]
+    assert (
+        torch.equal(engine.models[0].state_dict()["graph"].to_dense(), torch.eye(3)) and engine.models[0].graph is graph
+    )
 
 
 def test_refusals():
-    host = Host()
-    averager = make(host, start_step=5)
+    engine = Engine()
+    averager = make(engine, start_step=5)
     with pytest.raises(StateError, match="first is taken at step 6"), averager.averaged_weights():
         pass
-    run(averager, host, 6)
+    run(averager, engine, 6)
     with (
         averager.averaged_weights(),
         pytest.raises(StateError, match="another read of the average while"),
@@ -287,7 +289,7 @@ def test_refusals():
     ):
         pass
     with pytest.raises(ConfigError, match="bfloat16"):
-        make(Host(torch.bfloat16))
+        make(Engine(torch.bfloat16))
 
 
 # -- modes -----------------------------------------------------------------------------------------------------------
@@ -299,9 +301,9 @@ def named(tensors):
     return dict(enumerate(tensors))
 
 
-def read(averager, host, horizon=None):
+def read(averager, engine, horizon=None):
     with averager.averaged_weights(horizon):
-        return named(host.copy())
+        return named(engine.copy())
 
 
 def same(left, right):
@@ -310,29 +312,29 @@ def same(left, right):
 
 def test_blocks_do_not_overlap():
     """Steps 2, 4, 6 are the first block, 8, 10, 12 the second."""
-    host = Host()
-    averager = make(host, **BLOCK)
+    engine = Engine()
+    averager = make(engine, **BLOCK)
     held = []
     for step in range(1, 15):
-        history = run(averager, host, 1, start=step)
+        history = run(averager, engine, 1, start=step)
         if step % 2 == 0:
             held.append(named(history[step]))
-            assert same(read(averager, host), reference.last_block(held, 3)), step
+            assert same(read(averager, engine), reference.last_block(held, 3)), step
             first, second = ([2, 4, 6], [8, 10, 12])
             assert averager.steps == (second if step >= 12 else first[: step // 2])
 
 
 def test_a_bank_of_horizons():
-    host = Host()
-    averager = make(host, **EMA)
+    engine = Engine()
+    averager = make(engine, **EMA)
     held = []
     for step in range(1, 15):
-        history = run(averager, host, 1, start=step)
+        history = run(averager, engine, 1, start=step)
         if step % 2 == 0:
             held.append(named(history[step]))
             for horizon in (2, 4):
-                assert same(read(averager, host, horizon), reference.ema(held, horizon)), (step, horizon)
-            assert same(read(averager, host), reference.ema(held, 2))  # the first is the default
+                assert same(read(averager, engine, horizon), reference.ema(held, horizon)), (step, horizon)
+            assert same(read(averager, engine), reference.ema(held, 2))  # the first is the default
     assert averager.steps == [2, 14]
     plain_mean = reference.mean(held[:4])  # up to its horizon an average is the plain mean, but for rounding
     assert all(torch.allclose(reference.ema(held[:4], 4)[key], plain_mean[key], atol=1e-6) for key in plain_mean)
@@ -343,36 +345,36 @@ def test_a_bank_of_horizons():
     [("wma", {2: [1, 2], 3: [1, 2, 3]}), ([0.0, 1.0, 3.0], {2: [1, 3], 3: [0, 1, 3]})],
 )
 def test_weights_at_read_time(weights, used):
-    host = Host()
-    averager = make(host, weights=weights)
-    history = run(averager, host, 4)
-    assert same(read(averager, host), reference.weighted_mean([named(history[s]) for s in (2, 4)], used[2]))
-    history |= run(averager, host, 4, start=5)
-    assert same(read(averager, host), reference.weighted_mean([named(history[s]) for s in (4, 6, 8)], used[3]))
+    engine = Engine()
+    averager = make(engine, weights=weights)
+    history = run(averager, engine, 4)
+    assert same(read(averager, engine), reference.weighted_mean([named(history[s]) for s in (2, 4)], used[2]))
+    history |= run(averager, engine, 4, start=5)
+    assert same(read(averager, engine), reference.weighted_mean([named(history[s]) for s in (4, 6, 8)], used[3]))
 
 
 def test_horizons_that_are_not_there():
-    host = Host()
+    engine = Engine()
     for changes, part in ((EMA, r"\[2, 4\]"), (BLOCK, "'block'")):
-        averager = make(host, **changes)
-        run(averager, host, 2)
+        averager = make(engine, **changes)
+        run(averager, engine, 2)
         with pytest.raises(StateError, match=f"no horizon 3.*{part}"), averager.averaged_weights(3):
             pass
 
 
 @pytest.mark.parametrize("changes", [{}, BLOCK, EMA])
 def test_what_is_not_finite_is_left_out(changes, caplog):
-    host = Host()
-    averager = make(host, **changes)
-    run(averager, host, 3)
-    expected = read(averager, host)
+    engine = Engine()
+    averager = make(engine, **changes)
+    run(averager, engine, 3)
+    expected = read(averager, engine)
     with caplog.at_level(logging.WARNING, "ds_plugin"):
         averager.snapshot(4, finite=False)  # the gradient norm said so
-        host.masters[2][1, 1] = torch.nan
+        engine.masters[2][1, 1] = torch.nan
         averager.snapshot(6)  # nobody said anything
         averager.snapshot(8)
     assert set(averager.steps) == {2} and caplog.text.count("step 4 is not finite") == 1 == len(caplog.records)
-    assert same(read(averager, host), expected)
+    assert same(read(averager, engine), expected)
 
 
 def dense(norm):
@@ -402,11 +404,11 @@ def test_zero_without_a_norm_is_refused():
 def test_an_optimizer_that_grew_is_refused_everywhere(tmp_path):
     """As by add_param_group() after attach: a new master, or an old one in another shape."""
     for change in (lambda masters: [*masters, torch.ones(4)], lambda masters: [masters[0][:5], *masters[1:]]):
-        host = Host()
-        averager = make(host)
-        run(averager, host, 4)
-        host.masters = change(host.masters)
-        before = host.copy()
+        engine = Engine()
+        averager = make(engine)
+        run(averager, engine, 4)
+        engine.masters = change(engine.masters)
+        before = engine.copy()
         for use in (
             lambda averager=averager: averager.snapshot(6, finite=True),
             lambda averager=averager: averager.averaged_weights().__enter__(),
@@ -415,7 +417,7 @@ def test_an_optimizer_that_grew_is_refused_everywhere(tmp_path):
         ):
             with pytest.raises(StateError, match=r"master weights of \d+ elements, and had 3 of 22 .*add_param_group"):
                 use()
-        assert averager.steps == [2, 4] and not averager.swapped and equal(host.masters, before)
+        assert averager.steps == [2, 4] and not averager.swapped and equal(engine.masters, before)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -428,9 +430,9 @@ def test_memory_is_worked_out_and_allocated(changes, copies, monkeypatch):
     allocated = []
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(t := empty(*a, **k)) or t)
-    host = Host()
+    engine = Engine()
     del allocated[:]
-    averager = make(host, **changes)
+    averager = make(engine, **changes)
     assert averager.memory.rank == copies * 22 * 4 == sum(t.nbytes for t in allocated)
     assert f"{averager.memory.rank / 1e6:.1f} MB of CPU memory on this rank" in averager.describe()
 
@@ -443,7 +445,7 @@ def test_too_little_memory_is_refused_before_any_is_allocated(monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=351))
     monkeypatch.setattr(storage.Storage, "allocate", lambda *a: pytest.fail("allocated"))
     with pytest.raises(ConfigError, match=r'1 rank.* need 0.0 MB.*available; write a smaller "window"'):
-        make(Host())
+        make(Engine())
 
 
 # -- restart ---------------------------------------------------------------------------------------------------------
@@ -451,19 +453,19 @@ def test_too_little_memory_is_refused_before_any_is_allocated(monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, BLOCK, EMA])
 def test_a_restart_replaces_the_weights_and_forgets(changes):
-    host = Host()
-    averager = make(host, **changes)
+    engine = Engine()
+    averager = make(engine, **changes)
     with pytest.raises(StateError, match="no snapshot"):
         averager.restart()
-    run(averager, host, 5)
-    expected, refreshed = read(averager, host), host.refreshed
+    run(averager, engine, 5)
+    expected, refreshed = read(averager, engine), engine.refreshed
     with averager.averaged_weights(), pytest.raises(StateError, match="another read of the average while"):
         averager.restart()
     averager.restart()
-    assert same(named(host.masters), expected) and host.refreshed == refreshed + 3
+    assert same(named(engine.masters), expected) and engine.refreshed == refreshed + 3
     assert averager.steps == []
-    history = run(averager, host, 2, start=6)
-    assert same(read(averager, host), named(history[6]))
+    history = run(averager, engine, 2, start=6)
+    assert same(read(averager, engine), named(history[6]))
 
 
 def to_reset(optimizer):
@@ -493,36 +495,36 @@ IDENTITY = {"rank": 0, "world_size": 2, "save_id": "abc"}
 
 
 def saved(tmp_path, **changes):
-    host = Host()
-    averager = make(host, **changes)
-    run(averager, host, 7)
+    engine = Engine()
+    averager = make(engine, **changes)
+    run(averager, engine, 7)
     files.save(tmp_path, averager, **IDENTITY)
-    return host, averager
+    return engine, averager
 
 
 def test_resume_continues_bitwise(tmp_path):
-    host, averager = saved(tmp_path)
-    other_host = Host()
-    other = make(other_host)
+    engine, averager = saved(tmp_path)
+    other_engine = Engine()
+    other = make(other_engine)
     files.load(tmp_path, other, **IDENTITY)
     assert other.steps == averager.steps == [2, 4, 6]
-    for a, b in zip(host.masters, other_host.masters, strict=True):
+    for a, b in zip(engine.masters, other_engine.masters, strict=True):
         b.copy_(a)
     state = torch.get_rng_state()
-    run(averager, host, 5, start=8)
+    run(averager, engine, 5, start=8)
     torch.set_rng_state(state)
-    run(other, other_host, 5, start=8)
+    run(other, other_engine, 5, start=8)
     with averager.averaged_weights(), other.averaged_weights():
-        assert equal(host.masters, other_host.masters)
+        assert equal(engine.masters, other_engine.masters)
 
 
 def test_another_window_keeps_the_newest(tmp_path):
     _, averager = saved(tmp_path)
-    smaller = make(Host(), window=2)
+    smaller = make(Engine(), window=2)
     files.load(tmp_path, smaller, **IDENTITY)
     assert smaller.steps == [4, 6]
     assert equal(smaller.snapshots()[1], averager.snapshots()[2])
-    larger = make(Host(), window=9)
+    larger = make(Engine(), window=9)
     files.load(tmp_path, larger, **IDENTITY)
     assert larger.steps == [2, 4, 6]
 
@@ -530,24 +532,24 @@ def test_another_window_keeps_the_newest(tmp_path):
 @pytest.mark.parametrize("changes", [BLOCK, EMA], ids=["block", "ema"])
 @pytest.mark.parametrize("before", [1, 4, 6, 9])  # nothing, an open block, a finished one, both
 def test_other_modes_resume_bitwise(tmp_path, changes, before):
-    host = Host()
-    averager = make(host, **changes)
-    run(averager, host, before)
+    engine = Engine()
+    averager = make(engine, **changes)
+    run(averager, engine, before)
     files.save(tmp_path, averager, **IDENTITY)
-    other_host = Host()
-    other = make(other_host, **changes)
-    run(other, other_host, 5)  # what it holds gives way
+    other_engine = Engine()
+    other = make(other_engine, **changes)
+    run(other, other_engine, 5)  # what it holds gives way
     files.load(tmp_path, other, **IDENTITY)
     assert other.steps == averager.steps
-    window.copy_(other_host.masters, host.masters)
+    window.copy_(other_engine.masters, engine.masters)
     state = torch.get_rng_state()
     for steps in range(4):
         torch.set_rng_state(state)
-        run(averager, host, steps, start=before + 1)
+        run(averager, engine, steps, start=before + 1)
         torch.set_rng_state(state)
-        run(other, other_host, steps, start=before + 1)
+        run(other, other_engine, steps, start=before + 1)
         if averager.steps:
-            assert same(read(averager, host), read(other, other_host))
+            assert same(read(averager, engine), read(other, other_engine))
         state = torch.get_rng_state()
         before += steps
 
@@ -563,7 +565,7 @@ def test_other_modes_resume_bitwise(tmp_path, changes, before):
 )
 def test_another_mode_is_refused(tmp_path, saved_as, resumed_as, parts):
     saved(tmp_path, **saved_as)
-    averager = make(Host(), **resumed_as)
+    averager = make(Engine(), **resumed_as)
     with pytest.raises(CheckpointError) as caught:
         files.load(tmp_path, averager, **IDENTITY)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
@@ -577,14 +579,14 @@ def test_altered_weights_are_noticed(tmp_path):
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="rank_00000.*not those that were saved"):
-        files.load(tmp_path, make(Host()), **IDENTITY)
+        files.load(tmp_path, make(Engine()), **IDENTITY)
 
 
 @pytest.mark.parametrize("number", [None, "4", "6"])
 def test_files_of_another_format_are_refused_by_name(tmp_path, number):
     metadata = {"steps": "[2, 4, 6]"} | ({} if number is None else {"format": number})
     save_file({"snapshot.0.0": torch.zeros(7)}, tmp_path / files.shard_name(0), metadata=metadata)
-    averager = make(Host())
+    averager = make(Engine())
     with pytest.raises(CheckpointError, match=f"rank_00000.*format {number!r}, this version reads '5'"):
         files.load(tmp_path, averager, **IDENTITY)
     assert averager.steps == []
@@ -601,7 +603,7 @@ def test_files_of_another_format_are_refused_by_name(tmp_path, number):
 def test_damaged_files_are_named(tmp_path, damage, parts):
     saved(tmp_path)
     damage(tmp_path / files.shard_name(0))
-    averager = make(Host())
+    averager = make(Engine())
     with pytest.raises(CheckpointError) as caught:
         files.load(tmp_path, averager, **IDENTITY)
     assert all(part in str(caught.value) for part in [*parts, "--tag"]), str(caught.value)
@@ -612,26 +614,26 @@ def test_damaged_files_are_named(tmp_path, damage, parts):
 def test_a_foreign_shard_is_named(tmp_path, key, value):
     saved(tmp_path)
     with pytest.raises(CheckpointError, match=f"{key}.*{IDENTITY[key]}.*{value}"):
-        files.load(tmp_path, make(Host()), **{**IDENTITY, key: value})
+        files.load(tmp_path, make(Engine()), **{**IDENTITY, key: value})
 
 
 def test_another_ranks_shard_is_named(tmp_path):
     saved(tmp_path)
     (tmp_path / files.shard_name(0)).rename(tmp_path / files.shard_name(1))
     with pytest.raises(CheckpointError, match="rank 0 where this run expects 1"):
-        files.load(tmp_path, make(Host()), **{**IDENTITY, "rank": 1})
+        files.load(tmp_path, make(Engine()), **{**IDENTITY, "rank": 1})
 
 
 def test_weights_of_another_size_are_named(tmp_path):
-    host = Host()
-    averager = make(host)
-    run(averager, host, 7)
+    engine = Engine()
+    averager = make(engine)
+    run(averager, engine, 7)
     alone = {**IDENTITY, "world_size": 1}
     files.save(tmp_path, averager, **alone)
-    host.masters[0] = torch.zeros(9)
+    engine.masters[0] = torch.zeros(9)
     with pytest.raises(CheckpointError, match=r"parameter weight0 as a part of \[7\].*\[9\]"):
-        files.load(tmp_path, make(host), **alone)
-    host = Host()
-    host.masters.append(torch.zeros(1))
+        files.load(tmp_path, make(engine), **alone)
+    engine = Engine()
+    engine.masters.append(torch.zeros(1))
     with pytest.raises(CheckpointError, match="element 0 of parameter weight3 .*none of.*rank_00000"):
-        files.load(tmp_path, make(host), **alone)
+        files.load(tmp_path, make(engine), **alone)

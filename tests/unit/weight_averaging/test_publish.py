@@ -189,7 +189,7 @@ class Whole:
 
 
 @pytest.fixture
-def host():
+def averaged():
     """An engine of one rank without torch.distributed, its averager, and the average by hand."""
     torch.manual_seed(0)
     engine = SimpleNamespace(module=Tied(), mpu=None, autotp_size=lambda: 1, has_moe_layers=False)
@@ -212,8 +212,8 @@ def _equal(found, expected):
 
 
 @pytest.mark.parametrize(("size", "piece"), [(10**9, 2), (40, 10**6)])
-def test_the_folder_holds_the_average_and_what_is_not_averaged(host, tmp_path, monkeypatch, size, piece):
-    engine, averager, expected = host
+def test_the_folder_holds_the_average_and_what_is_not_averaged(averaged, tmp_path, monkeypatch, size, piece):
+    engine, averager, expected = averaged
     monkeypatch.setattr(publishing, "PIECE", piece)
     pwrite = os.pwrite
     monkeypatch.setattr(publishing.os, "pwrite", lambda fd, view, at: pwrite(fd, view[:7], at))  # as signals cut it
@@ -239,16 +239,16 @@ def test_the_folder_holds_the_average_and_what_is_not_averaged(host, tmp_path, m
         assert torch.equal(model.second.weight, expected["first.weight"])
 
 
-def test_one_dtype_for_all(host, tmp_path):
-    engine, averager, expected = host
+def test_one_dtype_for_all(averaged, tmp_path):
+    engine, averager, expected = averaged
     (file,) = publishing.publish(engine, averager, tmp_path / "a", dtype=HALF)
     expected = {n: v.to(HALF) if v.is_floating_point() else v for n, v in expected.items()}
     assert _equal(load_file(file), expected) == []
 
 
-def test_the_names_are_those_of_the_model_that_was_wrapped(host, tmp_path):
+def test_the_names_are_those_of_the_model_that_was_wrapped(averaged, tmp_path):
     """By `torch.compile`: the model as a whole, and a layer; so that others load the files by them."""
-    engine, averager, expected = host
+    engine, averager, expected = averaged
     engine.module.norm = torch.compile(engine.module.norm)
     engine.module = torch.compile(engine.module)
     assert "_orig_mod.norm._orig_mod.weight" in dict(engine.module.named_parameters())
@@ -271,8 +271,8 @@ def _failing(code):
     return fail
 
 
-def test_nothing_is_left_of_a_failure(host, tmp_path, monkeypatch):
-    engine, averager, expected = host
+def test_nothing_is_left_of_a_failure(averaged, tmp_path, monkeypatch):
+    engine, averager, expected = averaged
     folder = tmp_path / "a"
 
     def attempt(error, message, **changes):

@@ -1,4 +1,4 @@
-"""Reading a window on other ranks: plans worked out by hand, and stand-in hosts with uneven and empty shards."""
+"""Reading a window on other ranks: plans worked out by hand, and stand-in engines with uneven and empty shards."""
 
 import hashlib
 import json
@@ -116,13 +116,13 @@ def test_only_what_is_needed_is_read_in_pieces(monkeypatch):
         found.read_("x.0", out)
 
 
-# -- whole files, on hosts that cut their weights as DistributedOptimizer does -----------------------------------------
+# -- whole files, on engines that cut their weights as DistributedOptimizer does ---------------------------------------
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (), "d": (2, 2)}
 TOTAL = 22
 
 
-class Host:
+class Engine:
     """A rank's part of all weights laid end to end: a flat shard for each parameter that it has elements of."""
 
     layout = "sharded"
@@ -154,7 +154,7 @@ class Host:
             self.masters[f.shard].view(-1)[f.offset : f.offset + f.count] = whole[f.start : f.start + f.count]
 
 
-class Whole(Host):
+class Whole(Engine):
     """Every parameter whole, in its own shape, on every rank."""
 
     layout = "replicated"
@@ -164,7 +164,7 @@ class Whole(Host):
         self.masters = [torch.zeros(f.shape) for f in self.found]
 
 
-class Padded(Host):
+class Padded(Engine):
     """One flat shard with padding between the parameters."""
 
     def __init__(self, first, last):
@@ -184,10 +184,10 @@ MODES = {
 }
 CUTS = {
     # where each rank's part ends
-    "one": (Host, [22]),
-    "two": (Host, [13, 22]),
-    "uneven": (Host, [1, 1, 17, 22]),  # the second is empty
-    "ends empty": (Host, [22, 22, 22]),
+    "one": (Engine, [22]),
+    "two": (Engine, [13, 22]),
+    "uneven": (Engine, [1, 1, 17, 22]),  # the second is empty
+    "ends empty": (Engine, [22, 22, 22]),
     "padded": (Padded, [9, 22]),
     "whole": (Whole, [22, 22]),
 }
@@ -332,7 +332,7 @@ def test_what_fails_while_it_is_read_leaves_no_half_window(tmp_path, monkeypatch
 def test_a_smaller_window_takes_the_newest(tmp_path):
     saved(tmp_path, trained("two", "sliding"))
     config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, "window": 2})
-    smaller = WeightAverager(config, Host(0, TOTAL))
+    smaller = WeightAverager(config, Engine(0, TOTAL))
     load(tmp_path, [smaller], 2)
     [whole] = trained("one", "sliding")
     assert smaller.steps == [4, 5]
@@ -342,7 +342,7 @@ def test_a_smaller_window_takes_the_newest(tmp_path):
 def test_shards_alike_that_hold_other_weights(tmp_path):
     """The same number of ranks and the same shards, the parameters in another order."""
     config = WeightAveragingConfig.model_validate({"enabled": True, "interval": 1})
-    before, after = (WeightAverager(config, Host(0, 6, {name: (3,) for name in order})) for order in ("ab", "ba"))
+    before, after = (WeightAverager(config, Engine(0, 6, {name: (3,) for name in order})) for order in ("ab", "ba"))
     before.shards.fill(1)
     before.snapshot(1, finite=True)
     saved(tmp_path, [before])

@@ -177,7 +177,7 @@ def settled(averager):
     return averager.steps
 
 
-def test_the_host_waits_for_nothing(device):
+def test_the_training_thread_waits_for_nothing(device):
     """Nothing has run on the device, and nobody has let go, when the training thread gets on."""
     copies, master, arrived, threads = SnapshotStager(CPU, device), torch.ones(1), torch.zeros(1), []
     copies.begin([arrived], [master], lambda: threads.append(threading.current_thread()))
@@ -189,7 +189,7 @@ def test_the_host_waits_for_nothing(device):
 
 
 def test_sources_live_until_they_are_copied(device):
-    """A host that moves its masters elsewhere frees what is being read."""
+    """An engine that moves its masters elsewhere frees what is being read."""
     copies, arrived = SnapshotStager(CPU, device), torch.zeros(3)
     copies.begin([arrived], [torch.ones(3)], lambda: None)
     device.let_go.set()
@@ -248,24 +248,24 @@ def test_an_accelerator_without_streams_has_blocking_copies(monkeypatch, caplog,
     found = accelerator and torch.device(accelerator)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
     has_streams.cache_clear()
-    host = Host()
-    host.masters = [Elsewhere(master) for master in host.masters]
+    engine = Engine()
+    engine.masters = [Elsewhere(master) for master in engine.masters]
     with caplog.at_level("WARNING", "ds_plugin"):
-        averager = make(host)
-        make(host)
+        averager = make(engine)
+        make(engine)
     has_streams.cache_clear()
     assert len(caplog.records) == 1 and "no streams on xpu" in caplog.text and "training waits" in caplog.text
     averager.before_step()
     averager.snapshot(2, finite=torch.tensor(1.5))
     averager.snapshot(4, finite=torch.tensor(torch.nan))
     assert averager.steps == [2] and all(not t.is_pinned() for t in averager.read())
-    assert equal(averager.read(), Host().masters)
+    assert equal(averager.read(), Engine().masters)
 
 
 # -- the averager on it ----------------------------------------------------------------------------------------------
 
 
-class Host:
+class Engine:
     """Three shards, one of them empty. A step is work for the training stream, or done at once."""
 
     layout = "sharded"
@@ -300,28 +300,28 @@ class Elsewhere(torch.Tensor):
     device = torch.device("xpu", 0)
 
 
-def make(host, **changes):
+def make(engine, **changes):
     size = {} if changes.get("mode") == "ema" else {"window": 3}
     section = {"enabled": True, "interval": 2, **size, **changes}
-    return WeightAverager(WeightAveragingConfig.model_validate(section), host)
+    return WeightAverager(WeightAveragingConfig.model_validate(section), engine)
 
 
 @pytest.fixture
 def on_device(device, monkeypatch):
-    """A host on the stand-in, and how to make averagers of it."""
-    host = Host(device.training)
+    """An engine on the stand-in, and how to make averagers of it."""
+    engine = Engine(device.training)
 
     def build(**changes):
         with monkeypatch.context() as patch:
             patch.setattr(averager_module.stager, "copies_from", lambda tensors: SnapshotStager(CPU, device))
-            return make(host, **changes)
+            return make(engine, **changes)
 
-    return host, build
+    return engine, build
 
 
-def read(averager, host, horizon=None):
+def read(averager, engine, horizon=None):
     with averager.averaged_weights(horizon):
-        return [m.clone() for m in host.masters]
+        return [m.clone() for m in engine.masters]
 
 
 def equal(left, right):
@@ -340,14 +340,14 @@ def equal(left, right):
 def test_averages_equal_those_of_synchronous_snapshots(device, on_device, tmp_path, changes, ahead):
     """Step 6 is not finite by a verdict that is still on the device; 8 is known not to be."""
     changes = {**changes, **({"storage_path": str(tmp_path)} if "storage" in changes else {})}
-    twin = Host()
+    twin = Engine()
     expected = make(twin, **changes)
-    host, build = on_device
+    engine, build = on_device
     averager, spares = build(**changes), []
     for step in range(1, 15):
         averager.before_step()
         expected.before_step()
-        host.step()
+        engine.step()
         twin.step()
         if ahead == "device":  # before the copy of the last snapshot, unless the fence is there
             device.training.run()
@@ -366,43 +366,43 @@ def test_averages_equal_those_of_synchronous_snapshots(device, on_device, tmp_pa
             device.training.run()
             assert averager.steps == expected.steps and 6 not in averager.steps
             for horizon in changes.get("horizons", [None]):
-                assert equal(read(averager, host, horizon), read(expected, twin, horizon))
+                assert equal(read(averager, engine, horizon), read(expected, twin, horizon))
             spares.append(averager.read())
-    assert averager.steps == expected.steps and equal(host.masters, twin.masters)
+    assert averager.steps == expected.steps and equal(engine.masters, twin.masters)
     keeps = averager.config.mode == "sliding" and averager.config.storage == "pinned"
     assert (spares[0] is spares[1]) != keeps  # a file is never what a GPU copies to
 
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "block"}, {"deltas": "bf16"}], ids=str)
 def test_a_snapshot_that_comes_too_soon_waits_for_the_one_before(device, on_device, changes):
-    host, build = on_device
+    engine, build = on_device
     averager = build(**changes)
     averager.snapshot(2, finite=True)
     averager.before_step()
-    host.stream.do("step", lambda: [m.add_(1) for m in host.masters])  # exact in bf16, too
+    engine.stream.do("step", lambda: [m.add_(1) for m in engine.masters])  # exact in bf16, too
     threading.Timer(0.05, device.let_go.set).start()
     averager.snapshot(4, finite=True)
     assert averager.steps == [2, 4]
-    twin = Host().masters
-    assert equal(read(averager, host), [(m + (m + 1)) / 2 for m in twin])
+    twin = Engine().masters
+    assert equal(read(averager, engine), [(m + (m + 1)) / 2 for m in twin])
 
 
 def test_masters_that_are_looked_at_when_they_have_arrived(device, on_device):
-    """A host without a norm. The window stays whole when a snapshot is left out."""
-    host, build = on_device
+    """An engine without a norm. The window stays whole when a snapshot is left out."""
+    engine, build = on_device
     averager = build()
     device.let_go.set()
     for step in (2, 4, 6):
         averager.snapshot(step)
         averager.before_step()
     assert averager.steps == [2, 4, 6]
-    host.masters[0][3] = torch.inf
+    engine.masters[0][3] = torch.inf
     averager.snapshot(8)
     assert averager.steps == [2, 4, 6]
     assert all(torch.isfinite(t).all() for snapshot in averager.snapshots() for t in snapshot)
 
 
-def test_a_host_that_does_not_say_before_step_is_refused(device, on_device):
+def test_an_engine_that_does_not_say_before_step_is_refused(device, on_device):
     _, build = on_device
     averager = build()
     device.let_go.set()
@@ -427,25 +427,25 @@ READS = {
 
 @pytest.mark.parametrize("name", READS)
 def test_whoever_reads_waits_for_what_is_under_way(device, on_device, name):
-    host, build = on_device
+    engine, build = on_device
     averager = build()
     averager.snapshot(2, finite=True)
     threading.Timer(0.05, device.let_go.set).start()
-    assert READS[name](averager, host) == [2]
+    assert READS[name](averager, engine) == [2]
     settled(averager)
     assert averager.steps == ([] if name in ("restart", "reset") else [2])  # nothing comes after a reset
 
 
 def test_a_snapshot_does_not_keep_the_training_thread(device, on_device, monkeypatch):
     """Neither the copy nor the verdict: nothing has run on the device when the next step is under way."""
-    host, build = on_device
+    engine, build = on_device
     averager, folded = build(mode="block"), []
     monkeypatch.setattr(averager.mode, "add", lambda step, _: folded.append(step))
-    host.step()
+    engine.step()
     averager.snapshot(2, finite=torch.tensor(True))
     averager.before_step()
-    host.step()
-    assert host.steps == 2 and folded == [] and host.masters[0].tolist() == list(range(7))
+    engine.step()
+    assert engine.steps == 2 and folded == [] and engine.masters[0].tolist() == list(range(7))
     device.let_go.set()
     assert averager.mode and folded == [2]
 
@@ -475,8 +475,8 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("verdict", [torch.tensor(True), torch.tensor(1.5), torch.tensor(0.0, dtype=torch.float64)])
 def test_a_snapshot_allocates_nothing_on_the_device(device, monkeypatch, mode, verdict):
     """On the training's thread nothing at all; on the worker's nothing is made of what is on the device."""
-    host = Host(device.training)
-    training, worker = Watch([host.masters, verdict]), Watch([host.masters, verdict])
+    engine = Engine(device.training)
+    training, worker = Watch([engine.masters, verdict]), Watch([engine.masters, verdict])
 
     class Watched(SnapshotStager):
         def begin(self, dst, src, then):
@@ -487,7 +487,7 @@ def test_a_snapshot_allocates_nothing_on_the_device(device, monkeypatch, mode, v
             then()
 
     monkeypatch.setattr(averager_module.stager, "copies_from", lambda tensors: Watched(CPU, device))
-    averager = make(host, mode=mode)
+    averager = make(engine, mode=mode)
     device.let_go.set()
     for step in range(2, 12, 2):
         with training:
@@ -514,7 +514,7 @@ def test_a_norm_is_read_when_the_masters_have_arrived(device, on_device, number,
 
 
 def test_a_failure_of_the_arithmetic_reaches_the_training_thread(device, on_device, monkeypatch):
-    host, build = on_device
+    engine, build = on_device
     averager = build()
     monkeypatch.setattr(averager.mode, "take", lambda *a: 1 / 0)
     device.let_go.set()

@@ -1,4 +1,4 @@
-"""Where snapshots lie, and differences in bf16, on a stand-in for a host with uneven and empty shards."""
+"""Where snapshots lie, and differences in bf16, on a stand-in for an engine with uneven and empty shards."""
 
 import errno
 import gc
@@ -23,7 +23,7 @@ BLOCK, EMA, BF16 = {"mode": "block"}, {"mode": "ema", "horizons": [2, 4]}, {"del
 IDENTITY = {"rank": 0, "world_size": 1, "save_id": "abc"}
 
 
-class Host:
+class Engine:
     """Three shards of 7, 0 and 3 x 5 elements, the last one with strides, as parameters may have them."""
 
     layout = "sharded"
@@ -57,23 +57,23 @@ def parse(**changes):
     return WeightAveragingConfig.model_validate({"enabled": True, "interval": 1, **size, **changes})
 
 
-def make(host, **changes):
-    return WeightAverager(parse(**changes), host)
+def make(engine, **changes):
+    return WeightAverager(parse(**changes), engine)
 
 
-def run(averager, host, steps, start=1):
+def run(averager, engine, steps, start=1):
     """The masters after each step."""
     held = []
     for step in range(start, start + steps):
-        host.step()
+        engine.step()
         averager.snapshot(step)
-        held.append(host.named())
+        held.append(engine.named())
     return held
 
 
-def read(averager, host, horizon=None):
+def read(averager, engine, horizon=None):
     with averager.averaged_weights(horizon):
-        return host.named()
+        return engine.named()
 
 
 def equal(left, right):
@@ -112,13 +112,13 @@ def test_settings_that_make_no_sense_are_refused(changes, parts):
 @pytest.mark.parametrize("changes", [{}, {"weights": "wma"}, BLOCK, EMA, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_every_storage_gives_the_bits_of_the_default(tmp_path, changes, kind):
-    hosts = [Host(), Host()]
+    engines = [Engine(), Engine()]
     where = {"storage": kind, **({"storage_path": str(tmp_path)} if kind == "files" else {})}
-    averagers = [make(hosts[0], **changes), make(hosts[1], **changes, **where)]
+    averagers = [make(engines[0], **changes), make(engines[1], **changes, **where)]
     for step in range(1, 9):
-        for averager, host in zip(averagers, hosts, strict=True):
-            run(averager, host, 1, start=step)
-        left, right = (read(a, h) for a, h in zip(averagers, hosts, strict=True))
+        for averager, engine in zip(averagers, engines, strict=True):
+            run(averager, engine, 1, start=step)
+        left, right = (read(a, h) for a, h in zip(averagers, engines, strict=True))
         assert equal(left, right) and averagers[0].steps == averagers[1].steps, step
 
 
@@ -136,10 +136,10 @@ def test_every_storage_gives_the_bits_of_the_default(tmp_path, changes, kind):
 )
 def test_what_it_takes_is_worked_out_and_said(tmp_path, changes, in_memory, in_files):
     folder = {"storage_path": str(tmp_path)} if in_files else {}
-    averager = make(Host(), **changes, **folder)
+    averager = make(Engine(), **changes, **folder)
     assert averager.memory.rank == in_memory
     assert (averager.files and averager.files.rank) == in_files
-    kept, spare = storage.Storage(averager.config, Host().masters, modes.buffers(averager.config)).allocate()
+    kept, spare = storage.Storage(averager.config, Engine().masters, modes.buffers(averager.config)).allocate()
     assert sum(map(nbytes, [*kept, spare])) == in_memory + (in_files or 0)  # and that is what is allocated
     line = averager.describe()
     assert f"{in_memory / 1e6:.1f} MB of CPU memory" in line
@@ -154,9 +154,9 @@ def nbytes(held):
 
 
 def test_files_have_no_names_and_go_with_the_averager(tmp_path):
-    host = Host()
-    averager = make(host, storage="files", storage_path=str(tmp_path), **BF16)
-    run(averager, host, 5)
+    engine = Engine()
+    averager = make(engine, storage="files", storage_path=str(tmp_path), **BF16)
+    run(averager, engine, 5)
     page = os.sysconf("SC_PAGE_SIZE")
     assert mapped(tmp_path) == [page] * 3 and os.listdir(tmp_path) == []
     del averager
@@ -171,7 +171,7 @@ def test_blocks_are_on_disk_before_anything_is_written(tmp_path, monkeypatch):
         allocated.append((start, length, os.fstat(descriptor).st_blocks * 512))
 
     monkeypatch.setattr(storage.os, "posix_fallocate", fallocate)
-    make(Host(), storage="files", storage_path=str(tmp_path))
+    make(Engine(), storage="files", storage_path=str(tmp_path))
     assert [a[:2] for a in allocated] == [(0, 88)] * 3 and all(a[2] >= 88 for a in allocated)
 
 
@@ -181,7 +181,7 @@ def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage.os, "posix_fallocate", full)
     with pytest.raises(ConfigError, match=f"storage_path: no file of 0.0 MB .*{tmp_path}.*No space left.*make room"):
-        make(Host(), storage="files", storage_path=str(tmp_path))
+        make(Engine(), storage="files", storage_path=str(tmp_path))
     assert os.listdir(tmp_path) == [] and mapped(tmp_path) == []
 
 
@@ -189,21 +189,21 @@ def test_too_little_disk_is_refused_before_any_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.Storage, "allocate", lambda *a: pytest.fail("allocated"))
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=263))
     with pytest.raises(ConfigError, match=f'need 0.0 MB of files in {tmp_path}.*available.*"storage_path" with more'):
-        make(Host(), storage="files", storage_path=str(tmp_path))
+        make(Engine(), storage="files", storage_path=str(tmp_path))
     for folder in (tmp_path / "absent", "/proc/self/status"):
         with pytest.raises(ConfigError, match=f"storage_path: '{folder}' is not a folder.*make it"):
-            make(Host(), storage="files", storage_path=str(folder))
+            make(Engine(), storage="files", storage_path=str(folder))
 
 
 def test_files_are_saved_and_resumed(tmp_path):
     """Their shards are parts of one mapping."""
-    host = Host()
-    averager = make(host, storage="files", storage_path=str(tmp_path))
-    run(averager, host, 4)
+    engine = Engine()
+    averager = make(engine, storage="files", storage_path=str(tmp_path))
+    run(averager, engine, 4)
     checkpoint.save(tmp_path, averager, **IDENTITY)
-    other = make(host, storage="files", storage_path=str(tmp_path))
+    other = make(engine, storage="files", storage_path=str(tmp_path))
     checkpoint.load(tmp_path, other, **IDENTITY)
-    assert other.steps == [2, 3, 4] and equal(read(other, host), read(averager, host))
+    assert other.steps == [2, 3, 4] and equal(read(other, engine), read(averager, engine))
 
 
 # -- pinned memory, which torch rounds up ------------------------------------------------------------------------------
@@ -297,27 +297,27 @@ def test_groups_are_pinned_together_where_that_wastes_less(tmp_path, changes, ke
 @pytest.mark.parametrize("weights", ["mean", "wma"])
 def test_differences_equal_the_naive_chain(window, weights, monkeypatch):
     monkeypatch.setattr(deltas.window, "PIECE", 4)  # 7 and 15 elements: pieces that do not divide them
-    host = Host()
-    averager = make(host, window=window, weights=weights, **BF16)
+    engine = Engine()
+    averager = make(engine, window=window, weights=weights, **BF16)
     held = []
     for step in range(1, 9):
-        held += run(averager, host, 1, start=step)
+        held += run(averager, engine, 1, start=step)
         whole = reference_deltas.restored(held[-window:])
         assert averager.steps == list(range(max(1, step - window + 1), step + 1))
         kept = reference_deltas.snapshots(averager)
         assert all(equal(dict(enumerate(a)), b) for a, b in zip(kept, whole, strict=True))
         relative = [i + 1 if weights == "wma" else 1 for i in range(len(whole))]
         expected = reference.weighted_mean(whole, relative)
-        assert equal(read(averager, host), expected), step
+        assert equal(read(averager, engine), expected), step
 
 
 def test_the_error_is_within_its_bound_and_does_not_build_up():
     """As `deltas` derives it, worked out in fp64; 200 snapshots, of which 5 are in the window."""
-    host, window, u, v = Host(), 5, 2**-8, 2**-24
-    averager = make(host, window=window, **BF16)
+    engine, window, u, v = Engine(), 5, 2**-8, 2**-24
+    averager = make(engine, window=window, **BF16)
     exact, largest = [], torch.zeros(())
     for step in range(1, 201):
-        exact = [*exact, *run(averager, host, 1, start=step)][-window:]
+        exact = [*exact, *run(averager, engine, 1, start=step)][-window:]
         snapshots = reference_deltas.snapshots(averager)
         bound = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in exact[0].items()}
         for i in range(len(exact) - 2, -1, -1):
@@ -341,39 +341,39 @@ def test_a_raw_difference_is_rounded_once():
 
 @pytest.mark.parametrize(("before", "window"), [(1, 3), (2, 3), (7, 3), (7, 2), (7, 1), (7, 5)])
 def test_differences_are_saved_and_resumed_bitwise(tmp_path, before, window):
-    host = Host()
-    averager = make(host, **BF16)
-    run(averager, host, before)
+    engine = Engine()
+    averager = make(engine, **BF16)
+    run(averager, engine, before)
     checkpoint.save(tmp_path, averager, **IDENTITY)
     saved = averager.mode.tensors()
     assert {t.dtype for n, t in saved.items() if n.startswith("snapshot.0.")} == {torch.float32}
     older = {t.dtype for n, t in saved.items() if not n.startswith("snapshot.0.")}
     assert older == ({torch.bfloat16} if before > 1 else set())
-    other_host = Host(1)
-    other = make(other_host, window=window, **BF16)
-    run(other, other_host, 4)  # what it holds gives way
+    other_engine = Engine(1)
+    other = make(other_engine, window=window, **BF16)
+    run(other, other_engine, 4)  # what it holds gives way
     checkpoint.load(tmp_path, other, **IDENTITY)
     assert other.steps == averager.steps[-window:]
     kept, found = reference_deltas.snapshots(averager)[-window:], reference_deltas.snapshots(other)
     for left, right in zip(kept, found, strict=True):
         assert equal(dict(enumerate(left)), dict(enumerate(right)))
     if window == 3:
-        for a, b in zip(host.masters, other_host.masters, strict=True):
+        for a, b in zip(engine.masters, other_engine.masters, strict=True):
             b.copy_(a)
-        other_host.generator = torch.Generator().set_state(host.generator.get_state())
+        other_engine.generator = torch.Generator().set_state(engine.generator.get_state())
         for step in range(before + 1, before + 5):
-            run(averager, host, 1, start=step)
-            run(other, other_host, 1, start=step)
-            assert equal(read(averager, host), read(other, other_host))
+            run(averager, engine, 1, start=step)
+            run(other, other_engine, 1, start=step)
+            assert equal(read(averager, engine), read(other, other_engine))
 
 
 @pytest.mark.parametrize(("saved_as", "resumed_as"), [({}, BF16), (BF16, {})], ids=str)
 def test_whole_snapshots_and_differences_do_not_mix(tmp_path, saved_as, resumed_as):
-    host = Host()
-    averager = make(host, **saved_as)
-    run(averager, host, 4)
+    engine = Engine()
+    averager = make(engine, **saved_as)
+    run(averager, engine, 4)
     checkpoint.save(tmp_path, averager, **IDENTITY)
-    other = make(Host(), **resumed_as)
+    other = make(Engine(), **resumed_as)
     with pytest.raises(CheckpointError, match="deltas '(fp32|bf16)', this run has '(fp32|bf16)'"):
         checkpoint.load(tmp_path, other, **IDENTITY)
     assert other.steps == []
@@ -406,10 +406,10 @@ def test_taking_a_buffer_is_adding_it(changes):
     assert len(seen) == {"{}": 4, "{'deltas': 'bf16'}": 2}.get(str(changes), 1)
 
 
-def test_masters_in_host_memory_are_copied_once_and_without_a_thread(monkeypatch):
-    host = Host()
-    averager = make(host)
+def test_masters_in_cpu_memory_are_copied_once_and_without_a_thread(monkeypatch):
+    engine = Engine()
+    averager = make(engine)
     monkeypatch.setattr(averager.mode, "take", lambda *a: pytest.fail("they went through the spare buffer"))
     before = set(threading.enumerate())
-    run(averager, host, 3)
+    run(averager, engine, 3)
     assert set(threading.enumerate()) <= before and averager.steps == [1, 2, 3]
