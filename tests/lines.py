@@ -11,8 +11,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-#: at most so many lines in all; 1,300 are for Hugging Face: its doors, any decoder, the sweeps on it
-BUDGETS = {("ds_plugin", "megatron_patches"): 14_000 + 1_300, ("benchmarks",): 2_600}
+#: at most so many lines in all; 1,300 are for Hugging Face: its doors, any decoder, the sweeps on it; 900 for CompleteP
+#: with experts and what else large models have
+BUDGETS = {
+    ("ds_plugin", "megatron_patches"): 14_000 + 1_300 + 900,
+    ("ds_plugin/deepspeed_engine/json_check.py",): 120,
+    ("ds_plugin/sequence_length_warmup/translate.py",): 120,
+    ("ds_plugin/tune",): 250,
+    ("benchmarks",): 2_600,
+}
 
 
 def lines(path: Path) -> tuple[int, int]:
@@ -36,19 +43,29 @@ def count(folder: Path) -> tuple[int, int]:
     return sum(all_ for all_, _ in found), sum(code for _, code in found)
 
 
+def spent() -> dict[str, tuple[int, int]]:
+    """The lines of what has a budget, and how many there may be."""
+    found = {}
+    for names, most in BUDGETS.items():
+        paths = [
+            path
+            for name in names
+            for path in ((ROOT / name).rglob("*.py") if (ROOT / name).is_dir() else [ROOT / name])
+        ]
+        found[" + ".join(names)] = (sum(len(path.read_text("utf-8").splitlines()) for path in paths), most)
+    return found
+
+
 def main() -> int:
     """Print a table; 1 when a budget is broken."""
     for folder in ("ds_plugin", "megatron_patches", "launch_scripts", "benchmarks", "tests"):
         parts = sorted(p for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__")
         for part in [ROOT / folder, *(parts if folder in ("ds_plugin", "megatron_patches") else [])]:
             every, code = count(part)
-            print(f"{str(part.relative_to(ROOT)):<42} {every:>7} lines {code:>7} of code")
-    broken = False
-    for folders, most in BUDGETS.items():
-        found = sum(count(ROOT / folder)[0] for folder in folders)
-        broken |= found > most
-        print(f"{' + '.join(folders):<42} {found:>7} lines, at most {most}")
-    return int(broken)
+            print(f"{str(part.relative_to(ROOT)):<46} {every:>7} lines {code:>7} of code")
+    for name, (found, most) in spent().items():
+        print(f"{name:<46} {found:>7} lines, at most {most}")
+    return int(any(found > most for found, most in spent().values()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,17 +86,31 @@ def read_tag(path: Path, *, error: type[PluginError] = CheckpointError, remedy: 
 def trouble(value: Any, *, settings: bool = False) -> str | None:
     """What is wrong with JSON-like values, and where: they nest too deep, or (``settings``) one is not finite,
     an integer beyond 64 bits, a text with a NUL, or under a key that is no text. None: nothing."""
-    waiting = [("", value, 0)]
-    while waiting:
-        at, found, depth = waiting.pop()
+    for at, found, depth in nested(value):
         if depth > _DEEPEST:
             return f"{at[:40]}...: nested more than {_DEEPEST} deep"
         if settings and (wrong := _no_setting(found)):
             return f"{at}: {wrong}"
+    return None
+
+
+def nested(value: Any) -> Iterator[tuple[str, Any, int]]:
+    """JSON-like ``value`` and every one within it, each with its dotted path and how deep it lies."""
+    waiting = [("", value, 0)]
+    while waiting:
+        yield (last := waiting.pop())
+        at, found, depth = last
         items: Iterable[tuple[Any, Any]] = found.items() if isinstance(found, Mapping) else ()
         items = enumerate(found) if isinstance(found, (list, tuple)) else items
         waiting += [(f"{at}.{key}" if at else str(key), item, depth + 1) for key, item in items]
-    return None
+
+
+def object_at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """The object under nested keys; an empty one where there is none (what else is there, its owner refuses)."""
+    found: Any = config
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _no_setting(value: Any) -> str | None:

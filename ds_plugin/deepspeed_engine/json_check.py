@@ -12,12 +12,11 @@ from pydantic import ConfigDict, Field, create_model
 from ds_plugin.config import SECTIONS, PluginConfig, say_once
 from ds_plugin.config import split_config as split_sections
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.settings_model import Rate, nearest, parse_section
+from ds_plugin.core.settings_model import Rate, Steps, nearest, parse_section
 from ds_plugin.deepspeed_engine import optimizer_check
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_Object, _Flag, _Name, _Count = dict[str, Any], bool, str, Annotated[int, Field(ge=1, le=10**9)]
-_Number = Annotated[float, Field(ge=0, le=1e15)]
+_Object, _Flag, _Name, _Number = dict[str, Any], bool, str, Annotated[float, Field(ge=0, le=1e15)]
 
 
 def _model(kinds: Mapping[Any, str], extra: Any = "allow") -> Any:
@@ -42,9 +41,9 @@ _JSON = _model(
         _Flag: "dataloader_drop_last disable_allgather disable_python_gc dump_state managed_gradient_accumulation "
         "memory_breakdown prescale_gradients use_data_before_expert_parallelism wall_clock_breakdown "
         "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
-        _Count | None: f"{' '.join(_BATCH)} vocabulary_size",
+        Steps | None: f"{' '.join(_BATCH)} vocabulary_size",
         Annotated[float, Field(ge=1)] | None: "steps_per_print",  # Accelerate writes infinity
-        _Count: "data_parallel_size sequence_parallel_size",
+        Steps: "data_parallel_size sequence_parallel_size",
         _Number: "gradient_clipping gradient_predivide_factor",
         _Name | None: "communication_data_type log_level seq_parallel_communication_data_type",
         _Name: "gradient_allreduce_op",

@@ -2,14 +2,13 @@
 config objects, but no model and no process."""
 
 import argparse
-import json
 import math
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ds_plugin.core.arguments import count, new_file, positive
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.files import write_text
+from ds_plugin.core.files import write_json
 
 if TYPE_CHECKING:  # importing them takes seconds, which --help should not
     from ds_plugin.plan.costs import Rates
@@ -145,6 +144,6 @@ def command(args: argparse.Namespace) -> int:
     given = {name: value for name in ("link", "flops") if (value := getattr(args, name)) is not None}
     found = make(job, replace(costs.RATES[args.device], **given), pinned=args.device == "gpu")
     if args.json is not None:
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found)
     print(text(found))
     return 0

@@ -4,12 +4,13 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.json_files import nested, object_at
 from ds_plugin.core.settings_model import SectionConfig, parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
@@ -23,8 +24,6 @@ Whole = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) 
 
 
 class _Curriculum(SectionConfig):
-    """A metric; the removed section has the first four fields too."""
-
     min_difficulty: Whole = Field(description="the first length in tokens, e.g. 8")
     max_difficulty: Whole = Field(description="the full length in tokens, e.g. 1024")
     schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete"] = Field(description='e.g. "fixed_linear"')
@@ -35,7 +34,7 @@ class _Curriculum(SectionConfig):
     index_to_metric_path: str | None = None
 
 
-class _Legacy(_Curriculum):
+class _Legacy(_Curriculum):  # the removed section
     enabled: bool
     curriculum_type: Literal["seqlen"] = Field(description='"seqlen"')
 
@@ -59,10 +58,10 @@ _KINDS: dict[str, type[SectionConfig]] = {"fixed_linear": _Linear, "fixed_root":
 
 
 def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A copy in which our section stands for DeepSpeed's, and a note for each section that was translated or ignored.
-    Raises ConfigError: a curriculum of lengths that cannot be ours, or two sections that set the length, or one with
-    dynamic batching."""
-    new, notes = copy.deepcopy(dict(config)), list(_elsewhere(config))
+    """A copy with our section in place of DeepSpeed's, and a note for each section that was translated or ignored.
+    Raises ConfigError: a curriculum that cannot be ours, two sections that set the length, or dynamic batching too."""
+    new, ignored = copy.deepcopy(dict(config)), f"DeepSpeed reads a curriculum at {BLOCK} alone and ignores this one"
+    notes = [f"{p}: {ignored}; move it there" for p, *_ in nested(config) if p.endswith(f".{LEGACY}") and p != BLOCK]
     removed, sampling = new.pop(LEGACY, None), object_at(new, "data_efficiency", "data_sampling")
     removed_on = removed.get("enabled", False) is not False if isinstance(removed, dict) else removed is not None
     if LEGACY in config and not removed_on:
@@ -80,19 +79,18 @@ def translate(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if len(given) > 1:
         said = "both set the length (or the samples) of a step; remove one of the two"
         raise ConfigError(f'{given[1]}: "enabled": true, and {given[0]} is given too: {said}')
-    if metric is not None and len(metrics) > 1:
-        other = next(name for name in metrics if name != metric)
+    if metric is not None and (others := metrics.keys() - {metric}):
         said = f"becomes {OURS} and turns DeepSpeed's sampler off; remove one of the two"
-        raise ConfigError(f"{BLOCK}.curriculum_metrics: {other!r} beside {metric!r}, which {said}")
+        raise ConfigError(f"{BLOCK}.curriculum_metrics: {min(others)!r} beside {metric!r}, which {said}")
     if metric is not None:
-        path, reshaped = f"{BLOCK}.curriculum_metrics.{metric}", _RESHAPED if METRICS[metric] else ""
-        remark = f"DeepSpeed's sampler is off: the data loader orders the samples{reshaped}"
-        new[OURS] = _section(path, sampling.pop(LEGACY)["curriculum_metrics"][metric], _Curriculum) | METRICS[metric]
+        del sampling[LEGACY]
+        remark = f"DeepSpeed's sampler is off: the data loader orders the samples{_RESHAPED if METRICS[metric] else ''}"
+        new[OURS] = _section(f"{BLOCK}.curriculum_metrics.{metric}", metrics[metric], _Curriculum) | METRICS[metric]
+        notes.append(f'{BLOCK}.curriculum_metrics.{metric} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
     elif removed_on:
-        path, remark = LEGACY, "the model gets shortened batches and no argument curriculum_seqlen"
-        new[OURS] = _section(path, removed, _Legacy)
-    if metric is not None or removed_on:
-        notes.append(f'{path} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
+        new[OURS] = _section(LEGACY, removed, _Legacy)
+        remark = "the model gets shortened batches and no argument curriculum_seqlen"
+        notes.append(f'{LEGACY} is read as "{OURS}": {json.dumps(new[OURS])}; {remark}')
     if object_at(new, OURS).get("enabled") and object_at(sampling, "dynamic_batching").get("enabled"):
         said = f'changes the batch size, and {OURS} the length: do not ramp both; write "enabled": false in one of them'
         raise ConfigError(f"data_efficiency.data_sampling.dynamic_batching.enabled: True {said}")
@@ -111,30 +109,12 @@ def _section(path: str, raw: Any, model: type[_Curriculum]) -> dict[str, Any]:
             section |= {"start_length": max(old.min_difficulty, lengths[0]), "duration": {"steps": boundaries[-1]}}
             section |= {"lengths": lengths, "boundaries": boundaries, "multiple_of": math.gcd(8, *lengths)}
         else:
-            # DeepSpeed comes to a max_difficulty that is no multiple of the step late, in one shorter stride. Ours has
-            # to divide the full length, so strides get finer: always less than one difficulty_step from DeepSpeed's.
-            section["multiple_of"] = math.gcd(schedule.difficulty_step, old.max_difficulty)
-            section["duration"] = {"steps": schedule.total_curriculum_step}
+            # ours has to divide the full length: strides get finer, less than one difficulty_step from DeepSpeed's
+            strides = math.gcd(schedule.difficulty_step, old.max_difficulty)
+            section |= {"multiple_of": strides, "duration": {"steps": schedule.total_curriculum_step}}
             section |= {"root_degree": schedule.root_degree} if isinstance(schedule, _Root) else {}
         parse_section(SequenceLengthWarmupConfig, OURS, section)
     except ConfigError as error:
         remedy = 'write that section in its place, which takes functions, too, "schedule": "package.module:function"'
         raise ConfigError(f'{path} is read as "{OURS}": {error}; or {remedy}') from None
     return section
-
-
-def _elsewhere(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    """A note for each curriculum that stands where nobody reads it."""
-    for key, value in config.items():
-        if key == LEGACY and f"{above}{key}" not in (LEGACY, BLOCK):
-            yield f"{above}{key}: DeepSpeed reads a curriculum at {BLOCK} alone and ignores this one; move it there"
-        elif isinstance(value, dict):
-            yield from _elsewhere(value, f"{above}{key}.")
-
-
-def object_at(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """The object under nested keys; an empty one where there is none (what else is there, its owner refuses)."""
-    found: Any = config
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found if isinstance(found, dict) else {}

@@ -4,10 +4,8 @@ evaluation whose perplexity fluctuates significantly."""
 
 import argparse
 import contextlib
-import copy
 import csv
 import functools
-import json
 import math
 import os
 import shlex
@@ -28,9 +26,9 @@ import psutil
 from ds_plugin.config import load_json, split_config
 from ds_plugin.core.arguments import above, checked, count, existing_file, new_folder, several
 from ds_plugin.core.errors import ConfigError, DataError, PluginError
-from ds_plugin.core.files import write_text
-from ds_plugin.core.json_files import read_json
-from ds_plugin.sequence_length_warmup.translate import object_at, translate
+from ds_plugin.core.files import write_json
+from ds_plugin.core.json_files import object_at, read_json
+from ds_plugin.sequence_length_warmup.translate import translate
 
 ROOT = Path(__file__).resolve().parents[2]
 MULTIPLES = 4  # learning-rate warmups in a trial; its first quarter is "the very beginning"
@@ -50,11 +48,6 @@ class Trial:
     step: int
     perplexity: float
     best: float
-
-    @property
-    def at_start(self) -> bool:
-        """Whether it failed at the very beginning: in its first quarter, which is the learning rate's own warmup."""
-        return self.outcome != "stable" and self.step * MULTIPLES <= self.steps
 
     def __str__(self) -> str:
         went = f"{self.outcome} at step {self.step} of {self.steps}, perplexity {self.perplexity:.4g}"
@@ -117,6 +110,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **given)
         except OSError as error:
             raise ConfigError(f"--launcher: {command[0]!r} cannot be started ({error.strerror})") from None
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else it would leave them behind
     try:
         yield process
     finally:
@@ -127,13 +121,13 @@ def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen]:
             tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
             os.killpg(process.pid, signal.SIGTERM)
             os.killpg(process.pid, signal.SIGCONT)
-        _, left = psutil.wait_procs(tree, GRACE_SECONDS)
-        for member in left:
+        for member in psutil.wait_procs(tree, GRACE_SECONDS)[1]:
             member.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        psutil.wait_procs(left, 1.0)  # the next trial needs their memory
+        psutil.wait_procs(tree, 1.0)  # the next trial needs their memory
         process.wait()
+        signal.signal(signal.SIGTERM, previous)
 
 
 def search(
@@ -142,12 +136,13 @@ def search(
     """The trial of the smallest stable start length at its longest stable duration; None when nothing is stable.
 
     A start length is stable when its run with the ``provisional`` duration (the nearest of ``durations`` at or below)
-    passes the very beginning. Where no duration is stable with it either, the next one is tried. Both lists rise; at
-    most ``2 + log2(len(durations))`` runs for each start length."""
+    passes its first quarter, the learning rate's own warmup. Where no duration is stable with it either, the next one
+    is tried. Both lists rise; at most ``2 + log2(len(durations))`` runs for each start length."""
     run = functools.cache(run)
     first = max(0, bisect_right(durations, provisional) - 1)
     for start in start_lengths:
-        if run(start, durations[first]).at_start:
+        trial = run(start, durations[first])
+        if trial.outcome != "stable" and trial.step * MULTIPLES <= trial.steps:
             continue
         low, high, probe = -1, len(durations), first
         while high - low > 1:
@@ -183,10 +178,9 @@ def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, l
 
 def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
     """The JSON with another start length and duration, in its own unit."""
-    config = copy.deepcopy(config)
-    unit = next(iter(config["sequence_length_warmup"]["duration"]))
-    config["sequence_length_warmup"] |= {"start_length": start, "duration": {unit: duration}}
-    return config
+    section = config["sequence_length_warmup"]
+    changed = {"start_length": start, "duration": {unit: duration for unit, n in section["duration"].items() if n}}
+    return {**config, "sequence_length_warmup": {**section, **changed}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,29 +201,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Search and write the tuned JSON; the exit code: 0, or 1 when nothing is stable."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a trial's processes are ended too
-    try:
-        return _tune(args)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _tune(args: argparse.Namespace) -> int:
     config = translate(load_json(args.config))[0]
     (steps, starts), durations = candidates(config, args), sorted(set(args.durations))
     target, record = args.out / args.config.name, args.out / "trials.json"
     if target.resolve() == args.config.resolve():
         raise ConfigError(f"--out: '{args.out}' is the folder of {args.config}, which must not change; give another")
-    args.out.mkdir(parents=True, exist_ok=True)
     interval = max(1, steps // EVALUATIONS)
     steps -= steps % interval  # the last one is evaluated
     settings = [tuned(config, 8, 1), str(args.script), args.launcher, args.arguments, args.threshold, steps]
-    trials: list[Trial] = []
+    trials, another = list[Trial](), "give another folder by --out"
     if record.exists():
-        wanted = {"settings": list[Any], "trials": list[Trial]}
-        found = read_json(record, wanted, error=ConfigError, remedy="give another folder by --out")
+        found = read_json(record, {"settings": list, "trials": list[Trial]}, error=ConfigError, remedy=another)
         if found["settings"] != settings:
-            raise ConfigError(f"--out: '{record}' is of a search with other settings; give another folder")
+            raise ConfigError(f"'{record}' is of a search with other settings; {another}")
         trials += found["trials"]
 
     def run(start: int, duration: int) -> Trial:
@@ -239,32 +223,27 @@ def _tune(args: argparse.Namespace) -> int:
                 return old
         folder = args.out / f"start{start}_duration{duration}"
         shutil.rmtree(folder, ignore_errors=True)  # of a trial that was interrupted
-        folder.mkdir()
+        folder.mkdir(parents=True)
         tried = tuned(config, start, duration)  # the run's own number of steps stays: schedules and data depend on it
         tried.pop("weight_averaging", None)
         if "training" in tried:  # a script of one's own may have another place for them
-            tried["training"] |= {"eval_interval": interval, "save_interval": 10**9}
+            tried["training"] = {**tried["training"], "eval_interval": interval, "save_interval": 10**9}
         split_config(tried)  # refuses what the methods would, before anything is started
-        _write(folder / "config.json", tried)
+        write_json(folder / "config.json", tried)
         # Ours come last, so that they win over the same flags among the user's.
         flags = ["--deepspeed_config", str(folder / "config.json"), "--runs", str(args.out), "--name", folder.name]
         started = [*args.launcher, str(args.script), *args.arguments, *flags]
         trials.append(Trial(start, duration, steps, *watched(started, folder, steps, args.threshold)))
-        _write(record, {"settings": settings, "trials": [asdict(trial) for trial in trials]})
+        write_json(record, {"settings": settings, "trials": [asdict(trial) for trial in trials]})
         print(trials[-1], flush=True)
         return trials[-1]
 
-    in_steps = "steps" in config["sequence_length_warmup"]["duration"]
-    provisional = steps if in_steps else durations[len(durations) // 2]
+    provisional = steps if "steps" in config["sequence_length_warmup"]["duration"] else durations[len(durations) // 2]
     best = search(run, start_lengths=starts, durations=durations, provisional=provisional)
     if best is None:
         remedy = "lower the learning rate, lengthen its warmup, or give larger --start-lengths"
         print(f"error: no start length of {starts} is stable with any duration tried: {remedy}", file=sys.stderr)
         return 1
-    _write(target, tuned(config, best.start_length, best.duration))
+    write_json(target, tuned(config, best.start_length, best.duration))
     print(f"start_length {best.start_length}, duration {best.duration}: {target}")
     return 0
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    write_text(path, json.dumps(config, indent=2) + "\n")

@@ -1,5 +1,5 @@
 """The tree's one rule: which part of the project may import which. Every import is read, those inside functions too.
-And what tests may reach into: no private name of ours."""
+What tests may reach into: no private name of ours. And how many lines there may be."""
 
 import ast
 import json
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import lines
 from tests.distributed.test_pretrain_megatron import OPTIONS
 from tests.harness import RANK_ENV
 
@@ -148,6 +149,10 @@ def test_tests_reach_into_no_private_name_of_ours():
             if name not in theirs:
                 ours.append(f"{path.relative_to(ROOT)}:{line}: {name}")
     assert ours == [] and theirs <= seen  # the list holds what is used
+
+
+def test_no_budget_of_lines_is_overspent():
+    assert {name: both for name, both in lines.spent().items() if both[0] > both[1]} == {}
 
 
 def test_what_reaches_into_another_module_is_seen():
