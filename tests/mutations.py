@@ -95,7 +95,7 @@ MUTATIONS = {
         f"{_WARMUP}/ledger.py",
         'self.start_at(state["ledger"]["read"], state["ledger"]["trained"])',
         "self.start_at(0, 0)",
-        f"{_RANKS}/test_warmup.py::test_killed_and_resumed_it_trains_the_same[0-1]",
+        f"{_RANKS}/test_warmup_carry.py::test_killed_and_resumed_it_trains_the_same[0-1]",
     ),
     "position ids after a cut": Mutation(
         f"{_WARMUP}/slicing.py",
@@ -125,7 +125,7 @@ MUTATIONS = {
         "ds_plugin/core/errors.py",
         "if not failed:",
         "if caught is None:",
-        f"{_RANKS}/test_warmup.py::test_what_one_rank_cannot_lengthen_for_the_preflight_is_said_on_all",
+        f"{_RANKS}/test_warmup_preflight.py::test_what_one_rank_cannot_lengthen_for_the_preflight_is_said_on_all",
     ),
     # CompleteP
     "eps of a role": Mutation(_RULES, "1 / (m_N * m_L**alpha)", "1 / m_N", f"{_TEST_RULES}::test_table_1"),

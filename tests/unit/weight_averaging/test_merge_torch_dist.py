@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_with_tor
 
 from ds_plugin.core.errors import CheckpointError
 from ds_plugin.weight_averaging.merge.merge import merge
-from tests.unit.weight_averaging.test_merge import Evil
+from tests.unit.weight_averaging.folders import Evil
 
 FILES = ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp")
 COMMON = "common_state/shard_0_1"
