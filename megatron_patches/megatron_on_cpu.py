@@ -34,8 +34,11 @@ _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _ROUTER, _KERNEL = "megatron.core.transformer.moe.moe_utils", "te_general_gemm"
 _TORCH_NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
 _SPLITS = {"output_split_sizes", "input_split_sizes"}
+_LATENT, _HAS_TE, _TE_LINEAR = "megatron.core.transformer.multi_latent_attention", "HAVE_TE", "TELinear"
+_ATTENTION = "megatron.core.transformer.dot_product_attention.DotProductAttention"
+_OF_VALUES = "hidden_size_per_partition"  # of an attention: what it returns for a token
 _CPU = torch.device("cpu")
-_named: list[Any] = []  # modules whose missing name was set
+_without_te = contextlib.ExitStack()  # takes back what `_know_no_te` has set
 
 
 def enable(*, pretend_cuda: bool = False) -> None:
@@ -226,17 +229,21 @@ def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
     _RESUME["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
 
 
-def _name_missing_kernel() -> None:
-    """Without TransformerEngine some versions leave the name of its matrix product undefined that a router looks at."""
-    module = importlib.import_module(_ROUTER)
-    if not hasattr(module, _KERNEL):
-        setattr(module, _KERNEL, None)
-        _named.append(module)
+def _know_no_te() -> None:
+    """Without TransformerEngine some versions leave the name of its matrix product undefined that a router looks at,
+    and take it to be there in latent attention, where its names are mocks."""
+    router, latent = importlib.import_module(_ROUTER), importlib.import_module(_LATENT)
+    if not hasattr(router, _KERNEL):
+        _without_te.enter_context(replaced(router, _KERNEL, None))
+    if not isinstance(getattr(latent, _TE_LINEAR, None), type):
+        _without_te.enter_context(replaced(latent, _HAS_TE, False))
 
 
-def _take_kernels_name() -> None:
-    while _named:
-        delattr(_named.pop(), _KERNEL)
+def _init_attention(self: Any, *args: Any, k_channels: Any = None, v_channels: int | None = None, **kw: Any) -> None:
+    """megatron's own attention computes with heads of any size, and only TransformerEngine's is told them."""
+    _RESUME["attention"].original(self, *args, **kw)
+    if v_channels is not None:
+        setattr(self, _OF_VALUES, v_channels * self.num_attention_heads_per_partition)
 
 
 def _norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -325,6 +332,7 @@ _MARKED_NORM = Patch(
     f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()
 )
 _RESUME["norm"] = _MARKED_NORM
-_RESUME["router"] = Change(
-    _ROUTER, _name_missing_kernel, _take_kernels_name, reason="a router without TransformerEngine"
+_RESUME["te"] = Change(
+    "megatron's view of TransformerEngine", _know_no_te, _without_te.close, reason="it is not there on the CPU"
 )
+_RESUME["attention"] = Patch(f"{_ATTENTION}.__init__", _init_attention, reason="latent attention", prefixes=())

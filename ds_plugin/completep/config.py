@@ -56,6 +56,10 @@ class CompletePConfig(SectionConfig):
     base_moe_router_topk_scaling_factor: Ratio | None = Field(
         None, description="what the weights of a token's experts sum to in the base, e.g. 1.0"
     )
+    base_q_lora_rank: Width | None = Field(
+        None, description="latent attention: the rank of its queries, asked for since ranks are mostly kept, e.g. 512"
+    )
+    base_kv_lora_rank: Width | None = Field(None, description="latent attention: the rank of its keys and values")
     moe: Literal["fixed_sparsity", "mue"] | None = Field(
         None,
         description="for experts whose number, share or size is not the base's: fixed_sparsity (Jiang et al., the same "

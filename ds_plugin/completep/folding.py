@@ -23,6 +23,7 @@ from ds_plugin.completep import rules
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import applied_section, check_gains, finished_roles, is_tied, ratios_of
 from ds_plugin.completep.roles import role_of
+from ds_plugin.completep.sizes import head_size
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import ConfigError
 
@@ -79,7 +80,7 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     Raises ConfigError: it was done already; query rows cannot be told apart (gates, a part of a query group); or a norm
     without gains, or with gains of 1 + weight, would undo it.
     """
-    head = config.kv_channels
+    head = head_size(config)
     if "attention" in _marks(weights):
         raise ConfigError("completep: fold_attention() has been called on these weights already; give it those before")
     if section.base_head_dim in (None, head):

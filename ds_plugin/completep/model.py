@@ -63,8 +63,10 @@ def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str,
             "config, spec = megatron_patches.completep.prepare(config, spec, section)"
         )
     folded, tied = section.residual == "folded", is_tied(model)
-    roles = {name: role_of(name, folded=folded, tied=tied) for name, _ in model.named_parameters()}
-    ratios = ratios_of(model.config, section)
+    config: Any = model.config
+    latent = config.multi_latent_attention
+    roles = {name: role_of(name, folded=folded, tied=tied, latent=latent) for name, _ in model.named_parameters()}
+    ratios = ratios_of(config, section)
     return {name: section.merged(role, ratios) for name, role in roles.items()}
 
 

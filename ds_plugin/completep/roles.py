@@ -1,7 +1,7 @@
 """Which row of Table 1 each parameter of a megatron-core GPTModel belongs to, by name, with local or TransformerEngine
-layers (TE folds the norm before a linear into it: ``layer_norm_weight``) and experts that are modules of their own,
-grouped in two matrices, or TE's. A name that matches nothing is an error: a parameter trained by the wrong rule would
-show as nothing but a worse model."""
+layers (TE folds the norm before a linear into it: ``layer_norm_weight``), latent attention, and experts that are
+modules of their own, grouped in two matrices, or TE's. A name that matches nothing is an error: a parameter trained by
+the wrong rule would show as nothing but a worse model."""
 
 import re
 
@@ -14,6 +14,11 @@ _EXPERTS = r"mlp\.experts\.(local_experts\.\d+\.)?"
 _MATRICES: tuple[tuple[str, Role], ...] = (
     (r"self_attention\.linear_qkv\.weight", Role.QKV),
     (r"self_attention\.linear_proj\.weight", Role.ATTENTION_OUT),
+    (r"self_attention\.linear_q_proj\.weight", Role.QKV),  # latent attention whose queries have no rank
+    (r"self_attention\.linear_q_down_proj\.weight", Role.Q_DOWN),
+    (r"self_attention\.linear_q_up_proj\.weight", Role.Q_UP),
+    (r"self_attention\.linear_(kv|qkv)_down_proj\.weight", Role.KV_DOWN),  # to both latent vectors: in one proportion
+    (r"self_attention\.linear_kv_up_proj\.weight", Role.KV_UP),
     (r"mlp\.linear_fc1\.weight", Role.MLP_UP),
     (r"mlp\.linear_fc2\.weight", Role.MLP_DOWN),
     (r"mlp\.router\.weight|mlp\.shared_experts\.gate_weight", Role.ROUTER),
@@ -26,19 +31,23 @@ _OTHERS: tuple[tuple[str, Role], ...] = (
     (r"embedding\.(word|position)_embeddings\.weight", Role.EMBEDDING),
     (rf"{_LAYER}(input_layernorm|pre_mlp_layernorm)\.(weight|bias)", Role.BLOCK_NORM),
     (rf"{_LAYER}(self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
+    (rf"{_LAYER}self_attention\.linear_(q|(q|kv|qkv)_down)_proj\.layer_norm_(weight|bias)", Role.BLOCK_NORM),
+    (rf"{_LAYER}self_attention\.linear_q_up_proj\.layer_norm_(weight|bias)", Role.Q_LATENT_NORM),
+    (rf"{_LAYER}self_attention\.(kv_layernorm\.|linear_kv_up_proj\.layer_norm_)(weight|bias)", Role.KV_LATENT_NORM),
     (rf"{_LAYER}self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
     (r"decoder\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
     (r"output_layer\.weight", Role.UNEMBEDDING),
 )
 
 
-def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
+def role_of(name: str, *, folded: bool = False, tied: bool = False, latent: bool = False) -> Role:
     """The role of a parameter by its name inside the GPTModel; layers may be wrapped by torch.compile. Of a matrix
     inside a block, by its place: `rules.merged` says whose group it is in.
 
     ``folded``: multipliers are folded into the weights, so that vectors which carry one have roles of their own.
-    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it. Raises ConfigError:
-    the name is not one of a supported GPT's.
+    ``tied``: the output layer is the word embedding; a pipeline's last stage holds a copy of it. ``latent``: attention
+    is, where a norm of the same name as one on queries is on their latent vector. Raises ConfigError: the name is not
+    one of a supported GPT's.
     """
     name = name.replace("_orig_mod.", "")
     if tied and name == "output_layer.weight":
@@ -50,8 +59,10 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False) -> Role:
             return Role.BRANCH_OUT_BIAS if folded and role in ENDS else Role.BLOCK_BIAS
     for pattern, role in _OTHERS:
         if re.fullmatch(pattern, name):
+            if role is Role.QK_NORM and latent:
+                return Role.Q_LATENT_NORM
             return Role.LOGIT_NORM if role is Role.FINAL_NORM and folded and tied else role
     raise ConfigError(
         f"completep: parameter {name!r} has no role (supported are megatron-core GPT models, dense or with experts: "
-        'no MLA, MTP or Mamba layers); disable "completep" or build the model from supported layers'
+        'no MTP or Mamba layers); disable "completep" or build the model from supported layers'
     )

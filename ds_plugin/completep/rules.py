@@ -8,7 +8,8 @@ of its fan-out, and its row is init std m_in^-1/2, learning rate m_L^(alpha-1) /
 product stays), eps (m_N m_out)^-1/2 m_L^-alpha. Why the last: a gradient at a vector of n elements, the stream, is of
 order 1/n at each. Through a matrix of k to n with weights of order k^-1/2 it is n^1/2 k^-1/2 / n = (n k)^-1/2, and
 through one of j to k before it, k^1/2 j^-1/2 (n k)^-1/2 = (n j)^-1/2: (n size)^-1/2 at a vector of any size. Entries of
-the matrix's gradient are that at its output times inputs of order 1. In proportion this is Table 1.
+the matrix's gradient are that at its output times inputs of order 1, those of a norm's at the vector it is on alike.
+In proportion this is Table 1.
 
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
@@ -41,6 +42,10 @@ class Role(enum.Enum):
     ATTENTION_OUT = "attention_out"
     MLP_UP = "mlp_up"
     MLP_DOWN = "mlp_down"
+    Q_DOWN = "q_down"  # latent attention: from the stream to the queries' latent vector, and from there to the heads
+    Q_UP = "q_up"
+    KV_DOWN = "kv_down"  # the same of keys and values
+    KV_UP = "kv_up"
     ROUTER = "router"  # and a shared expert's gate
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
@@ -48,6 +53,8 @@ class Role(enum.Enum):
     SHARED_DOWN = "shared_down"
     BLOCK_NORM = "block_norm"  # gains and biases of the norms inside a block
     QK_NORM = "qk_norm"  # gains and biases of the norms on queries and keys; a block norm to Table 1
+    Q_LATENT_NORM = "q_latent_norm"  # of the queries' latent vector; a block norm where its rank is in proportion
+    KV_LATENT_NORM = "kv_latent_norm"
     BLOCK_BIAS = "block_bias"  # biases inside a block
     #: folded mode only: those that end a residual branch; so do gains and biases of a norm after it (Gemma 2)
     BRANCH_OUT_BIAS = "branch_out_bias"
@@ -66,16 +73,22 @@ FANS: Mapping[Role, tuple[str, str]] = {
     Role.ATTENTION_OUT: ("heads", "width"),
     Role.MLP_UP: ("width", "ffn"),
     Role.MLP_DOWN: ("ffn", "width"),
+    Role.Q_DOWN: ("width", "q_rank"),
+    Role.Q_UP: ("q_rank", "heads"),
+    Role.KV_DOWN: ("width", "kv_rank"),
+    Role.KV_UP: ("kv_rank", "heads"),
     Role.ROUTER: ("width", "width"),  # Jiang et al. give its eps so
     Role.EXPERT_UP: ("width", "expert_ffn"),
     Role.EXPERT_DOWN: ("expert_ffn", "width"),
     Role.SHARED_UP: ("width", "shared_ffn"),
     Role.SHARED_DOWN: ("shared_ffn", "width"),
 }
+#: of norms inside a block on another vector than the stream, whose size that is
+_NORMED: Mapping[Role, str] = {Role.Q_LATENT_NORM: "q_rank", Role.KV_LATENT_NORM: "kv_rank"}
 #: matrices that end a residual branch
 ENDS = (Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
 #: dense ones, which are hidden matrices to Table 1 where their dimensions are in proportion
-_DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN)
+_DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN, Role.Q_DOWN, Role.Q_UP, Role.KV_DOWN, Role.KV_UP)
 
 
 #: roles that others are a kind of
@@ -150,8 +163,10 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
 
 
 def merged(role: Role, ratios: Ratios, *, folded: bool) -> Role:
-    """The role in whose param group a dense matrix is: Table 1's where its dimensions are in proportion, so that a
-    model in proportion has as few groups as the table has rows; others are in their own."""
+    """The role in whose param group a dense matrix or a latent norm is: Table 1's where its dimensions are in
+    proportion, so that a model in proportion has as few groups as the table has rows; others are in their own."""
+    if role in _NORMED:
+        return Role.BLOCK_NORM if ratios.of(_NORMED[role]) == ratios.m_N else role
     if role not in _DENSE or any(ratios.of(dimension) != ratios.m_N for dimension in FANS[role]):
         return role
     return Role.BRANCH_OUT if folded and role in ENDS else Role.HIDDEN
@@ -200,6 +215,8 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
             return Multipliers(1, 1, 0, other_eps)
         case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS:
             return Multipliers(1, block_lr, 0, block_eps)
+        case Role.Q_LATENT_NORM | Role.KV_LATENT_NORM:
+            return Multipliers(1, block_lr, 0, 1 / (math.sqrt(m_N * ratios.of(_NORMED[role])) * m_L**alpha))
         case Role.EXPERT_UP | Role.EXPERT_DOWN:
             return _expert(role, ratios)
         case _:

@@ -77,12 +77,15 @@ def is_transformer_config(config: Any) -> bool:
 
 
 def check_config(config: Any) -> None:
-    """Raises ConfigError for what is no TransformerConfig, or one of another kind of attention."""
-    if not is_transformer_config(config) or _is_a(config, "MLATransformerConfig"):
+    """Raises ConfigError for what is no TransformerConfig."""
+    if not is_transformer_config(config):
         raise ConfigError(
-            f"completep: the config is {label(config)}; supported is megatron-core's TransformerConfig itself (for a "
-            "GPTConfig, gpt.transformer_config(cfg, dtype)) with multi-head or grouped-query attention"
+            f"completep: the config is {label(config)}; supported are megatron-core's TransformerConfig (for a "
+            "GPTConfig, gpt.transformer_config(cfg, dtype)) and MLATransformerConfig"
         )
+    if config.multi_latent_attention and not _is_a(config, "MLATransformerConfig"):
+        what = f"{label(config)}.multi_latent_attention is {config.multi_latent_attention!r}"
+        raise ConfigError(f"completep: {what}, and it has no ranks; use an MLATransformerConfig")
 
 
 def check_mask(layer: Any) -> None:

@@ -19,6 +19,7 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import MARK, Prepared, check_gains, checked_roles, is_tied, ratios_of
 from ds_plugin.completep.param_groups import await_groups
 from ds_plugin.completep.rules import Ratios, Role
+from ds_plugin.completep.sizes import head_size
 from ds_plugin.completep.supported import bare_model, check_config, check_mask, gpt_of
 from ds_plugin.core.errors import ConfigError
 from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
@@ -36,7 +37,7 @@ _BASE_STD = "completep_base_std"
 _INFERENCE_SCALE = "softmax_scale"
 #: fields that set one of our quantities another way, or add streams, or parameters without a role
 _UNSUPPORTED = """
-    moe_latent_size multi_latent_attention mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
+    moe_latent_size mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
     heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
     experimental_attention_variant linear_attention_freq
 """
@@ -94,7 +95,7 @@ def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]
         std = stds[name] * section.multipliers(role, ratios).init_std
         fields[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
         setattr(fields[name], _BASE_STD, stds[name])
-    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
+    head_dim = head_size(config)
     if section.base_head_dim is not None and section.base_head_dim != head_dim:
         fields["softmax_scale"] = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
     if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
@@ -209,7 +210,7 @@ def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
 def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str, float]:
     """What a forward pass of the model multiplies beside its weights, under a section; None: in stock code."""
     config: Any = model.config
-    head = config.kv_channels
+    head = head_size(config)
     found = {"embeddings": 1.0, "residual branches": 1.0, "logits": 1.0}
     found["q.k"] = rules.attention_scale(head, head, "standard")
     if section is not None and section.residual == "forward":

@@ -361,15 +361,12 @@ def _other_kinds(attempt, config, cfg):
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
     from megatron.core.models.T5.t5_spec import get_t5_decoder_with_local_block_spec
-    from megatron.core.transformer import MLATransformerConfig
 
     spec = gpt.layer_spec(cfg)
     llama = type("LlamaForCausalLM", (torch.nn.Linear,), {"__module__": "transformers.models.llama"})(2, 2)
     llama.config = type("LlamaConfig", (), {"__module__": "transformers.models.llama"})()
-    latent = object.__new__(MLATransformerConfig)
     attempt("HF config", lambda: prepare(llama.config, spec, section()))
     attempt("our settings", lambda: prepare(cfg, spec, section()))
-    attempt("MLA config", lambda: prepare(latent, spec, section()))
     attempt("BERT spec", lambda: prepare(config, bert_layer_local_spec, section()))
     attempt("T5 spec", lambda: prepare(config, get_t5_decoder_with_local_block_spec(2), section()))
     attempt("no spec", lambda: prepare(config, None, section()))
@@ -498,7 +495,7 @@ EXPECTED = {
     "qk_norm": ["qk_layernorm with tensor parallelism 2"],
     "unknown parameter": ["extra.weight"],
     "num_moe_experts": ["num_moe_experts", "4"],
-    "multi_latent_attention": ["multi_latent_attention", "True"],
+    "multi_latent_attention": ["multi_latent_attention is True", "MLATransformerConfig"],
     "mtp_num_layers": ["mtp_num_layers", "1"],
     "softmax_scale": ["softmax_scale", "0.1"],
     "use_mup": ["use_mup", "True", "leave it off"],
@@ -518,11 +515,10 @@ EXPECTED = {
     "meta": ["output_layer.weight", "device meta"],
     "HF config": ["Hugging Face's LlamaConfig", "TransformerConfig"],
     "our settings": ["megatron_patches.models.gpt.GPTConfig", "gpt.transformer_config(cfg, dtype)"],
-    "MLA config": ["megatron-core's MLATransformerConfig", "multi-head"],
     "BERT spec": ["attn_mask_type is 'padding'", "BERT", "decoder-only"],
     "T5 spec": ["CrossAttention", "decoder-only"],
     "no spec": ["layer spec is None", "ModuleSpec"],
-    "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are megatron-core GPTModels"],
+    "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are megatron-core GPTModels, dense"],
     "HF model's roles": ["this is Hugging Face's LlamaForCausalLM"],
     "HF engine": ["this is Hugging Face's LlamaForCausalLM"],
     "wrapped": ["megatron-core's DistributedDataParallel around megatron-core's GPTModel", "before it is wrapped"],

@@ -50,6 +50,7 @@ for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.LOGIT_NORM: _table[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: _table[Role.FINAL_NORM]}
     _table |= {Role.SCALED_EMBEDDING: _table[Role.EMBEDDING]}
     _table |= dict.fromkeys(FANS, _table[Role.HIDDEN])  # all of a block's matrices, in proportion
+    _table |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), _table[Role.BLOCK_NORM])
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -86,6 +87,8 @@ MUP = {
     Role.EMBEDDING: (1, 1, 1, 1),
     Role.BLOCK_NORM: (1, 1, 0, 1 / 4),
     Role.QK_NORM: (1, 1, 0, 1 / 4),
+    Role.Q_LATENT_NORM: (1, 1, 0, 1 / 4),
+    Role.KV_LATENT_NORM: (1, 1, 0, 1 / 4),
     Role.HIDDEN: (1 / 2, 1 / 4, 4, 1 / 4),
     Role.BLOCK_BIAS: (1, 1, 0, 1 / 4),
     Role.FINAL_NORM: (1, 1, 0, 1),
@@ -120,6 +123,7 @@ COMPLETED_P = {
 COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS: COMPLETED_P[Role.BLOCK_BIAS]}
 COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
 COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING], **dict.fromkeys(FANS, COMPLETED_P[Role.HIDDEN])}
+COMPLETED_P |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), COMPLETED_P[Role.BLOCK_NORM])
 
 
 def test_completed_p():
@@ -140,7 +144,8 @@ FOLDED = {
     Role.SCALED_EMBEDDING: (1 / 2, 1 / 2, 2, 2),
     Role.SCALED_LOGIT_NORM: (1 / 2, 1 / 2, 0, 2),  # the logits' 1/4, of which the tied embedding has 1/2
 }
-FOLDED |= {role: FOLDED[Role.BRANCH_OUT] for role in FANS if role.value.endswith(("_out", "_down"))}
+_LATENT = (Role.Q_DOWN, Role.KV_DOWN)  # down to a latent vector, where no branch ends
+FOLDED |= {role: FOLDED[Role.BRANCH_OUT] for role in {*FANS} - {*_LATENT} if role.value.endswith(("_out", "_down"))}
 
 
 def test_folding():
@@ -233,7 +238,7 @@ def test_roles(folded, tied, names):
     [
         "decoder.layers.0.mlp.router.bias",
         "decoder.layers.0.mlp.experts.local_experts.0.linear_fc3.weight",
-        "decoder.layers.0.self_attention.linear_q_down_proj.weight",
+        "decoder.layers.0.self_attention.linear_k_down_proj.weight",
         "mtp.layers.0.eh_proj.weight",
         "decoder.layers.0.mixer.in_proj.weight",
         "output_layer.bias",
@@ -243,6 +248,51 @@ def test_roles(folded, tied, names):
 def test_an_unknown_parameter_is_named(name):
     with pytest.raises(ConfigError, match=name):
         role_of(name)
+
+
+LATENT = LAYER + "self_attention."
+LATENT_NAMES = {
+    LATENT + "linear_q_proj.weight": Role.QKV,
+    LATENT + "linear_q_down_proj.weight": Role.Q_DOWN,
+    LATENT + "linear_q_up_proj.weight": Role.Q_UP,
+    LATENT + "linear_kv_down_proj.weight": Role.KV_DOWN,
+    LATENT + "linear_qkv_down_proj.weight": Role.KV_DOWN,
+    LATENT + "linear_kv_up_proj.weight": Role.KV_UP,
+    LATENT + "linear_proj.weight": Role.ATTENTION_OUT,
+    LATENT + "linear_proj.bias": Role.BLOCK_BIAS,
+    LATENT + "q_layernorm.weight": Role.Q_LATENT_NORM,
+    LATENT + "kv_layernorm.weight": Role.KV_LATENT_NORM,
+    LATENT + "kv_layernorm.bias": Role.KV_LATENT_NORM,
+    LATENT + "linear_q_up_proj.layer_norm_weight": Role.Q_LATENT_NORM,
+    LATENT + "linear_kv_up_proj.layer_norm_bias": Role.KV_LATENT_NORM,
+    LATENT + "linear_q_proj.layer_norm_weight": Role.BLOCK_NORM,
+    LATENT + "linear_q_down_proj.layer_norm_weight": Role.BLOCK_NORM,
+    LATENT + "linear_qkv_down_proj.layer_norm_weight": Role.BLOCK_NORM,
+}
+
+
+def test_roles_of_latent_attention():
+    assert {name: role_of(name, latent=True) for name in LATENT_NAMES} == LATENT_NAMES
+
+
+def test_latent_attention_by_rank():
+    """Width and heads x 4, depth x 8; the queries' rank x 2, that of keys and values the base's: by hand."""
+    ratios = Ratios(4.0, 8.0, dims={"q_rank": 2.0, "kv_rank": 1.0})
+    expected = {
+        Role.Q_DOWN: (1 / 2, 1 / 4, 4, 1 / math.sqrt(4 * 2) / 8),
+        Role.Q_UP: (1 / math.sqrt(2), 1 / 2, 2, 1 / 4 / 8),
+        Role.KV_DOWN: (1 / 2, 1 / 4, 4, 1 / 2 / 8),
+        Role.KV_UP: (1, 1, 1, 1 / 4 / 8),
+        Role.Q_LATENT_NORM: (1, 1, 0, 1 / math.sqrt(4 * 2) / 8),
+        Role.KV_LATENT_NORM: (1, 1, 0, 1 / 2 / 8),
+    }
+    for role, row in expected.items():
+        assert astuple(multipliers(role, ratios))[:4] == pytest.approx(row, rel=1e-12), role
+        assert merged(role, ratios, folded=False) is role
+    in_proportion = Ratios(4.0, 8.0, dims={"q_rank": 4.0, "kv_rank": 4.0})
+    found = {role: merged(role, in_proportion, folded=True) for role in expected}
+    norms = (Role.Q_LATENT_NORM, Role.KV_LATENT_NORM)
+    assert found == {role: Role.BLOCK_NORM if role in norms else Role.HIDDEN for role in expected}
 
 
 def test_matrices_in_proportion_train_in_the_tables_groups():

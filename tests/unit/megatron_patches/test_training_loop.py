@@ -138,7 +138,7 @@ def test_an_option_that_is_off_or_unknown_to_a_version_is_no_conflict():
     )
     check_options(sections, SimpleNamespace(optimizer="adam", softmax_type="off-by-one", lr_warmup_init=0.0))
     for option, value, method in (
-        ("multi_latent_attention", True, "completep"),
+        ("enable_hyper_connections", True, "completep"),
         ("optimizer", "dist_muon", "completep"),
         ("softmax_type", "learnable", "completep"),
         ("lr_warmup_init", 1e-5, "completep"),

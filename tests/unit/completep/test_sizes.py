@@ -1,0 +1,45 @@
+"""What a TransformerConfig's sizes are to its base's, and what has no ratio."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ds_plugin.completep.config import CompletePConfig
+from ds_plugin.completep.sizes import dims_of, head_size
+from ds_plugin.core.errors import ConfigError
+
+LATENT = {
+    "multi_latent_attention": True, "hidden_size": 256, "num_attention_heads": 16, "kv_channels": 16,
+    "num_query_groups": 16, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_head_dim": 16, "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 20,
+}  # fmt: skip
+RANKS = {"base_q_lora_rank": 24, "base_kv_lora_rank": 32}
+
+
+def dims(base, **changes):
+    section = CompletePConfig.model_validate({"enabled": True, "base_width": 64, "base_depth": 2, **base})
+    return dims_of(SimpleNamespace(**LATENT | changes), section)
+
+
+def test_ranks_have_their_own_ratios():
+    assert head_size(SimpleNamespace(**LATENT)) == 24
+    assert dims({**RANKS, "base_head_dim": 8 + 16} | {"base_width": 48}) == {"q_rank": 2.0, "kv_rank": 1.0}
+    assert dims({"base_kv_lora_rank": 16}, q_lora_rank=None) == {"kv_rank": 2.0}
+    assert dims({**RANKS, "base_num_heads": 8}) == {"q_rank": 2.0, "kv_rank": 1.0, "heads": 2.0}
+    assert dims({}, multi_latent_attention=False) == {}  # such a config has ranks all the same
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "error"),
+    [
+        ({"base_kv_lora_rank": 32}, {}, r"base_q_lora_rank: missing.*\(here 48"),
+        ({"base_q_lora_rank": 24}, {}, r"base_kv_lora_rank: missing.*\(here 32"),
+        (RANKS, {"q_lora_rank": None}, "base_q_lora_rank: 24 in the base, here q_lora_rank is None"),
+        (RANKS, {"multi_latent_attention": False}, "base_q_lora_rank: 24 in the base, here q_lora_rank is None"),
+        ({**RANKS, "base_head_dim": 16}, {}, r"base_head_dim: 16 in the base, here 24 \(qk_head_dim 16 \+ 8"),
+        (RANKS, {"mla_down_proj_fusion": True}, "q_lora_rank is 48 on 24 in the base, kv_lora_rank 32 on 32"),
+    ],
+)  # fmt: skip
+def test_what_has_no_ratio_is_named(base, changes, error):
+    with pytest.raises(ConfigError, match=error):
+        dims(base, **changes)
