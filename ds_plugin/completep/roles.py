@@ -1,14 +1,15 @@
 """Which row of Table 1 each parameter of a megatron-core GPTModel belongs to, by name, with local or TransformerEngine
-layers (TE folds the norm before a linear into it: ``layer_norm_weight``), latent attention, and experts that are
-modules of their own, grouped in two matrices, or TE's. A name that matches nothing is an error: a parameter trained by
-the wrong rule would show as nothing but a worse model."""
+layers (TE folds the norm before a linear into it: ``layer_norm_weight``), latent attention, multi-token prediction, and
+experts that are modules of their own, grouped in two matrices, or TE's. A name that matches nothing is an error: a
+parameter trained by the wrong rule would show as nothing but a worse model."""
 
 import re
 
 from ds_plugin.completep.rules import ENDS, Role
 from ds_plugin.core.errors import ConfigError
 
-_LAYER = r"decoder\.layers\.\d+\."
+_MTP = r"mtp\.layers\.\d+"
+_LAYER = rf"(decoder\.layers\.\d+|{_MTP}\.(transformer_layer|mtp_model_layer))\."
 _EXPERTS = r"mlp\.experts\.(local_experts\.\d+\.)?"
 #: matrices inside a block, their biases beside them
 _MATRICES: tuple[tuple[str, Role], ...] = (
@@ -35,7 +36,9 @@ _OTHERS: tuple[tuple[str, Role], ...] = (
     (rf"{_LAYER}self_attention\.linear_q_up_proj\.layer_norm_(weight|bias)", Role.Q_LATENT_NORM),
     (rf"{_LAYER}self_attention\.(kv_layernorm\.|linear_kv_up_proj\.layer_norm_)(weight|bias)", Role.KV_LATENT_NORM),
     (rf"{_LAYER}self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
-    (r"decoder\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
+    (rf"(decoder|{_MTP})\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
+    (rf"{_MTP}\.[eh]norm\.(weight|bias)", Role.FINAL_NORM),
+    (rf"{_MTP}\.eh_proj\.weight", Role.MTP_PROJECTION),
     (r"output_layer\.weight", Role.UNEMBEDDING),
 )
 
@@ -61,8 +64,8 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False, latent: bool
         if re.fullmatch(pattern, name):
             if role is Role.QK_NORM and latent:
                 return Role.Q_LATENT_NORM
-            return Role.LOGIT_NORM if role is Role.FINAL_NORM and folded and tied else role
+            return Role.LOGIT_NORM if "final_layernorm" in name and folded and tied else role
     raise ConfigError(
         f"completep: parameter {name!r} has no role (supported are megatron-core GPT models, dense or with experts: "
-        'no MTP or Mamba layers); disable "completep" or build the model from supported layers'
+        'no Mamba layers); disable "completep" or build the model from supported layers'
     )

@@ -46,6 +46,7 @@ class Role(enum.Enum):
     Q_UP = "q_up"
     KV_DOWN = "kv_down"  # the same of keys and values
     KV_UP = "kv_up"
+    MTP_PROJECTION = "mtp_projection"  # of a multi-token prediction: stream and embedding, 2 n to n; in no branch
     ROUTER = "router"  # and a shared expert's gate
     EXPERT_UP = "expert_up"
     EXPERT_DOWN = "expert_down"
@@ -58,7 +59,7 @@ class Role(enum.Enum):
     BLOCK_BIAS = "block_bias"  # biases inside a block
     #: folded mode only: those that end a residual branch; so do gains and biases of a norm after it (Gemma 2)
     BRANCH_OUT_BIAS = "branch_out_bias"
-    FINAL_NORM = "final_norm"  # and norms right after the embedding, and the output layer's bias
+    FINAL_NORM = "final_norm"  # and others in no block: right after the embedding, before a multi-token prediction's
     LOGIT_NORM = "logit_norm"  # folded mode with tied embeddings only: the final norm, which scales the logits
     UNEMBEDDING = "unembedding"  # an untied output matrix
     SCALED_EMBEDDING = "scaled_embedding"  # folded mode only: one whose output is multiplied by sqrt(width) (Gemma)
@@ -77,6 +78,7 @@ FANS: Mapping[Role, tuple[str, str]] = {
     Role.Q_UP: ("q_rank", "heads"),
     Role.KV_DOWN: ("width", "kv_rank"),
     Role.KV_UP: ("kv_rank", "heads"),
+    Role.MTP_PROJECTION: ("width", "width"),
     Role.ROUTER: ("width", "width"),  # Jiang et al. give its eps so
     Role.EXPERT_UP: ("width", "expert_ffn"),
     Role.EXPERT_DOWN: ("expert_ffn", "width"),
@@ -219,6 +221,8 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
             return Multipliers(1, block_lr, 0, 1 / (math.sqrt(m_N * ratios.of(_NORMED[role])) * m_L**alpha))
         case Role.EXPERT_UP | Role.EXPERT_DOWN:
             return _expert(role, ratios)
+        case Role.MTP_PROJECTION:  # it returns a stream of its own, and no residual multiplier stands behind it
+            return Multipliers(1 / math.sqrt(m_N), 1 / m_N, m_N, other_eps if eps_scope == "all" else 1 / m_N)
         case _:
             m_in, m_out = (ratios.of(dimension) for dimension in FANS[role])
             eps = 1 / (math.sqrt(m_N * m_out) * m_L**alpha)

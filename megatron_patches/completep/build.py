@@ -4,6 +4,7 @@ Not called building.py: a package holds a module that was imported under its nam
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.config import split_config
 from ds_plugin.core.errors import StateError
 from ds_plugin.core.patch import Patch, active
-from megatron_patches.completep.layers import finish, prepared
+from megatron_patches.completep.layers import finish, prepared, scaled_spec
 
+_MTP_SPEC = "mtp_block_spec"  # an argument of it
 GPT_MODEL_INIT = "megatron.core.models.gpt.gpt_model.GPTModel.__init__"
 
 
@@ -21,8 +23,12 @@ def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> P
     """A patch of ``GPTModel.__init__``: what is built while it is on is scaled, and its config handed to ``built``."""
 
     def build(self: Any, config: Any, transformer_layer_spec: Any, *args: Any, **kwargs: Any) -> None:
-        with prepared(config, transformer_layer_spec, section) as scaled_spec:
-            patch.original(self, config, scaled_spec, *args, **kwargs)
+        given = inspect.signature(patch.original).bind(self, config, transformer_layer_spec, *args, **kwargs)
+        with prepared(config, transformer_layer_spec, section) as spec:
+            given.arguments["transformer_layer_spec"] = spec
+            if given.arguments.get(_MTP_SPEC) is not None:
+                given.arguments[_MTP_SPEC] = scaled_spec(config, given.arguments[_MTP_SPEC], section)
+            patch.original(*given.args, **given.kwargs)
             finish(self, section)
         built(config)
 

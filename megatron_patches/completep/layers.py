@@ -22,7 +22,7 @@ from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.sizes import head_size
 from ds_plugin.completep.supported import bare_model, check_config, check_mask, gpt_of
 from ds_plugin.core.errors import ConfigError
-from megatron_patches.completep.residual import scale_before, scale_input, scaled_add
+from megatron_patches.completep.residual import added_by, scale_before, scale_input, scaled_add
 
 #: a TransformerConfig's init methods, and what is drawn by them
 _DRAWN = {
@@ -37,23 +37,26 @@ _BASE_STD = "completep_base_std"
 _INFERENCE_SCALE = "softmax_scale"
 #: fields that set one of our quantities another way, or add streams, or parameters without a role
 _UNSUPPORTED = """
-    moe_latent_size mtp_num_layers apply_query_key_layer_scaling use_mup softmax_scale
+    moe_latent_size apply_query_key_layer_scaling use_mup softmax_scale
     heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
     experimental_attention_variant linear_attention_freq
 """
+#: what a multi-token prediction's layer calls the transformer layer in it, by megatron-core's version
+_INNER = ("transformer_layer", "mtp_model_layer")
 _READ_LATER = ("pipeline_dtype",)  # of the fields that are set, while the model trains; the others while it is built
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
     """A TransformerConfig, whose init methods' std's are the base model's, and a layer spec that build the scaled
-    model; without a section the given ones, which are left as they are. The model holds the returned config. Raises
+    model; without a section the given ones, which are left as they are. The model holds the returned config; a
+    multi-token prediction's block spec is to be made of the returned spec, or put through `scaled_spec`. Raises
     ConfigError: it asks for what the rules do not cover, or what sets the same quantity another way."""
     if section is None:
         return config, layer_spec
     check_config(config)
     config = copy.copy(config)  # not dataclasses.replace: it would run __post_init__ a second time
-    with prepared(config, layer_spec, section) as scaled_spec:
-        return config, scaled_spec
+    with prepared(config, layer_spec, section) as spec:
+        return config, spec
 
 
 @contextlib.contextmanager
@@ -69,11 +72,11 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
         for name in _UNSUPPORTED.split():
             if value := getattr(config, name, None):
                 raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}: not covered; leave it off")
-        scaled_spec = _scaled_spec(config, layer_spec, section)
+        spec = scaled_spec(config, layer_spec, section)
         values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
         vars(config).update({**values, MARK: Prepared(section, fields)})
-        yield scaled_spec
+        yield spec
     except BaseException:
         vars(config).pop(MARK, None)
         vars(config).update(before)
@@ -103,7 +106,9 @@ def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]
     return fields
 
 
-def _scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
+def scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
+    """A layer's or block's spec, or a multi-token prediction block's, that builds scaled residual branches. Raises
+    ConfigError, as `prepare`."""
     for layer in _layers(layer_spec):
         _check_layer(layer, section)
     branch = rules.residual_multiplier(ratios_of(config, section), section.recipe)
@@ -137,7 +142,13 @@ def _std(name: str, method: Any) -> float:
 
 
 def _layers(layer_spec: Any) -> list[Any]:
-    return getattr(getattr(layer_spec, "submodules", layer_spec), "layer_specs", None) or [layer_spec]
+    layers = getattr(getattr(layer_spec, "submodules", layer_spec), "layer_specs", None) or [layer_spec]
+    return [_transformer_layer(getattr(layer, "submodules", None)) or layer for layer in layers]
+
+
+def _transformer_layer(prediction: Any) -> Any:
+    """The transformer layer in a multi-token prediction's layer, or that one's spec in its; None in others."""
+    return next((inner for name in _INNER if (inner := getattr(prediction, name, None)) is not None), None)
 
 
 def _check_layer(layer: Any, section: CompletePConfig) -> None:
@@ -182,6 +193,11 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
             if (scale := _init_scale(roles[name], section, ratios)) != 1.0:
                 parameter.mul_(scale)
     layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
+    predictions = list(gpt.mtp.layers) if getattr(gpt, "mtp", None) is not None else []
+    _check_branches([*layers, *map(_transformer_layer, predictions)], multipliers["residual branches"])
+    c = section.fold_factor(Role.LOGIT_NORM, ratios) if tied else 1.0
+    for prediction in predictions if c != 1.0 else []:  # its norm is on what a final norm returns, c times as large
+        prediction.hnorm.eps *= c * c
     if (logits := multipliers["logits"]) != 1.0 and (output_layer := getattr(gpt, "output_layer", None)) is not None:
         output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
     if (embeddings := multipliers["embeddings"]) != 1.0 and (embedding := getattr(gpt, "embedding", None)) is not None:
@@ -197,6 +213,14 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
 
 def _scale_output(module: torch.nn.Module, args: tuple[Any, ...], output: Any, *, multiplier: float) -> Any:
     return output * multiplier
+
+
+def _check_branches(layers: list[Any], multiplier: float) -> None:
+    for layer in layers:
+        if (found := added_by(layer, _ADDS)) - {multiplier}:
+            what = f"a layer's residual branches are multiplied by {found}, and the section says {multiplier:g}"
+            remedy = "build the model, and get_gpt_mtp_block_spec's block, from the layer spec that prepare() returned"
+            raise ConfigError(f"completep: {what}; {remedy}")
 
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:

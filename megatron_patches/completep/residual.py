@@ -6,12 +6,13 @@ megatron-core 0.16's own function rounds down: at alpha = 1 a branch is a 1/L-th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 WithBias = tuple[torch.Tensor, torch.Tensor | None]
+_OF_BRANCH = "of_branch"  # on a bias-dropout-add of ours, what it multiplies a branch by
 BiasDropoutAdd = Callable[[WithBias, torch.Tensor, float], torch.Tensor]
 
 
@@ -23,6 +24,7 @@ def scaled_bias_dropout_add(of_branch: float, of_bias: float = 1.0) -> Callable[
         function = _fused(training) if fused else (_train if training else _evaluate)
         return functools.partial(function, of_bias=of_bias, of_branch=of_branch)
 
+    setattr(get_bias_dropout_add, _OF_BRANCH, of_branch)
     return get_bias_dropout_add
 
 
@@ -36,6 +38,14 @@ def scaled_add(add: Any, multiplier: float) -> Any:
         return add
     ours = getattr(add, "__module__", None) == __name__
     return scaled_bias_dropout_add(multiplier) if ours or add is get_bias_dropout_add else None
+
+
+def added_by(layer: Any, names: Sequence[str]) -> set[float]:
+    """What a built transformer layer's bias-dropout-adds of these names multiply their branches by."""
+    from megatron.core.transformer.identity_op import IdentityFuncOp
+
+    adds = [getattr(layer, name) for name in names]
+    return {getattr(add, _OF_BRANCH, 1.0) for add in adds if not isinstance(add, IdentityFuncOp)}
 
 
 def scale_before(layer: Any, multiplier: float) -> None:

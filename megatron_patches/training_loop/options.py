@@ -39,7 +39,7 @@ _REFUSED = {
         "both scale the same": "use_mup apply_query_key_layer_scaling",
         "both set the same": """decoupled_lr decoupled_min_lr init_method_xavier_uniform
             no_weight_decay_cond_type apply_wd_to_qk_layernorm""",
-        "it has no rules for that": """moe_latent_size mtp_num_layers softmax_type
+        "it has no rules for that": """moe_latent_size softmax_type
             experimental_attention_variant linear_attention_freq enable_hyper_connections
             heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json""",
         "it has rules for a GPTModel of megatron-core": """is_hybrid_model hybrid_layer_pattern hybrid_override_pattern

@@ -446,7 +446,6 @@ def _refusals():
     for name, value in (
         ("num_moe_experts", 4),
         ("multi_latent_attention", True),
-        ("mtp_num_layers", 1),
         ("softmax_scale", 0.1),
         ("use_mup", True),
         ("is_hybrid_model", True),
@@ -496,7 +495,6 @@ EXPECTED = {
     "unknown parameter": ["extra.weight"],
     "num_moe_experts": ["num_moe_experts", "4"],
     "multi_latent_attention": ["multi_latent_attention is True", "MLATransformerConfig"],
-    "mtp_num_layers": ["mtp_num_layers", "1"],
     "softmax_scale": ["softmax_scale", "0.1"],
     "use_mup": ["use_mup", "True", "leave it off"],
     "is_hybrid_model": ["is_hybrid_model"],

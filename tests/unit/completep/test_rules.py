@@ -51,6 +51,7 @@ for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.SCALED_EMBEDDING: _table[Role.EMBEDDING]}
     _table |= dict.fromkeys(FANS, _table[Role.HIDDEN])  # all of a block's matrices, in proportion
     _table |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), _table[Role.BLOCK_NORM])
+    _table[Role.MTP_PROJECTION] = (1 / 2, 1 / 4, 4, 1 / 4)  # no branch's, so that nothing is of the depth
 
 
 @pytest.mark.parametrize(("alpha", "table"), [(1.0, ALPHA_1), (0.5, ALPHA_HALF)])
@@ -124,6 +125,7 @@ COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS:
 COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
 COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING], **dict.fromkeys(FANS, COMPLETED_P[Role.HIDDEN])}
 COMPLETED_P |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), COMPLETED_P[Role.BLOCK_NORM])
+COMPLETED_P[Role.MTP_PROJECTION] = (1 / 2, 1 / 8, 4 / 2, 2 / 4)
 
 
 def test_completed_p():
@@ -239,7 +241,8 @@ def test_roles(folded, tied, names):
         "decoder.layers.0.mlp.router.bias",
         "decoder.layers.0.mlp.experts.local_experts.0.linear_fc3.weight",
         "decoder.layers.0.self_attention.linear_k_down_proj.weight",
-        "mtp.layers.0.eh_proj.weight",
+        "mtp.layers.0.eh_proj.bias",
+        "mtp.layers.0.mtp_model_layer.layers.0.mixer.in_proj.weight",
         "decoder.layers.0.mixer.in_proj.weight",
         "output_layer.bias",
         "prefix.output_layer.weight",
@@ -273,6 +276,30 @@ LATENT_NAMES = {
 
 def test_roles_of_latent_attention():
     assert {name: role_of(name, latent=True) for name in LATENT_NAMES} == LATENT_NAMES
+
+
+MTP = "mtp.layers.1."
+PREDICTION_NAMES = {
+    MTP + "eh_proj.weight": Role.MTP_PROJECTION,
+    MTP + "enorm.weight": Role.FINAL_NORM,
+    MTP + "hnorm.bias": Role.FINAL_NORM,
+    MTP + "transformer_layer.input_layernorm.weight": Role.BLOCK_NORM,
+    MTP + "transformer_layer.self_attention.linear_proj.weight": Role.ATTENTION_OUT,
+    MTP + "transformer_layer.mlp.linear_fc2.bias": Role.BLOCK_BIAS,
+    MTP + "mtp_model_layer.self_attention.linear_qkv.layer_norm_weight": Role.BLOCK_NORM,
+    MTP + "mtp_model_layer.mlp.experts.linear_fc2.weight3": Role.EXPERT_DOWN,
+    MTP + "final_layernorm.weight": Role.FINAL_NORM,
+}
+
+
+def test_roles_of_a_multi_token_prediction():
+    assert {name: role_of(name, folded=True) for name in PREDICTION_NAMES} == {
+        **PREDICTION_NAMES,
+        MTP + "transformer_layer.mlp.linear_fc2.bias": Role.BRANCH_OUT_BIAS,
+    }
+    tied = {name: role_of(name, folded=True, tied=True) for name in PREDICTION_NAMES if "norm.weight" in name}
+    logits = [name for name, role in tied.items() if role is Role.LOGIT_NORM]
+    assert logits == [MTP + "final_layernorm.weight"]  # of all its norms, the one that logits are made of
 
 
 def test_latent_attention_by_rank():
