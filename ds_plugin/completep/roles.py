@@ -6,10 +6,12 @@ parameter trained by the wrong rule would show as nothing but a worse model."""
 import re
 
 from ds_plugin.completep.rules import ENDS, Role
+from ds_plugin.completep.supported import MAMBA
 from ds_plugin.core.errors import ConfigError
 
 _MTP = r"mtp\.layers\.\d+"
 _LAYER = rf"(decoder\.layers\.\d+|{_MTP}\.(transformer_layer|mtp_model_layer))\."
+_ENDS = r"self_attention\.linear_proj|mlp\.linear_fc2"
 _EXPERTS = r"mlp\.experts\.(local_experts\.\d+\.)?"
 #: matrices inside a block, their biases beside them
 _MATRICES: tuple[tuple[str, Role], ...] = (
@@ -36,6 +38,8 @@ _OTHERS: tuple[tuple[str, Role], ...] = (
     (rf"{_LAYER}self_attention\.linear_q_up_proj\.layer_norm_(weight|bias)", Role.Q_LATENT_NORM),
     (rf"{_LAYER}self_attention\.(kv_layernorm\.|linear_kv_up_proj\.layer_norm_)(weight|bias)", Role.KV_LATENT_NORM),
     (rf"{_LAYER}self_attention\.[qk]_layernorm\.(weight|bias)", Role.QK_NORM),
+    (rf"{_LAYER}self_attention\.core_attention\.softmax_offset", Role.SOFTMAX_OFFSET),
+    (rf"{_LAYER}({_ENDS})\.post_layernorm\.(weight|bias)", Role.BLOCK_NORM),  # after a branch, as Gemma's and Olmo's
     (rf"(decoder|{_MTP})\.final_layernorm\.(weight|bias)", Role.FINAL_NORM),
     (rf"{_MTP}\.[eh]norm\.(weight|bias)", Role.FINAL_NORM),
     (rf"{_MTP}\.eh_proj\.weight", Role.MTP_PROJECTION),
@@ -62,10 +66,12 @@ def role_of(name: str, *, folded: bool = False, tied: bool = False, latent: bool
             return Role.BRANCH_OUT_BIAS if folded and role in ENDS else Role.BLOCK_BIAS
     for pattern, role in _OTHERS:
         if re.fullmatch(pattern, name):
+            if ".post_layernorm." in name and folded:
+                what = f"{name!r} is of a norm after a residual branch, which no weights before it can scale"
+                raise ConfigError(f'completep: {what}; write "residual": "forward"')
             if role is Role.QK_NORM and latent:
                 return Role.Q_LATENT_NORM
             return Role.LOGIT_NORM if "final_layernorm" in name and folded and tied else role
-    raise ConfigError(
-        f"completep: parameter {name!r} has no role (supported are megatron-core GPT models, dense or with experts: "
-        'no Mamba layers); disable "completep" or build the model from supported layers'
-    )
+    why = MAMBA if ".mixer." in name else "supported are megatron-core GPT models, dense or with experts"
+    remedy = 'disable "completep" or build the model from supported layers'
+    raise ConfigError(f"completep: parameter {name!r} has no role: {why}; {remedy}")

@@ -57,6 +57,7 @@ class Role(enum.Enum):
     Q_LATENT_NORM = "q_latent_norm"  # of the queries' latent vector; a block norm where its rank is in proportion
     KV_LATENT_NORM = "kv_latent_norm"
     BLOCK_BIAS = "block_bias"  # biases inside a block
+    SOFTMAX_OFFSET = "softmax_offset"  # learnable, added to q.k; a bias to Table 1, but drawn as the matrices are
     #: folded mode only: those that end a residual branch; so do gains and biases of a norm after it (Gemma 2)
     BRANCH_OUT_BIAS = "branch_out_bias"
     FINAL_NORM = "final_norm"  # and others in no block: right after the embedding, before a multi-token prediction's
@@ -96,7 +97,8 @@ _DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN, Role.Q_DOWN,
 #: roles that others are a kind of
 _KINDS = {
     **dict.fromkeys((Role.BRANCH_OUT, *_DENSE), Role.HIDDEN),
-    Role.QK_NORM: Role.BLOCK_NORM,
+    **dict.fromkeys((Role.QK_NORM, *_NORMED), Role.BLOCK_NORM),
+    Role.SOFTMAX_OFFSET: Role.BLOCK_BIAS,
     Role.BRANCH_OUT_BIAS: Role.BLOCK_BIAS,
     Role.SCALED_EMBEDDING: Role.EMBEDDING,
     **dict.fromkeys((Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM), Role.FINAL_NORM),
@@ -215,14 +217,15 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
             return Multipliers(1, 1, 1, other_eps)
         case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:
             return Multipliers(1, 1, 0, other_eps)
-        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS:
+        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS | Role.SOFTMAX_OFFSET:
             return Multipliers(1, block_lr, 0, block_eps)
         case Role.Q_LATENT_NORM | Role.KV_LATENT_NORM:
             return Multipliers(1, block_lr, 0, 1 / (math.sqrt(m_N * ratios.of(_NORMED[role])) * m_L**alpha))
         case Role.EXPERT_UP | Role.EXPERT_DOWN:
             return _expert(role, ratios)
         case Role.MTP_PROJECTION:  # it returns a stream of its own, and no residual multiplier stands behind it
-            return Multipliers(1 / math.sqrt(m_N), 1 / m_N, m_N, other_eps if eps_scope == "all" else 1 / m_N)
+            eps = block_eps if eps_scope == "all" else 1 / m_N
+            return Multipliers(1 / math.sqrt(m_N), 1 / m_N, m_N**ratios.decay_exponent, eps)
         case _:
             m_in, m_out = (ratios.of(dimension) for dimension in FANS[role])
             eps = 1 / (math.sqrt(m_N * m_out) * m_L**alpha)

@@ -12,9 +12,12 @@ MODELS = (
     "(megatron_patches.models.pipeline_gpt), and decoders that ds_plugin.completep.prepare_decoder(model, section) has "
     "been called on as they were built"
 )
+#: why layers of state space models, alone or between others in a hybrid model, have no rules
+MAMBA = "on Mamba layers muP and the spectral condition fail (Vankadara et al., NeurIPS 2024)"
 MARK = "completep_applied"  # on a finished or prepared model its section, on a TransformerConfig a `Prepared`
 ROLES = "completep_roles"  # on a prepared decoder: its parameters' roles, by name
 _GPT = ("GPTModel", "StageOfGPT")
+_HYBRID = ("MambaModel", "HybridModel", "MambaStackSubmodules", "HybridStackSubmodules")  # of layers, Mamba's too
 _PIPELINE = "PipelineGPT"  # our model in DeepSpeed's pipeline; its stage is a StageOfGPT
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
 _INSIDE = (_COMPILED, "module")  # where others do
@@ -67,8 +70,9 @@ def is_known(model: Any) -> bool:
 def check_model(model: Any) -> None:
     """Raises ConfigError for a model of another kind."""
     if not is_known(model):
+        why = f": {MAMBA}" if _is_a(model, *_HYBRID) else ""
         remedy = f"supported are {MODELS}; build one of them, or leave the section out"
-        raise ConfigError(f"completep: this is {label(model)}; {remedy}")
+        raise ConfigError(f"completep: this is {label(model)}{why}; {remedy}")
 
 
 def is_transformer_config(config: Any) -> bool:
@@ -86,6 +90,14 @@ def check_config(config: Any) -> None:
     if config.multi_latent_attention and not _is_a(config, "MLATransformerConfig"):
         what = f"{label(config)}.multi_latent_attention is {config.multi_latent_attention!r}"
         raise ConfigError(f"completep: {what}, and it has no ranks; use an MLATransformerConfig")
+
+
+def check_layer(layer: Any) -> None:
+    """Raises ConfigError for a layer spec whose layers may be Mamba's, or as `check_mask`."""
+    if _is_a(layer.submodules, *_HYBRID):
+        what = f"the layer spec is of {type(layer.submodules).__name__}, of a hybrid model, and {MAMBA}"
+        raise ConfigError(f"completep: {what}; use a GPT layer spec")
+    check_mask(layer)
 
 
 def check_mask(layer: Any) -> None:

@@ -20,7 +20,7 @@ from ds_plugin.completep.model import MARK, Prepared, check_gains, checked_roles
 from ds_plugin.completep.param_groups import await_groups
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.sizes import head_size
-from ds_plugin.completep.supported import bare_model, check_config, check_mask, gpt_of
+from ds_plugin.completep.supported import MAMBA, bare_model, check_config, check_layer, gpt_of
 from ds_plugin.core.errors import ConfigError
 from megatron_patches.completep.residual import added_by, scale_before, scale_input, scaled_add
 
@@ -36,11 +36,12 @@ _BASE_STD = "completep_base_std"
 #: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
 _INFERENCE_SCALE = "softmax_scale"
 #: fields that set one of our quantities another way, or add streams, or parameters without a role
-_UNSUPPORTED = """
-    moe_latent_size apply_query_key_layer_scaling use_mup softmax_scale
-    heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections is_hybrid_model
-    experimental_attention_variant linear_attention_freq
-"""
+_UNSUPPORTED = {
+    "not covered": """moe_latent_size apply_query_key_layer_scaling use_mup softmax_scale linear_attention_freq
+        heterogeneous_block_specs inference_fuse_tp_communication enable_hyper_connections
+        experimental_attention_variant""",
+    MAMBA: "is_hybrid_model",
+}
 #: what a multi-token prediction's layer calls the transformer layer in it, by megatron-core's version
 _INNER = ("transformer_layer", "mtp_model_layer")
 _READ_LATER = ("pipeline_dtype",)  # of the fields that are set, while the model trains; the others while it is built
@@ -69,9 +70,9 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
     try:
         stds = base_stds(config)  # before: what is ours knows it, whatever depth the given ones were made for
         give_back(config)
-        for name in _UNSUPPORTED.split():
+        for name, why in ((name, why) for why, names in _UNSUPPORTED.items() for name in names.split()):
             if value := getattr(config, name, None):
-                raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}: not covered; leave it off")
+                raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}: {why}; leave it off")
         spec = scaled_spec(config, layer_spec, section)
         values = _scaled_fields(config, section, stds)
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
@@ -156,7 +157,7 @@ def _check_layer(layer: Any, section: CompletePConfig) -> None:
 
     if not hasattr(layer, "submodules"):
         raise ConfigError(f"completep: the layer spec is {layer!r}, which names no submodules; give a ModuleSpec")
-    check_mask(layer)
+    check_layer(layer)
     kind = f"completep: the layer spec {type(layer.submodules).__name__}"
     for name in _ADDS:
         if (add := getattr(layer.submodules, name, None)) is None:
@@ -190,6 +191,8 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         check_gains(gpt.config, tied=tied)
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
+            if roles[name] is Role.SOFTMAX_OFFSET and not _drawn_by_config(gpt.get_submodule(name.rpartition(".")[0])):
+                continue
             if (scale := _init_scale(roles[name], section, ratios)) != 1.0:
                 parameter.mul_(scale)
     layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
@@ -223,9 +226,16 @@ def _check_branches(layers: list[Any], multiplier: float) -> None:
             raise ConfigError(f"completep: {what}; {remedy}")
 
 
+def _drawn_by_config(attention: torch.nn.Module) -> bool:
+    """Whether a softmax offset was drawn by the config's init_method; TransformerEngine has a way of its own."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    return isinstance(attention, DotProductAttention)
+
+
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
     """What a parameter is multiplied by as it was drawn: no random numbers, so tensor-parallel ranks stay in step."""
-    if role is Role.UNEMBEDDING or role in rules.FANS:  # an untied output matrix is drawn as the hidden ones are
+    if role in (Role.UNEMBEDDING, Role.SOFTMAX_OFFSET, *rules.FANS):  # the first two are drawn as hidden matrices are
         drawn = Role.BRANCH_OUT if role in rules.ENDS else Role.HIDDEN
         return section.multipliers(role, ratios).init_std / section.multipliers(drawn, ratios).init_std
     return section.fold_factor(role, ratios) if role is Role.LOGIT_NORM else 1.0

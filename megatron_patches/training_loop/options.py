@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+from ds_plugin.completep.supported import MAMBA
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError
 
 #: values of an option, beside none, that every method goes with
-_FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam",), "softmax_type": ("vanilla", "off-by-one")}
+_FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam",)}
 _STATE = {
     "nothing is trained": "freeze_all_layers",
     "the method's state is saved with ordinary checkpoints only": "non_persistent_save_interval",
@@ -39,11 +40,11 @@ _REFUSED = {
         "both scale the same": "use_mup apply_query_key_layer_scaling",
         "both set the same": """decoupled_lr decoupled_min_lr init_method_xavier_uniform
             no_weight_decay_cond_type apply_wd_to_qk_layernorm""",
-        "it has no rules for that": """moe_latent_size softmax_type
-            experimental_attention_variant linear_attention_freq enable_hyper_connections
-            heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json""",
-        "it has rules for a GPTModel of megatron-core": """is_hybrid_model hybrid_layer_pattern hybrid_override_pattern
-            hybrid_attention_ratio hybrid_mlp_ratio vision_pretraining use_legacy_models""",
+        "it has no rules for that": """moe_latent_size experimental_attention_variant linear_attention_freq
+            enable_hyper_connections heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json""",
+        MAMBA: """is_hybrid_model hybrid_layer_pattern hybrid_override_pattern hybrid_attention_ratio
+            hybrid_mlp_ratio""",
+        "it has rules for a GPTModel of megatron-core": "vision_pretraining use_legacy_models",
         "its rules hold for adam, with decoupled weight decay": "optimizer",
         "it has param groups of its own": "use_layer_wise_distributed_optimizer",
         "it keeps one learning rate in a tensor": "optimizer_cuda_graph",

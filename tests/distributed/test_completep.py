@@ -370,6 +370,8 @@ def _other_kinds(attempt, config, cfg):
     attempt("BERT spec", lambda: prepare(config, bert_layer_local_spec, section()))
     attempt("T5 spec", lambda: prepare(config, get_t5_decoder_with_local_block_spec(2), section()))
     attempt("no spec", lambda: prepare(config, None, section()))
+    hybrid = type("HybridModel", (torch.nn.Linear,), {"__module__": "megatron.core.models.hybrid"})(2, 2)
+    attempt("hybrid model", lambda: finish(hybrid, section()))
     attempt("HF model", lambda: finish(llama, section()))
     attempt("HF model's roles", lambda: finished_roles(torch.nn.DataParallel(llama), section()))
     attempt("HF engine", lambda: ds_plugin.initialize(model=llama, config=deepspeed_config(section())))
@@ -497,13 +499,13 @@ EXPECTED = {
     "multi_latent_attention": ["multi_latent_attention is True", "MLATransformerConfig"],
     "softmax_scale": ["softmax_scale", "0.1"],
     "use_mup": ["use_mup", "True", "leave it off"],
-    "is_hybrid_model": ["is_hybrid_model"],
+    "is_hybrid_model": ["is_hybrid_model is True: on Mamba layers muP and the spectral condition fail"],
     "inference_fuse_tp_communication": ["inference_fuse_tp_communication"],
     "apply_query_key_layer_scaling": ["apply_query_key_layer_scaling"],
     "experimental_attention_variant": ["gated_delta_net"],
     "heterogeneous_block_specs": ["heterogeneous_block_specs"],
     "enable_hyper_connections": ["enable_hyper_connections"],
-    "mamba": ["StackSubmodules", "self_attn_bda"],  # Mamba- or Hybrid-, by the version of megatron-core
+    "mamba": ["StackSubmodules, of a hybrid model, and on Mamba layers muP"],  # or Mamba's, by the version
     "cross-attention": ["CrossAttention", "decoder-only"],
     "xavier": ["init_method", "xavier_uniform_", "init_method_std"],
     "off zero": ["TransformerConfig.init_method", "mean=0.1", "normal_, mean=0.0"],
@@ -516,6 +518,7 @@ EXPECTED = {
     "BERT spec": ["attn_mask_type is 'padding'", "BERT", "decoder-only"],
     "T5 spec": ["CrossAttention", "decoder-only"],
     "no spec": ["layer spec is None", "ModuleSpec"],
+    "hybrid model": ["this is megatron-core's HybridModel: on Mamba layers muP", "supported are"],
     "HF model": ["this is Hugging Face's LlamaForCausalLM", "supported are megatron-core GPTModels, dense"],
     "HF model's roles": ["this is Hugging Face's LlamaForCausalLM"],
     "HF engine": ["this is Hugging Face's LlamaForCausalLM"],

@@ -51,6 +51,7 @@ for _table in (ALPHA_1, ALPHA_HALF):
     _table |= {Role.SCALED_EMBEDDING: _table[Role.EMBEDDING]}
     _table |= dict.fromkeys(FANS, _table[Role.HIDDEN])  # all of a block's matrices, in proportion
     _table |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), _table[Role.BLOCK_NORM])
+    _table[Role.SOFTMAX_OFFSET] = _table[Role.BLOCK_BIAS]
     _table[Role.MTP_PROJECTION] = (1 / 2, 1 / 4, 4, 1 / 4)  # no branch's, so that nothing is of the depth
 
 
@@ -90,6 +91,7 @@ MUP = {
     Role.QK_NORM: (1, 1, 0, 1 / 4),
     Role.Q_LATENT_NORM: (1, 1, 0, 1 / 4),
     Role.KV_LATENT_NORM: (1, 1, 0, 1 / 4),
+    Role.SOFTMAX_OFFSET: (1, 1, 0, 1 / 4),
     Role.HIDDEN: (1 / 2, 1 / 4, 4, 1 / 4),
     Role.BLOCK_BIAS: (1, 1, 0, 1 / 4),
     Role.FINAL_NORM: (1, 1, 0, 1),
@@ -125,6 +127,7 @@ COMPLETED_P |= {Role.BRANCH_OUT: COMPLETED_P[Role.HIDDEN], Role.BRANCH_OUT_BIAS:
 COMPLETED_P |= {Role.LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM], Role.SCALED_LOGIT_NORM: COMPLETED_P[Role.FINAL_NORM]}
 COMPLETED_P |= {Role.SCALED_EMBEDDING: COMPLETED_P[Role.EMBEDDING], **dict.fromkeys(FANS, COMPLETED_P[Role.HIDDEN])}
 COMPLETED_P |= dict.fromkeys((Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), COMPLETED_P[Role.BLOCK_NORM])
+COMPLETED_P[Role.SOFTMAX_OFFSET] = COMPLETED_P[Role.BLOCK_BIAS]
 COMPLETED_P[Role.MTP_PROJECTION] = (1 / 2, 1 / 8, 4 / 2, 2 / 4)
 
 
@@ -263,6 +266,7 @@ LATENT_NAMES = {
     LATENT + "linear_kv_up_proj.weight": Role.KV_UP,
     LATENT + "linear_proj.weight": Role.ATTENTION_OUT,
     LATENT + "linear_proj.bias": Role.BLOCK_BIAS,
+    LATENT + "core_attention.softmax_offset": Role.SOFTMAX_OFFSET,
     LATENT + "q_layernorm.weight": Role.Q_LATENT_NORM,
     LATENT + "kv_layernorm.weight": Role.KV_LATENT_NORM,
     LATENT + "kv_layernorm.bias": Role.KV_LATENT_NORM,
@@ -276,6 +280,19 @@ LATENT_NAMES = {
 
 def test_roles_of_latent_attention():
     assert {name: role_of(name, latent=True) for name in LATENT_NAMES} == LATENT_NAMES
+
+
+@pytest.mark.parametrize("branch", ["self_attention.linear_proj", "mlp.linear_fc2"])
+def test_a_norm_after_a_branch_has_a_role_in_the_forward_mode(branch):
+    name = f"{LAYER}{branch}.post_layernorm.weight"
+    assert role_of(name) is Role.BLOCK_NORM
+    with pytest.raises(ConfigError, match=f'{name}.*norm after a residual branch.*"residual": "forward"'):
+        role_of(name, folded=True)
+
+
+def test_mamba_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="mixer.in_proj.weight' has no role: on Mamba layers muP.*Vankadara"):
+        role_of("decoder.layers.0.mixer.in_proj.weight")
 
 
 MTP = "mtp.layers.1."

@@ -136,11 +136,10 @@ def test_an_option_that_is_off_or_unknown_to_a_version_is_no_conflict():
     check_options(
         sections, SimpleNamespace(cuda_graph_impl="none", rampup_batch_size=None, sft=False, num_experts=None)
     )
-    check_options(sections, SimpleNamespace(optimizer="adam", softmax_type="off-by-one", lr_warmup_init=0.0))
+    check_options(sections, SimpleNamespace(optimizer="adam", softmax_type="learnable", lr_warmup_init=0.0))
     for option, value, method in (
         ("enable_hyper_connections", True, "completep"),
         ("optimizer", "dist_muon", "completep"),
-        ("softmax_type", "learnable", "completep"),
         ("lr_warmup_init", 1e-5, "completep"),
         ("use_torch_fsdp2", True, "completep"),
         ("hybrid_layer_pattern", "M*M-", "completep"),
