@@ -58,10 +58,9 @@ class ReferenceMoE(ReferenceGPT):
         self.m_L = depth / more["base_depth"]
         scale = math.sqrt(more["base_head_dim"]) / (width // heads)
         size = {"width": width, "experts": experts, "active": active, "hidden": hidden, "shared": shared}
-        branch = self.m_L ** -more["alpha"]
-        self.blocks = nn.ModuleList(
-            MoEBlock(heads, branch, scale, **size, sums_to=sums_to, **kind, qk_norm=False) for _ in range(depth)
-        )
+        self.kind = {**size, "sums_to": sums_to, **kind, "qk_norm": False}
+        self.branch = self.m_L ** -more["alpha"]
+        self.blocks = nn.ModuleList(MoEBlock(heads, self.branch, scale, **self.kind) for _ in range(depth))
         self.m_E, self.m_K, self.m_M = (new / old for new, old in zip((experts, active, hidden), base, strict=False))
         self.m_S = shared / base[3] if shared else 1.0
         self.of_sum, self.rule = active != base[1] and (sums_to, base[4]) == (active, base[1]), rule
@@ -88,6 +87,10 @@ class ReferenceMoE(ReferenceGPT):
             return (std, depth_lr / self.m_M / k, self.m_M * k, k / self.m_E / n / depth)
         return (n**-0.5, depth_lr / n, n, std * k / self.m_E / n**0.5 / depth)
 
+    @staticmethod
+    def name_of(name):
+        return name_of(name)
+
     def groups(self, lr, weight_decay, eps):
         """AdamW groups, one per parameter."""
         for name, p in self.named_parameters():
@@ -99,7 +102,7 @@ class ReferenceMoE(ReferenceGPT):
         theirs = dict(theirs)
         with torch.no_grad():
             for name, p in self.named_parameters():
-                weight = theirs.pop(name_of(name))
+                weight = theirs.pop(self.name_of(name))
                 assert weight.shape == p.shape, name
                 p.copy_(weight)
         assert not theirs, f"left over: {list(theirs)}"
