@@ -6,7 +6,7 @@ import re
 import pytest
 
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
-from tests.distributed.test_completep_latent import build_model, drawn, section, settings
+from tests.distributed.test_completep_latent import build_model, drawn, section, settings, weights
 
 LR, DECAY, EPS = 0.01, 0.1, 1e-8
 
@@ -89,7 +89,7 @@ def found(case):
     groups = build_param_groups(model, roles, ratios, completep, lr=LR, weight_decay=DECAY, eps=EPS)
     group_of = {id(p): group for group in groups for p in group["params"]}
     rows = {}
-    for name, p in model.named_parameters():
+    for name, p in weights(model).items():
         group, init = group_of[id(p)], (p.norm() / plain[name].norm()).item()
         off = (p - plain[name] * init).abs().max().item() / p.abs().max().item()
         rows[name] = (init, group["lr"] / LR, group["weight_decay"] / DECAY, group["eps"] / EPS, off)

@@ -58,11 +58,20 @@ def batch(step):
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def in_0_16(name):
+    """A parameter's name there; 0.19 calls a prediction's layer otherwise."""
+    return name.replace("mtp_model_layer", "transformer_layer")
+
+
+def weights(model):
+    return {in_0_16(name): p for name, p in model.named_parameters()}
+
+
 def drawn(**given):
     """The weights that megatron-core draws itself, from the same seed; its output projections' not by the depth."""
     by_width = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
     config, spec = settings(**given, output_layer_init_method=by_width)
-    return dict(build_model(config, spec, spec if config.mtp_num_layers else None).named_parameters())
+    return weights(build_model(config, spec, spec if config.mtp_num_layers else None))
 
 
 def train(model, loss_of, optimizer):
@@ -149,8 +158,10 @@ def beside_the_twin(ranks, base_ranks, more, residual):
     model = build_model(config, spec, spec if config.mtp_num_layers else None)
     roles, ratios = finish(model, completep), ratios_of(config, completep)
 
+    factors = {in_0_16(name): completep.fold_factor(role, ratios) for name, role in roles.items()}
+
     def unfolded():
-        return {name: p.detach() / completep.fold_factor(roles[name], ratios) for name, p in model.named_parameters()}
+        return {name: p.detach() / factors[name] for name, p in weights(model).items()}
 
     twin = ReferenceLatent(
         vocab=VOCAB, length=LENGTH, width=64, depth=4, heads=HEADS, experts=4, active=2, hidden=64, shared=64,
