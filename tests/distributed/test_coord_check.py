@@ -1,5 +1,7 @@
 """The coordinate check on a small grid: CompleteP passes a bound that the other recipes fail."""
 
+import contextlib
+import io
 import json
 import re
 
@@ -37,6 +39,33 @@ def test_small_grid(workers, tmp_path, depths, steps, bounds):
     base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step, r.layer) == (64, 2, steps, LAST_BLOCK)}
     assert len(set(base.values())) == 1 and set(base) == set(RECIPES)
     assert (tmp_path / "out" / "coord_check.png").stat().st_size > 20_000
+
+
+#: an expert's hidden size x 1.5, and experts x 1.5 with as many active
+EXPERTS = ["coord-check", "--experts", "4:2,6:2:3", "--base-width", "32", "--recipes", "completep,standard"]
+
+
+def _of_experts(out):
+    small = ["--widths", "32,64", "--depths", "2,8", "--steps", "3", "--seeds", "1", "--out", out]
+    errors, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
+        codes = [main([*EXPERTS, *small, *moe]) for moe in ([], ["--moe", "fixed_sparsity"])]
+        codes.append(main([*EXPERTS, *small, "--moe", "mue", "--at-most", "1.8"]))
+    return codes, errors.getvalue().splitlines(), printed.getvalue().splitlines()
+
+
+def test_a_small_grid_of_experts(workers, tmp_path):
+    [(codes, refused, printed)] = workers(1).run(_of_experts, str(tmp_path / "out"))
+    assert codes == [2, 2, 0], (refused, printed)
+    share = "2 of 4 experts in the base, 2 of 6 here: another active share"
+    assert len(refused) == 2 and all(share in line for line in refused)
+    rows = read_records(Row, tmp_path / "out" / "coord_check.csv")
+    assert {(r.recipe, r.experts) for r in rows} == {(recipe, e) for recipe in RECIPES[::2] for e in ("", "6:2:3")}
+    flat, steep = (coord_check.spread(rows, recipe) for recipe in RECIPES[::2])
+    assert flat < 1.8 < 7 < steep, (flat, steep)
+    assert printed[-2].startswith(f"standard: spread {steep:.3g}x, {steep / flat:.3g} times completep's (last block")
+    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.experts, r.step) == (32, 2, "", 3)}
+    assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
 
 
 def test_spread_is_of_the_means_over_seeds_at_the_last_step():
