@@ -56,6 +56,11 @@ class GPTConfig(SectionConfig):
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def kv_channels(self) -> int:
+        """The size of a head, by TransformerConfig's name."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 

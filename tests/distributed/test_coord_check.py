@@ -89,7 +89,12 @@ def _rows(config):
     lines = rules_table(config).splitlines()
     assert lines[-1].startswith("(x n): the base model's value times n")
     cells = [re.split(r"  +", line) for line in lines[3:-1]]
-    return lines, {row[0]: row[2:] for row in cells}
+    return lines, {row[0]: row[6:] for row in cells}
+
+
+def _sizes(config):
+    """Tensors, parameters, m_in and m_out by role."""
+    return {row[0]: row[2:6] for row in (re.split(r"  +", line) for line in rules_table(config).splitlines()[3:-1])}
 
 
 def test_rules_table():
@@ -104,12 +109,34 @@ def test_rules_table():
     assert set(rows) == {"embedding", "hidden", "block_norm", "block_bias", "final_norm", "unembedding"}
 
 
+def test_rules_table_counts_and_gives_what_is_out_of_proportion_its_own_row():
+    """FFN 2048 / 128 = 16 beside m_N 4: up has fan-in 4 and fan-out 16, down the other way round."""
+    assert _sizes(CONFIG)["hidden"] == ["32", f"{8 * 12 * 256**2:,}", "4", "4"]
+    assert _sizes(CONFIG)["embedding"] == ["2", "8,192 + 256 V", "-", "-"]  # 32 positions
+    assert _sizes(CONFIG)["unembedding"] == ["1", "256 V", "-", "-"]
+    assert _sizes(CONFIG)["block_bias"] == ["32", f"{8 * (3 + 1 + 4 + 1) * 256:,}", "-", "-"]
+    base = {**CONFIG["completep"], "base_ffn_hidden_size": 128, "base_num_heads": 4}  # heads of 16 in the base, 64 here
+    config = {**CONFIG, "model": {**CONFIG["model"], "ffn_hidden_size": 2048}, "completep": base}
+    counted, rows = _sizes(config), _rows(config)[1]
+    assert counted["hidden"] == ["16", f"{8 * 4 * 256**2:,}", "4", "4"]
+    assert counted["mlp_up"] == ["8", f"{8 * 256 * 2048:,}", "4", "16"]
+    assert counted["mlp_down"] == ["8", f"{8 * 256 * 2048:,}", "16", "4"]
+    # std 0.02 / 2, lr 0.008 / 4, decay 0.1 x 4, eps 1e-8 / (sqrt(4 x 16) x 4)
+    assert rows["mlp_up"] == ["0.01 (x 0.5)", "0.002 (x 0.25)", "0.0002", "0.4 (x 4)", "3.125e-10 (x 0.03125)"]
+    # std 0.02 / 4, lr 0.008 / 16, decay 0.1 x 16, eps 1e-8 / (sqrt(4 x 4) x 4)
+    assert rows["mlp_down"] == ["0.005 (x 0.25)", "0.0005 (x 0.0625)", "5e-05", "1.6 (x 16)", "6.25e-10 (x 0.0625)"]
+    own = {"lr_multipliers": {"qkv": 0.5}, "embedding_multiplier": 3.0}
+    lines, rows = _rows({**CONFIG, "completep": {**CONFIG["completep"], **own}})
+    assert rows["qkv"][1] == "0.001 (x 0.125)" and rows["hidden"][1] == "0.002 (x 0.25)"
+    assert ", embeddings x 3" in lines[1]
+
+
 def test_rules_table_without_biases_and_tied():
     tied = {**CONFIG, "model": {**CONFIG["model"], "bias": False, "tie_embeddings": True}}
     assert set(_rows(tied)[1]) == {"embedding", "hidden", "block_norm", "final_norm"}
     folded = {**tied, "completep": {**CONFIG["completep"], "residual": "folded"}}
     lines, rows = _rows(folded)
-    assert "both folded into the weights" in lines[1]
+    assert ", folded into the weights" in lines[1]
     assert set(rows) == {"embedding", "hidden", "branch_out", "block_norm", "logit_norm"}
     # std 0.02 / 2 / 4, lr 0.008 / 4 / 4, decay 0.1 * 4 * 4, eps 1e-8 / 16 * 4
     assert rows["branch_out"] == ["0.0025 (x 0.125)", "0.0005 (x 0.0625)", "5e-05", "1.6 (x 16)", "2.5e-09 (x 0.25)"]
@@ -142,6 +169,8 @@ def test_minimum_ratio(scheduler, expected):
         ({"completep": {**CONFIG["completep"], "enabled": False}}, "completep: not enabled"),
         ({"optimizer": {}}, "optimizer.params.lr"),
         ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
+        ({"completep": {**CONFIG["completep"], "base_num_query_groups": 2}}, "shared by 2 heads in the base and by 1"),
+        ({"completep": {**CONFIG["completep"], "base_num_moe_experts": 8}}, "the model has no experts; remove it"),
         ({"model": None}, "model: missing; write"),
         ({"model": None, "megatron": {"num-layers": 4}}, "ds-plugin plan --config FILE"),
     ],
