@@ -4,14 +4,18 @@ import contextlib
 import io
 import json
 import re
+from fractions import Fraction
 
 import pytest
 
 from ds_plugin.cli.main import main
 from ds_plugin.plan.roles_table import minimum_ratio, rules_table
 from ds_plugin.sweeps import coord_check
+from ds_plugin.sweeps.builders import Megatron
 from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
+from ds_plugin.sweeps.mixtures import Mixture
 from ds_plugin.sweeps.records import read_records
+from ds_plugin.sweeps.trial import Base, Shape
 from tests.harness import slow
 
 RECIPES = ("completep", "mup", "standard")
@@ -52,6 +56,27 @@ def _of_experts(out):
         codes = [main([*EXPERTS, *small, *moe]) for moe in ([], ["--moe", "fixed_sparsity"])]
         codes.append(main([*EXPERTS, *small, "--moe", "mue", "--at-most", "1.8"]))
     return codes, errors.getvalue().splitlines(), printed.getvalue().splitlines()
+
+
+def _rates_of_experts():
+    """By role, at a base rate of 1; of the model the experts' loss coefficient and the sizes of one."""
+    builder = Megatron(Mixture.of("4:2"), shared=Fraction(1, 2), moe="mue")
+    builder.start()
+    built = builder.build(Shape("completep", 64, 4, experts="6:3:3"), Base(width=32, depth=2, length=8), 1)
+    config = built.model.config
+    sizes = (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size)
+    shared = config.moe_shared_expert_intermediate_size
+    rates = {group["role"]: group["lr"] for group in built.optimizer(1.0).param_groups}
+    return rates, (*sizes, shared), config.moe_aux_loss_coeff
+
+
+def test_a_shape_with_experts_of_its_own_has_its_rates(workers):
+    """Width x 2; an expert's hidden size 3 x 64 / (2 x 32) = 3, the shared one's 2."""
+    [(rates, sizes, balancing)] = workers(1).run(_rates_of_experts)
+    assert sizes == (6, 3, 192, 32) and balancing == 0.0
+    matrices = {"hidden": 1 / 2, "router": 1 / 2, "expert_up": 1 / 2, "shared_up": 1 / 2, "shared_down": 1 / 2}
+    vectors = {"embedding": 1.0, "block_norm": 1.0, "final_norm": 1.0, "unembedding": 1.0}
+    assert rates == {**matrices, "expert_down": 1 / 3, **vectors}
 
 
 def test_a_small_grid_of_experts(workers, tmp_path):
