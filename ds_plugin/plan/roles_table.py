@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ds_plugin.completep import rules, sizes
@@ -129,8 +130,10 @@ def table(
 
 
 def _ratios(model: GPTConfig, section: CompletePConfig) -> Ratios:
-    sized = model.model_copy(update={"ffn_hidden_size": model.ffn_size})  # as a TransformerConfig says it
-    dims, experts = sizes.dims_of(sized, section), sizes.experts_of(sized, section)
+    """Of the sizes as a TransformerConfig says them, which takes seconds to import."""
+    said = {"ffn_hidden_size": model.ffn_size, "kv_channels": model.kv_channels, "multi_latent_attention": False}
+    config = SimpleNamespace(**{**dict(model), **said})
+    dims, experts = sizes.dims_of(config, section), sizes.experts_of(config, section)
     return section.ratios(model.hidden_size, model.num_layers, dims, experts)
 
 

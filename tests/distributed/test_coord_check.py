@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 
 from ds_plugin.cli.main import main
+from ds_plugin.completep.model import applied_section, describe
 from ds_plugin.plan.roles_table import minimum_ratio, rules_table
 from ds_plugin.sweeps import coord_check
 from ds_plugin.sweeps.builders import Megatron
@@ -59,7 +60,7 @@ def _of_experts(out):
 
 
 def _rates_of_experts():
-    """By role, at a base rate of 1; of the model the experts' loss coefficient and the sizes of one."""
+    """By role, at a base rate of 1; of the model the sizes, the coefficient of a loss that balances, the ratios."""
     builder = Megatron(Mixture.of("4:2"), shared=Fraction(1, 2), moe="mue")
     builder.start()
     built = builder.build(Shape("completep", 64, 4, experts="6:3:3"), Base(width=32, depth=2, length=8), 1)
@@ -67,13 +68,15 @@ def _rates_of_experts():
     sizes = (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size)
     shared = config.moe_shared_expert_intermediate_size
     rates = {group["role"]: group["lr"] for group in built.optimizer(1.0).param_groups}
-    return rates, (*sizes, shared), config.moe_aux_loss_coeff
+    return rates, (*sizes, shared), config.moe_aux_loss_coeff, describe(built.model, applied_section(config))
 
 
 def test_a_shape_with_experts_of_its_own_has_its_rates(workers):
     """Width x 2; an expert's hidden size 3 x 64 / (2 x 32) = 3, the shared one's 2."""
-    [(rates, sizes, balancing)] = workers(1).run(_rates_of_experts)
+    [(rates, sizes, balancing, said)] = workers(1).run(_rates_of_experts)
     assert sizes == (6, 3, 192, 32) and balancing == 0.0
+    ratios = "m_N 2, m_L 2, expert_ffn 3; experts by mue, weights of the mean form: m_E 1.5, m_K 1.5"
+    assert said == f"CompleteP: recipe completep, alpha 1, {ratios}; residual branches x 0.5"
     matrices = {"hidden": 1 / 2, "router": 1 / 2, "expert_up": 1 / 2, "shared_up": 1 / 2, "shared_down": 1 / 2}
     vectors = {"embedding": 1.0, "block_norm": 1.0, "final_norm": 1.0, "unembedding": 1.0}
     assert rates == {**matrices, "expert_down": 1 / 3, **vectors}
