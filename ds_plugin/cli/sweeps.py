@@ -12,14 +12,28 @@ from ds_plugin.completep.rules import Recipe
 from ds_plugin.core.arguments import above, checked, count, new_folder, positive, several
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.files import write_text
+from ds_plugin.sweeps.mixtures import Mixture, ratio_of
 
 _RECIPES = get_args(Recipe)
+_MOE = ("fixed_sparsity", "mue")
+#: of --help
+_MIXTURE = "RATIO: hidden size of one over the width, else 4 / ACTIVE, whose active weights are a dense MLP's"
 _EXPONENT = checked(int, lambda n: -100 <= n <= 20, "a whole number from -100 to 20")
 _RECIPE = checked(str, lambda name: name in _RECIPES, f"one of {', '.join(_RECIPES)}")
+_EXPERTS = checked(Mixture.of, bool, "EXPERTS:ACTIVE or EXPERTS:ACTIVE:RATIO like 8:2 or 8:2:4")
+_RATIO = checked(ratio_of, bool, "a number above 0 like 2 or 4/3")
+
+
+def _shape(text: str) -> tuple[int, int, Mixture | None]:
+    sizes, _, mixture = text.partition(":")
+    width, depth = (int(part) for part in sizes.split("x"))
+    return width, depth, Mixture.of(mixture) if mixture else None
+
+
 _SHAPE = checked(
-    lambda text: tuple(int(part) for part in text.split("x")),
-    lambda sizes: len(sizes) == 2 and min(sizes) > 0,
-    "WIDTHxDEPTH like 64x8",
+    _shape,
+    lambda shape: min(shape[:2]) > 0,
+    "WIDTHxDEPTH like 64x8, or with experts of its own 64x8:16:2",
 )
 
 
@@ -35,10 +49,15 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     add("--depths", type=several(count), default=(2, 4, 8, 16, 32), help="numbers of layers")
     add("--steps", type=count, default=10, help="optimizer steps of each run")
     add("--lr", type=positive, default=1e-3, help="the base model's learning rate, constant")
+    what = "mixtures EXPERTS:ACTIVE[:RATIO],... in place of the MLPs of Megatron's GPT, each at every width and depth; "
+    add("--experts", type=several(_EXPERTS), default=(), help=f"{what}the first is the base's. {_MIXTURE}")
     add("--at-most", type=above(1), help="exit code 1 where the first recipe's last blocks spread more, as 1.6")
     add("--out", type=new_folder, default=Path("coord_check"), help="folder for the CSV and the figure")
     add = sweep.add_argument
-    add("--shapes", type=several(_SHAPE), default=((64, 2), (64, 8), (64, 32)), help="WIDTHxDEPTH,...")
+    what = "WIDTHxDEPTH,... or with other experts than the base's WIDTHxDEPTH:EXPERTS:ACTIVE[:RATIO]"
+    add("--shapes", type=several(_SHAPE), default="64x2,64x8,64x32", help=what)
+    what = "the base's mixture EXPERTS:ACTIVE[:RATIO] in place of the MLPs of Megatron's GPT"
+    add("--experts", type=_EXPERTS, help=f"{what}. {_MIXTURE}")
     rates = tuple(range(-11, -4))
     add("--exponents", type=several(_EXPONENT), default=rates, help="base rates 2^n, as --exponents=-9,-8")
     add("--steps", type=count, default=300, help="optimizer steps of each run")
@@ -61,6 +80,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         add("--head-dim", type=count, default=16, help="head size of Megatron's GPT; divides the widths")
         add("--alpha", type=positive, default=1.0, help="depth exponent of completep")
         add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")
+        add("--shared", type=_RATIO, help="hidden size of experts that every token goes through, over the width")
+        add("--moe", choices=_MOE, help="the rule for experts that are not the base's")
 
 
 def show_rules(args: argparse.Namespace) -> int:
@@ -75,7 +96,9 @@ def coordinate_check(args: argparse.Namespace) -> int:
     """Sweep, write coord_check.csv after every run and coord_check.png at the end, print one line per recipe; 1 where
     the first one's spread is above ``--at-most``. A second start with the same settings goes on with what is missing.
     """
-    builder, shapes, base, say = _start(args, [(width, depth) for depth in args.depths for width in args.widths])
+    mixtures, depths, widths = args.experts or (None,), args.depths, args.widths
+    sizes = [(width, depth, mixture) for mixture in mixtures for depth in depths for width in widths]
+    builder, shapes, base, say = _start(args, mixtures[0], sizes)
     from ds_plugin.sweeps import coord_check
     from ds_plugin.sweeps.records import write_records
 
@@ -87,17 +110,18 @@ def coordinate_check(args: argparse.Namespace) -> int:
         rows += coord_check.measure(builder, shape, base, seed=seed, steps=args.steps, lr=args.lr)
         write_records(coord_check.Row, rows, path)
         moved = next(row for row in reversed(rows) if row.layer == coord_check.LAST_BLOCK).change
-        name = f"{shape.recipe} width {shape.width} depth {shape.depth} seed {seed}"
-        say(f"[{number}/{len(jobs)}] {name}: last block moved {moved:.4g}")
+        say(f"[{number}/{len(jobs)}] {shape} seed {seed}: last block moved {moved:.4g}")
     title = f"base {base.width} x {base.depth}, lr {args.lr:g}, {args.seeds} seeds"
     coord_check.draw(rows, path.with_suffix(".png"), title=title)
+    first = coord_check.spread(rows, args.recipes[0])
     for recipe in args.recipes:
-        changes = coord_check.changes(rows, recipe).values()
+        changes, found = coord_check.changes(rows, recipe).values(), coord_check.spread(rows, recipe)
         said = f"last block moved {min(changes):.3g} to {max(changes):.3g} over {len(changes)} shapes"
-        print(f"{recipe}: spread {coord_check.spread(rows, recipe):.3g}x ({said})")
+        beside = "" if recipe == args.recipes[0] else f", {found / first:.3g} times {args.recipes[0]}'s"
+        print(f"{recipe}: spread {found:.3g}x{beside} ({said})")
     print(f"{path} {path.with_suffix('.png')}")
-    if args.at_most is not None and (found := coord_check.spread(rows, args.recipes[0])) > args.at_most:
-        print(f"{args.recipes[0]}: the last block's spread {found:.3g}x is above --at-most {args.at_most:g}")
+    if args.at_most is not None and first > args.at_most:
+        print(f"{args.recipes[0]}: the last block's spread {first:.3g}x is above --at-most {args.at_most:g}")
         return 1
     return 0
 
@@ -109,7 +133,7 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
     found = find(args.data, args.length + 2)  # two places to begin at
     given = {"batch": args.batch, "length": args.length, "vocab": found.vocab}
-    builder, shapes, base, say = _start(args, args.shapes, **given)
+    builder, shapes, base, say = _start(args, args.experts, args.shapes, **given)
     from ds_plugin.sweeps import lr_transfer
     from ds_plugin.sweeps.records import write_records
 
@@ -131,23 +155,39 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _start(args: argparse.Namespace, sizes: Any, **changes: Any) -> tuple[Any, list[Any], Any, Callable[[str], None]]:
-    """The builder, the shapes, the base model and a function that prints progress; refuses shapes that cannot be,
-    starts the framework, makes the output folder."""
-    from ds_plugin.sweeps import builders, trial
+def _start(
+    args: argparse.Namespace, mixture: Mixture | None, sizes: Any, **changes: Any
+) -> tuple[Any, list[Any], Any, Callable[[str], None]]:
+    """The builder, the shapes, the base model, whose experts are ``mixture``, and a function that prints progress;
+    refuses shapes that cannot be, starts the framework, makes the output folder."""
+    from ds_plugin.sweeps import trial
 
     given = {"head_dim": args.head_dim, "alpha": args.alpha, "init_std": args.init_std, **changes}
-    base = trial.Base(args.base_width, args.base_depth, **given)
-    shapes = [trial.Shape(recipe, width, depth) for recipe in args.recipes for width, depth in sizes]
-    builder: builders.Builder = builders.Megatron()
-    if args.hf is not None or args.builder is not None:
-        builder = builders.HuggingFace(args.hf) if args.hf is not None else builders.Function(args.builder)
+    base, builder = trial.Base(args.base_width, args.base_depth, **given), _builder(args, mixture)
+    named = [(width, depth, "" if own in (None, mixture) else str(own)) for width, depth, own in sizes]
+    if mixture is None and any(experts for *_, experts in named):
+        raise ConfigError("--shapes: one has experts; give the base's, as --experts 8:2")
+    shapes = [trial.Shape(recipe, w, d, experts=experts) for recipe in args.recipes for w, d, experts in named]
     for shape in shapes:
         builder.check(shape, base)
     builder.start()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     return builder, shapes, base, lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+
+
+def _builder(args: argparse.Namespace, mixture: Mixture | None) -> Any:
+    from ds_plugin.sweeps import builders
+
+    of_megatron = {"experts": mixture, "shared": args.shared, "moe": args.moe}
+    given = [f"--{name}" for name, value in of_megatron.items() if value is not None]
+    if given and (args.hf is not None or args.builder is not None):
+        raise ConfigError(f"{given[0]}: of Megatron's GPT alone; leave it out, or --hf and --builder")
+    if given and mixture is None:
+        raise ConfigError(f"{given[0]}: there are no experts; give them, as --experts 8:2, or leave it out")
+    if args.hf is not None:
+        return builders.HuggingFace(args.hf)
+    return builders.Megatron(**of_megatron) if args.builder is None else builders.Function(args.builder)
 
 
 def _known(kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]) -> list[Any]:

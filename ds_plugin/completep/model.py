@@ -102,10 +102,13 @@ def check_gains(config: Any, *, tied: bool) -> None:
 
 
 def describe(model: torch.nn.Module, section: CompletePConfig) -> str:
-    """The ratios and the multipliers of the forward pass in one line."""
+    """The ratios, of other sizes where they are not the width's, and the forward pass's multipliers in one line."""
     r, folded = ratios_of(model.config, section), ", folded into the weights" if section.residual == "folded" else ""
     branches = f"residual branches x {rules.residual_multiplier(r, section.recipe):g}{folded}"
-    return f"CompleteP: recipe {section.recipe}, alpha {r.alpha:g}, m_N {r.m_N:g}, m_L {r.m_L:g}; {branches}"
+    others = "".join(f", {name} {ratio:g}" for name, ratio in r.dims.items() if ratio != r.m_N)
+    if (e := r.experts) != rules.Experts():
+        others += f"; experts by {e.rule}, weights of the {e.form} form: m_E {e.m_E:g}, m_K {e.m_K:g}"
+    return f"CompleteP: recipe {section.recipe}, alpha {r.alpha:g}, m_N {r.m_N:g}, m_L {r.m_L:g}{others}; {branches}"
 
 
 def _short(section: CompletePConfig) -> str:

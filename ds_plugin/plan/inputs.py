@@ -22,6 +22,8 @@ from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 MEGATRON = "megatron"
+#: options of models whose parameters `GPTConfig` does not describe
+_NOT_COUNTED = ("num-experts", "multi-latent-attention", "mtp-num-layers")
 _Size = Annotated[int, Field(ge=1, le=MOST, description="a whole number, 1 or more")]
 _Rate = Annotated[Rate, Field(description="a number, 0 or more")]
 _Warmup = Annotated[float, Field(ge=0, le=1e15)]
@@ -158,6 +160,9 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         if name in config:
             raise ConfigError(f'{name}: "{MEGATRON}" says it already; leave it out')
     read, get = parse_section(_Options, MEGATRON, given), given.get
+    for name in _NOT_COUNTED:
+        if get(name):
+            raise ConfigError(f"{MEGATRON}.{name}: {get(name)!r}, and a plan counts dense models only; leave it out")
     rise = read.lr_warmup_samples / read.global_batch_size if read.lr_warmup_iters is None else read.lr_warmup_iters
     same = ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "normalization")
     model = {name.replace("-", "_"): given[name] for name in same if name in given} | {

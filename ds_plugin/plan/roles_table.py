@@ -1,13 +1,16 @@
 """The table a user wants to see before spending money: what every role gets in this model against its base."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ds_plugin.completep import rules
+from ds_plugin.completep import rules, sizes
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.param_groups import scaled_betas
-from ds_plugin.completep.rules import Role
+from ds_plugin.completep.roles import role_of
+from ds_plugin.completep.rules import FANS, Ratios, Role
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
@@ -18,6 +21,10 @@ _WHAT = {
     Role.EMBEDDING: "token and position embeddings",
     Role.HIDDEN: "matrices inside a block",
     Role.BRANCH_OUT: "matrices that end a branch",
+    Role.QKV: "queries, keys, values",
+    Role.ATTENTION_OUT: "attention's last matrix",
+    Role.MLP_UP: "the MLP's first matrix",
+    Role.MLP_DOWN: "the MLP's last matrix",
     Role.BLOCK_NORM: "norms inside a block",
     Role.QK_NORM: "norms on queries and keys",
     Role.BLOCK_BIAS: "biases inside a block",
@@ -26,7 +33,7 @@ _WHAT = {
     Role.LOGIT_NORM: "final norm",
     Role.UNEMBEDDING: "output matrix",
 }
-_DRAWN = (Role.EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+_DRAWN = (Role.EMBEDDING, *FANS, Role.UNEMBEDDING)
 
 
 def rules_table(source: str | Path | Mapping[str, Any]) -> str:
@@ -45,12 +52,17 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
     return "\n".join(table(model, section, params, config.get("scheduler") or {}))
 
 
-def applied(model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What each role gets: init std, learning rate, weight decay, eps; ``params``: DeepSpeed's ``optimizer.params``."""
-    return {
-        role.value: {name: base * getattr(m, name) for name, base in _bases(model, params).items()}
-        for role, m in _multipliers(model, section).items()
-    }
+def applied(
+    model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], vocab: int
+) -> dict[str, dict[str, float]]:
+    """What each role gets: init std, learning rate, weight decay, eps; its tensors and parameters; of a matrix inside a
+    block the ratios of its fan-in and fan-out. ``params``: DeepSpeed's ``optimizer.params``; ``vocab``: padded."""
+    ratios, found = _ratios(model, section), {}
+    for role, (tensors, parameters) in _held(model, section, vocab).items():
+        multipliers = section.multipliers(role, ratios)
+        row = {name: base * getattr(multipliers, name) for name, base in _bases(model, params).items()}
+        found[role.value] = row | {"tensors": tensors, "parameters": parameters} | _fans(role, ratios)
+    return found
 
 
 def _bases(model: GPTConfig, params: Mapping[str, Any]) -> dict[str, float]:
@@ -69,54 +81,100 @@ def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
 
 
 def table(
-    model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any]
+    model: GPTConfig,
+    section: CompletePConfig,
+    params: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    vocab: int | None = None,
 ) -> Iterator[str]:
-    """The table's lines; ``params``: as in `applied`. Raises ConfigError without a learning rate, or with two."""
+    """The table's lines; ``params``, ``vocab``: as in `applied`, None for V. Raises ConfigError: there is no learning
+    rate, or two, or a size has no ratio to the base's."""
     if "lr" not in params:
         raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
     check_peak(scheduler, params["lr"])
-    ratios = section.ratios(model.hidden_size, model.num_layers)
-    head = model.hidden_size // model.num_attention_heads
+    ratios, head = _ratios(model, section), model.kv_channels
     scale = rules.attention_scale(head, section.base_head_dim or head, section.recipe)
     width = f"width {model.hidden_size} / {section.base_width} = m_N {ratios.m_N:g}"
     depth = f"depth {model.num_layers} / {section.base_depth} = m_L {ratios.m_L:g}"
     yield f"recipe {section.recipe}, alpha {section.alpha:g}: {width}, {depth}"
     branch = rules.residual_multiplier(ratios, section.recipe)
     logits = rules.logit_multiplier(ratios, section.recipe, tied=model.tie_embeddings)
-    where = ", both folded into the weights" if section.residual == "folded" else ""
-    yield f"residual branches x {branch:g}, logits x {logits:g}{where}; q.k x {scale:g}"
+    where = ", folded into the weights" if section.residual == "folded" else ""
+    embeddings = "" if ratios.embedding == 1 else f", embeddings x {ratios.embedding:g}"
+    yield f"residual branches x {branch:g}, logits x {logits:g}{embeddings}{where}; q.k x {scale:g}"
     smallest = minimum_ratio(scheduler)
-    rows = [("role", "parameters", "init std", "lr", "min lr", "weight decay", "eps")]
-    for role, m in _multipliers(model, section).items():
+    rows = [
+        ("role", "which", "tensors", "parameters", "m_in", "m_out", "init std", "lr", "min lr", "weight decay", "eps")
+    ]
+    more = _held(model, section, (vocab or 0) + 1)
+    for role, (tensors, parameters) in _held(model, section, vocab or 0).items():
+        m, a_token = section.multipliers(role, ratios), more[role][1] - parameters
+        counts = [f"{parameters:,}"] if parameters else []
+        held = " + ".join(counts if vocab or not a_token else [*counts, f"{a_token:,} V"])
+        fans = _fans(role, ratios)
+        m_in, m_out = (f"{fans[name]:.4g}" if fans else "-" for name in ("m_in", "m_out"))
         std, lr, decay, eps = (_cell(base, getattr(m, name)) for name, base in _bases(model, params).items())
         if role not in _DRAWN:
             biases = role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS)
             std = "0" if biases else f"{section.fold_factor(role, ratios):g} / 0"
         least = "-" if smallest is None else f"{params['lr'] * m.lr * smallest:.4g}"
-        rows.append((role.value, _WHAT[role], std, lr, least, decay, eps))
+        rows.append((role.value, _WHAT[role], str(tensors), held, m_in, m_out, std, lr, least, decay, eps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-    yield "(x n): the base model's value times n; init of norms: gains / biases"
+    said = "(x n): the base model's value times n; init of norms: gains / biases"
+    yield said if vocab else f"{said}; V: the padded vocabulary"
     if (change := section.multipliers(Role.HIDDEN, ratios).one_minus_beta) != 1.0:
         scaled = ", ".join(f"{beta:.6g}" for beta in scaled_betas(params.get("betas", (0.9, 0.999)), change))
         yield f"betas {scaled} for every role: 1 - beta (x {change:g})"
 
 
-def _multipliers(model: GPTConfig, section: CompletePConfig) -> dict[Role, rules.Multipliers]:
-    """Of each role that this model has parameters of, in the order of `Role`."""
-    folded, tied = section.residual == "folded", model.tie_embeddings
-    absent = {
-        Role.UNEMBEDDING: tied,
-        Role.QK_NORM: not model.qk_norm,
-        Role.BLOCK_BIAS: not model.bias,
-        Role.BRANCH_OUT: not folded,
-        Role.BRANCH_OUT_BIAS: not (folded and model.bias),
-        Role.LOGIT_NORM: not (folded and tied),
-        Role.FINAL_NORM: folded and tied,
-    }
-    ratios = section.ratios(model.hidden_size, model.num_layers)
-    return {role: section.multipliers(role, ratios) for role in _WHAT if not absent.get(role, False)}
+def _ratios(model: GPTConfig, section: CompletePConfig) -> Ratios:
+    """Of the sizes as a TransformerConfig says them, which takes seconds to import."""
+    said = {"ffn_hidden_size": model.ffn_size, "kv_channels": model.kv_channels, "multi_latent_attention": False}
+    config = SimpleNamespace(**{**dict(model), **said})
+    dims, experts = sizes.dims_of(config, section), sizes.experts_of(config, section)
+    return section.ratios(model.hidden_size, model.num_layers, dims, experts)
+
+
+def _fans(role: Role, ratios: Ratios) -> dict[str, float]:
+    return {name: ratios.of(size) for name, size in zip(("m_in", "m_out"), FANS.get(role, ()), strict=False)}
+
+
+def _held(model: GPTConfig, section: CompletePConfig, vocab: int) -> dict[Role, tuple[int, int]]:
+    """The tensors and parameters of each role that this model has any of, in the order of `Role`."""
+    folded, tied, ratios = section.residual == "folded", model.tie_embeddings, _ratios(model, section)
+    found: dict[Role, tuple[int, int]] = {}
+    for name, size, number in _tensors(model, vocab):
+        role = section.merged(role_of(name, folded=folded, tied=tied), ratios)
+        tensors, parameters = found.get(role, (0, 0))
+        found[role] = tensors + number, parameters + number * size
+    return {role: found[role] for role in Role if role in found}
+
+
+def _tensors(model: GPTConfig, vocab: int) -> Iterator[tuple[str, int, int]]:
+    """Of megatron-core's GPTModel, whole: a parameter's name, its size, how many there are of it."""
+    h, head, layer = model.hidden_size, model.kv_channels, "decoder.layers.0."
+    up = model.ffn_size * (2 if model.activation == "swiglu" else 1)
+    for name, fan_in, fan_out in (
+        ("self_attention.linear_qkv", h, h + 2 * model.query_groups * head),
+        ("self_attention.linear_proj", h, h),
+        ("mlp.linear_fc1", h, up),
+        ("mlp.linear_fc2", model.ffn_size, h),
+    ):
+        yield f"{layer}{name}.weight", fan_in * fan_out, model.num_layers
+        if model.bias:
+            yield f"{layer}{name}.bias", fan_out, model.num_layers
+    norms = {f"{layer}input_layernorm": h, f"{layer}pre_mlp_layernorm": h, "decoder.final_layernorm": h}
+    norms |= {f"{layer}self_attention.{x}_layernorm": head for x in "qk" if model.qk_norm}
+    for (name, size), kind in itertools.product(norms.items(), ("weight", "bias")):
+        if kind == "weight" or model.normalization == "LayerNorm":
+            yield f"{name}.{kind}", size, model.num_layers if name.startswith(layer) else 1
+    yield "embedding.word_embeddings.weight", vocab * h, 1
+    if model.position_embedding == "learned":
+        yield "embedding.position_embeddings.weight", model.seq_length * h, 1
+    if not model.tie_embeddings:
+        yield "output_layer.weight", vocab * h, 1
 
 
 def _cell(base: float, multiplier: float) -> str:

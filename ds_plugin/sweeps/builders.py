@@ -1,4 +1,5 @@
-"""What the sweeps train, of any width and depth: megatron-core's GPT, a model of transformers, what a function gives.
+"""What the sweeps train, of any width and depth: megatron-core's GPT, dense or with experts, a model of transformers,
+what a function gives.
 
 A builder is small and travels to other processes; each of its models is told by `Trial` alone.
 """
@@ -8,6 +9,7 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from ds_plugin.completep.model import finished_roles, ratios_of
 from ds_plugin.completep.rules import Role
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
+from ds_plugin.sweeps.mixtures import Mixture
 from ds_plugin.sweeps.trial import Base, Batch, Shape, Trial, section_of
 
 #: of transformers' configs, what grows with the width; the size of a head stays
@@ -34,11 +37,19 @@ _PROPORTIONAL = (
 
 @dataclass(frozen=True)
 class Megatron:
-    """megatron-core's GPT with heads of the base's size, in the forward mode."""
+    """megatron-core's GPT with heads of the base's size, in the forward mode.
+
+    ``experts``: the base's, in place of its MLPs; there are no biases then, and no loss that balances them. ``shared``:
+    the hidden size of those that every token goes through, over the width. ``moe``: the section's rule for shapes whose
+    experts are others."""
+
+    experts: Mixture | None = None
+    shared: Fraction | None = None
+    moe: str | None = None
 
     def described(self) -> dict[str, Any]:
         """What a sweep is of, in JSON types: runs of another are not gone on with."""
-        return {"model": "megatron-core GPT"}
+        return {"model": "megatron-core GPT", **{name: value for name, value in vars(self).items() if value}}
 
     def start(self) -> None:
         """Called once in each process."""
@@ -46,16 +57,21 @@ class Megatron:
 
     def check(self, shape: Shape, base: Base) -> None:
         """Raises ConfigError for a shape that cannot be."""
-        self._settings(shape, base)
+        from megatron_patches.models import gpt
+
+        section, cfg, kind = self._settings(shape, base)
+        if kind:
+            ratios_of(gpt.transformer_config(cfg, torch.float32, **kind), section)
 
     def build(self, shape: Shape, base: Base, seed: int) -> Trial:
         from megatron_patches.completep import build_param_groups, finish, prepare
         from megatron_patches.completep.residual import scaled_before
         from megatron_patches.models import gpt
 
-        section, cfg = self._settings(shape, base)
+        section, cfg, kind = self._settings(shape, base)
         gpt.initialize_parallel(cfg, seed)
-        config, spec = prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
+        spec = gpt.layer_spec(cfg, num_experts=kind.get("num_moe_experts"))
+        config, spec = prepare(gpt.transformer_config(cfg, torch.float32, **kind), spec, section)
         model = gpt.build_gpt(cfg, base.vocab, config, spec)
         roles, last = finish(model, section), model.decoder.layers[-1]
         groups = functools.partial(build_param_groups, model, roles, ratios_of(config, section), section)
@@ -65,6 +81,7 @@ class Megatron:
         return Trial(model, _adamw(groups, base), loss, clip, watched, scaled)
 
     def _settings(self, shape: Shape, base: Base) -> Any:
+        """The section, the GPTConfig, and a TransformerConfig's fields beside it."""
         from megatron_patches.models import gpt
 
         if shape.width % base.head_dim:
@@ -73,7 +90,26 @@ class Megatron:
         sizes = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
         sizes |= {"num_attention_heads": shape.width // base.head_dim}
         model = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
-        return section_of(shape, base, base.head_dim), parse_section(gpt.GPTConfig, "model", model)
+        model |= {} if self.experts is None else {"bias": False}  # a router's has no role
+        kind = self._kind(Mixture.of(shape.experts) if shape.experts else self.experts, shape.width)
+        bases = {f"base_{name}": size for name, size in self._kind(self.experts, base.width).items()}
+        section = section_of(shape, base, base.head_dim, **bases, **({} if self.moe is None else {"moe": self.moe}))
+        return section, parse_section(gpt.GPTConfig, "model", model), kind
+
+    def _kind(self, mixture: Mixture | None, width: int) -> dict[str, Any]:
+        """A TransformerConfig's fields of a mixture; the section has the same of the base's."""
+        if mixture is None:
+            return {}
+        fields = {"num_moe_experts": mixture.experts, "moe_router_topk": mixture.active}
+        hidden = {"moe_ffn_hidden_size": mixture.ratio}
+        if self.shared is not None:
+            hidden["moe_shared_expert_intermediate_size"] = self.shared
+        for name, ratio in hidden.items():
+            if (size := ratio * width).denominator != 1:
+                what = f"{name} is {ratio} of width {width}, which is no whole number"
+                raise ConfigError(f"--experts: {what}; give another ratio, or other widths")
+            fields[name] = int(size)
+        return fields
 
 
 def start_megatron() -> None:

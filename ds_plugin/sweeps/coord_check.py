@@ -37,7 +37,7 @@ class Row(Seeded):
 def measure(builder: Builder, shape: Shape, base: Base, *, seed: int, steps: int, lr: float) -> list[Row]:
     """Train one model for ``steps`` steps at the constant base learning rate ``lr``; the change after every step."""
     built = builder.build(shape, base, seed)
-    optimizer, batches = built.adamw(lr), trial.text_batches(base, seed)
+    optimizer, batches = built.optimizer(lr), trial.text_batches(base, seed)
     probe = next(batches)
     before = _outputs(built, probe)
     rows = []
@@ -45,7 +45,7 @@ def measure(builder: Builder, shape: Shape, base: Base, *, seed: int, steps: int
         trial.step(built, optimizer, next(batches))
         for layer, output in _outputs(built, probe).items():
             change = (output - before[layer]).abs().mean().item()
-            rows.append(Row(shape.recipe, shape.width, shape.depth, seed, step, layer, change))
+            rows.append(Row(**vars(shape), seed=seed, step=step, layer=layer, change=change))
     return rows
 
 
@@ -68,23 +68,27 @@ def spread(rows: Iterable[Row], recipe: Recipe) -> float:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """The figure known from the muP papers: how far each layer moved against depth, a line per width and step; at the
-    last step with a band from the least seed to the largest."""
+    """The figure known from the muP papers: how far each layer moved against depth, a line per width, mixture
+    of experts and step; at the last step with a band from the least seed to the largest."""
     recipes, layers = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("recipe", "layer"))
     widths, depths, steps = (sorted({getattr(row, name) for row in rows}) for name in ("width", "depth", "step"))
+    each = itertools.product(enumerate(widths), enumerate(dict.fromkeys(row.experts for row in rows)))
+    lines = {(width, experts): (figure.colour(i), figure.style(j)) for (i, width), (j, experts) in each}
     found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
     for row in rows:
-        found.setdefault((row.recipe, row.layer, row.width, row.step), {}).setdefault(row.depth, []).append(row.change)
+        key = row.recipe, row.layer, row.width, row.experts, row.step
+        found.setdefault(key, {}).setdefault(row.depth, []).append(row.change)
     size = (3.6 * len(recipes) + 1, 2.4 * len(layers) + 1)
     shared: dict[str, Any] = {"title": title, "figsize": size, "sharex": True, "sharey": "row"}
     with figure.panels(path, len(layers), len(recipes), **shared) as axes:
         for (i, layer), (j, recipe) in itertools.product(enumerate(layers), enumerate(recipes)):
             axis = axes[i][j]
-            for (number, width), step in itertools.product(enumerate(widths), steps):
-                curve, last = sorted(found.get((recipe, layer, width, step), {}).items()), step == steps[-1]
-                colour, at = figure.COLOURS[number % len(figure.COLOURS)], [depth for depth, _ in curve]
-                style = {"marker": "o", "markersize": 3, "label": f"width {width}"} if last else {"linewidth": 0.8}
-                axis.plot(at, [mean(each) for _, each in curve], color=colour, alpha=step / steps[-1], **style)
+            for ((width, experts), (colour, dashes)), step in itertools.product(lines.items(), steps):
+                curve, last = sorted(found.get((recipe, layer, width, experts, step), {}).items()), step == steps[-1]
+                at, name = [depth for depth, _ in curve], f"width {width}" + (f", experts {experts}" if experts else "")
+                style = {"marker": "o", "markersize": 3, "label": name} if last else {"linewidth": 0.8}
+                style |= {"color": colour, "linestyle": dashes, "alpha": step / steps[-1]}
+                axis.plot(at, [mean(each) for _, each in curve], **style)
                 if last:
                     band = [min(each) for _, each in curve], [max(each) for _, each in curve]
                     axis.fill_between(at, *band, color=colour, alpha=0.2, linewidth=0)

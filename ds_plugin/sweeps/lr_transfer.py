@@ -31,16 +31,16 @@ def train(
 ) -> Run:
     """Train one model: linear warmup over a tenth of the steps, then linear decay to zero."""
     built = builder.build(shape, base, seed)
-    optimizer, batches = built.adamw(lr), trial.text_batches(base, seed, text)
+    optimizer, batches = built.optimizer(lr), trial.text_batches(base, seed, text)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    losses: list[float] = []
+    of_shape, losses = functools.partial(Run, **vars(shape), seed=seed, lr=lr), []
     for step in range(1, steps + 1):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(step, steps)
         losses.append(trial.step(built, optimizer, next(batches)))
         if not math.isfinite(losses[-1]):
-            return Run(shape.recipe, shape.width, shape.depth, seed, lr, math.inf)
-    return Run(shape.recipe, shape.width, shape.depth, seed, lr, mean(losses[-max(1, round(steps * TAIL)) :]))
+            return of_shape(loss=math.inf)
+    return of_shape(loss=mean(losses[-max(1, round(steps * TAIL)) :]))
 
 
 def schedule(step: int, steps: int) -> float:
@@ -76,7 +76,7 @@ def sweep(
     def runs() -> list[Run]:
         for shape, lr, seed in wanted:
             if (loss := losses.get((shape.same_as(base), lr, seed))) is not None:
-                kept[shape, lr, seed] = Run(shape.recipe, shape.width, shape.depth, seed, lr, loss)
+                kept[shape, lr, seed] = Run(**vars(shape), seed=seed, lr=lr, loss=loss)
         return sorted(kept.values(), key=dataclasses.astuple)
 
     missing = [job for job in jobs if job not in losses]
@@ -86,7 +86,7 @@ def sweep(
         finished = processes.results(one, missing, workers, builder.start)
     for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
         losses[job] = run.loss
-        said = f"{run.recipe} width {run.width} depth {run.depth} lr 2^{math.log2(run.lr):g} seed {run.seed}"
+        said = f"{run} lr 2^{math.log2(run.lr):g} seed {run.seed}"
         keep(runs(), f"[{number}/{len(jobs)}] {said}: loss {run.loss:.4f}")
     return runs()
 
@@ -138,16 +138,17 @@ def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
     """Loss against learning rate, a curve per shape with its minimum marked, a panel per recipe."""
     found = curves(runs)
     recipes = list(dict.fromkeys(shape.recipe for shape in found))
-    sizes = sorted({(shape.width, shape.depth) for shape in found})
+    sizes = sorted({(shape.width, shape.depth, shape.experts) for shape in found})
     floor = min(loss for curve in found.values() for loss in curve.values())
     with figure.panels(path, 1, len(recipes), title=title, figsize=(4.4 * len(recipes), 4), sharey=True) as axes:
         for axis, recipe in zip(axes[0], recipes, strict=True):
-            for index, (width, depth) in enumerate(sizes):
-                if (curve := found.get(Shape(recipe, width, depth))) is None:
+            for index, (width, depth, experts) in enumerate(sizes):
+                if (curve := found.get(Shape(recipe, width, depth, experts=experts))) is None:
                     continue
-                colour = figure.COLOURS[index % len(figure.COLOURS)]
+                colour = figure.colour(index)
                 finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
-                axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=f"{width} x {depth}")
+                name = f"{width} x {depth}" + (f", experts {experts}" if experts else "")
+                axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=name)
                 axis.plot([_best(curve)], [curve[_best(curve)]], color=colour, marker="*", markersize=13)
             axis.set_xscale("log", base=2)
             axis.set(xlabel="base learning rate", title=recipe)
@@ -168,7 +169,7 @@ def summary(results: Iterable[Transfer]) -> list[str]:
         chosen: list[Any] = [r for r in results if r.shape.recipe == recipe]
         for r in chosen:
             lines.append(
-                f"{recipe} width {r.shape.width} depth {r.shape.depth}: best loss {r.best_loss:.4f} at 2^"
+                f"{r.shape}: best loss {r.best_loss:.4f} at 2^"
                 f"{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x; the base model's rate costs {r.cost:.2%}"
             )
         farthest, dearest = max(abs(r.moved) for r in chosen), max(r.cost for r in chosen)

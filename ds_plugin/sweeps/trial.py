@@ -1,8 +1,8 @@
 """One small training run under a recipe, in this process: what the sweeps are made of."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,22 +35,28 @@ class Base:
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, depth and recipe of one run."""
+    """Width, depth and recipe of one run; ``experts``: its `Mixture` where that is not the base's."""
 
     recipe: Recipe
     width: int
     depth: int
+    experts: str = field(default="", kw_only=True)
+
+    def __str__(self) -> str:
+        others = f" experts {self.experts}" if self.experts else ""
+        return f"{self.recipe} width {self.width} depth {self.depth}{others}"
 
     def same_as(self, base: Base) -> "Shape":
-        """The plainest recipe that makes the same training run of this width and depth, bit for bit.
+        """The plainest recipe that makes the same training run of these sizes, bit for bit.
 
-        At the base's width `mup` scales nothing, nor does `completep` at the base's depth beyond what `mup` does.
+        With the base's width and experts `mup` scales nothing, nor does `completep` at the base's depth beyond that.
         """
         if self.recipe == "completed_p":
             return self
         ratios = rules.effective(self.recipe, rules.Ratios(self.width / base.width, self.depth / base.depth))
-        plain: Recipe = "completep" if ratios.m_L != 1 else "mup" if ratios.m_N != 1 else "standard"
-        return Shape(plain, self.width, self.depth)
+        scaled = ratios.m_N != 1 or (self.experts and self.recipe != "standard")
+        plain: Recipe = "completep" if ratios.m_L != 1 else "mup" if scaled else "standard"
+        return Shape(plain, self.width, self.depth, experts=self.experts)
 
 
 @dataclass(frozen=True)
@@ -62,22 +68,22 @@ class Seeded(Shape):
     @property
     def shape(self) -> Shape:
         """Whose run it was."""
-        return Shape(self.recipe, self.width, self.depth)
+        return Shape(self.recipe, self.width, self.depth, experts=self.experts)
 
 
-def section_of(shape: Shape, base: Base, base_head_dim: int | None) -> CompletePConfig:
-    """The recipe of a run. Raises ConfigError: the base model's sizes do not fit."""
+def section_of(shape: Shape, base: Base, base_head_dim: int | None, **more: Any) -> CompletePConfig:
+    """The recipe of a run; ``more``: settings of the section. Raises ConfigError: the base model's sizes do not fit."""
     bases = {"base_width": base.width, "base_depth": base.depth, "alpha": base.alpha, "base_head_dim": base_head_dim}
     kept = {name: value for name, value in bases.items() if name not in WITHOUT_EFFECT[shape.recipe]}
-    return parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept})
+    return parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept, **more})
 
 
 class Trial(NamedTuple):
-    """A fresh fp32 model. ``adamw``: of the base learning rate; ``loss``: of a batch, in nats per token; ``clip``:
+    """A fresh fp32 model. ``optimizer``: of the base learning rate; ``loss``: of a batch, in nats per token; ``clip``:
     clips its gradients; ``watched``: the modules of the coordinate check's `LAYERS`, whose outputs are ``scaled``."""
 
     model: torch.nn.Module
-    adamw: Callable[[float], torch.optim.AdamW]
+    optimizer: Callable[[float], torch.optim.Optimizer]
     loss: Callable[[Batch], torch.Tensor]
     clip: Callable[[], object]
     watched: Sequence[torch.nn.Module]

@@ -62,7 +62,7 @@ def scale_before(layer: Any, multiplier: float) -> None:
 
 def scaled_before(layer: Any) -> float:
     """What a layer's MLP branch is multiplied by before its second matrix; 1 where it is not."""
-    hooks = layer.mlp.linear_fc2._forward_pre_hooks.values()
+    hooks = getattr(getattr(layer.mlp, "linear_fc2", None), "_forward_pre_hooks", {}).values()  # experts have no such
     return next((h.keywords["multiplier"] for h in hooks if getattr(h, "func", None) is scale_input), 1.0)
 
 

@@ -56,6 +56,11 @@ class GPTConfig(SectionConfig):
         return self.num_query_groups or self.num_attention_heads
 
     @property
+    def kv_channels(self) -> int:
+        """The size of a head, by TransformerConfig's name."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
 
@@ -108,9 +113,10 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
+def transformer_config(cfg: GPTConfig, dtype: torch.dtype, **more: Any) -> Any:
     """The megatron-core TransformerConfig of `cfg` with float32, bfloat16 or float16 parameters; else ConfigError. On
-    the CPU a model starts the same whatever tensor_parallel is; on a GPU each rank draws its own part of a weight."""
+    the CPU a model starts the same whatever tensor_parallel is; on a GPU each rank draws its own part of a weight.
+    ``more``: fields that `cfg` does not know."""
     from megatron.core.transformer import TransformerConfig
 
     if dtype not in _DTYPES:
@@ -140,18 +146,20 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype) -> Any:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        **more,
     )
 
 
-def layer_spec(cfg: GPTConfig) -> Any:
-    """The ModuleSpec of one layer, new on every call: Transformer Engine's with a GPU and that package."""
+def layer_spec(cfg: GPTConfig, **kind: Any) -> Any:
+    """The ModuleSpec of one layer, new on every call: Transformer Engine's with a GPU and that package. ``kind``: of
+    megatron-core's function that makes it, such as ``num_experts``."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     # megatron's own answer: a package that is there but fails to import does not count.
     if gpt_layer_specs.HAVE_TE and not megatron_on_cpu.on_cpu():
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=cfg.qk_norm)
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=cfg.qk_norm, **kind)
     # Without the argument, apex's LayerNorm would be chosen for RMSNorm.
-    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization, qk_layernorm=cfg.qk_norm)
+    return gpt_layer_specs.get_gpt_layer_local_spec(normalization=cfg.normalization, qk_layernorm=cfg.qk_norm, **kind)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

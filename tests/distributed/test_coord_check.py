@@ -1,15 +1,22 @@
 """The coordinate check on a small grid: CompleteP passes a bound that the other recipes fail."""
 
+import contextlib
+import io
 import json
 import re
+from fractions import Fraction
 
 import pytest
 
 from ds_plugin.cli.main import main
+from ds_plugin.completep.model import applied_section, describe
 from ds_plugin.plan.roles_table import minimum_ratio, rules_table
 from ds_plugin.sweeps import coord_check
+from ds_plugin.sweeps.builders import Megatron
 from ds_plugin.sweeps.coord_check import LAST_BLOCK, Row
+from ds_plugin.sweeps.mixtures import Mixture
 from ds_plugin.sweeps.records import read_records
+from ds_plugin.sweeps.trial import Base, Shape
 from tests.harness import slow
 
 RECIPES = ("completep", "mup", "standard")
@@ -39,6 +46,56 @@ def test_small_grid(workers, tmp_path, depths, steps, bounds):
     assert (tmp_path / "out" / "coord_check.png").stat().st_size > 20_000
 
 
+#: an expert's hidden size x 1.5, and experts x 1.5 with as many active
+EXPERTS = ["coord-check", "--experts", "4:2,6:2:3", "--base-width", "32", "--recipes", "completep,standard"]
+
+
+def _of_experts(out):
+    small = ["--widths", "32,64", "--depths", "2,8", "--steps", "3", "--seeds", "1", "--out", out]
+    errors, printed = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
+        codes = [main([*EXPERTS, *small, *moe]) for moe in ([], ["--moe", "fixed_sparsity"])]
+        codes.append(main([*EXPERTS, *small, "--moe", "mue", "--at-most", "1.8"]))
+    return codes, errors.getvalue().splitlines(), printed.getvalue().splitlines()
+
+
+def _rates_of_experts():
+    """By role, at a base rate of 1; of the model the sizes, the coefficient of a loss that balances, the ratios."""
+    builder = Megatron(Mixture.of("4:2"), shared=Fraction(1, 2), moe="mue")
+    builder.start()
+    built = builder.build(Shape("completep", 64, 4, experts="6:3:3"), Base(width=32, depth=2, length=8), 1)
+    config = built.model.config
+    sizes = (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size)
+    shared = config.moe_shared_expert_intermediate_size
+    rates = {group["role"]: group["lr"] for group in built.optimizer(1.0).param_groups}
+    return rates, (*sizes, shared), config.moe_aux_loss_coeff, describe(built.model, applied_section(config))
+
+
+def test_a_shape_with_experts_of_its_own_has_its_rates(workers):
+    """Width x 2; an expert's hidden size 3 x 64 / (2 x 32) = 3, the shared one's 2."""
+    [(rates, sizes, balancing, said)] = workers(1).run(_rates_of_experts)
+    assert sizes == (6, 3, 192, 32) and balancing == 0.0
+    ratios = "m_N 2, m_L 2, expert_ffn 3; experts by mue, weights of the mean form: m_E 1.5, m_K 1.5"
+    assert said == f"CompleteP: recipe completep, alpha 1, {ratios}; residual branches x 0.5"
+    matrices = {"hidden": 1 / 2, "router": 1 / 2, "expert_up": 1 / 2, "shared_up": 1 / 2, "shared_down": 1 / 2}
+    vectors = {"embedding": 1.0, "block_norm": 1.0, "final_norm": 1.0, "unembedding": 1.0}
+    assert rates == {**matrices, "expert_down": 1 / 3, **vectors}
+
+
+def test_a_small_grid_of_experts(workers, tmp_path):
+    [(codes, refused, printed)] = workers(1).run(_of_experts, str(tmp_path / "out"))
+    assert codes == [2, 2, 0], (refused, printed)
+    share = "2 of 4 experts in the base, 2 of 6 here: another active share"
+    assert len(refused) == 2 and all(share in line for line in refused)
+    rows = read_records(Row, tmp_path / "out" / "coord_check.csv")
+    assert {(r.recipe, r.experts) for r in rows} == {(recipe, e) for recipe in RECIPES[::2] for e in ("", "6:2:3")}
+    flat, steep = (coord_check.spread(rows, recipe) for recipe in RECIPES[::2])
+    assert flat < 1.8 < 7 < steep, (flat, steep)
+    assert printed[-2].startswith(f"standard: spread {steep:.3g}x, {steep / flat:.3g} times completep's (last block")
+    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.experts, r.step) == (32, 2, "", 3)}
+    assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
+
+
 def test_spread_is_of_the_means_over_seeds_at_the_last_step():
     def row(depth, seed, step, change, layer=LAST_BLOCK):
         return Row("mup", 64, depth, seed, step, layer, change)
@@ -60,7 +117,12 @@ def _rows(config):
     lines = rules_table(config).splitlines()
     assert lines[-1].startswith("(x n): the base model's value times n")
     cells = [re.split(r"  +", line) for line in lines[3:-1]]
-    return lines, {row[0]: row[2:] for row in cells}
+    return lines, {row[0]: row[6:] for row in cells}
+
+
+def _sizes(config):
+    """Tensors, parameters, m_in and m_out by role."""
+    return {row[0]: row[2:6] for row in (re.split(r"  +", line) for line in rules_table(config).splitlines()[3:-1])}
 
 
 def test_rules_table():
@@ -75,12 +137,34 @@ def test_rules_table():
     assert set(rows) == {"embedding", "hidden", "block_norm", "block_bias", "final_norm", "unembedding"}
 
 
+def test_rules_table_counts_and_gives_what_is_out_of_proportion_its_own_row():
+    """FFN 2048 / 128 = 16 beside m_N 4: up has fan-in 4 and fan-out 16, down the other way round."""
+    assert _sizes(CONFIG)["hidden"] == ["32", f"{8 * 12 * 256**2:,}", "4", "4"]
+    assert _sizes(CONFIG)["embedding"] == ["2", "8,192 + 256 V", "-", "-"]  # 32 positions
+    assert _sizes(CONFIG)["unembedding"] == ["1", "256 V", "-", "-"]
+    assert _sizes(CONFIG)["block_bias"] == ["32", f"{8 * (3 + 1 + 4 + 1) * 256:,}", "-", "-"]
+    base = {**CONFIG["completep"], "base_ffn_hidden_size": 128, "base_num_heads": 4}  # heads of 16 in the base, 64 here
+    config = {**CONFIG, "model": {**CONFIG["model"], "ffn_hidden_size": 2048}, "completep": base}
+    counted, rows = _sizes(config), _rows(config)[1]
+    assert counted["hidden"] == ["16", f"{8 * 4 * 256**2:,}", "4", "4"]
+    assert counted["mlp_up"] == ["8", f"{8 * 256 * 2048:,}", "4", "16"]
+    assert counted["mlp_down"] == ["8", f"{8 * 256 * 2048:,}", "16", "4"]
+    # std 0.02 / 2, lr 0.008 / 4, decay 0.1 x 4, eps 1e-8 / (sqrt(4 x 16) x 4)
+    assert rows["mlp_up"] == ["0.01 (x 0.5)", "0.002 (x 0.25)", "0.0002", "0.4 (x 4)", "3.125e-10 (x 0.03125)"]
+    # std 0.02 / 4, lr 0.008 / 16, decay 0.1 x 16, eps 1e-8 / (sqrt(4 x 4) x 4)
+    assert rows["mlp_down"] == ["0.005 (x 0.25)", "0.0005 (x 0.0625)", "5e-05", "1.6 (x 16)", "6.25e-10 (x 0.0625)"]
+    own = {"lr_multipliers": {"qkv": 0.5}, "embedding_multiplier": 3.0}
+    lines, rows = _rows({**CONFIG, "completep": {**CONFIG["completep"], **own}})
+    assert rows["qkv"][1] == "0.001 (x 0.125)" and rows["hidden"][1] == "0.002 (x 0.25)"
+    assert ", embeddings x 3" in lines[1]
+
+
 def test_rules_table_without_biases_and_tied():
     tied = {**CONFIG, "model": {**CONFIG["model"], "bias": False, "tie_embeddings": True}}
     assert set(_rows(tied)[1]) == {"embedding", "hidden", "block_norm", "final_norm"}
     folded = {**tied, "completep": {**CONFIG["completep"], "residual": "folded"}}
     lines, rows = _rows(folded)
-    assert "both folded into the weights" in lines[1]
+    assert ", folded into the weights" in lines[1]
     assert set(rows) == {"embedding", "hidden", "branch_out", "block_norm", "logit_norm"}
     # std 0.02 / 2 / 4, lr 0.008 / 4 / 4, decay 0.1 * 4 * 4, eps 1e-8 / 16 * 4
     assert rows["branch_out"] == ["0.0025 (x 0.125)", "0.0005 (x 0.0625)", "5e-05", "1.6 (x 16)", "2.5e-09 (x 0.25)"]
@@ -113,6 +197,8 @@ def test_minimum_ratio(scheduler, expected):
         ({"completep": {**CONFIG["completep"], "enabled": False}}, "completep: not enabled"),
         ({"optimizer": {}}, "optimizer.params.lr"),
         ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
+        ({"completep": {**CONFIG["completep"], "base_num_query_groups": 2}}, "shared by 2 heads in the base and by 1"),
+        ({"completep": {**CONFIG["completep"], "base_num_moe_experts": 8}}, "the model has no experts; remove it"),
         ({"model": None}, "model: missing; write"),
         ({"model": None, "megatron": {"num-layers": 4}}, "ds-plugin plan --config FILE"),
     ],

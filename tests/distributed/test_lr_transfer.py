@@ -10,6 +10,7 @@ from ds_plugin.cli.main import main
 from ds_plugin.core.errors import DataError
 from ds_plugin.sweeps.builders import Megatron
 from ds_plugin.sweeps.lr_transfer import Run, schedule, summary, train, transfer
+from ds_plugin.sweeps.mixtures import Mixture
 from ds_plugin.sweeps.records import read_records, write_records
 from ds_plugin.sweeps.trial import Base, Shape
 
@@ -90,6 +91,7 @@ def test_a_second_start_goes_on(workers, tmp_path):
     assert read_records(Run, path) == second
 
 
+MIXTURE = Mixture.of("3:2")
 SHARED = {  # base 32 x 1: what the recipe does not scale, a plainer one trains just as well
     Shape("mup", 32, 1): "standard",
     Shape("completep", 32, 1): "standard",
@@ -97,20 +99,45 @@ SHARED = {  # base 32 x 1: what the recipe does not scale, a plainer one trains 
     Shape("completep", 64, 1): "mup",
     Shape("completep", 32, 2): "completep",
     Shape("completed_p", 32, 1): "completed_p",
+    Shape("completep", 32, 1, experts="4:2:4"): "mup",  # other experts are a change of width's kind
+    Shape("standard", 64, 2, experts="4:2:4"): "standard",
 }
 
 
-def _trained(shape):
-    Megatron().start()
-    return train(Megatron(), shape, Base(width=32, depth=1, length=16, batch=2), seed=1, steps=3, lr=0.01).loss
+def _trained(*shapes):
+    builder = Megatron(MIXTURE, moe="mue") if shapes[0].experts else Megatron()
+    builder.start()
+    given = {"seed": 1, "steps": 3, "lr": 0.01}
+    return [train(builder, shape, Base(width=32, depth=1, length=16, batch=2), **given).loss for shape in shapes]
 
 
 def test_runs_that_two_recipes_share_are_the_same_bit_for_bit(workers):
     for shape, plain in SHARED.items():
         same = shape.same_as(Base(width=32, depth=1))
-        assert same == Shape(plain, shape.width, shape.depth)
+        assert same == Shape(plain, shape.width, shape.depth, experts=shape.experts)
         if same != shape:
-            assert workers(1).run(_trained, shape) == workers(1).run(_trained, same)
+            [(found, expected)] = workers(1).run(_trained, shape, same)
+            assert found == expected
+
+
+def _of_experts(out):
+    arguments = ["lr-transfer", "--shapes", "32x1,32x1:4:2:4,32x1:3:2:2", "--experts", "3:2", "--moe", "mue"]
+    arguments += ["--exponents=-7", "--recipes", "completep,standard", "--seeds", "1", "--steps", "3", "--batch", "2"]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main([*arguments, "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out])
+    return code, printed.getvalue()
+
+
+def test_shapes_with_experts_of_their_own(workers, tmp_path):
+    [(code, printed)] = workers(1).run(_of_experts, str(tmp_path))
+    runs = read_records(Run, tmp_path / "lr_transfer.csv")
+    # 4 / ACTIVE is the ratio that is not given, so that 3:2:2 is the base's
+    assert code == 0 and sorted(run.experts for run in runs) == ["", "", "4:2:4", "4:2:4"]
+    losses = {(run.recipe, run.experts): run.loss for run in runs}
+    assert losses["completep", ""] == losses["standard", ""]
+    assert len(set(losses.values())) == 3
+    assert "completep width 32 depth 1 experts 4:2:4: best loss" in printed
 
 
 def _shared(out, workers):

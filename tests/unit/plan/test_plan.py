@@ -90,6 +90,44 @@ def test_parameters_are_those_of_the_built_model(workers, tensor):
     assert workers(tensor).run(_counted, shapes, tensor) == [expected] * tensor
 
 
+#: with shapes, what their sections say besides
+BASES = [{}, {"residual": "folded"}, {"base_ffn_hidden_size": 64, "base_num_heads": 1, "residual": "folded"}]
+
+
+def _by_role(shapes):
+    """For each shape: the tensors and parameters of each role."""
+    import torch
+
+    from ds_plugin.completep.config import CompletePConfig
+    from megatron_patches import completep, megatron_on_cpu
+    from megatron_patches.models import gpt
+
+    megatron_on_cpu.enable()
+    found = []
+    for shape, base in shapes:
+        cfg, section = GPTConfig.model_validate({**MODEL, **shape}), CompletePConfig.model_validate(COMPLETEP | base)
+        gpt.initialize_parallel(cfg, 1)
+        built = completep.prepare(gpt.transformer_config(cfg, torch.float32), gpt.layer_spec(cfg), section)
+        model = gpt.build_gpt(cfg, 256, *built)
+        counts = {}
+        for name, role in completep.finish(model, section).items():
+            tensors, parameters = counts.get(role.value, (0, 0))
+            counts[role.value] = tensors + 1, parameters + model.get_parameter(name).numel()
+        found.append(counts)
+    return found
+
+
+def test_roles_hold_what_they_hold_in_the_built_model(workers):
+    shapes = list(zip(SHAPES, BASES, strict=True))
+    for (shape, base), built in zip(shapes, workers(1).run(_by_role, shapes)[0], strict=True):
+        found = planned(recipe(model={**MODEL, **shape}, completep=COMPLETEP | base), 1)
+        rows = found["completep"]["roles"]
+        assert {role: (row["tensors"], row["parameters"]) for role, row in rows.items()} == built
+        assert sum(row["parameters"] for row in rows.values()) == found["parameters"]["all"]
+    assert {"qkv", "attention_out", "mlp_up", "mlp_down"} <= set(built)
+    assert (rows["qkv"]["m_in"], rows["qkv"]["m_out"]) == (2, 4) and rows["mlp_down"]["m_in"] == 80 / 64
+
+
 def _built(config):
     import torch
 
@@ -326,6 +364,7 @@ BAD = [
     (recipe(optimizer={"type": "AdamW", "params": {"lr": "x"}}), 2, ["optimizer.params.lr", "got 'x'"]),
     (recipe(training={"tokens": 9}, sequence_length_warmup=None, optimizer=None), 2, ["optimizer: missing"]),
     (megatron(lr=0), 2, ["megatron.lr", "greater than 0, got 0"]),
+    (megatron(num_experts=8), 2, ["megatron.num-experts: 8", "dense models only"]),
     (megatron(num_layers="4"), 2, ["megatron.num_layers", "integer", "'4'"]),
     (megatron(lr_warmup_samples=-1), 2, ["megatron.lr-warmup-samples", "got -1"]),
     (megatron(pipeline_model_parallel_size=3), 3, ["pipeline_parallel = 3 does not divide num_layers = 4"]),
