@@ -9,7 +9,13 @@ import types
 import torch
 
 NAME = "emerging_optimizers"
-NS = (3.4445, -4.7750, 2.0315)
+QUINTIC = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
 
 
 class OrthogonalizedOptimizer(torch.optim.Optimizer):
@@ -19,7 +25,7 @@ class OrthogonalizedOptimizer(torch.optim.Optimizer):
         self, params, lr, momentum_beta, use_nesterov, weight_decay, weight_decay_method, fp32_matmul_prec,
         scaled_orthogonalize_fn,
     ):  # fmt: skip
-        assert weight_decay_method == "decoupled" and fp32_matmul_prec == "highest"
+        assert weight_decay_method == "decoupled"
         super().__init__(params, {"lr": lr, "momentum_beta": momentum_beta, "weight_decay": weight_decay})
         self.use_nesterov, self.scaled_orthogonalize_fn = use_nesterov, scaled_orthogonalize_fn
 
@@ -36,11 +42,10 @@ class OrthogonalizedOptimizer(torch.optim.Optimizer):
 
 
 def newton_schulz_tp(x, steps, coefficient_type, tp_group, partition_dim=None, mode="duplicated"):
-    assert tp_group.size() == 1 and coefficient_type == "quintic"
+    assert tp_group.size() == 1 and coefficient_type == "quintic" and steps == len(QUINTIC)
     wide = x.mT if x.size(0) > x.size(1) else x
     wide = wide / wide.norm()
-    a, b, c = NS
-    for _ in range(steps):
+    for a, b, c in QUINTIC:
         gram = wide @ wide.mT
         wide = a * wide + (b * gram + c * gram @ gram) @ wide
     return wide.mT if x.size(0) > x.size(1) else wide
@@ -65,7 +70,10 @@ def install():
     importlib.import_module("megatron.core.optimizer.muon")
 
 
+def later():
+    """Whether this megatron-core is later than 0.16: its Muon needs the package, and layer-wise bf16."""
+    return importlib.util.find_spec("megatron.core.optimizer.emerging_optimizers") is not None
+
+
 def available():
-    """Whether `install` can serve this megatron-core: the package is there, or it is 0.16."""
-    later = importlib.util.find_spec("megatron.core.optimizer.emerging_optimizers") is not None
-    return not later or importlib.util.find_spec(NAME) is not None
+    return not later() or importlib.util.find_spec(NAME) is not None

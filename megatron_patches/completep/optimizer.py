@@ -155,6 +155,9 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
     """Raise ConfigError for a parameter this rank optimizes (a part of) in another group than its role's, or with other
     settings; but for the ``lr`` and ``weight_decay`` of the moment, which are the scheduler's."""
     singles = _singles(optimizer)
+    if bare := next((type(single).__name__ for single in singles if not hasattr(single, "config")), None):
+        what = f"megatron-core's layer-wise optimizer holds {bare} itself, which fp32 parameters do not step by"
+        raise ConfigError(f"completep: {what}; write bf16=True, or leave layer-wise out")
     ratios = _ratios(model_chunks, section, singles[0].config, muon=_has_muon(optimizer))
     expected = _group_values(section, ratios, singles[0].config)
     found = {id(parameter): group for single in singles for parameter, group in _optimized(single)}
@@ -315,7 +318,7 @@ def _singles(optimizer: Any) -> list[Any]:
 
 
 def _is_muon(single: Any) -> bool:
-    return type(single.optimizer).__name__ == _MUON
+    return type(getattr(single, "optimizer", None)).__name__ == _MUON
 
 
 def _has_muon(optimizer: Any) -> bool:

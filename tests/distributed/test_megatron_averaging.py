@@ -295,6 +295,8 @@ CASES = {
 }  # fmt: skip
 if not muon_stand_in.available():  # later versions' Muon needs the package emerging_optimizers
     CASES = {ranks: [case for case in cases if case[0] != "layer-wise"] for ranks, cases in CASES.items()}
+elif muon_stand_in.later():
+    CASES[2].remove(("layer-wise", "fp32"))
 
 
 def check_found(found, case):
