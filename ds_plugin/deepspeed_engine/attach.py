@@ -75,8 +75,8 @@ def initialize(
             refused.callback(_kept(optimizer))
         if sections.completep is not None:
             given |= completep.set_up(sections.completep, given)
-        groups = contextlib.nullcontext() if sections.completep is None else compat.given_muon_groups()
-        with groups:
+        groups = given["model_parameters"] if sections.completep is not None else None
+        with compat.muon_groups_as_given(groups):
             engine, *rest = _build(**given)
         refused.callback(_destroy, engine)
         _register(engine, sections, shorten)

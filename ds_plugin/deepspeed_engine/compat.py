@@ -71,11 +71,14 @@ PIPELINE_TIED = "tied_modules."  # how the names of what several stages have beg
 
 
 @contextlib.contextmanager
-def given_muon_groups() -> Iterator[None]:
-    """In the block DeepSpeed's Muon trains the very groups that it is given, each as it says by ``use_muon``. DeepSpeed
-    itself goes by the parameters' names, and knows an output layer by few; and it drops what it does not know."""
+def muon_groups_as_given(params: Any) -> Iterator[None]:
+    """In the block DeepSpeed's Muon trains groups that say ``use_muon`` as they are. DeepSpeed itself goes by the
+    parameters' names, of which it knows an output layer by few; and it drops what it does not know of a group."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
+    if not any(USE_MUON in group for group in params or ()):
+        yield
+        return
     need(DeepSpeedEngine, MUON_GROUPS)
 
     def groups(given: Any, settings: Any) -> list[dict[str, Any]]:
