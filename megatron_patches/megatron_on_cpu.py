@@ -31,6 +31,7 @@ _GRAPH_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_
 _TRACKER = logging.getLogger("megatron.core.tensor_parallel.random")
 _TRACKER_WARNING = "CPU RNG state changed"
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_LAYER_WISE = "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
 _ROUTER, _KERNEL = "megatron.core.transformer.moe.moe_utils", "te_general_gemm"
 _TORCH_NORM = "megatron.core.transformer.torch_norm.WrappedTorchNorm"
 _SPLITS = {"output_split_sizes", "input_split_sizes"}
@@ -332,6 +333,9 @@ _MARKED_NORM = Patch(
     f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()
 )
 _RESUME["norm"] = _MARKED_NORM
+_RESUME["layer-wise"] = Patch(
+    f"{_LAYER_WISE}.allgather_params", lambda self: self.broadcast_params(), reason="gloo gathers equal parts only"
+)
 _RESUME["te"] = Change(
     "megatron's view of TransformerEngine", _know_no_te, _without_te.close, reason="it is not there on the CPU"
 )

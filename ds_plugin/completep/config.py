@@ -37,8 +37,8 @@ class CompletePConfig(SectionConfig):
     residual: Literal["forward", "folded"] = Field(
         "forward",
         description="where the multipliers of residual branches and logits go: into the forward pass, or folded into "
-        "the weights, learning rates, weight decay and eps (Adam only; the forward pass is megatron-core's own); by "
-        "default forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
+        "the weights, learning rates, weight decay and eps (Adam and Muon only; the forward pass is megatron-core's "
+        "own); by default forward with DeepSpeed's optimizers, folded in Megatron-LM's scripts",
     )
     base_num_heads: Heads | None = Field(
         None, description="its number of attention heads, e.g. 4; this and the next seven: null when in proportion"

@@ -15,10 +15,19 @@ Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
 
+Muon's update of a matrix is s times one whose singular values are about 1, whatever the gradient's size: s =
+sqrt(out / in) (``unit_rms_norm``), sqrt(max(out, in)) (``spectral``; times a constant too, as Moonlight's 0.2) or
+sqrt(max(1, out / in)) (``shape_scaling``, DeepSpeed's). In line with inputs of order 1 it changes outputs by lr s
+sqrt(in / out), which is to stay: the learning rate goes as sqrt(out / in) / s over the base's (`muon_rate`). For square
+matrices that is 1, m_N^-1/2 and 1 (arXiv 2603.00541 and 2512.05620 give the first). Each of L layers then changes the
+stream by m_L^-alpha of that, so that the depth's factor is m_L^(alpha-1), as under Adam. Weight decay is by the rate's
+inverse, so that the share of a weight that a step takes away stays. Init and eps are Adam's; so are all other rows.
+
 Folding: a matrix whose output is multiplied by c can hold c times its weights instead. Under Adam with decoupled weight
 decay the two train alike if init and learning rate are multiplied by c, weight decay and epsilon by 1/c: gradients are
-1/c of what they were, so Adam's quotient is the same, and every step is c times as long. Logits are folded into the
-unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
+1/c of what they were, so Adam's quotient is the same, and every step is c times as long. So it is under Muon, in each
+of its scales: the update does not change with the gradient's size, nor with what the weights are. Logits are folded
+into the unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
 """
 
 import enum
@@ -29,6 +38,7 @@ from typing import Literal
 
 Recipe = Literal["completep", "mup", "standard", "completed_p"]
 EpsScope = Literal["table", "all", "embedding"]
+MuonScale = Literal["unit_rms_norm", "spectral", "shape_scaling"]
 
 
 class Role(enum.Enum):
@@ -126,6 +136,15 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Muon:
+    """What Muon trains: the `muon_rate` of each role's matrices, of no role without it; and the base's learning rate of
+    these over that of all others."""
+
+    rates: Mapping[Role, float] = field(default_factory=dict)
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
 class Ratios:
     """How the model and its training differ from the base's; below 1 for smaller ones."""
 
@@ -141,6 +160,7 @@ class Ratios:
     decay_exponent: float = 1.0
     embedding: float = 1.0
     output: float = 1.0
+    muon: Muon = Muon()
 
     def of(self, dimension: str) -> float:
         """The ratio of a dimension in `FANS`."""
@@ -163,7 +183,10 @@ def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
     if recipe == "completed_p":
         return ratios
     ratios = replace(ratios, m_B=1.0, m_D=1.0, m_L=ratios.m_L if recipe == "completep" else 1.0)
-    return replace(ratios, m_N=1.0, dims={}, experts=Experts()) if recipe == "standard" else ratios
+    if recipe != "standard":
+        return ratios
+    muon = replace(ratios.muon, rates=dict.fromkeys(ratios.muon.rates, 1.0))
+    return replace(ratios, m_N=1.0, dims={}, experts=Experts(), muon=muon)
 
 
 def merged(role: Role, ratios: Ratios, *, folded: bool) -> Role:
@@ -184,12 +207,28 @@ def multipliers(
     ``"embedding"``: as the table, and the embeddings 1 / m_N of theirs, as Complete(d)P."""
     reacted = effective(recipe, ratios)
     row = _table_1(role, reacted, eps_scope)
+    if (rate := reacted.muon.rates.get(role)) is not None:
+        lr = reacted.muon.lr * rate * reacted.m_L ** (reacted.alpha - 1)
+        row = replace(row, lr=lr, weight_decay=rate**-reacted.decay_exponent)
     if recipe == "completed_p":
         row = _completed(role, row, reacted, eps_scope)
     if folded:
         c = fold_factor(role, ratios, recipe)
         row = Multipliers(row.init_std * c, row.lr * c, row.weight_decay / c, row.eps / c, row.one_minus_beta)
     return row
+
+
+def muon_rate(scale: MuonScale, shape: tuple[float, float], growth: tuple[float, float]) -> float:
+    """What the base's learning rate of a matrix that Muon trains is multiplied by for its size. ``shape``: its fan-out
+    and fan-in; ``growth``: how many times the base's they are."""
+
+    def fitting(out: float, fan_in: float) -> float:
+        aspect = out / fan_in
+        scales = {"unit_rms_norm": aspect, "spectral": max(out, fan_in), "shape_scaling": max(1.0, aspect)}
+        return math.sqrt(aspect) / math.sqrt(scales[scale])
+
+    (out, fan_in), (m_out, m_in) = shape, growth
+    return fitting(out, fan_in) / fitting(out / m_out, fan_in / m_in)
 
 
 def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:

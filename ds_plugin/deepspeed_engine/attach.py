@@ -49,7 +49,7 @@ def initialize(
 
     Reads the sections of the methods from the same JSON, strips them before DeepSpeed sees it, and wires the enabled
     methods to the engine; with none, it is exactly DeepSpeed's. With ``completep``, ``optimizer`` is absent (the JSON's
-    AdamW), a function of the param groups, or an Adam over the model's parameters, which gives the base model's
+    AdamW or Muon), a function of the param groups, or an Adam over the model's parameters, which gives the base model's
     hyperparameters and gets the roles' groups; ``lr_scheduler`` is absent or a function of the optimizer. ``shorten``:
     for sequence length warmup of a model whose arguments are not recognised; see `slicing.Shorten`.
 
@@ -75,7 +75,9 @@ def initialize(
             refused.callback(_kept(optimizer))
         if sections.completep is not None:
             given |= completep.set_up(sections.completep, given)
-        engine, *rest = _build(**given)
+        groups = given["model_parameters"] if sections.completep is not None else None
+        with compat.muon_groups_as_given(groups):
+            engine, *rest = _build(**given)
         refused.callback(_destroy, engine)
         _register(engine, sections, shorten)
         refused.pop_all()

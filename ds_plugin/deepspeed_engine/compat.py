@@ -45,6 +45,11 @@ BF16_NORM_GRADIENTS = "get_grads_for_norm"  # (for_clipping): the tensors whose 
 BF16_GRADIENTS = "fp32_groups_gradients"  # [group][parameter], the same tensors
 FP32_CLIP = "clip_fp32_gradients"  # of the engine, stage 0 in fp32: takes the norm of the parameters' own gradients
 
+# -- its Muon ----------------------------------------------------------------------------------------------------------
+MUON_GROUPS = "_muon_param_groups"  # static, of the engine's class: (groups, the JSON's settings) -> Muon's and Adam's
+USE_MUON = "use_muon"  # of a group and of a parameter: which of the two
+NORM_OF_UPDATES = ("zero12", "zero3")  # wrappers that take the gradient norm of Muon's updates, and clip those
+
 # -- the engine's passes and steps -------------------------------------------------------------------------------------
 MODULE_HOOKS = ("module_forward_pre_hook", "module_forward_post_hook")  # the handles of its own hooks on its module
 BACKWARD_PROLOGUE = "_backward_prologue"  # (), from a hook on its outputs: before any gradient of the module, however
@@ -63,6 +68,28 @@ PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-bat
 PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
 EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
 PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
+
+
+@contextlib.contextmanager
+def muon_groups_as_given(params: Any) -> Iterator[None]:
+    """In the block DeepSpeed's Muon trains groups that say ``use_muon`` as they are. DeepSpeed itself goes by the
+    parameters' names, of which it knows an output layer by few; and it drops what it does not know of a group."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    if not any(USE_MUON in group for group in params or ()):
+        yield
+        return
+    need(DeepSpeedEngine, MUON_GROUPS)
+
+    def groups(given: Any, settings: Any) -> list[dict[str, Any]]:
+        found = list(given)
+        for group in found:
+            for parameter in group["params"]:
+                setattr(parameter, USE_MUON, group[USE_MUON])
+        return found
+
+    with replaced(DeepSpeedEngine, MUON_GROUPS, staticmethod(groups)):
+        yield
 
 
 def before_steps(engine: Any, call: Callable[[], None]) -> contextlib.AbstractContextManager[None]:

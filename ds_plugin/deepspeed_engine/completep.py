@@ -10,8 +10,9 @@ import torch
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import describe, finished_roles, in_force, ratios_of
+from ds_plugin.completep.muon import with_muon
 from ds_plugin.completep.param_groups import build_param_groups, check_rates, refuse_unused
-from ds_plugin.completep.rules import Role
+from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.supported import bare_model, gpt_of
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, gathered
 from ds_plugin.core.patch import replaced
@@ -22,6 +23,7 @@ from ds_plugin.deepspeed_engine.group_lr import build_scheduler, check_peak, exp
 #: Adams that say by ``adam_w_mode`` whether their decay is decoupled (DeepSpeed, apex, TransformerEngine), and by name
 _BY_MODE, _BY_NAME = ("FusedAdam", "DeepSpeedCPUAdam"), ("AdamW", "AdamW8bit")
 _FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
+_RATES = ("adam_lr", "muon_lr")  # of DeepSpeed's Muon, in place of lr
 _DECOUPLED = "the rules hold for decoupled weight decay"
 _SCHEDULER = "describe it in the JSON or give a function: lr_scheduler=lambda optimizer: MyScheduler(optimizer)"
 
@@ -32,8 +34,8 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
 
     ``given``: the arguments of ``deepspeed.initialize``, ``config`` a dict. Returns those to give in their place: the
     groups (None with a built optimizer), an optimizer's or a scheduler's function checked, and the config with the
-    scheduler's scalars expanded. Raises ConfigError: the model was not prepared, the optimizer is no AdamW or not over
-    the model's parameters, or the scheduler would flatten the groups."""
+    scheduler's scalars expanded. Raises ConfigError: the model was not prepared, the optimizer is no AdamW or Muon, or
+    not over the model's parameters, or the scheduler would flatten the groups."""
     model, optimizer, lr_scheduler, config = (given[key] for key in ("model", "optimizer", "lr_scheduler", "config"))
     whole = bare_model(gpt_of(model))
     section = in_force(whole, section)
@@ -46,7 +48,11 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
     base = _base_of(optimizer, model) if built else _base_of_json(config, optimizer)
     roles, ratios = finished_roles(whole, section), ratios_of(whole.config, section)
     refuse_unused(section, roles.values())
+    if by_muon := optimizer is None and _is_muon(config):
+        ratios = _with_muon(ratios, whole.config, section, config["optimizer"]["params"])
     groups = build_param_groups(whole, roles, ratios, section, **base)
+    if by_muon:
+        _say_which(groups, ratios, base, config["optimizer"]["params"])
     if gpt_of(model) is not model:
         groups = divided(groups, max(gathered(len(groups))))
     changed: dict[str, Any] = {"model_parameters": groups}
@@ -79,8 +85,16 @@ class CompleteP:
             found = {role for stage in gathered(self._mine) for role in stage}
             self._roles = [role.value for role in Role if role.value in found]
         ratios = ratios_of(engine.module.config, section)
+        by_muon = [group.get(compat.USE_MUON, False) for group in self._groups]
+        if any(by_muon):
+            ratios = _with_muon(ratios, engine.module.config, section, engine.optimizer_params())
         self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
         factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
+        if any(by_muon) and compat.wrapper_of(engine) in compat.NORM_OF_UPDATES:
+            if clipping := engine.gradient_clipping():
+                what = f"ZeRO {engine.zero_optimization_stage()} clips what Muon makes of gradients by it, not these"
+                raise ConfigError(f"completep: gradient_clipping is {clipping}: {what}; write 0.0")
+            factors = [1.0 if updates else factor for updates, factor in zip(by_muon, factors, strict=True)]
         self._norm = list(rescaled(engine, factors)) if section.residual == "folded" else []
 
     @property
@@ -113,7 +127,8 @@ class CompleteP:
         settings = []
         for group in self._groups:
             numbers = {name: float(group[name]) for name in names if name in group}
-            settings.append({"role": group["role"], **numbers, "betas": [float(beta) for beta in group["betas"]]})
+            betas = {"betas": [float(beta) for beta in group["betas"]]} if "betas" in group else {}
+            settings.append({"role": group["role"], **numbers, **betas})
         if compat.is_pipeline(self.engine):
             of_role = {kept["role"]: kept for stage in gathered(settings) for kept in stage}
             settings = [of_role[role] for role in self._roles]
@@ -127,7 +142,8 @@ class CompleteP:
             what = f"param groups for the roles {', '.join(of_role)}, this run for {', '.join(self._roles)}"
             raise CheckpointError(f"completep: the checkpoint has {what}; freeze the same parameters")
         for group, role in zip(self._groups, self._mine, strict=True):
-            group.update({**of_role[role], "betas": tuple(of_role[role]["betas"])})
+            group.update(of_role[role])
+            group |= {"betas": tuple(group["betas"])} if "betas" in group else {}
         for moments in self.engine.basic_optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()
@@ -161,14 +177,46 @@ def _base_of_json(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     described = config.get("optimizer") or {}
     params = described.get("params") or {}
     kind, decoupled = described.get("type"), params.get("adam_w_mode", True)
-    if optimizer is None and str(kind).lower() not in ("adam", "adamw"):
-        raise ConfigError(f'completep: optimizer.type is {kind!r}; the rules hold for AdamW, write "AdamW"')
+    muon = optimizer is None and _is_muon(config)
+    if optimizer is None and not muon and str(kind).lower() not in ("adam", "adamw"):
+        what = 'the rules hold for AdamW and Muon, write "AdamW" or "Muon"'
+        raise ConfigError(f"completep: optimizer.type is {kind!r}; {what}")
     if not decoupled:
         what = f"optimizer.params.adam_w_mode is {decoupled!r}, which adds weight decay to the gradient"
         raise ConfigError(f"completep: {what}; {_DECOUPLED}, remove it")
-    _check_numbers(params, "optimizer.params.{}")  # implementations differ in their default decay
-    names = [name for name in ("lr", "weight_decay", "eps", "betas") if name in params]
-    return {"eps": 1e-8, "betas": (0.9, 0.999)} | {name: params[name] for name in names}
+    for rate in _RATES if muon else ("lr",):
+        one = {**params, "lr": params[rate]} if rate in params else params
+        _check_numbers(one, "optimizer.params.{}")  # implementations differ in their default decay
+    if muon and params.get("per_head_muon"):
+        raise ConfigError("completep: optimizer.params.per_head_muon is true: no rule covers it; remove it")
+    defaults = {"eps": 1e-10, "betas": (0.9, 0.95)} if muon else {"eps": 1e-8, "betas": (0.9, 0.999)}
+    base = defaults | {name: params[name] for name in ("lr", "weight_decay", "eps", "betas") if name in params}
+    return base | ({"lr": _muon_rates(params)[0]} if muon else {})
+
+
+def _is_muon(config: Mapping[str, Any]) -> bool:
+    return str((config.get("optimizer") or {}).get("type")).lower() == "muon"
+
+
+def _muon_rates(params: Mapping[str, Any]) -> list[float]:
+    """The base's learning rate of what Muon leaves to Adam, and of what it trains."""
+    return [params[rate] if rate in params else params["lr"] for rate in _RATES]
+
+
+def _with_muon(ratios: Ratios, config: Any, section: CompletePConfig, params: Mapping[str, Any]) -> Ratios:
+    """A model's ratios under DeepSpeed's Muon; raises as `with_muon` does."""
+    adams, muons = _muon_rates(params)
+    return with_muon(ratios, config, section, "shape_scaling", lr=muons / adams)
+
+
+def _say_which(
+    groups: list[dict[str, Any]], ratios: Ratios, base: Mapping[str, Any], params: Mapping[str, Any]
+) -> None:
+    """Settle each group's optimizer, by its role, and what that needs to be told."""
+    for group in groups:
+        group[compat.USE_MUON] = muon = Role(group["role"]) in ratios.muon.rates
+        defaults = {"momentum": 0.95, "ns_method": "gram"} if muon else {"betas": tuple(base["betas"])}
+        group |= {name: params.get(name, value) for name, value in defaults.items()}
 
 
 def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:

@@ -124,8 +124,6 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return original(**kwargs, config=config)
         if prepared is None:  # Lightning's call, or a script's
             prepared = sections.resolve(sections.with_given(found), kwargs.get("model"), None)
-        if not prepared:
-            return original(**kwargs, config=config)
         whole = {**config, **prepared}
         if (section := split_config(whole)[1].completep) is not None:
             prepare_decoder(kwargs["model"], section)

@@ -7,20 +7,23 @@ It uses megatron-core's extension point, ``get_megatron_optimizer(..., config_ov
 * A checkpoint's groups are recognised by ``wd_mult`` and ``lr_mult`` (in 0.19 also ``max_lr`` and ``min_lr``), not by
   eps, so that two roles could get each other's. Nothing else reads ``lr_mult``: the role's name is written there.
 * The group whose learning rate is logged says ``default_config``: the embeddings, whose multiplier is mostly 1.
+* Muon trains what has two dimensions and is not marked as an embedding or an output layer; in 0.16 by a function of its
+  own, which sets the config's ``optimizer`` to "adam". Layer-wise, a rank's groups hold what it updates alone.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import finished_roles, ratios_of
+from ds_plugin.completep.muon import with_muon
 from ds_plugin.completep.param_groups import check_rates, group_settings, groups_built, refuse_unused
-from ds_plugin.completep.rules import Ratios, Role
+from ds_plugin.completep.rules import FANS, MuonScale, Ratios, Role
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import CheckpointError, ConfigError, PluginError, raise_on_all_ranks, warn
 from ds_plugin.core.patch import replaced
@@ -31,7 +34,12 @@ _GRADS_FOR_NORM = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")  #
 _PARAMETERS = "get_parameters"
 _SHARD_INDEX = "model_param_group_index_map"  # DistributedOptimizer: model parameter -> (group, position)
 _HALF_GROUPS, _FULL_GROUPS = "float16_groups", "fp32_from_fp32_groups"  # Float16Optimizer: model parameters by group
+_LAYER_WISE = "dp_cp_params_list"  # LayerWiseDistributedOptimizer: which rank updates what
+_LOADS = ("load_state_dict", "load_state_dict_from_file")  # the second of that one, which does not go by the first
+_MUON = "TensorParallelMuon"  # the class of what a Muon's member of the chain holds
+_ADAMS_TOO = "is_embedding_or_output_parameter"  # on a parameter: a matrix that Muon leaves to Adam
 
+_MUONS = ("muon", "dist_muon")  # OptimizerConfig.optimizer; the second layer-wise
 _ROLE_KEY = "lr_mult"
 _STATE_KEY = "completep"
 _WRITERS = "the scheduler (OptimizerParamScheduler does, from init_lr 0), or the training loop,"
@@ -51,9 +59,7 @@ def build_optimizer(
     ``get_optimizer``: megatron-core's function, where its name is bound to another; ``arguments`` go to it. Every rank
     calls it. Raises ConfigError, on every rank: the rules do not hold for the optimizer, the chunks are not finished,
     or a parameter did not land in the group of its role."""
-    from megatron.core.optimizer import get_megatron_optimizer
-
-    build = get_optimizer or get_megatron_optimizer
+    build = get_optimizer or _builder(optimizer_config)
     with raise_on_all_ranks():
         overrides = config_overrides(model_chunks, section, optimizer_config)
     refuse_unused(section, [role for *_, role in _parameters(model_chunks, section)])
@@ -61,12 +67,13 @@ def build_optimizer(
     with raise_on_all_ranks():
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
-    inner_load, inner_step = optimizer.load_state_dict, optimizer.step
-    rows = {role.value: section.multipliers(role, _ratios(model_chunks, section)) for role in Role}
+    inner_step = optimizer.step
+    ratios = _ratios(model_chunks, section, optimizer_config, muon=_has_muon(optimizer))
+    rows = {role.value: section.multipliers(role, ratios) for role in Role}
 
-    def load_state_dict(state: Any, *args: Any, **kwargs: Any) -> None:
-        _take_rates_of(optimizer, state)
-        inner_load(state, *args, **kwargs)
+    def checked(load: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
+        _take_rates_of(optimizer, state)  # of a file there is nothing to take
+        load(state, *args, **kwargs)
         check_groups(optimizer, model_chunks, section)  # groups come with the state, an eps of another base's too
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -74,8 +81,23 @@ def build_optimizer(
         check_rates(groups, [group[_ROLE_KEY] for group in groups], rows, written_by=_WRITERS)
         return inner_step(*args, **kwargs)
 
-    optimizer.load_state_dict, optimizer.step = load_state_dict, step
+    for name in _LOADS:
+        if hasattr(optimizer, name):
+            setattr(optimizer, name, functools.partial(checked, getattr(optimizer, name)))
+    optimizer.step = step
     return optimizer
+
+
+def _builder(optimizer_config: Any) -> Callable[..., Any]:
+    """megatron-core's function for a config."""
+    if optimizer_config.optimizer not in _MUONS:
+        from megatron.core.optimizer import get_megatron_optimizer
+
+        return get_megatron_optimizer
+    from megatron.core.optimizer.muon import get_megatron_muon_optimizer
+
+    layer_wise = optimizer_config.optimizer.startswith("dist_")
+    return functools.partial(get_megatron_muon_optimizer, layer_wise_distributed_optimizer=layer_wise)
 
 
 def _take_rates_of(optimizer: Any, state: Any) -> None:
@@ -109,8 +131,15 @@ def config_overrides(
     _check_config(optimizer_config)
     if any(getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False) for chunk in model_chunks):
         raise ConfigError("completep: Megatron-FSDP replaces the parameters; write use_megatron_fsdp=False")
-    role_by_id = {id(parameter): role for _, parameter, role in _parameters(model_chunks, section)}
-    groups = _group_values(section, _ratios(model_chunks, section), optimizer_config)
+    muon = optimizer_config.optimizer in _MUONS
+    parameters = list(_parameters(model_chunks, section))
+    if muon:
+        _check_muon(unwrapped(model_chunks[0]).config, optimizer_config, [name for name, *_ in parameters])
+    groups = _group_values(section, _ratios(model_chunks, section, optimizer_config, muon=muon), optimizer_config)
+    for _, parameter, role in parameters if muon else []:
+        if parameter.dim() == 2 and role not in FANS:  # learned positions are not marked
+            setattr(parameter, _ADAMS_TOO, True)
+    role_by_id = {id(parameter): role for _, parameter, role in parameters}
     for chunk in model_chunks:
         groups_built(unwrapped(chunk))
 
@@ -126,20 +155,39 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
     """Raise ConfigError for a parameter this rank optimizes (a part of) in another group than its role's, or with other
     settings; but for the ``lr`` and ``weight_decay`` of the moment, which are the scheduler's."""
     singles = _singles(optimizer)
-    expected = _group_values(section, _ratios(model_chunks, section), singles[0].config)
+    if bare := next((type(single).__name__ for single in singles if not hasattr(single, "config")), None):
+        what = f"megatron-core's layer-wise optimizer holds {bare} itself, which fp32 parameters do not step by"
+        raise ConfigError(f"completep: {what}; write bf16=True, or leave layer-wise out")
+    ratios = _ratios(model_chunks, section, singles[0].config, muon=_has_muon(optimizer))
+    expected = _group_values(section, ratios, singles[0].config)
     found = {id(parameter): group for single in singles for parameter, group in _optimized(single)}
-    elsewhere = any(hasattr(single, _SHARD_INDEX) for single in singles)  # on the rank that holds its shard
+    by_muon = {id(parameter) for single in singles if _is_muon(single) for parameter, _ in _optimized(single)}
+    _check_members(optimizer)
+    # on the rank that holds its shard
+    elsewhere = any(hasattr(each, _SHARD_INDEX) or hasattr(each, _LAYER_WISE) for each in [optimizer, *singles])
     for name, parameter, role in _parameters(model_chunks, section):
         if id(parameter) not in found:
             if parameter.requires_grad and not elsewhere:
                 raise ConfigError(f"completep: {name!r} is in no param group; wrap the model before build_optimizer")
             continue
         group = found[id(parameter)]
+        if (id(parameter) in by_muon) != (role in ratios.muon.rates):
+            how = "by Muon and has a rule of Adam's" if id(parameter) in by_muon else "by Adam and has a rule of Muon's"
+            raise ConfigError(f"completep: parameter {name!r} (role {role.value}) is trained {how}; use AdamW for all")
         for setting, value in expected[role].items():
             if setting not in ("lr", "weight_decay") and not _same(held := group.get(setting), value):
                 what = f"parameter {name!r} (role {role.value}) has {setting} {held!r}, expected {value!r}"
                 remedy = "use build_optimizer's groups alone, and resume with the same recipe and learning rate"
                 raise ConfigError(f"completep: {what}; {remedy}")
+
+
+def _check_members(optimizer: Any) -> None:
+    """Raises ConfigError for a Muon that has a part of the experts besides other matrices: megatron-core 0.16 takes
+    groups out of a list that it walks through. Their gradient norm would be another."""
+    for single in _singles(optimizer) if not hasattr(optimizer, _LAYER_WISE) else []:
+        if _is_muon(single) and len({group["is_expert_parallel"] for group in single.param_groups}) > 1:
+            what = "megatron-core's Muon has experts' matrices and others together, and would clip by another norm"
+            raise ConfigError(f'completep: {what}; write optimizer="dist_muon", or no expert parallelism')
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -152,7 +200,7 @@ def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], se
     """Make the gradient norm, for clipping and the log, that of the forward mode when multipliers are folded: a role
     with fold factor c has gradients 1/c of the forward mode's, and megatron-core now collects one float32 number per
     factor: c times the norm of the gradients that have it. Nothing is copied, reduced or synchronised in addition."""
-    ratios = _ratios(model_chunks, section)
+    ratios = ratios_of(unwrapped(model_chunks[0]).config, section)
     factors = {role.value: section.fold_factor(role, ratios) for role in Role}
     for single in _singles(optimizer) if set(factors.values()) != {1.0} else []:
         name = next((name for name in _GRADS_FOR_NORM if hasattr(type(single), name)), None)
@@ -212,19 +260,35 @@ def _group_values(section: CompletePConfig, ratios: Ratios, config: Any) -> dict
     return values
 
 
+def _check_muon(model: Any, config: Any, names: Sequence[str]) -> None:
+    """Raises ConfigError for a Muon that the rules do not cover. ``model``: the TransformerConfig."""
+    if (scale := config.muon_scale_mode) not in (known := get_args(MuonScale)):
+        raise ConfigError(f"completep: OptimizerConfig.muon_scale_mode is {scale!r}: no rule; use {', '.join(known)}")
+    ranks = max(model.tensor_model_parallel_size, model.expert_tensor_parallel_size or 1)
+    if config.muon_tp_mode == "blockwise" and ranks > 1:
+        what = f"over {ranks} tensor-parallel ranks, each of which would take its part for a matrix"
+        raise ConfigError(f'completep: OptimizerConfig.muon_tp_mode is "blockwise" {what}; write "duplicated"')
+    if name := next((name for name in names if name.endswith((".experts.weight1", ".experts.weight2"))), None):
+        what = "holds all experts' matrices, which Muon would take for one"
+        raise ConfigError(f"completep: {name!r} {what}; leave out moe_use_legacy_grouped_gemm, or use AdamW")
+
+
 def _check_config(config: Any) -> None:
     for name, least in (("lr", "above 0"), ("min_lr", "0.0 for none")):
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or value < 0 or (name == "lr" and value == 0):
             raise ConfigError(f"completep: OptimizerConfig.{name} is {value!r}; write the base model's, {least}")
+    muon = config.optimizer in _MUONS
+    layer_wise = "use_layer_wise_distributed_optimizer"
     both = (None, "it sets the learning rate of embedding and output layer, as the recipe does")
     for name, (plain, why) in {
-        "optimizer": ("adam", "the rules hold for AdamW"),
+        "optimizer": (config.optimizer if muon else "adam", "the rules hold for AdamW and Muon"),
         "decoupled_weight_decay": (True, "the rules hold for weight decay decoupled from the gradient"),
         "decoupled_lr": both,
         "decoupled_min_lr": both,
         "apply_wd_to_qk_layernorm": (False, "the recipe gives norms no weight decay"),
-        "use_layer_wise_distributed_optimizer": (False, "it has param groups of its own"),
+        layer_wise: (muon and getattr(config, layer_wise, False), "it is Muon's"),
+        "muon_scalar_optimizer": ("adam", "what Muon does not train has AdamW's rules"),
         "optimizer_cuda_graph": (False, "it keeps one learning rate in a tensor"),
     }.items():
         if (value := getattr(config, name, plain)) != plain:
@@ -239,12 +303,26 @@ def _parameters(chunks: Sequence[Any], section: CompletePConfig) -> Iterator[tup
             yield name, parameter, roles[name]
 
 
-def _ratios(model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> Ratios:
-    return ratios_of(unwrapped(model_chunks[0]).config, section)
+def _ratios(chunks: Sequence[torch.nn.Module], section: CompletePConfig, config: Any, *, muon: bool) -> Ratios:
+    model = unwrapped(chunks[0]).config
+    ratios = ratios_of(model, section)
+    if not muon:
+        return ratios
+    return with_muon(ratios, model, section, config.muon_scale_mode, split_qkv=config.muon_split_qkv)
 
 
 def _singles(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, _CHAIN, [optimizer]))
+    """The members of a chain, of one in it too."""
+    members = getattr(optimizer, _CHAIN, None)
+    return [optimizer] if members is None else [single for member in members for single in _singles(member)]
+
+
+def _is_muon(single: Any) -> bool:
+    return type(getattr(single, "optimizer", None)).__name__ == _MUON
+
+
+def _has_muon(optimizer: Any) -> bool:
+    return any(_is_muon(single) for single in _singles(optimizer))
 
 
 def _optimized(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Mapping[str, Any]]]:

@@ -23,6 +23,10 @@ SHARDED_32 = ("model_fp32_groups", "shard_fp32_groups")
 SHARDED = (("model_float16_groups", "shard_fp32_from_float16_groups"), SHARDED_32)
 RANGE = "_get_model_param_range_map"  # (parameter) -> {"param": Range within the parameter, ...}
 PRECISION_AWARE = "use_precision_aware_optimizer_no_fp8_or_ds_fp8"  # of its config: the masters are FusedAdam's state
+# LayerWiseDistributedOptimizer: a chain whose members hold whole parameters, on each rank others
+LAYER_WISE_GATHER = "allgather_params"
+LAYER_WISE_BUFFER = "use_buffer_param_sync"  # later than 0.16: they are gathered in DistributedDataParallel's buffers,
+LAYER_WISE_OVERLAP = "overlap_param_gather"  # or while the forward pass runs
 # Transformer Engine's FusedAdam, where it holds the masters
 FUSED_MASTER, FUSED_REMAINDERS = "master_param", "store_param_remainders"
 FUSED_INITIALIZE = "initialize_state"  # (parameter[, store_param_remainders])
@@ -46,8 +50,9 @@ class Part:
 
     def __init__(self, optimizer: Any, layout: str, lists: Sequence[tuple[str, str]]):
         self.optimizer, self.layout, self.lists = optimizer, layout, lists
+        self.cut = layout == "sharded"  # its masters are runs of parameters
         need(optimizer, *(name for pair in lists for name in pair), *([COPY] if lists else ["param_groups"]))
-        if layout == "sharded":
+        if self.cut:
             need(optimizer, RANGE)
 
     def masters(self) -> Iterator[Master]:
@@ -55,7 +60,7 @@ class Part:
             yield from (Master(p, p, 0) for group in self.optimizer.param_groups for p in group["params"])
         for pair in self.lists:
             for p, master in self._pairs(*pair):
-                start = getattr(self.optimizer, RANGE)(p)["param"].start if self.layout == "sharded" else 0
+                start = getattr(self.optimizer, RANGE)(p)["param"].start if self.cut else 0
                 yield Master(p, master, start)
 
     def copy(self) -> None:
@@ -100,24 +105,22 @@ class FusedPart(Part):
 
 
 class MegatronShards:
-    """The `MasterShards` of a megatron-core optimizer: a refresh is its copy and, where sharded, one all-gather."""
+    """The `MasterShards` of a megatron-core optimizer: a refresh is its copy and, where sharded, its gather."""
 
     def __init__(self, optimizer: Any, chunks: list[Any]):
-        from megatron.core.optimizer.optimizer import ChainedOptimizer
         from megatron.core.utils import unwrap_model
 
         self.models = unwrap_model(chunks)
         for chunk, model in zip(chunks, self.models, strict=True):
             _refuse_chunk(getattr(chunk, "ddp_config", None), model)
-        members = [optimizer]
-        if type(optimizer) is ChainedOptimizer:  # no subclass: it may keep and gather its weights in another way
-            need(optimizer, CHAIN)
-            members = getattr(optimizer, CHAIN)
-        self.parts = [_part(member) for member in members if not getattr(member, STUB, False)]
+        self.parts: list[Part] = []
+        self._layer_wise: list[Any] = []
+        self._join(optimizer)
         self.layout, *others = {part.layout for part in self.parts} or {"replicated"}
         if others:
             raise ConfigError("weight_averaging: the chain joins a DistributedOptimizer and one that is not; use one")
-        self._gathered = chunks if self.layout == "sharded" else []
+        in_buffers = any(getattr(each, LAYER_WISE_BUFFER, False) for each in self._layer_wise)
+        self._gathered = chunks if in_buffers or any(part.cut for part in self.parts) else []
         for chunk in self._gathered:
             need(chunk, SYNC, *BUCKET_GROUPS)
         for group in self._bucket_groups():
@@ -127,6 +130,27 @@ class MegatronShards:
             if id(master.parameter) not in self._names:
                 strange = f"one of shape {tuple(master.parameter.shape)} that is in none of the model chunks"
                 raise ConfigError(f"weight_averaging: the optimizer trains {strange}; give all of them")
+
+    def _join(self, optimizer: Any, layer_wise: bool = False) -> None:
+        """Take the members of a chain, of one in it too."""
+        from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+        from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+        if type(optimizer) is LayerWiseDistributedOptimizer:
+            need(optimizer, LAYER_WISE_GATHER)
+            if getattr(optimizer, LAYER_WISE_OVERLAP, False) and not getattr(optimizer, LAYER_WISE_BUFFER):
+                what = "overlap_param_gather is on with a layer-wise optimizer"
+                raise ConfigError(f"weight_averaging: {what}; leave out --overlap-param-gather")
+            self._layer_wise.append(optimizer)
+            layer_wise = True
+        elif type(optimizer) is not ChainedOptimizer:  # no subclass: it may keep and gather its weights in another way
+            if not getattr(optimizer, STUB, False):
+                self.parts.append(part := _part(optimizer))
+                part.layout = "sharded" if layer_wise else part.layout
+            return
+        need(optimizer, CHAIN)
+        for member in getattr(optimizer, CHAIN):
+            self._join(member, layer_wise)
 
     def _masters(self) -> Iterator[Master]:
         return (master for part in self.parts for master in part.masters())
@@ -143,6 +167,9 @@ class MegatronShards:
             part.copy()
         for chunk in self._gathered:
             getattr(chunk, SYNC)(force_sync=True)
+        for optimizer in self._layer_wise:
+            if not getattr(optimizer, LAYER_WISE_BUFFER, False):
+                getattr(optimizer, LAYER_WISE_GATHER)()
 
     def _bucket_groups(self) -> Iterator[Any]:
         return (group for chunk in self._gathered for groups in BUCKET_GROUPS for group in getattr(chunk, groups))

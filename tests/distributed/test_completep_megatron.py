@@ -20,6 +20,7 @@ from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.completep import optimizer as ours
 from megatron_patches.models import gpt
+from tests import muon_stand_in
 from tests.harness import slow
 
 VOCAB, LENGTH, STEPS, MICRO_BATCHES, MICRO_SIZE = 64, 8, 6, 4, 2
@@ -610,7 +611,7 @@ def script(said):
 )
 def test_apply_reaches_a_script_and_revert_leaves_nothing(workers, said, table):
     untouched, names, groups, messages, losses, weights, restored, plain = workers(1).run(script, said)[0]
-    assert untouched and restored and len(names) == 5
+    assert untouched and restored and len(names) == (5 if muon_stand_in.later() else 6)  # 0.16's Muon apart
     assert groups == [set(table)] * 6
     assert set(plain) == {1.0}  # what a late importer kept is Megatron's own again
     said_of = (["megatron-core's BertModel"], ["alpha=1.0", "alpha=0.5"], ["config_overrides"], ["init_lr"])

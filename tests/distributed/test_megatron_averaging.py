@@ -6,6 +6,7 @@ schedules, whose published average is read back at other sizes.
 
 import sys
 import types
+from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_patches import megatron_on_cpu
 from megatron_patches.models import gpt
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 from megatron_patches.weight_averaging.publish import publish_torch_dist
+from tests import muon_stand_in
 from tests.distributed import test_completep_megatron as schedules
 from tests.harness import slow
 from tests.reference import averaging as reference
@@ -110,6 +112,7 @@ KINDS = {
     "distributed": (True, {}, {}, 1),
     "overlapped": (True, {"overlap_param_gather": True, "overlap_grad_reduce": True, "bucket_size": 40}, {}, 1),
     "two chunks": (True, {}, {}, 2),
+    "layer-wise": (False, {}, {"optimizer": "dist_muon", "muon_fp32_matmul_prec": "highest"}, 1),
     "precision-aware": (True, {}, {"use_precision_aware_optimizer": True, "store_param_remainders": False}, 1),
 }
 
@@ -125,14 +128,22 @@ def make(kind, dtype, *, expert=False, **changes):
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2 if expert else 1)
     if kind == "precision-aware":
         with_fused_adam()
+    build = get_megatron_optimizer
+    if kind == "layer-wise":
+        muon_stand_in.install()
+        from megatron.core.optimizer.muon import get_megatron_muon_optimizer
+
+        build = partial(get_megatron_muon_optimizer, layer_wise_distributed_optimizer=True)
     sharded, ddp_changes, optimizer_changes, count = KINDS[kind]
     torch.manual_seed(7)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=sharded, **ddp_changes)
-    scale_dtype = dtype if kind == "overlapped" else torch.float32
+    scale_dtype = dtype if kind in ("overlapped", "layer-wise") else torch.float32
     chunks = [DistributedDataParallel(config, ddp_config, Odd(dtype, scale_dtype, expert)) for _ in range(count)]
     values = {"lr": 0.05, "use_distributed_optimizer": sharded, "bf16": dtype is torch.bfloat16, "params_dtype": dtype}
-    optimizer = get_megatron_optimizer(OptimizerConfig(**{**values, **optimizer_changes, **changes}), chunks)
+    for chunk in chunks if kind == "layer-wise" else []:
+        chunk.config.num_query_groups = 1
+    optimizer = build(OptimizerConfig(**{**values, **optimizer_changes, **changes}), chunks)
     return chunks, optimizer
 
 
@@ -154,8 +165,10 @@ def train_step(chunks, optimizer, step):
     return loss.item()
 
 
-def sync(chunks):
+def sync(chunks, optimizer):
     """Megatron's own parameter refresh after a step, where there is one."""
+    if hasattr(optimizer, "allgather_params"):
+        optimizer.allgather_params()
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)
@@ -215,7 +228,7 @@ def compare_with_gathered(kind, precision, expert=False):
     dtype = PRECISIONS[precision]
     chunks, optimizer = make(kind, dtype, expert=expert)
     plain = [train_step(chunks, optimizer, step) for step in range(STEPS)]
-    sync(chunks)
+    sync(chunks, optimizer)
     plain_end = gathered.full_parameters(chunks)
 
     chunks, optimizer = make(kind, dtype, expert=expert)
@@ -227,10 +240,10 @@ def compare_with_gathered(kind, precision, expert=False):
         with Wire() as wire:
             averager.snapshot(step, finite=True)
         assert wire.calls == []
-        sync(chunks)  # an overlapping run has not gathered yet
+        sync(chunks, optimizer)  # an overlapping run has not gathered yet
         snapshots.append(gathered.full_masters(optimizer, chunks))
     with Wire() as ordinary:
-        sync(chunks)
+        sync(chunks, optimizer)
     mean = reference.mean(snapshots[-3:])
     parameters, masters = gathered.full_parameters(chunks), snapshots[-1]
     expected = {name: value.to(parameters[name].dtype) for name, value in mean.items()}
@@ -265,7 +278,7 @@ def compare_with_gathered(kind, precision, expert=False):
         "layouts": [part.layout for part in shards.parts],
     }
     losses.append(train_step(chunks, optimizer, STEPS - 1))
-    sync(chunks)
+    sync(chunks, optimizer)
     found["trained on"] = losses == plain and different(gathered.full_parameters(chunks), plain_end) == []
     return found
 
@@ -277,8 +290,13 @@ def compare_all(kinds):
 CASES = {
     1: [("distributed", "bf16"), ("distributed", "fp32"), ("precision-aware", "bf16")],
     2: [(kind, precision) for kind in KINDS for precision in PRECISIONS],  # the stand-in for FusedAdam comes last
-    3: [("distributed", "bf16"), ("distributed", "fp32"), ("overlapped", "bf16"), ("precision-aware", "bf16")],
-}
+    3: [("distributed", "bf16"), ("distributed", "fp32"), ("overlapped", "bf16"), ("layer-wise", "bf16"),
+        ("precision-aware", "bf16")],
+}  # fmt: skip
+if not muon_stand_in.available():  # later versions' Muon needs the package emerging_optimizers
+    CASES = {ranks: [case for case in cases if case[0] != "layer-wise"] for ranks, cases in CASES.items()}
+elif muon_stand_in.later():
+    CASES[2].remove(("layer-wise", "fp32"))
 
 
 def check_found(found, case):
@@ -293,7 +311,7 @@ def check_found(found, case):
     assert (len(ordinary) > 0) == (kind != "whole"), case  # the counter counts
     assert found["losses"] and found["trained on"], case
     assert found["steps"] == [3, 4, 5], case
-    assert found["layouts"] == (["replicated"] if kind == "whole" else ["sharded"]), case
+    assert found["layouts"] == {"whole": ["replicated"], "layer-wise": ["sharded"] * 2}.get(kind, ["sharded"]), case
 
 
 @pytest.mark.parametrize("ranks", CASES)

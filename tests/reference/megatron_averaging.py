@@ -17,6 +17,10 @@ def full_masters(optimizer, chunks):
             is_expert = not getattr(p, "allreduce", True)
             if p.dtype is torch.float32:  # its own master, and gathered with the others
                 whole = p.detach().clone()
+            elif hasattr(optimizer, "allgather_params"):  # layer-wise: all of it lies on one rank
+                owned: list = [None] * dist.get_world_size()
+                dist.all_gather_object(owned, getattr(p, "main_param", None))
+                (whole,) = (master.detach().clone() for master in owned if master is not None)
             elif not getattr(p, "main_param_sharded", False):
                 whole = p.main_param.detach().clone()
             else:

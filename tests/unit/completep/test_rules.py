@@ -12,6 +12,7 @@ from ds_plugin.completep.rules import (
     FANS,
     Experts,
     Multipliers,
+    Muon,
     Ratios,
     Role,
     attention_scale,
@@ -19,6 +20,7 @@ from ds_plugin.completep.rules import (
     logit_multiplier,
     merged,
     multipliers,
+    muon_rate,
     residual_multiplier,
 )
 from ds_plugin.core.errors import ConfigError
@@ -413,3 +415,41 @@ def test_what_a_user_sets_beside_the_recipe():
     assert folded.multipliers(Role.MLP_DOWN, ratios).lr == 3 / 4 / 16
     with pytest.raises(ValueError, match="'mlp' is no role; roles are embedding, hidden"):
         CompletePConfig.model_validate({**given, "lr_multipliers": {"mlp": 2.0}})
+
+
+#: scale: (fan-out, fan-in), how many times the base's they are, the rate by hand: sqrt(out / in) / s over the base's
+MUON = {
+    "unit_rms_norm": [((64, 64), (4, 4), 1), ((8, 64), (1, 4), 1), ((512, 64), (8, 4), 1)],
+    "spectral": [
+        ((64, 64), (4, 4), 1 / 2),  # s 8, in the base 4
+        ((256, 64), (4, 4), 1 / 2),  # 2 / 16, in the base 2 / 8
+        ((8, 64), (1, 4), 1 / 4),  # a router: 8^1/2 / 64, in the base 8^1/2 / 16
+        ((512, 64), (8, 4), 1 / 2),  # 8^1/2 / 512^1/2 = 1/8, in the base 2 / 8
+    ],
+    "shape_scaling": [
+        ((64, 64), (4, 4), 1),
+        ((256, 64), (4, 4), 1),  # 2 / 2 in both
+        ((64, 256), (4, 4), 1),  # 1/2 in both
+        ((8, 64), (1, 4), 1 / 2),  # (1/8)^1/2 / 1, in the base (1/2)^1/2
+        ((64, 256), (4, 8), 2**-0.5),  # 1/2, in the base (16 / 32)^1/2
+    ],
+}
+
+
+@pytest.mark.parametrize("scale", MUON)
+def test_the_rate_of_a_matrix_under_muon(scale):
+    for shape, growth, expected in MUON[scale]:
+        assert muon_rate(scale, shape, growth) == pytest.approx(expected, rel=1e-12), shape
+        assert muon_rate(scale, shape, (1, 1)) == 1
+
+
+def test_muon_changes_rate_and_decay_of_its_matrices_alone():
+    """A rate of 1/2, Muon's in the base 20 times Adam's, m_N 4, m_L 16, alpha 1/2: the depth's factor is 16^-1/2."""
+    muon = Muon({Role.HIDDEN: 0.5, Role.BRANCH_OUT: 0.5}, lr=20)
+    ratios = Ratios(4, 16, 0.5, muon=muon)
+    assert multipliers(Role.HIDDEN, ratios) == Multipliers(1 / 2, 20 / 2 / 4, 2, 1 / 16)
+    assert multipliers(Role.BRANCH_OUT, ratios, folded=True) == Multipliers(1 / 8, 20 / 2 / 4 / 4, 2 * 4, 4 / 16)
+    assert multipliers(Role.HIDDEN, ratios, recipe="mup") == Multipliers(1 / 2, 20 / 2, 2, 1 / 4)
+    assert multipliers(Role.HIDDEN, ratios, recipe="standard") == Multipliers(1, 20, 1, 1)
+    for role in set(Role) - set(muon.rates):
+        assert multipliers(role, ratios) == multipliers(role, Ratios(4, 16, 0.5)), role
