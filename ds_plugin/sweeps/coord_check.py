@@ -68,11 +68,13 @@ def spread(rows: Iterable[Row], recipe: Recipe) -> float:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """The figure known from the muP papers: how far each layer moved against depth, a line per width, mixture
-    of experts and step; at the last step with a band from the least seed to the largest."""
+    """The figure known from the muP papers: how far each layer moved against depth, a line per width, mixture and step
+    (of several mixtures of experts the last step alone), there with a band from the least seed to the largest."""
     recipes, layers = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("recipe", "layer"))
     widths, depths, steps = (sorted({getattr(row, name) for row in rows}) for name in ("width", "depth", "step"))
-    each = itertools.product(enumerate(widths), enumerate(dict.fromkeys(row.experts for row in rows)))
+    mixtures = list(dict.fromkeys(row.experts for row in rows))
+    steps = steps if len(mixtures) == 1 else steps[-1:]
+    each = itertools.product(enumerate(widths), enumerate(mixtures))
     lines = {(width, experts): (figure.colour(i), figure.style(j)) for (i, width), (j, experts) in each}
     found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
     for row in rows:
@@ -99,9 +101,10 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
             axis.set_title(f"{recipe}: last block's spread {spread(rows, recipe):.3g}x")
         for axis in axes[-1]:
             axis.set_xlabel("depth (layers)")
+        roomy = axes[layers.index(LAST_BLOCK)][0]  # the others' lines leave the first recipe's panel empty
         for step in steps:
-            axes[0][-1].plot([], [], color="black", alpha=step / steps[-1], label=f"step {step}")
-        axes[0][-1].legend(frameon=False, fontsize="x-small", ncols=2)
+            roomy.plot([], [], color="black", alpha=step / steps[-1], label=f"step {step}")
+        roomy.legend(frameon=False, fontsize="x-small", ncols=2)
 
 
 @torch.no_grad()
