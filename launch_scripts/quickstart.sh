@@ -32,7 +32,7 @@ if [ -z "$decided" ] && [ -d "$folder" ]; then
 import pathlib, sys, time
 
 from ds_plugin.core.errors import PluginError
-from ds_plugin.core.files import LOCK, hold_folder
+from launch_scripts.gpt.hold import LOCK, hold_folder
 
 folder = pathlib.Path(sys.argv[1])
 summary = folder / "summary.json"

@@ -15,7 +15,8 @@ import numpy as np
 import torch.distributed as dist
 
 from ds_plugin.core.errors import DataError, raise_on_all_ranks
-from ds_plugin.core.files import atomic_path, atomic_write, sweep_temporaries
+from ds_plugin.core.files import atomic_path, atomic_write
+from launch_scripts.gpt.hold import sweep_temporaries
 from launch_scripts.gpt.indexed import check_description, count_tokens, is_description, open_dataset, read_description
 from launch_scripts.gpt.text import (
     LARGEST_DOCUMENT,

@@ -14,7 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, raise_on_all_ranks
-from ds_plugin.core.files import hold_folder, sweep_temporaries, write_text
+from ds_plugin.core.files import write_text
+from launch_scripts.gpt.hold import hold_folder, sweep_temporaries
 
 INT_COLUMNS = ("step", "tokens_trained", "tokens_read", "tokens_carried", "length", "length_held")
 FLOAT_COLUMNS = (

@@ -12,7 +12,7 @@ import torch
 from ds_plugin.core.errors import CheckpointError, ConfigError, DataError
 from ds_plugin.core.files import atomic_path, atomic_write, replace_folder
 from launch_scripts.gpt.folder import COLUMNS, RunFolder, read_metrics
-from tests.unit.core.test_files import full_disk
+from tests.unit.gpt.test_hold import full_disk
 
 HEADER = (
     "step,tokens_trained,tokens_read,tokens_carried,length,length_held,lr,train_loss,eval_loss,eval_loss_averaged,"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.core.test_files import hold_elsewhere
+from tests.unit.gpt.test_hold import hold_elsewhere
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = """

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ds_plugin.core import files
 from ds_plugin.core.errors import StateError
-from ds_plugin.core.files import LOCK, hold_folder, sweep_temporaries
+from launch_scripts.gpt import hold
+from launch_scripts.gpt.hold import LOCK, hold_folder, sweep_temporaries
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys
-from ds_plugin.core.files import hold_folder
+from launch_scripts.gpt.hold import hold_folder
 hold_folder(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -61,7 +61,7 @@ def test_one_process_holds_a_folder_until_it_ends(tmp_path: Path):
 
 def test_a_lock_of_a_folder_that_was_moved_away_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Between opening and locking, another start moves the folder aside."""
-    folder, flock = tmp_path / "run", files.fcntl.flock
+    folder, flock = tmp_path / "run", hold.fcntl.flock
     folder.mkdir()
 
     def moved_first(descriptor: int, how: int) -> None:
@@ -70,7 +70,7 @@ def test_a_lock_of_a_folder_that_was_moved_away_does_not_count(tmp_path: Path, m
             folder.rename(tmp_path / "moved")
             folder.mkdir()
 
-    monkeypatch.setattr(files.fcntl, "flock", moved_first)
+    monkeypatch.setattr(hold.fcntl, "flock", moved_first)
     hold_folder(folder)
     with pytest.raises(AssertionError):
         hold_elsewhere(folder)
@@ -83,7 +83,7 @@ def test_a_file_system_without_locks_is_said(
     def none(descriptor: int, how: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(files.fcntl, "flock", none)
+    monkeypatch.setattr(hold.fcntl, "flock", none)
     with caplog.at_level(logging.WARNING):
         hold_folder(tmp_path)
     assert "cannot be locked" in caplog.text
