@@ -26,6 +26,7 @@ def settings(width=64, heads=HEADS, latent=None, **more):
     """TransformerConfig and layer spec of a model with 4 layers; ``latent``: fields of its latent attention, if any."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import MLATransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
 
     megatron_on_cpu.enable()
     shape = {"num_layers": 4, "hidden_size": width, "num_attention_heads": heads, "seq_length": LENGTH}
@@ -41,6 +42,8 @@ def settings(width=64, heads=HEADS, latent=None, **more):
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         config.num_moe_experts, False, config.qk_layernorm, config.multi_latent_attention, normalization="RMSNorm"
     )
+    if latent and config.q_lora_rank is None:  # 0.19 will have no norm of what there is not
+        spec.submodules.self_attention.submodules.q_layernorm = IdentityOp
     return config, spec
 
 
