@@ -208,7 +208,8 @@ def multipliers(
     reacted = effective(recipe, ratios)
     row = _table_1(role, reacted, eps_scope)
     if (rate := reacted.muon.rates.get(role)) is not None:
-        lr = reacted.muon.lr * rate * reacted.m_L ** (reacted.alpha - 1)
+        in_branch = role is not Role.MTP_PROJECTION
+        lr = reacted.muon.lr * rate * (reacted.m_L ** (reacted.alpha - 1) if in_branch else 1.0)
         row = replace(row, lr=lr, weight_decay=rate**-reacted.decay_exponent)
     if recipe == "completed_p":
         row = _completed(role, row, reacted, eps_scope)

@@ -453,3 +453,9 @@ def test_muon_changes_rate_and_decay_of_its_matrices_alone():
     assert multipliers(Role.HIDDEN, ratios, recipe="standard") == Multipliers(1, 20, 1, 1)
     for role in set(Role) - set(muon.rates):
         assert multipliers(role, ratios) == multipliers(role, Ratios(4, 16, 0.5)), role
+
+
+def test_a_projection_in_no_branch_has_no_depth_under_muon_either():
+    ratios = Ratios(4.0, 16.0, 0.5, muon=Muon({Role.MTP_PROJECTION: 0.5, Role.HIDDEN: 0.5}))
+    assert multipliers(Role.MTP_PROJECTION, ratios).lr == 0.5
+    assert multipliers(Role.HIDDEN, ratios).lr == 0.5 / 4
