@@ -26,7 +26,6 @@ def settings(width=64, heads=HEADS, latent=None, **more):
     """TransformerConfig and layer spec of a model with 4 layers; ``latent``: fields of its latent attention, if any."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import MLATransformerConfig
-    from megatron.core.transformer.identity_op import IdentityOp
 
     megatron_on_cpu.enable()
     shape = {"num_layers": 4, "hidden_size": width, "num_attention_heads": heads, "seq_length": LENGTH}
@@ -42,8 +41,6 @@ def settings(width=64, heads=HEADS, latent=None, **more):
     spec = gpt_layer_specs.get_gpt_layer_local_spec(
         config.num_moe_experts, False, config.qk_layernorm, config.multi_latent_attention, normalization="RMSNorm"
     )
-    if latent and config.q_lora_rank is None:  # 0.19 will have no norm of what there is not
-        spec.submodules.self_attention.submodules.q_layernorm = IdentityOp
     return config, spec
 
 
@@ -148,8 +145,8 @@ PREDICTIONS = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
 #: the ranks here and in the base, what else the model has, and the mode
 RANKS = {"q_lora_rank": 24, "kv_lora_rank": 32}, {"base_q_lora_rank": 24, "base_kv_lora_rank": 16}
 ALL = {**PREDICTIONS, "softmax_type": "learnable"}
-WITHOUT_Q_RANK = {"q_lora_rank": None, "kv_lora_rank": 32}, {"base_kv_lora_rank": 8}
-CASES = [(*RANKS, ALL, "forward"), (*RANKS, ALL, "folded"), (*WITHOUT_Q_RANK, {}, "forward")]
+IN_PROPORTION = {"q_lora_rank": 32, "kv_lora_rank": 16}, {"base_q_lora_rank": 8, "base_kv_lora_rank": 4}
+CASES = [(*RANKS, ALL, "forward"), (*RANKS, ALL, "folded"), (*IN_PROPORTION, {}, "forward")]
 
 
 def beside_the_twin(ranks, base_ranks, more, residual):
