@@ -21,6 +21,11 @@ _MIXTURE = "RATIO: hidden size of one over the width, else 4 / ACTIVE, whose act
 _EXPONENT = checked(int, lambda n: -100 <= n <= 20, "a whole number from -100 to 20")
 _RECIPE = checked(str, lambda name: name in _RECIPES, f"one of {', '.join(_RECIPES)}")
 _EXPERTS = checked(Mixture.of, bool, "EXPERTS:ACTIVE or EXPERTS:ACTIVE:RATIO like 8:2 or 8:2:4")
+_LATENT = checked(
+    lambda text: tuple(int(part) for part in text.split(":")),
+    lambda ranks: len(ranks) == 2 and 0 <= min(ranks) <= max(ranks) <= 2**16 and ranks[1] > 0,
+    "Q:KV like 24:32, or without a rank of queries 0:32",
+)
 _RATIO = checked(ratio_of, bool, "a number above 0 like 2 or 4/3")
 
 
@@ -82,6 +87,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")
         add("--shared", type=_RATIO, help="hidden size of experts that every token goes through, over the width")
         add("--moe", choices=_MOE, help="the rule for experts that are not the base's")
+        add("--latent", type=_LATENT, help="ranks Q:KV of latent attention in Megatron's GPT; Q 0: queries have none")
+        add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the matrices inside blocks")
 
 
 def show_rules(args: argparse.Namespace) -> int:
@@ -179,12 +186,13 @@ def _start(
 def _builder(args: argparse.Namespace, mixture: Mixture | None) -> Any:
     from ds_plugin.sweeps import builders
 
-    of_megatron = {"experts": mixture, "shared": args.shared, "moe": args.moe}
-    given = [f"--{name}" for name, value in of_megatron.items() if value is not None]
+    own = {name: getattr(args, name) for name in ("shared", "moe", "latent", "optimizer")}
+    of_megatron = {"experts": mixture, **own}
+    given = [f"--{name}" for name, value in of_megatron.items() if value != getattr(builders.Megatron, name)]
     if given and (args.hf is not None or args.builder is not None):
         raise ConfigError(f"{given[0]}: of Megatron's GPT alone; leave it out, or --hf and --builder")
-    if given and mixture is None:
-        raise ConfigError(f"{given[0]}: there are no experts; give them, as --experts 8:2, or leave it out")
+    if mixture is None and (lone := [name for name in given if name in ("--shared", "--moe")]):
+        raise ConfigError(f"{lone[0]}: there are no experts; give them, as --experts 8:2, or leave it out")
     if args.hf is not None:
         return builders.HuggingFace(args.hf)
     return builders.Megatron(**of_megatron) if args.builder is None else builders.Function(args.builder)

@@ -1,5 +1,5 @@
-"""What the sweeps train, of any width and depth: megatron-core's GPT, dense or with experts, a model of transformers,
-what a function gives.
+"""What the sweeps train, of any width and depth: megatron-core's GPT, also with experts, latent attention or Muon, a
+model of transformers, what a function gives.
 
 A builder is small and travels to other processes; each of its models is told by `Trial` alone.
 """
@@ -11,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ds_plugin.completep import clip_grad_norm_, optimizer_groups, prepare_decoder
+from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.decoder import layers_of
 from ds_plugin.completep.model import finished_roles, ratios_of
-from ds_plugin.completep.rules import Role
+from ds_plugin.completep.muon import with_muon
+from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sweeps.mixtures import Mixture
@@ -41,15 +43,19 @@ class Megatron:
 
     ``experts``: the base's, in place of its MLPs; there are no biases then, and no loss that balances them. ``shared``:
     the hidden size of those that every token goes through, over the width. ``moe``: the section's rule for shapes whose
-    experts are others."""
+    experts are others. ``latent``: the ranks of queries (0: none) and of keys and values, constant; no biases either.
+    ``optimizer``: "muon" of the matrices inside blocks, with Moonlight's scale, made for AdamW's rates."""
 
     experts: Mixture | None = None
     shared: Fraction | None = None
     moe: str | None = None
+    latent: tuple[int, int] | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def described(self) -> dict[str, Any]:
         """What a sweep is of, in JSON types: runs of another are not gone on with."""
-        return {"model": "megatron-core GPT", **{name: value for name, value in vars(self).items() if value}}
+        asked = {name: value for name, value in vars(self).items() if value != getattr(Megatron, name)}
+        return {"model": "megatron-core GPT", **asked}
 
     def start(self) -> None:
         """Called once in each process."""
@@ -60,8 +66,7 @@ class Megatron:
         from megatron_patches.models import gpt
 
         section, cfg, kind = self._settings(shape, base)
-        if kind:
-            ratios_of(gpt.transformer_config(cfg, torch.float32, **kind), section)
+        self._ratios(gpt.transformer_config(cfg, torch.float32, **kind), section)
 
     def build(self, shape: Shape, base: Base, seed: int) -> Trial:
         from megatron_patches.completep import build_param_groups, finish, prepare
@@ -70,15 +75,21 @@ class Megatron:
 
         section, cfg, kind = self._settings(shape, base)
         gpt.initialize_parallel(cfg, seed)
-        spec = gpt.layer_spec(cfg, num_experts=kind.get("num_moe_experts"))
+        latent = {"multi_latent_attention": self.latent is not None}
+        spec = gpt.layer_spec(cfg, num_experts=kind.get("num_moe_experts"), **latent)
         config, spec = prepare(gpt.transformer_config(cfg, torch.float32, **kind), spec, section)
         model = gpt.build_gpt(cfg, base.vocab, config, spec)
         roles, last = finish(model, section), model.decoder.layers[-1]
-        groups = functools.partial(build_param_groups, model, roles, ratios_of(config, section), section)
+        ratios = self._ratios(config, section)
+        groups = functools.partial(build_param_groups, model, roles, ratios, section)
         watched = (model.embedding, last.self_attention, last.mlp, last, model.output_layer)
         clip = functools.partial(nn.utils.clip_grad_norm_, list(model.parameters()), base.clip)
         loss, scaled = functools.partial(loss_of, model), (1.0, 1.0, scaled_before(last), 1.0, 1.0)
-        return Trial(model, _adamw(groups, base), loss, clip, watched, scaled)
+        return Trial(model, _optimizer(groups, base, ratios), loss, clip, watched, scaled)
+
+    def _ratios(self, config: Any, section: CompletePConfig) -> Ratios:
+        ratios = ratios_of(config, section)
+        return with_muon(ratios, config, section, "spectral") if self.optimizer == "muon" else ratios
 
     def _settings(self, shape: Shape, base: Base) -> Any:
         """The section, the GPTConfig, and a TransformerConfig's fields beside it."""
@@ -89,10 +100,18 @@ class Megatron:
             raise ConfigError(f"{what}; write a multiple of it")
         sizes = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
         sizes |= {"num_attention_heads": shape.width // base.head_dim}
-        model = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
+        model: dict[str, Any] = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
         model |= {} if self.experts is None else {"bias": False}  # a router's has no role
         kind = self._kind(Mixture.of(shape.experts) if shape.experts else self.experts, shape.width)
         bases = {f"base_{name}": size for name, size in self._kind(self.experts, base.width).items()}
+        if self.latent is not None:
+            ranks = dict(zip(("q_lora_rank", "kv_lora_rank"), self.latent, strict=True))
+            bases |= {f"base_{name}": rank for name, rank in ranks.items() if rank}
+            turned = base.head_dim // 4 * 2  # of a head; rotary embeddings go in pairs
+            kind |= {name: rank or None for name, rank in ranks.items()}
+            kind |= {"multi_latent_attention": True, "rope_type": "rope"}
+            kind |= {"qk_head_dim": base.head_dim - turned, "qk_pos_emb_head_dim": turned, "v_head_dim": base.head_dim}
+            model |= {"normalization": "RMSNorm", "position_embedding": "rope"} | {"bias": False, "qk_norm": True}
         section = section_of(shape, base, base.head_dim, **bases, **({} if self.moe is None else {"moe": self.moe}))
         return section, parse_section(gpt.GPTConfig, "model", model), kind
 
@@ -168,7 +187,7 @@ class Decoders:
         ended = [module for name in ending if (module := model.get_submodule(name)) in set(last.modules())]
         branch = section.fold_factor(Role.BRANCH_OUT, ratios_of(model.config, section))
         watched = (model.get_input_embeddings(), ended[0], ended[-1], last, model.get_output_embeddings())
-        adamw = _adamw(functools.partial(optimizer_groups, model), base)
+        adamw = _optimizer(functools.partial(optimizer_groups, model), base)
         loss, clip = functools.partial(_decoder_loss, model), functools.partial(clip_grad_norm_, model, base.clip)
         return Trial(model, adamw, loss, clip, watched, (1.0, branch, branch, 1.0, 1.0))
 
@@ -263,10 +282,29 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _adamw(groups: Callable[..., Any], base: Base) -> Callable[[float], torch.optim.AdamW]:
-    def build(lr: float) -> torch.optim.AdamW:
+class _Together:
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts, self.param_groups = parts, [group for part in parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+def _optimizer(groups: Callable[..., Any], base: Base, ratios: Ratios | None = None) -> Callable[[float], Any]:
+    """AdamW, or Muon beside it where ``ratios`` have rates of it."""
+    by_muon = {role.value for role in ratios.muon.rates} if ratios else set()
+
+    def build(lr: float) -> Any:
         adam: dict[str, Any] = {"lr": lr, "betas": base.betas}
-        return torch.optim.AdamW(groups(**adam, weight_decay=base.weight_decay, eps=base.eps), **adam)
+        found = groups(**adam, weight_decay=base.weight_decay, eps=base.eps)
+        adamw = torch.optim.AdamW([group for group in found if group["role"] not in by_muon], **adam)
+        matrices = [{key: g[key] for key in ("params", "lr", "weight_decay")} for g in found if g["role"] in by_muon]
+        return _Together(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), adamw) if matrices else adamw
 
     return build
 

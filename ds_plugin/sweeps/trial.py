@@ -83,7 +83,7 @@ class Trial(NamedTuple):
     clips its gradients; ``watched``: the modules of the coordinate check's `LAYERS`, whose outputs are ``scaled``."""
 
     model: torch.nn.Module
-    optimizer: Callable[[float], torch.optim.Optimizer]
+    optimizer: Callable[[float], Any]  # of torch, or several as one
     loss: Callable[[Batch], torch.Tensor]
     clip: Callable[[], object]
     watched: Sequence[torch.nn.Module]
@@ -100,7 +100,7 @@ def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[Ba
         yield window[:, :-1], window[:, 1:]
 
 
-def step(trial: Trial, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+def step(trial: Trial, optimizer: Any, batch: Batch) -> float:
     """One optimizer step; the batch's loss in nats per token before it."""
     loss = trial.loss(batch)
     optimizer.zero_grad()

@@ -116,12 +116,13 @@ def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
 def transformer_config(cfg: GPTConfig, dtype: torch.dtype, **more: Any) -> Any:
     """The megatron-core TransformerConfig of `cfg` with float32, bfloat16 or float16 parameters; else ConfigError. On
     the CPU a model starts the same whatever tensor_parallel is; on a GPU each rank draws its own part of a weight.
-    ``more``: fields that `cfg` does not know."""
-    from megatron.core.transformer import TransformerConfig
+    ``more``: fields that `cfg` does not know; with multi_latent_attention it is an MLATransformerConfig."""
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype = {dtype} is not supported; use one of {', '.join(map(str, _DTYPES))}")
-    return TransformerConfig(
+    kind = MLATransformerConfig if more.get("multi_latent_attention") else TransformerConfig
+    return kind(
         num_layers=cfg.num_layers,
         hidden_size=cfg.hidden_size,
         num_attention_heads=cfg.num_attention_heads,

@@ -96,6 +96,65 @@ def test_a_small_grid_of_experts(workers, tmp_path):
     assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
 
 
+#: latent attention, and Muon: the command's arguments, the bound, and how many times the spread is standard's
+KINDS = {"latent": (["--latent", "24:16"], 1.8, 4), "muon": (["--optimizer", "muon"], 1.6, 3)}
+REFUSED = {
+    "no rule for Muon covers it": ["--latent", "0:16", "--optimizer", "muon"],
+    "no rule for Muon": ["--optimizer", "muon", "--recipes", "completed_p"],
+    "--optimizer: of Megatron's GPT alone": ["--optimizer", "muon", "--hf", "config.json"],
+    "--latent: of Megatron's GPT alone": ["--latent", "24:16", "--builder", "module:function"],
+    "--out: ": ["--latent", "24:8"],  # another rank than what is in the folder
+}
+
+
+def _of_kinds(out):
+    """Exit codes and rows of both; of each refusal its line, in the folder of latent attention's."""
+    small = ["coord-check", "--recipes", "completep,standard", "--base-width", "32", "--widths", "32,64"]
+    small += ["--depths", "2,8", "--steps", "3", "--seeds", "1"]
+    codes = [main([*small, *kind, "--out", f"{out}/{name}"]) for name, (kind, *_) in KINDS.items()]
+    refused = []
+    for given in REFUSED.values():
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            codes.append(main([*small, *given, "--out", f"{out}/latent"]))
+        refused.append(errors.getvalue())
+    return codes, refused
+
+
+def _groups_of_kinds():
+    """Each optimizer's matrices inside blocks at a base rate of 1: its name, their number, rate and weight decay."""
+    found = []
+    for builder in (Megatron(latent=(0, 16)), Megatron(optimizer="muon")):
+        builder.start()
+        built = builder.build(Shape("completep", 64, 4), Base(width=32, depth=2, length=8), 1)
+        parts = getattr(optimizer := built.optimizer(1.0), "parts", (optimizer,))
+        groups = [(part, group) for part in parts for group in part.param_groups]
+        assert [id(group) for _, group in groups] == [id(group) for group in optimizer.param_groups]
+        ours = {id(p) for p in built.model.decoder.layers.parameters() if p.dim() > 1}
+        for part, group in groups:
+            if ours.issuperset(map(id, group["params"])):
+                found.append((type(part).__name__, len(group["params"]), group["lr"], group["weight_decay"]))
+    return found
+
+
+def test_matrices_of_latent_attention_and_of_muon_have_their_rates(workers):
+    """Width x 2 at a constant rank: what starts from the latent vector stays. Muon's scale grows by sqrt(2)."""
+    adamw = [("AdamW", 16, 1 / 2, 0.2), ("AdamW", 4, 1 / 2, 0.2), ("AdamW", 4, 1.0, 0.1)]
+    expected = [*adamw, ("Muon", 16, pytest.approx(2**-0.5), pytest.approx(0.1 * 2**0.5))]
+    assert workers(1).run(_groups_of_kinds) == [expected]
+
+
+def test_small_grids_of_latent_attention_and_muon(workers, tmp_path):
+    [(codes, refused)] = workers(1).run(_of_kinds, str(tmp_path))
+    assert codes == [0, 0, *[2] * len(REFUSED)], refused
+    assert all(what in line and line.count("\n") == 1 for what, line in zip(REFUSED, refused, strict=True)), refused
+    for name, (_, bound, times) in KINDS.items():
+        rows = read_records(Row, tmp_path / name / "coord_check.csv")
+        flat, steep = (coord_check.spread(rows, recipe) for recipe in RECIPES[::2])
+        assert flat < bound and steep > times * flat, (name, flat, steep)
+        base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step) == (32, 2, 3)}
+        assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
+
+
 def test_spread_is_of_the_means_over_seeds_at_the_last_step():
     def row(depth, seed, step, change, layer=LAST_BLOCK):
         return Row("mup", 64, depth, seed, step, layer, change)
