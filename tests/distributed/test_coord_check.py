@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 
 import pytest
+import torch
 
 from ds_plugin.cli.main import main
 from ds_plugin.completep.model import applied_section, describe
@@ -121,8 +122,10 @@ def _of_kinds(out):
 
 
 def _groups_of_kinds():
-    """Each optimizer's matrices inside blocks at a base rate of 1: its name, their number, rate and weight decay."""
+    """Each optimizer's matrices inside blocks at a base rate of 1: its name, their number, rate and weight decay; how
+    far Muon moves one at a rate of 1."""
     found = []
+    generator = torch.Generator().manual_seed(1)
     for builder in (Megatron(latent=(0, 16)), Megatron(optimizer="muon")):
         builder.start()
         built = builder.build(Shape("completep", 64, 4), Base(width=32, depth=2, length=8), 1)
@@ -133,14 +136,18 @@ def _groups_of_kinds():
         for part, group in groups:
             if ours.issuperset(map(id, group["params"])):
                 found.append((type(part).__name__, len(group["params"]), group["lr"], group["weight_decay"]))
-    return found
+    one = built.model.decoder.layers[0].mlp.linear_fc1.weight
+    one.grad, kept = torch.randn(one.shape, generator=generator), one.detach() * (1 - 0.1)
+    optimizer.step()
+    return found, (one - kept).square().mean().sqrt().item() / 2**-0.5
 
 
 def test_matrices_of_latent_attention_and_of_muon_have_their_rates(workers):
-    """Width x 2 at a constant rank: what starts from the latent vector stays. Muon's scale grows by sqrt(2)."""
+    """Width x 2 at a constant rank: what starts from the latent vector stays. Muon's scale grows by sqrt(2): 0.2 times
+    the root of the larger side, with which entries move by 0.2, as Adam's do; the orthogonalization is a rough one."""
     adamw = [("AdamW", 16, 1 / 2, 0.2), ("AdamW", 4, 1 / 2, 0.2), ("AdamW", 4, 1.0, 0.1)]
     expected = [*adamw, ("Muon", 16, pytest.approx(2**-0.5), pytest.approx(0.1 * 2**0.5))]
-    assert workers(1).run(_groups_of_kinds) == [expected]
+    assert workers(1).run(_groups_of_kinds) == [(expected, pytest.approx(0.2, rel=0.15))]
 
 
 def test_small_grids_of_latent_attention_and_muon(workers, tmp_path):
