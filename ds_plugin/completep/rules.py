@@ -102,8 +102,6 @@ _NORMED: Mapping[Role, str] = {Role.Q_LATENT_NORM: "q_rank", Role.KV_LATENT_NORM
 ENDS = (Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
 #: dense ones, which are hidden matrices to Table 1 where their dimensions are in proportion
 _DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN, Role.Q_DOWN, Role.Q_UP, Role.KV_DOWN, Role.KV_UP)
-
-
 #: roles that others are a kind of
 _KINDS = {
     **dict.fromkeys((Role.BRANCH_OUT, *_DENSE), Role.HIDDEN),

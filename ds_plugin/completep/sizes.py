@@ -80,11 +80,8 @@ def experts_of(config: Any, section: CompletePConfig) -> Experts:
             if (value := getattr(section, name)) is not None:
                 raise ConfigError(f"completep.{name}: {value!r}, and the model has no experts; remove it")
         return Experts()
-    active, base_number, base_active = (
-        config.moe_router_topk,
-        section.base_num_moe_experts,
-        section.base_moe_router_topk,
-    )
+    active = config.moe_router_topk
+    base_number, base_active = section.base_num_moe_experts, section.base_moe_router_topk
     if base_number is None or base_active is None:
         name, here = ("num_moe_experts", number) if base_number is None else ("moe_router_topk", active)
         raise ConfigError(f"completep.base_{name}: missing, and the model has experts; write the base's (here {here})")

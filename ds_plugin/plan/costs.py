@@ -1,5 +1,7 @@
 """What a model and the methods take from a rank, as pure arithmetic: parameters, bytes, seconds."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,22 +41,43 @@ class Rates:
 RATES = {"gpu": Rates(link=25e9, flops=400e12), "cpu": Rates(link=7.3e9, flops=20e9)}
 
 
+def tensors(model: GPTConfig, vocab: int) -> Iterator[tuple[str, int, int, bool]]:
+    """Of megatron-core's GPTModel, whole: a parameter's name, its size, how many there are of it, and whether
+    tensor-parallel ranks divide it: matrices and the biases of their columns."""
+    h, head, layer = model.hidden_size, model.kv_channels, "decoder.layers.0."
+    up = model.ffn_size * (2 if model.activation == "swiglu" else 1)
+    for name, fan_in, fan_out, by_columns in (
+        ("self_attention.linear_qkv", h, h + 2 * model.query_groups * head, True),
+        ("self_attention.linear_proj", h, h, False),
+        ("mlp.linear_fc1", h, up, True),
+        ("mlp.linear_fc2", model.ffn_size, h, False),
+    ):
+        yield f"{layer}{name}.weight", fan_in * fan_out, model.num_layers, True
+        if model.bias:
+            yield f"{layer}{name}.bias", fan_out, model.num_layers, by_columns
+    norms = {f"{layer}input_layernorm": h, f"{layer}pre_mlp_layernorm": h, "decoder.final_layernorm": h}
+    norms |= {f"{layer}self_attention.{x}_layernorm": head for x in "qk" if model.qk_norm}
+    for (name, size), kind in itertools.product(norms.items(), ("weight", "bias")):
+        if kind == "weight" or model.normalization == "LayerNorm":
+            yield f"{name}.{kind}", size, model.num_layers if name.startswith(layer) else 1, False
+    yield "embedding.word_embeddings.weight", vocab * h, 1, True
+    if model.position_embedding == "learned":
+        yield "embedding.position_embeddings.weight", model.seq_length * h, 1, False
+    if not model.tie_embeddings:
+        yield "output_layer.weight", vocab * h, 1, True
+
+
 def parameters(model: GPTConfig, padded_vocab: int, layout: Layout) -> int:
-    """Of megatron-core's GPTModel, on a rank of the pipeline stage that holds the most; with ``Layout(1)``: all.
-    Matrices and the biases of their columns are divided over the tensor-parallel ranks, norms, positions and the biases
-    of rows are on each. A tied word embedding is on both end stages."""
-    h, f = model.hidden_size, model.ffn_size
-    head = h // model.num_attention_heads
-    columns = h + 2 * model.query_groups * head + (2 * f if model.activation == "swiglu" else f)
-    norm = 2 if model.normalization == "LayerNorm" else 1
-    divided = h * columns + (h + f) * h + (columns if model.bias else 0)
-    whole = 2 * norm * h + (2 * norm * head if model.qk_norm else 0) + (2 * h if model.bias else 0)
-    layers = model.num_layers // layout.pipeline * (divided // layout.tensor + whole)
-    words = padded_vocab * h // layout.tensor
-    first = words + (model.seq_length * h if model.position_embedding == "learned" else 0)
-    if layout.pipeline > 1:
-        return layers + max(first, words + norm * h)
-    return layers + first + norm * h + (0 if model.tie_embeddings else words)
+    """Of `tensors`, on a rank of the pipeline stage that holds the most; with ``Layout(1)``: all. A tied word embedding
+    is on both end stages."""
+    held = {"embedding": 0, "decoder.layers": 0, "last": 0}
+    for name, size, number, is_divided in tensors(model, padded_vocab):
+        where = next((part for part in held if name.startswith(part)), "last")
+        held[where] += (size // layout.tensor if is_divided else size) * number
+    if layout.pipeline == 1:
+        return sum(held.values())
+    copied = padded_vocab * model.hidden_size // layout.tensor if model.tie_embeddings else 0
+    return held["decoder.layers"] // layout.pipeline + max(held["embedding"], held["last"] + copied)
 
 
 def averaging(config: WeightAveragingConfig, masters: int, *, pinned: bool) -> tuple[int, int]:

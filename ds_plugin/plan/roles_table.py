@@ -1,6 +1,5 @@
 """The table a user wants to see before spending money: what every role gets in this model against its base."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.deepspeed_engine.group_lr import check_peak
+from ds_plugin.plan import costs
 from megatron_patches.models.gpt import GPTConfig
 
 _WHAT = {
@@ -81,12 +81,9 @@ def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
 
 
 def table(
-    model: GPTConfig,
-    section: CompletePConfig,
-    params: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
+    model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any],
     vocab: int | None = None,
-) -> Iterator[str]:
+) -> Iterator[str]:  # fmt: skip
     """The table's lines; ``params``, ``vocab``: as in `applied`, None for V. Raises ConfigError: there is no learning
     rate, or two, or a size has no ratio to the base's."""
     if "lr" not in params:
@@ -103,9 +100,8 @@ def table(
     embeddings = "" if ratios.embedding == 1 else f", embeddings x {ratios.embedding:g}"
     yield f"residual branches x {branch:g}, logits x {logits:g}{embeddings}{where}; q.k x {scale:g}"
     smallest = minimum_ratio(scheduler)
-    rows = [
-        ("role", "which", "tensors", "parameters", "m_in", "m_out", "init std", "lr", "min lr", "weight decay", "eps")
-    ]
+    columns = "role which tensors parameters m_in m_out init_std lr min_lr weight_decay eps"
+    rows = [tuple(name if name.startswith("m_") else name.replace("_", " ") for name in columns.split())]
     more = _held(model, section, (vocab or 0) + 1)
     for role, (tensors, parameters) in _held(model, section, vocab or 0).items():
         m, a_token = section.multipliers(role, ratios), more[role][1] - parameters
@@ -145,36 +141,11 @@ def _held(model: GPTConfig, section: CompletePConfig, vocab: int) -> dict[Role, 
     """The tensors and parameters of each role that this model has any of, in the order of `Role`."""
     folded, tied, ratios = section.residual == "folded", model.tie_embeddings, _ratios(model, section)
     found: dict[Role, tuple[int, int]] = {}
-    for name, size, number in _tensors(model, vocab):
+    for name, size, number, _ in costs.tensors(model, vocab):
         role = section.merged(role_of(name, folded=folded, tied=tied), ratios)
         tensors, parameters = found.get(role, (0, 0))
         found[role] = tensors + number, parameters + number * size
     return {role: found[role] for role in Role if role in found}
-
-
-def _tensors(model: GPTConfig, vocab: int) -> Iterator[tuple[str, int, int]]:
-    """Of megatron-core's GPTModel, whole: a parameter's name, its size, how many there are of it."""
-    h, head, layer = model.hidden_size, model.kv_channels, "decoder.layers.0."
-    up = model.ffn_size * (2 if model.activation == "swiglu" else 1)
-    for name, fan_in, fan_out in (
-        ("self_attention.linear_qkv", h, h + 2 * model.query_groups * head),
-        ("self_attention.linear_proj", h, h),
-        ("mlp.linear_fc1", h, up),
-        ("mlp.linear_fc2", model.ffn_size, h),
-    ):
-        yield f"{layer}{name}.weight", fan_in * fan_out, model.num_layers
-        if model.bias:
-            yield f"{layer}{name}.bias", fan_out, model.num_layers
-    norms = {f"{layer}input_layernorm": h, f"{layer}pre_mlp_layernorm": h, "decoder.final_layernorm": h}
-    norms |= {f"{layer}self_attention.{x}_layernorm": head for x in "qk" if model.qk_norm}
-    for (name, size), kind in itertools.product(norms.items(), ("weight", "bias")):
-        if kind == "weight" or model.normalization == "LayerNorm":
-            yield f"{name}.{kind}", size, model.num_layers if name.startswith(layer) else 1
-    yield "embedding.word_embeddings.weight", vocab * h, 1
-    if model.position_embedding == "learned":
-        yield "embedding.position_embeddings.weight", model.seq_length * h, 1
-    if not model.tie_embeddings:
-        yield "output_layer.weight", vocab * h, 1
 
 
 def _cell(base: float, multiplier: float) -> str:

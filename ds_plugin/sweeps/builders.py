@@ -7,10 +7,11 @@ A builder is small and travels to other processes; each of its models is told by
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -282,17 +283,14 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-class _Together:
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts, self.param_groups = parts, [group for part in parts for group in part.param_groups]
+def _together(*parts: torch.optim.Optimizer) -> Any:
+    every = {"parts": parts, "param_groups": [group for part in parts for group in part.param_groups]}
+    return SimpleNamespace(**every, **{do: functools.partial(_each, parts, do) for do in ("zero_grad", "step")})
 
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
 
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
+def _each(parts: Sequence[torch.optim.Optimizer], do: str) -> None:
+    for part in parts:
+        getattr(part, do)()
 
 
 def _optimizer(groups: Callable[..., Any], base: Base, ratios: Ratios | None = None) -> Callable[[float], Any]:
@@ -304,7 +302,7 @@ def _optimizer(groups: Callable[..., Any], base: Base, ratios: Ratios | None = N
         found = groups(**adam, weight_decay=base.weight_decay, eps=base.eps)
         adamw = torch.optim.AdamW([group for group in found if group["role"] not in by_muon], **adam)
         matrices = [{key: g[key] for key in ("params", "lr", "weight_decay")} for g in found if g["role"] in by_muon]
-        return _Together(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), adamw) if matrices else adamw
+        return _together(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"), adamw) if matrices else adamw
 
     return build
 
