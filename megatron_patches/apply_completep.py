@@ -5,8 +5,8 @@ is not built by ``get_megatron_optimizer`` is not reached from here.
 """
 
 import contextlib
-import importlib
 import inspect
+import pkgutil
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,8 @@ from megatron_patches.completep.optimizer import build_optimizer, check_schedule
 
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 _OPTIMIZER = "megatron.core.optimizer.get_megatron_optimizer"
-_MUON = ("megatron.core.optimizer.muon", "get_megatron_muon_optimizer")
+_MUON = "megatron.core.optimizer.muon.get_megatron_muon_optimizer"
+_OVERRIDES = "config_overrides"
 _SCHEDULER = "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler"
 _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
@@ -77,33 +78,27 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
 
     inside: list[str] = []  # the function whose original is building
 
-    def get_optimizer(patch: Patch, *args: Any, **kwargs: Any) -> Any:
-        from megatron.core import optimizer as stock
+    def optimizer_patch(target: str) -> Patch:
+        def get_optimizer(*args: Any, **kwargs: Any) -> Any:
+            from megatron.core import optimizer as stock
 
-        if inside:  # Muon's asks for Adam's, with our groups
-            return patch.original(*args, **kwargs)
-        given = inspect.signature(patch.original).bind(*args, **kwargs).arguments
-        config, chunks, overrides = given.pop("config"), given.pop("model_chunks"), given.pop("config_overrides", None)
-        # the standard ones, which Megatron-LM's training loop always gives, say nothing that the recipe does not
-        if overrides and overrides != stock.get_standard_config_overrides(config):
-            raise ConfigError(f"completep: remove the config_overrides {list(overrides)}; the recipe sets the same")
-        inside.append(patch.name)
-        try:
-            return build_optimizer(config, chunks, section, get_optimizer=patch.original, **given)
-        finally:
-            inside.clear()
+            if not patch.applied:  # a module imported in the meantime may have kept this function
+                return pkgutil.resolve_name(target)(*args, **kwargs)
+            if inside:  # Muon's asks for Adam's, with our groups
+                return patch.original(*args, **kwargs)
+            given = inspect.signature(patch.original).bind(*args, **kwargs).arguments
+            config, chunks, overrides = (given.pop(name, None) for name in ("config", "model_chunks", _OVERRIDES))
+            # the standard ones, which Megatron-LM's training loop always gives, say nothing that the recipe does not
+            if overrides and overrides != stock.get_standard_config_overrides(config):
+                raise ConfigError(f"completep: remove the {_OVERRIDES} {list(overrides)}; the recipe sets the same")
+            inside.append(target)
+            try:
+                return build_optimizer(config, chunks, section, get_optimizer=patch.original, **given)
+            finally:
+                inside.clear()
 
-    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
-        from megatron.core import optimizer as stock
-
-        if not optimizer.applied:  # a module imported in the meantime may have kept this function
-            return stock.get_megatron_optimizer(*args, **kwargs)
-        return get_optimizer(optimizer, *args, **kwargs)
-
-    def get_megatron_muon_optimizer(*args: Any, **kwargs: Any) -> Any:
-        if not muon.applied:
-            return getattr(importlib.import_module(_MUON[0]), _MUON[1])(*args, **kwargs)
-        return get_optimizer(muon, *args, **kwargs)
+        patch = Patch(target, get_optimizer, reason="completep: param groups", prefixes=everywhere)
+        return patch
 
     def build_scheduler(self: Any, *args: Any, **kwargs: Any) -> None:
         scheduler.original(self, *args, **kwargs)
@@ -114,18 +109,15 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
     model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
     language_model = Patch(f"{_LANGUAGE_MODULE}.__init__", build_language_model, reason="completep: other models")
-    groups, start = "completep: param groups", "completep: warmup starts at 0"
-    optimizer = Patch(_OPTIMIZER, get_megatron_optimizer, reason=groups, prefixes=everywhere)
-    muon = Patch(".".join(_MUON), get_megatron_muon_optimizer, reason=groups, prefixes=everywhere)
-    scheduler = Patch(f"{_SCHEDULER}.__init__", build_scheduler, reason=start)
+    optimizers = [optimizer_patch(target) for target in (_OPTIMIZER, *([_MUON] if _muon_is_built_apart() else []))]
+    scheduler = Patch(f"{_SCHEDULER}.__init__", build_scheduler, reason="completep: warmup starts at 0")
     given = Change("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
-    return model, language_model, optimizer, *([muon] if _muon_is_built_apart() else []), scheduler, given
+    return model, language_model, *optimizers, scheduler, given
 
 
 def _muon_is_built_apart() -> bool:
     """Whether Muon has a function of its own, as in 0.16; it asks the other for what Adam trains. Later it only calls
     the other."""
-    with contextlib.suppress(ImportError):
-        function = getattr(importlib.import_module(_MUON[0]), _MUON[1], None)
-        return function is not None and "config" in inspect.signature(function).parameters
+    with contextlib.suppress(ImportError, AttributeError):
+        return "config" in inspect.signature(pkgutil.resolve_name(_MUON)).parameters
     return False

@@ -251,7 +251,7 @@ def _norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron refuses torch's norms under sequence parallelism, which asks of them only that their gradients are added
     up over the ranks; so their parameters are marked, as those of other norms are."""
     with replaced(config, "sequence_parallel", False):
-        norm = _MARKED_NORM.original(cls, config, *args, **kwargs)
+        norm = _RESUME["norm"].original(cls, config, *args, **kwargs)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm
@@ -329,10 +329,9 @@ _RESUME: dict[str, Any] = {
     name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
     for name, mended in _MENDED.items()
 }
-_MARKED_NORM = Patch(
+_RESUME["norm"] = Patch(
     f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()
 )
-_RESUME["norm"] = _MARKED_NORM
 _RESUME["layer-wise"] = Patch(
     f"{_LAYER_WISE}.allgather_params", lambda self: self.broadcast_params(), reason="gloo gathers equal parts only"
 )

@@ -15,8 +15,6 @@ from ds_plugin.core.files import write_text
 from ds_plugin.sweeps.mixtures import Mixture, ratio_of
 
 _RECIPES = get_args(Recipe)
-_MOE = ("fixed_sparsity", "mue")
-#: of --help
 _MIXTURE = "RATIO: hidden size of one over the width, else 4 / ACTIVE, whose active weights are a dense MLP's"
 _EXPONENT = checked(int, lambda n: -100 <= n <= 20, "a whole number from -100 to 20")
 _RECIPE = checked(str, lambda name: name in _RECIPES, f"one of {', '.join(_RECIPES)}")
@@ -86,7 +84,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         add("--alpha", type=positive, default=1.0, help="depth exponent of completep")
         add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")
         add("--shared", type=_RATIO, help="hidden size of experts that every token goes through, over the width")
-        add("--moe", choices=_MOE, help="the rule for experts that are not the base's")
+        add("--moe", choices=("fixed_sparsity", "mue"), help="the rule for experts that are not the base's")
         add("--latent", type=_LATENT, help="ranks Q:KV of latent attention in Megatron's GPT; Q 0: queries have none")
         add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: of the matrices inside blocks")
 

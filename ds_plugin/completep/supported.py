@@ -93,15 +93,11 @@ def check_config(config: Any) -> None:
 
 
 def check_layer(layer: Any) -> None:
-    """Raises ConfigError for a layer spec whose layers may be Mamba's, or as `check_mask`."""
+    """Raises ConfigError for a layer spec whose layers may be Mamba's, or whose tokens see later ones, as an encoder's
+    do."""
     if _is_a(layer.submodules, *_HYBRID):
         what = f"the layer spec is of {type(layer.submodules).__name__}, of a hybrid model, and {MAMBA}"
         raise ConfigError(f"completep: {what}; use a GPT layer spec")
-    check_mask(layer)
-
-
-def check_mask(layer: Any) -> None:
-    """Raises ConfigError for a layer spec whose tokens see later ones, as an encoder's do."""
     params = getattr(getattr(layer.submodules, "self_attention", None), "params", None) or {}
     if (name := getattr(params.get("attn_mask_type"), "name", None)) in _ENCODERS:
         what = f"the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5"

@@ -19,7 +19,7 @@ from typing import Any
 from ds_plugin.completep import prepare_decoder
 from ds_plugin.config import load_json, split_config
 from ds_plugin.core.errors import ConfigError, PluginError, warn
-from ds_plugin.core.patch import Patch
+from ds_plugin.core.patch import Patch, replaced
 from ds_plugin.deepspeed_engine import attach
 from ds_plugin.huggingface import sections, trainer
 from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten
@@ -135,19 +135,14 @@ def _config(kwargs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
     """The DeepSpeed config taken out of the arguments of a call, as a dict, and whether it was a file, which is how
     a script calls; libraries give a dict."""
     args: Any = kwargs.get("args")
-    given = [kwargs.pop(name, None) for name in ("config", "config_params")]
-    given.append(getattr(args, "deepspeed_config", None))
+    of_args = getattr(args, "deepspeed_config", None)
+    given = [kwargs.pop(name, None) for name in ("config", "config_params")] + [of_args]
     configs = [config for config in given if config is not None]
     if len(configs) != 1:
         raise ConfigError(attach.ONE_CONFIG % (len(configs) or "none"))
     is_own = not isinstance(configs[0], Mapping)
-    if given[-1] is not None:
-        args.deepspeed_config = None
-    try:
+    with contextlib.nullcontext() if of_args is None else replaced(args, "deepspeed_config", None):
         yield dict(load_json(configs[0]) if is_own else configs[0]), is_own
-    finally:
-        if given[-1] is not None:
-            args.deepspeed_config = given[-1]
 
 
 def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:

@@ -191,8 +191,9 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         check_gains(gpt.config, tied=tied)
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
-            if roles[name] is Role.SOFTMAX_OFFSET and not _drawn_by_config(gpt.get_submodule(name.rpartition(".")[0])):
-                continue
+            attention = type(gpt.get_submodule(name.rpartition(".")[0])).__name__
+            if roles[name] is Role.SOFTMAX_OFFSET and attention != "DotProductAttention":
+                continue  # TransformerEngine's draws it in a way of its own
             if (scale := _init_scale(roles[name], section, ratios)) != 1.0:
                 parameter.mul_(scale)
     layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
@@ -224,13 +225,6 @@ def _check_branches(layers: list[Any], multiplier: float) -> None:
             what = f"a layer's residual branches are multiplied by {found}, and the section says {multiplier:g}"
             remedy = "build the model, and get_gpt_mtp_block_spec's block, from the layer spec that prepare() returned"
             raise ConfigError(f"completep: {what}; {remedy}")
-
-
-def _drawn_by_config(attention: torch.nn.Module) -> bool:
-    """Whether a softmax offset was drawn by the config's init_method; TransformerEngine has a way of its own."""
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    return isinstance(attention, DotProductAttention)
 
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
