@@ -298,7 +298,9 @@ def differences(before, after):
 
 
 def enable_and_disable(pretend):
+    import megatron.core.optimizer.layer_wise_optimizer
     import megatron.core.tensor_parallel.random as tracker_module
+    import megatron.core.transformer.multi_latent_attention  # noqa: F401
 
     before = snapshot()
     megatron_on_cpu.enable()

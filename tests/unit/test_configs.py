@@ -91,7 +91,7 @@ RECIPES = {
         "completep.roles.branch_out.lr": 3e-4 / 16,  # folded: by 1 / m_L
         "completep.roles.branch_out.init_std": 0.02 / 4 / 16,
         "completep.roles.unembedding.lr": 16 * 3e-4 / 16,
-        "completep.table.1": "residual branches x 0.0625, logits x 0.0625, both folded into the weights; q.k x 0.0625",
+        "completep.table.1": "residual branches x 0.0625, logits x 0.0625, folded into the weights; q.k x 0.0625",
         "averaging.averaged steps": 400,
     },
 }
