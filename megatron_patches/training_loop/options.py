@@ -8,7 +8,7 @@ from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError
 
 #: values of an option, beside none, that every method goes with
-_FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam",)}
+_FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam", "muon", "dist_muon")}
 _STATE = {
     "nothing is trained": "freeze_all_layers",
     "the method's state is saved with ordinary checkpoints only": "non_persistent_save_interval",
@@ -45,8 +45,7 @@ _REFUSED = {
         MAMBA: """is_hybrid_model hybrid_layer_pattern hybrid_override_pattern hybrid_attention_ratio
             hybrid_mlp_ratio""",
         "it has rules for a GPTModel of megatron-core": "vision_pretraining use_legacy_models",
-        "its rules hold for adam, with decoupled weight decay": "optimizer",
-        "it has param groups of its own": "use_layer_wise_distributed_optimizer",
+        "its rules hold for adam and muon, with decoupled weight decay": "optimizer",
         "it keeps one learning rate in a tensor": "optimizer_cuda_graph",
         "its warmup must start at 0, as the start is one value for all param groups": "lr_warmup_init",
         "it replaces the parameters; use the distributed optimizer": _FSDP,

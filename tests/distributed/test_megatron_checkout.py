@@ -1,5 +1,6 @@
 """The methods in Megatron-LM's own script, of the checkout at ``MEGATRON_LM_PATH``, on CPU processes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -169,6 +170,35 @@ if CHECKOUT is not None:
 
         def trained(folder, *more):
             return real(CHECKOUT, tmp_path, folder, sections, *mixture, tmp_path / folder, *more, ranks=2)
+
+        whole, evaluations = logged(finished(trained("whole")))
+        losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
+        assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
+        with trained("killed") as killed:
+            killed.wait_for("iteration       13/", 1500)
+        resumed, later = logged(finished(trained("killed", "--load", tmp_path / "killed")))
+        assert min(resumed) == 13 and later == evaluations[2:]
+        for step in range(15, 25):
+            assert resumed[step] == whole[step], step
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    def test_muon_killed_and_resumed(tmp_path):
+        """Muon trains the matrices, Adam the rest; with the average."""
+        if importlib.util.find_spec("emerging_optimizers") is None:
+            pytest.skip("emerging_optimizers, which Megatron's Muon is of, is not installed (Python 3.12)")
+        sections = {
+            "weight_averaging": {"enabled": True, "interval": 3, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
+        }
+        muon = (
+            "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --optimizer muon --train-iters 24 "
+            "--lr-warmup-iters 2 --eval-interval 12 --save-interval 12 --ckpt-format torch --save"
+        ).split()
+
+        def trained(folder, *more):
+            flags = [*muon, tmp_path / folder, *more]
+            return real(CHECKOUT, tmp_path, folder, sections, *flags, ranks=2, without=["--use-distributed-optimizer"])
 
         whole, evaluations = logged(finished(trained("whole")))
         losses = [float(whole[step]["lm loss"]) for step in (1, 24)]

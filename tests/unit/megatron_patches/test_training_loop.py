@@ -139,7 +139,7 @@ def test_an_option_that_is_off_or_unknown_to_a_version_is_no_conflict():
     check_options(sections, SimpleNamespace(optimizer="adam", softmax_type="learnable", lr_warmup_init=0.0))
     for option, value, method in (
         ("enable_hyper_connections", True, "completep"),
-        ("optimizer", "dist_muon", "completep"),
+        ("optimizer", "sgd", "completep"),
         ("lr_warmup_init", 1e-5, "completep"),
         ("use_torch_fsdp2", True, "completep"),
         ("hybrid_layer_pattern", "M*M-", "completep"),
