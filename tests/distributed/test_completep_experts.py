@@ -13,9 +13,10 @@ from ds_plugin.core.errors import ConfigError
 from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
 from megatron_patches.models import gpt
+from tests.distributed.test_completep_parity import LENGTH, STEPS, VOCAB, batch, train
 from tests.reference.experts import ReferenceMoE, name_of
 
-VOCAB, LENGTH, STEPS, HEADS = 64, 12, 5, 4
+HEADS = 4
 BASE = {"base_width": 16, "base_depth": 2, "base_head_dim": 8}  # of width 64: m_N 4
 LR, DECAY, EPS = 0.01, 0.1, 1e-4  # an eps that matters, so that its rule is seen
 FIELDS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -46,22 +47,6 @@ def build(completep, sizes, depth=4, seed=1234, **more):
     config, spec = prepare(config, spec, completep)
     model = gpt.build_gpt(cfg, VOCAB, config, spec)
     return model, finish(model, completep)
-
-
-def batch(step):
-    tokens = torch.randint(0, VOCAB, (3, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def train(loss_of, optimizer):
-    losses = []
-    for step in range(STEPS):
-        loss = loss_of(*batch(step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def beside_the_twin(case, residual):

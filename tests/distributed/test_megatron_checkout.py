@@ -36,6 +36,19 @@ def finished(started):
     return done.stdout
 
 
+def resumed_equals_the_uninterrupted(folder, trained):
+    """Of runs of 24 iterations that save after twelve; one is killed then. From the third logged iteration on."""
+    whole, evaluations = logged(finished(trained("whole")))
+    losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
+    assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
+    with trained("killed") as killed:
+        killed.wait_for("iteration       13/", 1500)
+    resumed, later = logged(finished(trained("killed", "--load", folder / "killed")))
+    assert min(resumed) == 13 and later == evaluations[2:]
+    for step in range(15, 25):
+        assert resumed[step] == whole[step], step
+
+
 UNTOUCHED = """
 import sys
 import warnings
@@ -171,15 +184,7 @@ if CHECKOUT is not None:
         def trained(folder, *more):
             return real(CHECKOUT, tmp_path, folder, sections, *mixture, tmp_path / folder, *more, ranks=2)
 
-        whole, evaluations = logged(finished(trained("whole")))
-        losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
-        assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
-        with trained("killed") as killed:
-            killed.wait_for("iteration       13/", 1500)
-        resumed, later = logged(finished(trained("killed", "--load", tmp_path / "killed")))
-        assert min(resumed) == 13 and later == evaluations[2:]
-        for step in range(15, 25):
-            assert resumed[step] == whole[step], step
+        resumed_equals_the_uninterrupted(tmp_path, trained)
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
@@ -200,15 +205,7 @@ if CHECKOUT is not None:
             flags = [*muon, tmp_path / folder, *more]
             return real(CHECKOUT, tmp_path, folder, sections, *flags, ranks=2, without=["--use-distributed-optimizer"])
 
-        whole, evaluations = logged(finished(trained("whole")))
-        losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
-        assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
-        with trained("killed") as killed:
-            killed.wait_for("iteration       13/", 1500)
-        resumed, later = logged(finished(trained("killed", "--load", tmp_path / "killed")))
-        assert min(resumed) == 13 and later == evaluations[2:]
-        for step in range(15, 25):
-            assert resumed[step] == whole[step], step
+        resumed_equals_the_uninterrupted(tmp_path, trained)
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
