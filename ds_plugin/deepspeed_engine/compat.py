@@ -250,6 +250,12 @@ def model_coordinate(engine: Any) -> tuple[int, ...]:
     return (*coordinate, int(rank_of(largest())))
 
 
+def run_steps(engine: Any) -> int | None:
+    """Optimizer steps of the whole run, as the JSON's learning-rate scheduler is told; None where it is told none."""
+    steps = (engine.scheduler_params() or {}).get("total_num_steps")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
 def is_first_at(engine: Any) -> bool:
     """Whether this rank writes what a checkpoint's folder holds once: rank 0; with local storage one on each node."""
     return bool((engine.local_rank if engine.use_node_local_storage() else this_rank()) == 0)

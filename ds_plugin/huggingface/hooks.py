@@ -102,7 +102,9 @@ def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
         return original(accelerator, *args)
     owner = trainer.of_accelerator(accelerator)
     with sections.out_of(config) as found:
-        token = _prepared.set(sections.resolve(sections.with_given(found), model, getattr(owner, "args", None)))
+        steps = trainer.steps_of(owner)
+        given = sections.with_given(found)
+        token = _prepared.set(sections.resolve(given, model, getattr(owner, "args", None), steps))
         try:
             if owner is not None:
                 trainer.refuse(_prepared.get() or {})

@@ -10,6 +10,8 @@ from typing import Any
 
 from ds_plugin.config import SECTIONS
 from ds_plugin.core.errors import ConfigError, warn
+from ds_plugin.core.settings_model import parse_section
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
 AUTO = "auto"
 given: dict[str, Any] = {}  # those that enable() was given, which no DeepSpeed JSON holds
@@ -42,11 +44,12 @@ def out_of(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
         config.update(taken)
 
 
-def resolve(sections: dict[str, Any], model: Any, arguments: Any) -> dict[str, Any]:
+def resolve(sections: dict[str, Any], model: Any, arguments: Any, steps: int | None = None) -> dict[str, Any]:
     """The sections with a number for every ``"auto"`` that has one.
 
     ``sequence_length_warmup.end_length``: the training arguments' ``max_length`` (TRL), else how many positions the
-    model's configuration gives it. ``arguments``: of the Trainer, or None.
+    model's configuration gives it. ``arguments``: of the Trainer, or None; ``steps``: of its run, for a
+    ``duration.share``.
 
     Raises:
         ConfigError: any other field is ``"auto"``, or nothing says how long samples are.
@@ -58,6 +61,10 @@ def resolve(sections: dict[str, Any], model: Any, arguments: Any) -> dict[str, A
         if value == AUTO:
             what = f'{where}: "auto" follows from nothing that the training arguments or the model say'
             raise ConfigError(f"{what}; write a value")
+    if steps is not None and isinstance(warmup, dict) and warmup.get("enabled"):
+        section = parse_section(SequenceLengthWarmupConfig, "sequence_length_warmup", warmup)
+        if (in_run := section.in_run(steps=steps)) is not section:
+            sections["sequence_length_warmup"] = in_run.model_dump(mode="json")
     return sections
 
 

@@ -27,6 +27,12 @@ def of_accelerator(accelerator: Any) -> Any:
     return found() if found is not None else None
 
 
+def steps_of(trainer: Any) -> int | None:
+    """Optimizer steps of a Trainer's run, which it has worked out before its model is prepared; None: not known."""
+    state, arguments = getattr(trainer, "state", None), getattr(trainer, "args", None)
+    return max(getattr(state, "max_steps", 0) or 0, getattr(arguments, "max_steps", 0) or 0) or None
+
+
 def refuse(given: Mapping[str, Any]) -> None:
     """Raise ConfigError for sections that no Trainer can follow."""
     warmup = given.get("sequence_length_warmup")

@@ -7,12 +7,17 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ds_plugin.core.errors import ConfigError
-from ds_plugin.core.settings_model import Length, LossRatio, SectionConfig, Steps, Tokens, Waiting
+from ds_plugin.core.settings_model import Length, LossRatio, SectionConfig, Steps, Tokens, Waiting, parse_section
 from ds_plugin.sequence_length_warmup.pacing import Custom
 
 INTERLEAVE = 8  # consecutive steps then train different samples, and CPU memory holds eight batches
 MOST_STEPS = 10**6  # of a warmup: what plans a run walks over each of them
-SCHEDULES = ("linear", "root", "discrete")
+SCHEDULES = ("linear", "root", "sinusoidal", "exponential", "discrete")
+#: what a section with this ``"preset"`` has where it says nothing itself. ``skyladder``: arXiv 2503.15450, the best of
+#: its start lengths, the middle of the shares that were best at every budget, the schedule that was best at 32K
+PRESETS: dict[str, dict[str, Any]] = {
+    "skyladder": {"mode": "mask", "schedule": "sinusoidal", "start_length": 8, "duration": {"share": 0.62}},
+}
 #: field -> the setting that it belongs to
 _BELONGS = {
     "root_degree": ("schedule", "root"),
@@ -25,16 +30,20 @@ _BELONGS = {
 
 
 class Duration(SectionConfig):
-    """How long the warmup lasts: in optimizer steps or in trained tokens, all data-parallel ranks together."""
+    """How long the warmup lasts: in optimizer steps, in trained tokens, all data-parallel ranks together, or as a share
+    of the run's optimizer steps, which is put into steps (`SequenceLengthWarmupConfig.in_run`) before it is used."""
 
     steps: Steps | None = Field(None, le=MOST_STEPS)
     tokens: Tokens | None = None
+    share: float | None = Field(None, gt=0.0, le=1.0)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Duration":
-        if (self.steps is None) == (self.tokens is None):
-            what = f"needs one of steps and tokens, got steps {self.steps} and tokens {self.tokens}"
-            raise ValueError(f'{what}; write {{"steps": N}} or {{"tokens": N}}')
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            what = " and ".join(f"{name} {value}" for name, value in given.items()) or "none"
+            remedy = 'write {"steps": N} or {"tokens": N}, or {"share": S} of the run'
+            raise ValueError(f"needs one of steps, tokens and share, got {what}; {remedy}")
         return self
 
     @property
@@ -65,10 +74,13 @@ class SequenceLengthWarmupConfig(SectionConfig):
     """Lengths are in tokens of one sample."""
 
     enabled: bool = False
+    preset: Literal["skyladder"] | None = None  # settings of a paper, for the fields that are not given: `PRESETS`
     start_length: Length = 8
     end_length: Length = Field(description="the full sample length in tokens, e.g. 1024")
     schedule: str = "linear"
-    duration: Duration = Field(description='{"steps": N} or {"tokens": N}, until the full length')
+    duration: Duration = Field(
+        description='{"steps": N}, {"tokens": N} or {"share": S} of the run, until the full length'
+    )
     root_degree: int | None = Field(None, ge=1, le=1000)  # of the root schedule: (t/T) ** (1 / root_degree)
     lengths: list[Length] | None = Field(None, max_length=1000)  # of the discrete schedule, as [64, 256, 1024]
     boundaries: list[Tokens] | None = Field(None, max_length=1000)  # the last step (or token) of each but the last
@@ -83,6 +95,12 @@ class SequenceLengthWarmupConfig(SectionConfig):
     report_interval: Waiting = 20  # steps between two readings of the stability instruments
     variance: bool = False  # reports read Adam's second moments, too: one pass over them each
     preflight: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        preset = given.get("preset") if isinstance(given, dict) else None
+        return {**PRESETS[preset], **given} if isinstance(preset, str) and preset in PRESETS else given
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "SequenceLengthWarmupConfig":
@@ -107,7 +125,9 @@ class SequenceLengthWarmupConfig(SectionConfig):
             if value is not None and chosen != wanted:
                 remedy = f'remove it, or write "{owner}": "{wanted}"'
                 yield f"{field}: {value!r} is not for {owner} {chosen!r}; {remedy}"
-        if self.schedule == "discrete":
+        if self.schedule == "discrete" and self.duration.share is not None:
+            yield 'duration.share: the boundaries of a discrete schedule are steps or tokens; write {"steps": N}'
+        elif self.schedule == "discrete":
             yield from self._troubles_of_discrete()
         ruled = "discrete" if self.schedule == "discrete" else self.mode
         if self.max_distinct_lengths is not None and ruled in ("discrete", "carry"):
@@ -132,6 +152,17 @@ class SequenceLengthWarmupConfig(SectionConfig):
             if value != wanted:
                 given = f"lengths {lengths} and boundaries {boundaries}"
                 yield f"{field}: {value} does not fit the discrete schedule's {given}; write {wanted}"
+
+    def in_run(self, *, steps: int | None = None, tokens: int | None = None) -> "SequenceLengthWarmupConfig":
+        """The section with a ``duration.share`` put into steps or tokens, of a run of so many in all; as it is, where
+        neither is known, or no share is given. Raises ConfigError: it comes to more steps than a warmup may have."""
+        share, unit, whole = self.duration.share, "steps" if steps else "tokens", steps or tokens
+        if share is None or not whole:
+            return self
+        duration = {unit: max(1, round(share * whole))}
+        return self.model_copy(
+            update={"duration": parse_section(Duration, "sequence_length_warmup.duration", duration)}
+        )
 
     @property
     def reads_variance(self) -> bool:

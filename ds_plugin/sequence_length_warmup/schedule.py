@@ -9,13 +9,19 @@ from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup import pacing
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
+_BUILT_IN = {"linear": pacing.linear, "sinusoidal": pacing.sinusoidal, "exponential": pacing.exponential}
+
 
 class LengthSchedule:
     """Length of a sample by position: the optimizer step or the trained token that comes next, counted from 1."""
 
     def __init__(self, config: SequenceLengthWarmupConfig, *, layout_multiple: int = 1):
         """``layout_multiple``: what the parallel layout divides a sample by (`layout_multiple()` below finds it).
-        Raises ConfigError: it does not divide the full length, or the user's schedule cannot be imported or called."""
+        Raises ConfigError: it does not divide the full length, the duration is a share of a run of unknown length, or
+        the user's schedule cannot be imported or called."""
+        if (share := config.duration.share) is not None:
+            what = f"{share} of a run whose length is not known here (a scheduler's total_num_steps would say it)"
+            raise ConfigError(f'sequence_length_warmup.duration.share: {what}; write {{"steps": N}} or {{"tokens": N}}')
         self.config = config
         self.multiple_of = math.lcm(config.multiple_of, layout_multiple)
         if config.end_length % self.multiple_of:
@@ -37,8 +43,8 @@ class LengthSchedule:
         """Length in tokens at a position, counted from 1 in the unit of ``duration``."""
         c, total = self.config, self.config.duration.total
         done, span = min(max(position, 0), total), {"start": c.start_length, "end": c.end_length, "duration": total}
-        if c.schedule == "linear":
-            exact = pacing.linear(done, **span)
+        if c.schedule in _BUILT_IN:
+            exact = _BUILT_IN[c.schedule](done, **span)
         elif c.schedule == "root":
             exact = pacing.root(done, **span, degree=c.root_degree or 2)
         elif c.schedule == "discrete":  # each length up to and including its boundary

@@ -179,8 +179,8 @@ def candidates(config: dict[str, Any], args: argparse.Namespace) -> tuple[int, l
 def tuned(config: dict[str, Any], start: int, duration: int) -> dict[str, Any]:
     """The JSON with another start length and duration, in its own unit."""
     section = config["sequence_length_warmup"]
-    changed = {"start_length": start, "duration": {unit: duration for unit, n in section["duration"].items() if n}}
-    return {**config, "sequence_length_warmup": {**section, **changed}}
+    unit = "tokens" if section.get("duration", {}).get("tokens") else "steps"  # of which a share is one
+    return {**config, "sequence_length_warmup": {**section, "start_length": start, "duration": {unit: duration}}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,8 +206,7 @@ def command(args: argparse.Namespace) -> int:
     target, record = args.out / args.config.name, args.out / "trials.json"
     if target.resolve() == args.config.resolve():
         raise ConfigError(f"--out: '{args.out}' is the folder of {args.config}, which must not change; give another")
-    interval = max(1, steps // EVALUATIONS)
-    steps -= steps % interval  # the last one is evaluated
+    steps -= steps % (interval := max(1, steps // EVALUATIONS))  # the last one is evaluated
     settings = [tuned(config, 8, 1), str(args.script), args.launcher, args.arguments, args.threshold, steps]
     trials, another = list[Trial](), "give another folder by --out"
     if record.exists():
@@ -238,7 +237,8 @@ def command(args: argparse.Namespace) -> int:
         print(trials[-1], flush=True)
         return trials[-1]
 
-    provisional = steps if "steps" in config["sequence_length_warmup"]["duration"] else durations[len(durations) // 2]
+    by_steps = "steps" in tuned(config, 8, 1)["sequence_length_warmup"]["duration"]
+    provisional = steps if by_steps else durations[len(durations) // 2]
     best = search(run, start_lengths=starts, durations=durations, provisional=provisional)
     if best is None:
         remedy = "lower the learning rate, lengthen its warmup, or give larger --start-lengths"

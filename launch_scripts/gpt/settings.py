@@ -4,6 +4,7 @@ The JSON is a DeepSpeed config with our sections and two of the script's own, ``
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,10 @@ def load_settings(args: argparse.Namespace) -> Settings:
     ranks, rest = divmod(dist.get_world_size() if dist.is_initialized() else 0, model.model_ranks)
     json_check.check(deepspeed, ranks if ranks and not rest else None, auto=True)  # the rest is refused with the groups
     limit = training.steps or None
+    if (warmup := plugin.sequence_length_warmup) is not None and warmup.duration.share is not None:
+        warmup = warmup.in_run(steps=limit, tokens=training.tokens)
+        plugin = dataclasses.replace(plugin, sequence_length_warmup=warmup)
+        config.update(plugin.to_dict())
     training = _with_steps(config, training, model, plugin)
     _fill_auto(config, training, model, plugin)
     _check_together(config, model, plugin)

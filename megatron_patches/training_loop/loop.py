@@ -35,7 +35,7 @@ from ds_plugin.weight_averaging.finite import finite_everywhere
 from megatron_patches.training_loop import preflight, state
 from megatron_patches.training_loop.batches import Cut, Replay
 from megatron_patches.training_loop.lengths import Lengths
-from megatron_patches.training_loop.options import check_options, layout_multiple
+from megatron_patches.training_loop.options import check_options, iterations_of, layout_multiple
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 
 Stock = Callable[..., Any]  # Megatron-LM's own function
@@ -59,6 +59,7 @@ class Loop(state.Methods):
         with raise_on_all_ranks():
             check_options(self.sections, options)
             if section is not None:
+                section = section.in_run(steps=iterations_of(options))
                 self.lengths = Lengths(section, full=options.seq_length, layout_multiple=layout_multiple(options))
                 self._last = options.seq_length
         model, optimizer, scheduler = stock(*args, **kwargs)

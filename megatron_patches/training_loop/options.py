@@ -72,6 +72,11 @@ def check_options(sections: PluginConfig, options: Any) -> None:
         raise ConfigError("weight_averaging.restart: not supported in Megatron-LM's training loop; remove it")
 
 
+def iterations_of(options: Any) -> int:
+    """Of the whole run; with ``--train-samples`` at one batch size."""
+    return options.train_iters or (options.train_samples or 0) // options.global_batch_size
+
+
 def layout_multiple(options: Any) -> int:
     """Into how many equal parts the layout cuts each sample: with sequence parallelism one for each tensor-parallel
     rank, with context parallelism two for each of its ranks."""

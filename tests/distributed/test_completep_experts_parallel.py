@@ -10,7 +10,7 @@ from megatron_patches import megatron_on_cpu
 from megatron_patches.completep import finish, prepare
 from megatron_patches.completep import optimizer as on_megatron
 from megatron_patches.models import gpt
-from tests.distributed.test_completep_megatron import (
+from tests.distributed.megatron_training import (
     CLIP,
     LENGTH,
     SIZE,

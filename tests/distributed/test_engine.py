@@ -74,6 +74,21 @@ def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
         assert found["read"] - found["trained"] == sum(plain.LENGTH - length for length in LENGTHS) * samples
 
 
+def _share_of_the_run():
+    section = {**plain.WARMUP, "duration": {"share": 0.25}}
+    engine = plain.make(plain.deepspeed_config(1, sequence_length_warmup=section))
+    config = {**plain.deepspeed_config(1, sequence_length_warmup=section)}
+    del config["scheduler"]
+    with pytest.raises(ConfigError) as caught:
+        plain.make(config)
+    return ds_plugin.get_plugin(engine).warmup.config.duration.steps, str(caught.value)
+
+
+def test_a_share_is_of_the_schedulers_steps(workers):
+    steps, refused = workers(1).run(_share_of_the_run)[0]
+    assert steps == 10 and "duration.share: 0.25 of a run whose length is not known here" in refused
+
+
 def _truncated_by_hand(zero):
     """The same run without the plugin, shortened by the caller."""
     engine = plain.make(plain.deepspeed_config(zero), initialize=deepspeed.initialize)

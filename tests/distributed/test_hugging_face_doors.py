@@ -237,6 +237,10 @@ def _refused(folder):
     one = trainer_of(folder / "given", config_of(1), **QUIET)
     one.train()
     said["given"] = list(attach.get_plugin(one.deepspeed).averager.steps)
+    shared = {**warmup, "duration": {"share": 0.5}}
+    one = trainer_of(folder / "share", config_of(1, sequence_length_warmup=shared), **{**QUIET, "max_steps": -1})
+    one.train()
+    said["share"] = (one.state.max_steps, attach.get_plugin(one.deepspeed).warmup.config.duration.steps)
     return said
 
 
@@ -248,6 +252,8 @@ def test_what_is_refused_says_so(workers, tmp_path):
     assert 'did you mean "sequence_length_warmup"' in said["misspelt"]
     assert "stands in the DeepSpeed JSON and in the one given to enable()" in said["twice"]
     assert said["given"] == [2, 4]
+    whole, warmup = said["share"]  # of an epoch, which the Trainer puts into steps before the model is prepared
+    assert warmup == round(whole / 2) > 1
     assert said["no DeepSpeed"].startswith("enable() was given weight_averaging, and this Trainer does not use")
     # of a checkpoint without the methods, the steps count as full-length ones
     full = 2 * MICRO * ACCUMULATION * LENGTH

@@ -24,7 +24,7 @@ from megatron_patches.models import gpt
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 from megatron_patches.weight_averaging.publish import publish_torch_dist
 from tests import muon_stand_in
-from tests.distributed import test_completep_megatron as schedules
+from tests.distributed import megatron_training as schedules
 from tests.harness import slow
 from tests.reference import averaging as reference
 

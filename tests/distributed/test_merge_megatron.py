@@ -7,7 +7,7 @@ import torch
 from ds_plugin.cli.main import main
 from megatron_patches import megatron_on_cpu
 from megatron_patches.models import gpt
-from tests.distributed import test_completep_megatron as schedules
+from tests.distributed import megatron_training as schedules
 
 SIZE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": schedules.LENGTH}
 MASTER = "optimizer.state.fp32_param."

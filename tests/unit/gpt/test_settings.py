@@ -36,6 +36,17 @@ def test_bf16_has_one_name(flags, changes, dtype, deepspeeds):
     assert run.dtype == dtype and run.deepspeed.get("bf16") == deepspeeds and "bfloat16" not in run.deepspeed
 
 
+@pytest.mark.parametrize(
+    ("end", "duration"), [({"steps": 50}, {"steps": 10}), ({"tokens": 4000}, {"tokens": 800})], ids=["steps", "tokens"]
+)
+def test_a_share_is_of_the_run(end, duration):
+    warmup = {**QUICKSTART["sequence_length_warmup"], "duration": {"share": 0.2}}
+    training = {name: value for name, value in QUICKSTART["training"].items() if name not in ("steps", "tokens")}
+    run = loaded(sequence_length_warmup=warmup, training={**training, **end})
+    for section in (run.plugin.sequence_length_warmup.model_dump(mode="json"), run.deepspeed["sequence_length_warmup"]):
+        assert {name: value for name, value in section["duration"].items() if value} == duration
+
+
 def test_two_names_that_disagree_and_a_wrong_value_are_refused():
     with pytest.raises(ConfigError, match="bfloat16: 'yes'; write a JSON object"):
         loaded(bfloat16="yes")

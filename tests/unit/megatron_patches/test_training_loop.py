@@ -17,7 +17,7 @@ from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from megatron_patches.training_loop import script, state
 from megatron_patches.training_loop.batches import Cut, Replay, cut
 from megatron_patches.training_loop.lengths import Lengths
-from megatron_patches.training_loop.options import check_options, layout_multiple
+from megatron_patches.training_loop.options import check_options, iterations_of, layout_multiple
 
 WARMUP = {"enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}}
 
@@ -93,6 +93,11 @@ def test_lengths_and_tokens_follow_the_iterations():
     # 8 + 24 * step / 4, floored to eights; the second iteration was not applied, yet it counts as one
     assert seen == [(8, 0), (16, 80), (24, 80), (32, 320), (32, 640)]
     assert "5 iterations from the first on train 1120 tokens of 1600 read" in by_steps.describe(batch=10, iterations=5)
+
+
+def test_a_run_by_samples_has_iterations():
+    assert iterations_of(SimpleNamespace(train_iters=7, train_samples=None, global_batch_size=4)) == 7
+    assert iterations_of(SimpleNamespace(train_iters=None, train_samples=30, global_batch_size=4)) == 7
 
 
 def test_the_learning_rate_moves_by_whole_samples_and_loses_none():
@@ -204,7 +209,7 @@ def training(monkeypatch):
 
     module = ModuleType(script.TRAINING)
     options = SimpleNamespace(seq_length=32, tensor_model_parallel_size=1, sequence_parallel=False)
-    options.context_parallel_size = 1
+    options.context_parallel_size, options.train_iters = 1, 10
     vars(module).update({name: named(name) for name in script.WRAPPED}, get_args=lambda: options)
     for name in ("megatron.training", script.TRAINING):
         monkeypatch.setitem(sys.modules, name, module)

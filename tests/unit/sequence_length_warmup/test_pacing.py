@@ -1,5 +1,7 @@
 """Lengths by step, worked out by hand from: start + floor((end - start) * step / duration), floored to the multiple."""
 
+import math
+
 import pytest
 
 from ds_plugin.core.errors import ConfigError
@@ -83,6 +85,48 @@ def test_root_is_exact():
     # degree 1 is the linear schedule
     span = {"end": 256, "duration": 37}
     assert lengths_of(range(40), **span, **root | {"root_degree": 1}) == lengths_of(range(40), **span)
+
+
+def test_sinusoidal():
+    # 8 + 100 * sin(pi/2 * t/3): sin 0, 30, 60, 90 degrees: 8, 8 + 50, 8 + 86.6, 8 + 100
+    found = lengths_of((0, 1, 2, 3, 4), end=108, duration=3, schedule="sinusoidal")
+    assert found == [8, 58, 94, 108, 108]
+    naive = [min(8 + int(1016 * math.sin(math.pi / 2 * t / 977)), 1024) for t in range(978)]  # as the authors have it
+    assert lengths_of(range(978), end=1024, duration=977, schedule="sinusoidal") == naive
+
+
+def test_exponential():
+    # 16 * (256 / 16) ** (t / 4): twice as long at each step, to the last token: in floats 64 may be 63.99...
+    given = {"start": 16, "end": 256, "duration": 4, "schedule": "exponential"}
+    assert lengths_of((0, 1, 2, 3, 4, 5), **given) == [16, 32, 64, 128, 256, 256]
+    naive = [int(8 * 128 ** (t / 977)) for t in range(1, 977)]
+    assert lengths_of(range(1, 977), end=1024, duration=977, schedule="exponential") == naive
+
+
+def test_a_paper_by_name():
+    named = SequenceLengthWarmupConfig.model_validate({"enabled": True, "preset": "skyladder", "end_length": 64})
+    assert (named.mode, named.schedule, named.start_length) == ("mask", "sinusoidal", 8)
+    run = named.in_run(steps=1000)
+    assert run.duration.steps == 620 and LengthSchedule(run).length_at(620) == 64 > LengthSchedule(run).length_at(500)
+    assert named.in_run(tokens=1000).duration.tokens == 620 and named.in_run() is named
+    again = SequenceLengthWarmupConfig.model_validate(run.model_dump(mode="json"))
+    assert again == run  # what is saved is read back, the preset's name with it
+    mine = config(preset="skyladder", mode="truncate", duration={"steps": 3})  # what is said goes before
+    assert (mine.mode, mine.schedule, mine.duration.steps) == ("truncate", "sinusoidal", 3)
+    assert config(duration={"share": 0.001}).in_run(steps=10).duration.steps == 1
+
+
+def test_a_share_of_a_run_that_is_not_known():
+    with pytest.raises(ConfigError, match=r"duration.share: 0.5 of a run whose length.*total_num_steps.*write"):
+        LengthSchedule(config(duration={"share": 0.5}))
+    with pytest.raises(ConfigError, match="duration.steps: .*1000000, got 5000000"):
+        config(duration={"share": 0.5}).in_run(steps=10**7)
+    for duration, words in (({}, "got none"), ({"steps": 2, "share": 0.5}, "got steps 2 and share 0.5")):
+        with pytest.raises(ValueError, match=f"needs one of steps, tokens and share, {words}"):
+            config(duration=duration)
+    discrete = {"schedule": "discrete", "lengths": [8, 64], "boundaries": [5], "duration": {"share": 0.5}}
+    with pytest.raises(ValueError, match="duration.share: the boundaries of a discrete schedule"):
+        config(**discrete)
 
 
 def test_discrete():
