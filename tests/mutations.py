@@ -55,8 +55,8 @@ MUTATIONS = {
         f"{_RANKS}/test_pretrain_megatron.py::test_a_step_waits_for_the_copy_of_the_last_snapshot",
     ),
     "snapshots of a spike": Mutation(
-        _ENGINE,
-        "averager.forget_from(spikes.since)",
+        f"{_AVERAGING}/spike.py",
+        "averager.forget_from(self.since)",
         "pass",
         f"{_RANKS}/test_averaging_spikes.py::test_a_lasting_spike_is_undone",
     ),

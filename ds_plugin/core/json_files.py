@@ -37,6 +37,7 @@ class Manifest(TypedDict, total=False):
     model: dict[str, list[int]]
     state: dict[str, dict[str, Any] | list[Any]]
     lengths: dict[str, Any] | None
+    spikes: dict[str, Any] | None
 
 
 def read_json(

@@ -305,26 +305,13 @@ class Plugin:
             return
         if self.spikes is not None:
             if self.spikes.close_step(length):
-                self._restart_after_spike(self.spikes, self.averager, step)
+                moments = self.spikes.config.moments
+                self.spikes.go_back(self.averager, lambda: self.restart_from_average(moments), step)
             if self.spikes.since is not None:
                 return  # the loss is too high at present: no snapshot
         if applied and self.averager.due(step):
             known = readings.step_was_finite(self.engine, self.averager.masters())
             self.averager.snapshot(step, finite=known)
-
-    def _restart_after_spike(self, spikes: SpikeWatch, averager: WeightAverager, step: int) -> None:
-        assert spikes.since is not None
-        averager.forget_from(spikes.since)
-        steps = list(averager.steps)
-        said = "there is no snapshot from before to go back to"
-        if steps:
-            self.restart_from_average(spikes.config.moments)
-            spikes.restarted(step)
-            said = f"training goes back to the average of steps {steps[0]} to {steps[-1]}"
-        if steps or spikes.told != spikes.since:
-            text = "weight averaging: step %d, the loss is above %g times its lowest without a break: %s"
-            warn(text, step, spikes.config.loss_ratio, said)
-        spikes.told = spikes.since
 
     def _bound(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
         """A call of the engine's own method, all of its arguments by name."""

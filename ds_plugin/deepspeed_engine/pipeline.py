@@ -11,7 +11,6 @@ from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat, preflight
 from ds_plugin.deepspeed_engine.warmup import SequenceLengthWarmup
 from ds_plugin.sequence_length_warmup.batches import Batches
-from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
 
 class PipelineLengths:
@@ -88,8 +87,7 @@ class PipelineLengths:
 
     def _cut(self, batch: Any) -> Any:
         """To exactly the step's length: stages that load nothing expect it of every micro-batch."""
-        span, full = self.warmup.span, self.warmup.full
-        return cut_batch(batch, span.length, span.offset, full=full, exact=True, **self.warmup.samples)[0]
+        return self.warmup.cut_samples(batch, exact=True)[0]
 
     def _preflight(self) -> None:
         """Once, before the first short step: will the longest fit? The micro-batch it reads is put back."""

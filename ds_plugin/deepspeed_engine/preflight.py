@@ -80,6 +80,14 @@ def _scalar(output: Any) -> torch.Tensor | None:
     return torch.stack(means).sum() if means else None
 
 
+def first_rows(arguments: Mapping[str, Any], parts: int) -> dict[str, Any]:
+    """Of every tensor of a folded micro-batch (`fold_batch`) the rows of its samples' first of ``parts`` parts."""
+    rows = find_sides(leaves(arguments)).known[0].rows
+    values = (leaf.value for leaf in leaves(arguments))
+    kept = (v[: rows // parts] if torch.is_tensor(v) and v.dim() and v.shape[0] == rows else v for v in values)
+    return dict(rebuilt(arguments, kept))
+
+
 def lengthened(arguments: Mapping[str, Any], full: int, **samples: Any) -> dict[str, Any]:
     """A short micro-batch's arguments, repeated along the sequence until its samples are ``full`` long; a decoder's
     side, if there is an encoder's, stays as it is. ``samples``: as for `slicing.find_sides`.

@@ -18,7 +18,8 @@ from ds_plugin.deepspeed_engine.scheduler import SequenceLengthScheduler
 from ds_plugin.sequence_length_warmup import slicing
 from ds_plugin.sequence_length_warmup.batches import Batches, Source
 from ds_plugin.sequence_length_warmup.carry import CarryOrder, TokenSpan, shifts_labels
-from ds_plugin.sequence_length_warmup.config import Adaptive, SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.hold import Hold
 from ds_plugin.sequence_length_warmup.ledger import Ledger, TokenCounts
 from ds_plugin.sequence_length_warmup.mask import BlockDiagonalCausalMask, check_model
 from ds_plugin.sequence_length_warmup.schedule import layout_multiple
@@ -50,8 +51,9 @@ class SequenceLengthWarmup:
         read, equal = EngineReadings(engine), lambda: {"length": self.length}
         self.monitor = StabilityMonitor(read, config.report_interval, equal, config.reads_variance, self.tokens)
         self.report: Report | None = None  # the newest
-        self.held, self.holding = 0, False  # adaptive pacing: how far positions lag behind, whether they stand still
-        self.carries = config.mode == "carry"
+        self.hold = Hold(config)
+        self.carries, self.folds = config.mode == "carry", config.tokens_per_step == "constant"
+        self._folded = 0  # parts of a sample beyond its first, of all steps
         order = {"full": self.full, "multiple_of": self.scheduler.multiple_of, "interleave": config.windows}
         self.order = CarryOrder(**order) if self.carries else None
         self.shifts_labels = shifts_labels(engine.module) if config.shifts_labels is None else config.shifts_labels
@@ -82,13 +84,19 @@ class SequenceLengthWarmup:
                 raise ConfigError(f"shorten: {what}, or read them from ds_plugin.get_plugin(engine).batches(...)")
             return None
         self.samples["encoder_decoder"] = is_encoder_decoder(module)
-        if self.carries and self.samples["encoder_decoder"]:
+        parts = 'mode: "carry"' if self.carries else 'tokens_per_step: "constant"' if self.folds else None
+        if parts and self.samples["encoder_decoder"]:
             what = f"and {type(module).__name__} is an encoder-decoder, whose targets end elsewhere than their sources"
-            raise ConfigError(f'sequence_length_warmup.mode: "carry" {what}; write "truncate"')
-        if given is None and mode == "mask":
+            raise ConfigError(f'sequence_length_warmup.{parts} {what}; write "mode": "truncate" alone')
+        if given is not None:
+            if self.folds:
+                what = "folds samples by their arguments' names, and a function that shortens was given"
+                raise ConfigError(f"sequence_length_warmup.{parts} {what}; leave one of the two out")
+            return given
+        if mode == "mask":
             check_model(module)
             return BlockDiagonalCausalMask(self._names)
-        return given if given is not None else ByName(module.forward, **self.samples)
+        return ByName(module.forward, fold=self.full if self.folds else None, **self.samples)
 
     def install(self, undo: contextlib.ExitStack) -> None:
         """Put hook and scheduler on the engine; ``undo`` takes them off, and ends the `Batches` read through it."""
@@ -124,7 +132,7 @@ class SequenceLengthWarmup:
     def position(self) -> int:
         """Where the schedule stands: the step or nominal token that comes next, less what adaptive pacing has held."""
         done = self.engine.global_steps if self.config.duration.unit == "steps" else self.tokens.nominal
-        return done + 1 - self.held
+        return done + 1 - self.hold.lag
 
     @property
     def open_windows(self) -> list[int]:
@@ -139,13 +147,14 @@ class SequenceLengthWarmup:
     @property
     def ledger(self) -> Ledger:
         """What became of the tokens; exact at reports and saves, see `TokenCounts.ledger`. No collective."""
-        if self.order is None:
+        if self.order is None and not self.folds:
             return self.tokens.ledger()
-        batch = int(self.engine.train_batch_size())
+        batch, carried = int(self.engine.train_batch_size()), self.order.carried if self.order is not None else 0
         # a model that shifts its labels itself has no logits for the first token of a span that begins within a sample:
         # those were computed for the span before
-        untrained = self.order.cuts * batch if self.shifts_labels else 0
-        return replace(self.tokens.ledger(self.order.carried * batch), untrained_targets=untrained)
+        cuts = self.order.cuts if self.order is not None else self._folded
+        untrained = cuts * batch if self.shifts_labels else 0
+        return replace(self.tokens.ledger(carried * batch), untrained_targets=untrained)
 
     def describe(self) -> str:
         """The schedule in one line."""
@@ -154,9 +163,10 @@ class SequenceLengthWarmup:
         text = f"sequence length warmup: {lengths[0]} to {lengths[-1]} tokens over {steps}, multiples of "
         text += f"{self.scheduler.multiple_of}, {c.schedule}, mode {c.mode}"
         text += ", learning rates by tokens" if c.learning_rate.by == "tokens" else ""
+        text += ", as many samples as keep a step's tokens" if self.folds else ""
         text += ", held while unstable" if c.pacing == "adaptive" else ""
         lost = ", one target of a sample lost at each cut (the model shifts its labels)"
-        return text + (lost if self.carries and self.shifts_labels else "")
+        return text + (lost if (self.carries or self.folds) and self.shifts_labels else "")
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
@@ -167,6 +177,13 @@ class SequenceLengthWarmup:
             raise ConfigError(f"sequence_length_warmup.{what}")
         self._reads = True
         return Batches(self, source)
+
+    def cut_samples(self, batch: Any, *, exact: bool) -> tuple[Any, int, int]:
+        """A micro-batch as the step trains it, nested in any way, and its tokens before and after; see `cut_batch`."""
+        if self.folds:
+            return slicing.fold_batch(batch, self.length, full=self.full, **self.samples)
+        given = {**self.samples, "full": self.full, "exact": exact}
+        return slicing.cut_batch(batch, self.length, self.span.offset, **given)
 
     def cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """One micro-batch of the step that comes next, by argument name, cut before its labels are used or counted. In
@@ -250,6 +267,8 @@ class SequenceLengthWarmup:
             with raise_on_all_ranks():  # ranks may have read samples of other lengths
                 try:
                     given = slicing.named(self._names, args, kwargs)
+                    if self._reads and self.folds:  # the samples' first parts come first
+                        given = preflight.first_rows(given, self.full // length)
                     grown = preflight.lengthened(given, self.full // self.parts, **self.samples)
                 except ConfigError as error:
                     raise ConfigError(f'{error}; or leave out the preflight, by "preflight": false') from None
@@ -266,8 +285,7 @@ class SequenceLengthWarmup:
 
     def after_step(self, applied: bool) -> None:
         """The engine has finished an optimizer step, applied or skipped."""
-        adaptive = self.config.pacing == "adaptive"
-        if adaptive and not self._recorded and not compat.is_pipeline(self.engine):
+        if self.hold.on and not self._recorded and not compat.is_pipeline(self.engine):
             remedy = "call engine.backward(loss), or loss.backward() on the model's own loss"
             what = f'"adaptive" and this step has no known loss; {remedy}, or write "schedule"'
             raise StateError(f"sequence_length_warmup.pacing: {what}")
@@ -277,25 +295,20 @@ class SequenceLengthWarmup:
         self._span = None
         report = self.monitor.close_step(length)
         self.report = report or self.report
-        if report is not None and adaptive:  # the full length is not held: there is nothing to go on to
-            unstable = _instability(report, self.config.adaptive or Adaptive()) if length < self.full else ""
-            if bool(unstable) != self.holding:
-                said = f"length is held at {length}: {unstable}" if unstable else f"schedule goes on from {length}"
-                warn("sequence length warmup: step %d, the %s", report.step, said)
-            self.holding = bool(unstable)
-        if self.holding:  # the next step stands where this one stood
-            by_steps = self.config.duration.unit == "steps"
-            self.held += 1 if by_steps else self.tokens.nominal - trained_before
-            self._span = None  # the report has asked for the length already
+        if report is not None:
+            self.hold.judge(report, length, self.full)
+        self.hold.step(self.tokens.nominal - trained_before)
+        self._span = None  # the report has asked for the length already
 
     def _nominal(self, span: TokenSpan) -> int:
         """Tokens that the step with this span stands for, over all data-parallel ranks."""
-        return int(self.engine.train_batch_size()) * (self.full if self.config.mode == "mask" else span.length)
+        return int(self.engine.train_batch_size()) * (self.full if self.config.keeps_tokens else span.length)
 
     def _book(self, span: TokenSpan, applied: bool) -> None:
         if compat.is_pipeline(self.engine):  # most stages read nothing; all know what is read, and that it is whole
             samples = int(self.engine.train_batch_size()) // self.tokens.replicas
-            self.tokens.add(samples * self.full if span.offset == 0 else 0, samples * span.length)
+            trained = self.full if self.folds else span.length
+            self.tokens.add(samples * self.full if span.offset == 0 else 0, samples * trained)
         elif not self._trained:
             what = "an optimizer step without a forward pass of the engine; call engine(...), not engine.module(...)"
             raise StateError(f"sequence_length_warmup: {what}")
@@ -303,16 +316,16 @@ class SequenceLengthWarmup:
         self.tokens.close(self._nominal(span), applied)
         if self.order is not None:
             self.order.advance(span)
+        self._folded += self.full // span.length - 1 if self.folds else 0
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What a resume needs, JSON types only, equal on all ranks. Every rank calls it."""
         stability = self.monitor.state()  # its exchange completes the ledger
-        held = {"unit": self.config.duration.unit, "held": self.held, "holding": self.holding}
         tokens = {"ledger": asdict(self.ledger), "nominal": self.tokens.nominal}
-        order = self.order.state() if self.order is not None else None
-        return {**tokens, **self._counted_in(), **held, "order": order, "stability": stability}
+        cuts = {"order": self.order.state() if self.order is not None else None, "folded": self._folded}
+        return {**tokens, **self._counted_in(), **self.hold.state(), **cuts, "stability": stability}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError for a state that this run cannot go on from: carried tokens of another mode or batch
@@ -322,16 +335,13 @@ class SequenceLengthWarmup:
             if (saved := state.get(name)) != value:
                 what = f"the checkpoint was trained with {name} {saved!r}, in which carried tokens are counted"
                 raise CheckpointError(f"sequence_length_warmup: {what}, this run has {value!r}; resume with {saved!r}")
-        unit, saved = self.config.duration.unit, state.get("unit")
-        if self.config.pacing == "adaptive" and state.get("held") and (saved or unit) != unit:
-            what = f"the checkpoint's length has been held for {state['held']} {saved}, and this run's is in {unit}"
-            raise CheckpointError(f"sequence_length_warmup.duration: {what}; resume with a duration in {saved}")
+        self.hold.check_state(state)
 
     def load_state(self, state: Mapping[str, Any] | None) -> None:
         """Take over a saved state. None: the steps so far were another's; they count as full-length ones."""
         self._trained = self._recorded = False
-        adaptive = state if self.config.pacing == "adaptive" else None
-        self.held, self.holding = (adaptive["held"], adaptive["holding"]) if adaptive else (0, False)
+        self.hold.load_state(state)
+        self._folded = state.get("folded", 0) if state else 0
         if self.order is not None:
             self.order.load_state(state["order"] if state else None)
         if state:
@@ -363,17 +373,3 @@ def _refuse_different(mine: Mapping[str, Any]) -> None:
             if value != first[name]:
                 what = f"ranks disagree: the {name} of rank {rank} is {value}, of rank 0 {first[name]}"
                 raise ConfigError(f"sequence_length_warmup: {what}; give all one JSON, and a schedule without chance")
-
-
-def _instability(report: Report, bounds: Adaptive) -> str:
-    """Which bound was exceeded since the report before, in words; empty: none."""
-    ratio = max((ratio for ratio in report.beyond_noise if ratio is not None), default=0.0)
-    if ratio == math.inf:
-        return "a step had no finite loss, or no finite gradient norm"
-    if ratio > bounds.loss_ratio:
-        what = f"a loss was {ratio:.3g} times the lowest before it, without noise"
-        return f"{what}, above adaptive.loss_ratio {bounds.loss_ratio:g}"
-    variance, most = report.variance_max, bounds.variance_max
-    if most is not None and variance is not None and not variance <= most:  # a NaN is above
-        return f"Adam's sqrt(v) reached {variance:.3g}, above adaptive.variance_max {most:g}"
-    return ""

@@ -109,6 +109,10 @@ def read_job(
             methods = replace(methods, completep=methods.completep.folded_by_default())
     elif methods.weight_averaging is not None:
         refuse_nvme(deepspeed)
+    if (warmup := methods.sequence_length_warmup) is not None:
+        run = parse_section(_Training, "training", training)
+        warmup = warmup.in_run(steps=run.steps or None, tokens=run.tokens)
+        methods = replace(methods, sequence_length_warmup=warmup)
     scheduler = _schedule(methods, options, model)
     vocab = vocab_size or options.get("vocab-size")
     if vocab is None:
@@ -132,7 +136,7 @@ def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfi
         from megatron_patches.training_loop.lengths import Lengths
         from megatron_patches.training_loop.options import layout_multiple
 
-        return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options))).schedule
+        return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options)), batch=1).schedule
     if section.end_length != full:
         what = f"{section.end_length} is not model.seq_length {full}, so the full length would never be trained"
         raise ConfigError(f"sequence_length_warmup.end_length: {what}; write {full}")

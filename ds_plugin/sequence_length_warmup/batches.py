@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_plugin.core.errors import StateError
 from ds_plugin.sequence_length_warmup.nested import leaves
-from ds_plugin.sequence_length_warmup.slicing import POSITION_NAMES, cut_batch
+from ds_plugin.sequence_length_warmup.slicing import POSITION_NAMES
 from ds_plugin.sequence_length_warmup.spoiled import refuse_restarts
 
 #: n -> this rank's micro-batches from the n-th of the whole run on (counted from 0), each at full length
@@ -24,8 +24,8 @@ class Batches(Iterator[Any]):
     from the right place by itself."""
 
     def __init__(self, warmup: Any, source: Source):
-        """``warmup`` has the ``engine``, ``full``, a sample's length, ``samples``, arguments of `cut_batch`, the
-        step's `TokenSpan` ``span``, ``open_windows``, of which some is still to be trained, ``carries``, whether there
+        """``warmup`` has the ``engine``, ``cut_samples(batch, exact=)``, which cuts one for the step, its `TokenSpan`
+        ``span``, ``open_windows``, of which some is still to be trained, ``carries``, whether there
         are any, ``count(read, trained)`` for tokens, and ``loads``, of checkpoints so far, None when detached."""
         self._warmup, self._source = warmup, source
         self._iterator: Iterator[Any] | None = None
@@ -37,12 +37,11 @@ class Batches(Iterator[Any]):
     def __next__(self) -> Any:
         """The next micro-batch of the step that runs. Raises StateError: more than the step's are asked for, and their
         length is not known yet; ConfigError: it cannot be cut, or, in the carry mode, has not the full length."""
-        warmup, span, whole = self._warmup, self._warmup.span, self._next_whole()
+        warmup, whole = self._warmup, self._next_whole()
         # exact: a span from within samples, and what is left of them, are counted from samples of one length
-        samples = {"full": warmup.full, "exact": warmup.carries, **warmup.samples}
-        cut, read, trained = cut_batch(whole, span.length, span.offset, **samples)
+        cut, read, trained = warmup.cut_samples(whole, exact=warmup.carries)
         refuse_restarts(leaves(whole), POSITION_NAMES, look=False)
-        warmup.count(read if span.offset == 0 else 0, trained)
+        warmup.count(read if warmup.span.offset == 0 else 0, trained)
         return cut
 
     def whole(self) -> Iterator[Any]:
@@ -67,9 +66,9 @@ class Batches(Iterator[Any]):
     def _window(self, window: int) -> list[Any]:
         if window not in self._held:
             count = self._warmup.engine.gradient_accumulation_steps()
-            if self._iterator is None or window < self._next_window:
-                self._iterator, self._next_window = self._source(window * count), window
             wanted = {window, *self._warmup.open_windows}
+            if self._iterator is None or window < self._next_window:  # from the first on: they are read once
+                self._iterator, self._next_window = self._source(min(wanted) * count), min(wanted)
             while self._next_window <= window:
                 read = [next(self._iterator) for _ in range(count)]
                 if self._next_window in wanted:

@@ -87,6 +87,7 @@ class SequenceLengthWarmupConfig(SectionConfig):
     multiple_of: Length = 8  # lengths are floored to a multiple of this; 8 suits tensor cores
     max_distinct_lengths: int | None = Field(None, ge=2, le=1000)  # the most shapes a compiler may see
     mode: Literal["truncate", "carry", "mask"] = "truncate"
+    tokens_per_step: Literal["by_length", "constant"] = "by_length"  # constant: as many shorter samples as fit
     interleave: int | None = Field(None, ge=1, le=1000)  # of the carry mode: batches that are open at a time, in memory
     shifts_labels: bool | None = None  # of the carry mode: the model does it itself; null: as its class's name tells
     learning_rate: LearningRate = LearningRate()
@@ -129,6 +130,11 @@ class SequenceLengthWarmupConfig(SectionConfig):
             yield 'duration.share: the boundaries of a discrete schedule are steps or tokens; write {"steps": N}'
         elif self.schedule == "discrete":
             yield from self._troubles_of_discrete()
+        if self.tokens_per_step == "constant":
+            others = {"mode": "truncate", "max_distinct_lengths": None}
+            for field in (field for field, fits in others.items() if getattr(self, field) != fits):
+                what = f'"constant" cuts samples into equal parts, and {field} is {getattr(self, field)!r}'
+                yield f"tokens_per_step: {what}; leave one of the two out"
         ruled = "discrete" if self.schedule == "discrete" else self.mode
         if self.max_distinct_lengths is not None and ruled in ("discrete", "carry"):
             remedy = "remove it, and write a discrete schedule of lengths that divide end_length, which carry keeps to"
@@ -163,6 +169,11 @@ class SequenceLengthWarmupConfig(SectionConfig):
         return self.model_copy(
             update={"duration": parse_section(Duration, "sequence_length_warmup.duration", duration)}
         )
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether a short step trains as many tokens as one at full length."""
+        return self.mode == "mask" or self.tokens_per_step == "constant"
 
     @property
     def reads_variance(self) -> bool:

@@ -67,6 +67,14 @@ def floored(length: int, *, start: int, end: int, multiple_of: int) -> int:
     return min(max(length // multiple_of * multiple_of, lowest), end)
 
 
+def divisors(*, start: int, end: int, multiple_of: int) -> list[int]:
+    """The lengths from the first on that divide the full one: what samples are cut into equal parts of. The first may
+    be shorter than ``start``, where nothing longer below the full length divides it."""
+    lowest = floored(start, start=start, end=end, multiple_of=multiple_of)
+    found = [length for length in range(multiple_of, end + 1, multiple_of) if end % length == 0]
+    return [length for length in found if length >= max(n for n in found if n <= lowest)]
+
+
 def levels(*, start: int, end: int, multiple_of: int, count: int) -> list[int]:
     """At most ``count`` lengths from the first to the full one, evenly spaced: all that a bounded schedule uses."""
     lowest = floored(start, start=start, end=end, multiple_of=multiple_of)

@@ -42,7 +42,7 @@ def walk(
             order.advance(span)
             trained, read = trained + batch * span.length, read + (batch * full if span.offset == 0 else 0)
         else:
-            trained, read = trained + batch * (full if config.mode == "mask" else length), read + batch * full
+            trained, read = trained + batch * (full if config.keeps_tokens else length), read + batch * full
         step += 1
         if step > MOST_STEPS:
             what = f"sequence_length_warmup.duration: {config.duration.total} {config.duration.unit} take more than"

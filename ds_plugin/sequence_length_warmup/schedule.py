@@ -31,6 +31,8 @@ class LengthSchedule:
         self._bounds = {"start": config.start_length, "end": config.end_length, "multiple_of": self.multiple_of}
         count = config.max_distinct_lengths
         self._levels = pacing.levels(**self._bounds, count=count) if count is not None else None
+        if config.tokens_per_step == "constant":
+            self._levels = pacing.divisors(**self._bounds)
         self._function: Any = config.function()
         try:  # at both ends, so that a broken one is known before training starts
             self.length_at(1), self.length_at(config.duration.total)

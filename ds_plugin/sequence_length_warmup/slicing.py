@@ -5,6 +5,7 @@ have no names, by their shape. What is as long as the samples and not recognised
 A batch has one *side*, or two in an encoder-decoder, whose sources and targets have lengths of their own. Each side is
 cut to the step's length, or to its own where that is shorter: padding to the longest sample of a batch makes such."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,33 @@ def cut_batch(
     return cut, main.rows * main.positions, main.rows * main.kept(offset, length)
 
 
+def fold_batch(batch: Any, length: int, *, full: int, **samples: Any) -> tuple[Any, int, int]:
+    """Every sample of ``full`` positions as ``full / length`` samples of their own, each a part of it, and how many
+    tokens they have, before and after. First come all samples' first parts, then their second ones, and so on.
+
+    Arguments and errors as those of `cut_batch`; ``length`` divides ``full``. What is one for all samples, such as a
+    mask ``[1, 1, full, full]``, becomes one for each; what has no positions goes with each part."""
+    samples = {**samples, "full": full, "exact": True}
+    parts = [cut_batch(batch, length, start, **samples) for start in range(0, full, length)]
+    if len(parts) == 1:
+        return parts[0]
+    found, read = leaves(batch), parts[0][1]
+    split = [[leaf.value for leaf in leaves(part)] for part, _, _ in parts]
+    joined = (_joined(leaf, values, read // full) for leaf, *values in zip(found, *split, strict=True))
+    return rebuilt(batch, joined), read, sum(after for _, _, after in parts)
+
+
+def _joined(leaf: Leaf, parts: list[Any], rows: int) -> Any:
+    whole, first = leaf.value, parts[0]
+    if not torch.is_tensor(whole) or whole.dim() == 0 or (leaf.name in POSITION_NAMES and whole.dim() == 1):
+        return first  # the same for every part
+    if whole.shape[0] == rows:
+        return torch.cat(parts)
+    if whole.shape[0] == 1 and first.shape != whole.shape:
+        return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts])
+    return whole
+
+
 def positions(leaf: Leaf, sides: Sides) -> dict[int, Side] | None:
     """The dimensions of a tensor that are positions, and of which side; None: one may be, and it is not known."""
     value = leaf.value
@@ -187,9 +215,11 @@ class ByName:
     #: waits for it, whether position ids begin anew
     LOOKS = 8
 
-    def __init__(self, forward: Callable[..., Any], **samples: Any):
-        """``samples``: arguments of `cut_batch`, ``micro_batch`` and ``encoder_decoder``."""
+    def __init__(self, forward: Callable[..., Any], *, fold: int | None = None, **samples: Any):
+        """``fold``: samples have so many positions, and are folded. ``samples``: arguments of `cut_batch`,
+        ``micro_batch`` and ``encoder_decoder``."""
         self.names, self._samples, self._looks = argument_names(forward), samples, 0
+        self._cut_by: Any = cut_batch if fold is None else functools.partial(fold_batch, full=fold)
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], length: int
@@ -198,7 +228,7 @@ class ByName:
             said = f"forward takes its {len(args)} arguments by position (*args), so without names"
             raise _refusal(f"{said}; pass them by keyword")
         given, look = named(self.names, args, kwargs), self._looks < self.LOOKS
-        cut, before, after = cut_batch(given, length, settled=not look, **self._samples)
+        cut, before, after = self._cut_by(given, length, settled=not look, **self._samples)
         refuse_restarts(leaves(given), POSITION_NAMES, look=look)
         self._looks += 1
         return *as_given(self.names, cut, args, kwargs), before, after

@@ -1,13 +1,14 @@
 """When the loss rises and stays up: from which step on, so that training can go back to the average from before it
 (arXiv 2505.12082)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from ds_plugin.core.errors import StateError
+from ds_plugin.core.errors import StateError, warn
 from ds_plugin.core.loss_statistics import Readings, StabilityMonitor
+from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import RestartConfig
 
 
@@ -48,6 +49,22 @@ class SpikeWatch:
     def restarted(self, step: int) -> None:
         self.restarts.append(step)
         self.since = None
+
+    def go_back(self, averager: WeightAverager, restart: Callable[[], None], step: int) -> None:
+        """After a spike, optimizer step ``step``: forget its snapshots and ``restart()`` from the average of those
+        before it, if there are any; the log says which, or, once for a spike, that there are none."""
+        assert self.since is not None
+        averager.forget_from(self.since)
+        steps = list(averager.steps)
+        said = "there is no snapshot from before to go back to"
+        if steps:
+            restart()
+            self.restarted(step)
+            said = f"training goes back to the average of steps {steps[0]} to {steps[-1]}"
+        if steps or self.told != self.since:
+            text = "weight averaging: step %d, the loss is above %g times its lowest without a break: %s"
+            warn(text, step, self.config.loss_ratio, said)
+        self.told = self.since
 
     def state(self) -> dict[str, Any]:
         """What a resume needs, in JSON types. It holds a collective."""

@@ -132,7 +132,7 @@ class Recorder:
             "lr": self.engine.get_lr()[0],
         }
         if (warmup := self.plugin.warmup) is not None and warmup.config.pacing == "adaptive":
-            self._row["length_held"] = int(warmup.holding)
+            self._row["length_held"] = int(warmup.hold.holding)
 
     def loss(self, loss: torch.Tensor) -> None:
         """One micro-batch's loss, or the mean over a step's, left on the device."""

@@ -2,20 +2,24 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ds_plugin.core.errors import ConfigError, DataError
-from ds_plugin.sequence_length_warmup.slicing import cut_batch
+from ds_plugin.sequence_length_warmup.batches import Batches
+from ds_plugin.sequence_length_warmup.slicing import cut_batch, fold_batch
+from megatron_patches.training_loop.lengths import Lengths
 
 _KNOWN = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "dataset_id")
 _SECTION, _NAMES = "sequence_length_warmup", ", ".join(_KNOWN)
 
 
-def cut(batch: Any, length: int) -> dict[str, Any]:
-    """The first ``length`` positions of every sample of a micro-batch, contiguous, as broadcasts need them. Raises
-    DataError for an entry that is not known, and for shorter samples."""
+def cut(batch: Any, length: int, offset: int = 0, *, fold: int | None = None) -> dict[str, Any]:
+    """``length`` positions from ``offset`` on of every sample of a micro-batch, contiguous, as broadcasts need them;
+    with ``fold`` all of its so many positions, in samples of ``length``. Raises DataError for an entry that is not
+    known, and for shorter samples."""
     if not isinstance(batch, Mapping):
         raise DataError(f"{_SECTION}: the data are {type(batch).__name__} objects; give dictionaries, {_NAMES}")
     for name, value in batch.items():
@@ -23,7 +27,9 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
             what = f"the data hold {name!r} of shape {list(value.shape)}, known are {_NAMES}"
             raise DataError(f"{_SECTION}: {what}; leave it out, train packed samples (--sft, THD) without {_SECTION}")
     try:
-        found, _, tokens = cut_batch(batch, length)
+        if fold is not None:
+            return dict(fold_batch(batch, length, full=fold)[0])
+        found, _, tokens = cut_batch(batch, length, offset)
     except ConfigError as error:
         raise DataError(str(error)) from None
     rows, own = batch["tokens"].shape
@@ -35,9 +41,17 @@ def cut(batch: Any, length: int) -> dict[str, Any]:
 class Cut(Iterator[Any]):
     """The batches of ``source``, cut to ``length()`` tokens of a sample, asked for each batch anew."""
 
-    def __init__(self, source: Iterator[Any], length: Callable[[], int]):
-        self._source, self._length = source, length
+    def __init__(self, source: Iterator[Any], length: Callable[[], int], *, fold: int | None = None):
+        self._source, self._length, self._fold = source, length, fold
         self._ahead: list[Any] = []
+
+    def whole(self) -> Iterator[Any]:
+        """The batches that come, at full length."""
+        while True:
+            try:
+                yield self._ahead.pop() if self._ahead else next(self._source)
+            except StopIteration:
+                return
 
     def check_first(self, full: int) -> None:
         """Read one batch ahead, to raise DataError as `cut` does at the longest of the lengths."""
@@ -51,7 +65,40 @@ class Cut(Iterator[Any]):
         return self._ahead[0]
 
     def __next__(self) -> Any:
-        return cut(self._ahead.pop() if self._ahead else next(self._source), self._length())
+        return cut(self._ahead.pop() if self._ahead else next(self._source), self._length(), fold=self._fold)
+
+
+class Carry(Cut):
+    """The carry mode's: the iteration's span of the samples of its window. ``source`` begins with the first window that
+    is still needed (`Lengths.first_window`)."""
+
+    def __init__(self, source: Iterator[Any], lengths: Lengths, micro_batches: Callable[[], int]):
+        """``micro_batches()``: of an iteration on this rank, the same in all of them."""
+        super().__init__(source, lambda: lengths.length)
+        self._lengths, self._whole = lengths, Batches(_Steps(lengths, micro_batches), lambda _: self.whole()).whole()
+
+    def __next__(self) -> Any:
+        return cut(next(self._whole), self._lengths.length, self._lengths.span.offset)
+
+
+@dataclass(eq=False)
+class _Steps:
+    """A training as `Batches` reads for it."""
+
+    lengths: Lengths
+    gradient_accumulation_steps: Callable[[], int]
+    loads: int = 0  # of checkpoints, since its batches are read: none
+
+    @property
+    def engine(self) -> "_Steps":
+        return self
+
+    @property
+    def global_steps(self) -> int:
+        return self.lengths.iterations
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lengths, name)  # span, open_windows
 
 
 class Replay(Iterator[Any]):

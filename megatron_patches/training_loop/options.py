@@ -68,8 +68,10 @@ def check_options(sections: PluginConfig, options: Any) -> None:
             if value not in (*_FINE.get(option, ()), None, False):
                 given = f"{name}: --{option.replace('_', '-')} {value}"
                 raise ConfigError(f"{given} does not go together with it: {why}; leave one of the two out")
-    if averaging is not None and averaging.restart is not None:
-        raise ConfigError("weight_averaging.restart: not supported in Megatron-LM's training loop; remove it")
+    warmup = sections.sequence_length_warmup
+    if warmup is not None and warmup.mode == "mask" and options.context_parallel_size > 1:
+        what = f"--context-parallel-size {options.context_parallel_size} divides the mask with the samples"
+        raise ConfigError(f'sequence_length_warmup.mode: "mask" and {what}; write "truncate" or "carry"')
 
 
 def iterations_of(options: Any) -> int:

@@ -20,6 +20,7 @@ from megatron_patches.training_loop.batches import cut
 
 TrainStep = Callable[..., Any]
 _GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
+_WITHOUT = ', or write "preflight": false'
 _MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
 _KEEP = """
     qk_clip log_max_attention_logit dsa_indexer_loss_coeff fine_grained_activation_offloading moe_routing_trace_path
@@ -27,25 +28,28 @@ _KEEP = """
 """  # largest logits, losses for the log, traces, what the first pass has shown
 
 
-def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at ``length`` tokens before its own, on the next
-    micro-batch, with room taken for the optimizer's state. Gradients, buffers, random streams and sums for the log are
-    put back: the run that follows is bit for bit the run without them. Raises PluginError: the step, or its passes, are
-    called in another way than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies."""
+def before(train_step: TrainStep, shape: Mapping[str, int], options: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at the full ``shape`` before its own, on the
+    next micro-batch, with room taken for the optimizer's state. ``shape``: of the options ``seq_length`` and
+    ``micro_batch_size``, which are others in a short iteration. Gradients, buffers, random streams and sums for the log
+    are put back: the run that follows is bit for bit the run without them. Raises PluginError: the step, or its passes,
+    are called in another way than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies.
+    """
+    length = shape["seq_length"]
     if (why := left_out(options)) is not None:
         _print(f"none at {length} tokens, since {why}")
         return train_step(*args, **kwargs)
-    call = inspect.signature(train_step).bind(*args, **kwargs)
-    _need(call.arguments, _GIVEN, "train_step")
-    passes, iterators, model, optimizer, config = (call.arguments[name] for name in _GIVEN)
+    given = inspect.signature(train_step).bind(*args, **kwargs).arguments
+    need(given, _GIVEN, "train_step")
+    passes, iterators, model, optimizer, config = (given[name] for name in _GIVEN)
     first = iter((True,))
 
     def with_preflight(**settings: Any) -> Any:
         if next(first, False):
-            _need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
-            longest = {"data_iterator": repeated(iterators, length), "seq_length": length}
+            need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
+            longest = {"data_iterator": repeated(iterators, length), **shape}
             room = functools.partial(adams_state, optimizer)
-            with leaving_no_trace(options, length, config), full_length_pass(model, room, length=length, means=_MEANS):
+            with leaving_no_trace(options, shape, config), full_length_pass(model, room, length=length, means=_MEANS):
                 passes(**{**settings, **longest})
             for chunk in model:
                 chunk.zero_grad_buffer()
@@ -55,8 +59,20 @@ def before(train_step: TrainStep, length: int, options: Any, *args: Any, **kwarg
             _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(device)}")
         return passes(**settings)
 
-    call.arguments["forward_backward_func"] = with_preflight
-    return train_step(*call.args, **call.kwargs)
+    args, kwargs = with_passes(train_step, args, kwargs, with_preflight)
+    return train_step(*args, **kwargs)
+
+
+def with_passes(
+    train_step: TrainStep, args: tuple[Any, ...], kwargs: dict[str, Any], passes: Callable[..., Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of ``train_step``, as they were given, with ``passes`` for its forward and backward
+    passes."""
+    name = _GIVEN[0]
+    if name in kwargs:
+        return args, {**kwargs, name: passes}
+    place = list(inspect.signature(train_step).parameters).index(name)
+    return (*args[:place], passes, *args[place + 1 :]), kwargs
 
 
 def left_out(options: Any) -> str | None:
@@ -96,11 +112,15 @@ def adams_state(optimizer: Any) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def leaving_no_trace(options: Any, length: int, config: Any) -> Iterator[None]:
-    """Megatron-LM at ``length``; its timers, its checks of losses and gradients and its sums know nothing of it."""
+def leaving_no_trace(options: Any, shape: Mapping[str, int], config: Any) -> Iterator[None]:
+    """Megatron-LM at the full ``shape``; its timers, checks of losses and gradients, and sums know nothing of it."""
     machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
     quiet = replaced(machine, "validate_result", lambda *args, **kwargs: None)  # it would keep the largest values
-    with replaced(options, "seq_length", length), replaced(config, "timers", None), quiet:
+    with contextlib.ExitStack() as stack:
+        for name, value in shape.items():
+            stack.enter_context(replaced(options, name, value))
+        stack.enter_context(replaced(config, "timers", None))
+        stack.enter_context(quiet)
         yield
     # what layers have summed up for the log, in which there was nothing before
     if getattr(options, "num_experts", None):
@@ -117,7 +137,8 @@ def _print(said: str) -> None:
         print(f"{SAYS}: {said}", flush=True)
 
 
-def _need(given: Mapping[str, Any], names: Sequence[str], function: str) -> None:
+def need(given: Mapping[str, Any], names: Sequence[str], function: str, otherwise: str = _WITHOUT) -> None:
+    """Raise PluginError if a call of ``function`` of Megatron-LM's has not all these arguments, by these names."""
     if lacking := [name for name in names if name not in given]:
-        what = f"sequence_length_warmup.preflight: Megatron-LM calls {function} without {', '.join(lacking)}"
-        raise PluginError(f'{what}; use a tested version (core 0.16 to 0.20), or write "preflight": false')
+        what = f"Megatron-LM's loop, or a function in its place, calls {function} without {', '.join(lacking)}"
+        raise PluginError(f"{what}; use a tested version (core 0.16 to 0.20){otherwise}")

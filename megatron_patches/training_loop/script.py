@@ -20,11 +20,10 @@ from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, say
 from ds_plugin.core.patch import Change, Patch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
-from megatron_patches.training_loop.loop import Loop
+from megatron_patches.training_loop.loop import TRAINING, Loop
 
 FLAG = "--ds-plugin-config"
 NO_VERIFY = "--ds-plugin-no-verify"
-TRAINING = "megatron.training.training"
 #: what the loop calls by name in its own module
 WRAPPED = tuple(name for name in vars(Loop) if not name.startswith("_"))
 #: training loops of their own over megatron-core, each by a module that is there where it runs

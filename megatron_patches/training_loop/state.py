@@ -23,11 +23,12 @@ from ds_plugin.core.json_files import MANIFEST, Manifest, read_json, read_tag
 from ds_plugin.core.seals import Sealer
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.weight_averaging.averager import WeightAverager
+from ds_plugin.weight_averaging.spike import SpikeWatch
 from ds_plugin.weight_averaging.state import files as window_files
 from megatron_patches.completep.layers import forward_multipliers
 from megatron_patches.training_loop.lengths import Lengths
 
-FORMAT = 2
+FORMAT = 3
 AVERAGED = "averaged"  # where averages are saved, for ``--load`` with ``--finetune``
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
 _WITHOUT = "%s is missing: its iterations count as iterations at full length, and the averaging window starts empty"
@@ -41,6 +42,7 @@ class Methods:
     options: Callable[[], Any]  # Megatron-LM's ``get_args``: there are none before the script has read them
     lengths: Lengths | None = None
     averager: WeightAverager | None = None
+    spikes: SpikeWatch | None = None
     verify: bool = True  # compare a checkpoint's files with what was saved, before Megatron-LM loads them
 
     @functools.cached_property
@@ -65,11 +67,12 @@ def save(loop: Methods, root: Path, iteration: int) -> str:
         loop.sealer.open(folder)
         if loop.averager is not None:
             window_files.save(folder, loop.averager, save_id=save_id, **_place())
+    lengths = loop.lengths.state() if loop.lengths is not None else None  # the ranks' instruments meet there
+    spikes = loop.spikes.state() if loop.spikes is not None else None
     with raise_on_all_ranks():  # the manifest last: it says that the rest is there
         if dist.get_rank() == 0:
-            lengths = loop.lengths.state() if loop.lengths is not None else None
             place = {"world_size": dist.get_world_size(), "model_parallel": _sizes()}
-            _write(loop, folder, iteration, save_id=save_id, lengths=lengths, **place)
+            _write(loop, folder, iteration, save_id=save_id, lengths=lengths, spikes=spikes, **place)
             if getattr(loop.options(), "save_retain_interval", None) is not None:
                 forget_retired(root, iteration)
     return save_id
@@ -167,8 +170,14 @@ def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | No
         raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
     if manifest["iteration"] != iteration:
         raise CheckpointError(f"{path} is of iteration {manifest['iteration']}, not {iteration}; restore the file")
-    if "sequence_length_warmup" in manifest["sections"] and not manifest.get("lengths"):
-        raise CheckpointError(f"{path} is damaged (no state of sequence_length_warmup, which was on); restore the file")
+    saved = manifest["sections"]
+    watched = (saved.get("weight_averaging") or {}).get("restart")
+    for name, key, on in (
+        ("sequence_length_warmup", "lengths", "sequence_length_warmup" in saved),
+        ("weight_averaging.restart", "spikes", watched),
+    ):
+        if on and not manifest.get(key):
+            raise CheckpointError(f"{path} is damaged (no state of {name}, which was on); restore the file")
     averages = loop.averager is not None and "weight_averaging" in manifest["sections"]
     if averages and (sizes := manifest["model_parallel"]) != _sizes():
         what = f"{path}: the window is of tensor and pipeline sizes {sizes}, this run has {_sizes()}"
@@ -201,6 +210,8 @@ def load(loop: Methods, root: Path, iteration: int) -> None:
         if loop.averager is not None and manifest is not None and "weight_averaging" in manifest["sections"]:
             save_id, ranks = manifest["save_id"], manifest["world_size"]
             window_files.load(folder, loop.averager, save_id=save_id, saved_ranks=ranks, **_place())
+    if loop.spikes is not None:
+        loop.spikes.load_state(manifest and manifest.get("spikes"))
     if loop.averager is not None and (again := loop.options().iteration) < iteration:  # --override-ckpt-iteration
         warn("weight averaging: iterations are counted from %d again; the window starts empty", again)
         loop.averager.reset()

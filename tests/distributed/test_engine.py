@@ -1,5 +1,6 @@
 """The seam: plain DeepSpeed when all is off, a plain torch model when nothing is Megatron, resume, attach, detach."""
 
+import itertools
 import json
 
 import deepspeed
@@ -72,6 +73,55 @@ def test_every_rank_trains_on_the_scheduled_prefix(workers, accumulation):
         assert found["read"] == 9 * samples * plain.LENGTH
         assert found["trained"] == sum(LENGTHS) * samples
         assert found["read"] - found["trained"] == sum(plain.LENGTH - length for length in LENGTHS) * samples
+
+
+CONSTANT = {"sequence_length_warmup": {**plain.WARMUP, "tokens_per_step": "constant", "variance": True}}
+FOLDED = [4, 4, 8, 8, 8, 8, 8, 16, 16]  # of the lengths below, those that divide 16
+
+
+def _folded(zero, folder, through_batches):
+    """Losses of each step by the section, then those after a resume, and by hand; the ledger."""
+
+    def batch(number):
+        return plain.micro_batch(number)
+
+    def trained(engine, steps):
+        read = lambda first: ({"input_ids": t, "labels": y} for t, y in map(batch, itertools.count(first)))  # noqa: E731
+        batches, losses = ds_plugin.get_plugin(engine).batches(read) if through_batches else None, []
+        engine.train()
+        for _ in range(steps):
+            number = engine.global_steps
+            loss = engine(**next(batches)) if batches is not None else engine(*batch(number))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    engine = plain.make(plain.deepspeed_config(zero, **CONSTANT))
+    losses = trained(engine, 4)
+    engine.save_checkpoint(folder)
+    losses += trained(engine, 5)
+    ledger = ds_plugin.get_plugin(engine).ledger
+    engine = plain.make(plain.deepspeed_config(zero, **CONSTANT))
+    engine.load_checkpoint(folder)
+    resumed = trained(engine, 5)
+
+    engine, by_hand = plain.make(plain.deepspeed_config(zero), initialize=deepspeed.initialize), []
+    engine.train()
+    for step, length in enumerate(FOLDED):
+        tokens, labels = (torch.cat(t.split(length, dim=1)) for t in batch(step))
+        loss = engine(tokens, labels)
+        engine.backward(loss)
+        engine.step()
+        by_hand.append(loss.item())
+    return losses, resumed, by_hand, (ledger.read, ledger.trained)
+
+
+@pytest.mark.parametrize(("zero", "through_batches"), [(1, False), (3, True), slow(3, False), slow(0, True)])
+def test_a_step_keeps_its_tokens_in_more_samples(workers, tmp_path, zero, through_batches):
+    for losses, resumed, by_hand, counted in workers(2).run(_folded, zero, str(tmp_path), through_batches):
+        assert losses == by_hand and resumed == losses[4:]
+        assert counted == (9 * 2 * plain.MICRO * plain.LENGTH,) * 2
 
 
 def _share_of_the_run():

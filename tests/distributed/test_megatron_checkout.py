@@ -1,6 +1,7 @@
 """The methods in Megatron-LM's own script, of the checkout at ``MEGATRON_LM_PATH``, on CPU processes."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from ds_plugin.completep import rules
 from ds_plugin.plan import inputs
+from ds_plugin.sequence_length_warmup.carry import CarryOrder
 from ds_plugin.weight_averaging.merge.merge import merge
 from tests import harness
 from tests.megatron_lm import logged, real
@@ -36,15 +38,26 @@ def finished(started):
     return done.stdout
 
 
-def resumed_equals_the_uninterrupted(folder, trained):
-    """Of runs of 24 iterations that save after twelve; one is killed then. From the third logged iteration on."""
-    whole, evaluations = logged(finished(trained("whole")))
+def trained_by_carry(lengths):
+    """Tokens of a sample place, in all iterations: spans of up to three windows in turn."""
+    order, total = CarryOrder(full=64, multiple_of=16, interleave=3), 0
+    for length in lengths:
+        total += (span := order.peek(length)).length
+        order.advance(span)
+    return total
+
+
+def resumed_equals_the_uninterrupted(folder, trained, evaluations=8, learns=0.02):
+    """Of runs of 24 iterations that save after twelve; one is killed then. From the third logged iteration on.
+
+    ``learns``: by how much the loss falls at least."""
+    whole, evaluated = logged(finished(trained("whole")))
     losses = [float(whole[step]["lm loss"]) for step in (1, 24)]
-    assert losses[1] < losses[0] - 0.02 and len(evaluations) == 8
+    assert losses[1] < losses[0] - learns and len(evaluated) == evaluations
     with trained("killed") as killed:
         killed.wait_for("iteration       13/", 1500)
     resumed, later = logged(finished(trained("killed", "--load", folder / "killed")))
-    assert min(resumed) == 13 and later == evaluations[2:]
+    assert min(resumed) == 13 and later == evaluated[2:]
     for step in range(15, 25):
         assert resumed[step] == whole[step], step
 
@@ -59,6 +72,37 @@ if __name__ == "__main__":
     script.prepare_megatron(Path(sys.argv[1]))
     sys.argv = sys.argv[1:]
     script.execute(Path(sys.argv[0]))
+"""
+
+COUNTED = """
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from megatron_patches.training_loop import script
+
+if __name__ == "__main__":
+    here = Path(__file__)  # the script takes its place
+    path, given, sections, _ = script.read_arguments(sys.argv[1:])
+    script.prepare_megatron(path)
+    script.install(sections)
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
+    forward, seen = GPTModel.forward, []
+
+    def counting(model, input_ids, *args, **kwargs):
+        if model.training and model.pre_process and parallel_state.get_tensor_model_parallel_rank() == 0:
+            seen.extend(input_ids.tolist())
+        return forward(model, input_ids, *args, **kwargs)
+
+    GPTModel.forward = counting
+    sys.argv = [str(path), *given]
+    script.execute(path)
+    if seen:
+        here.with_name(f"counted_{os.environ['RANK']}.json").write_text(json.dumps(seen))
 """
 
 DROPOUT = " --attention-dropout 0.1 --hidden-dropout 0.1 "
@@ -185,6 +229,45 @@ if CHECKOUT is not None:
             return real(CHECKOUT, tmp_path, folder, sections, *mixture, tmp_path / folder, *more, ranks=2)
 
         resumed_equals_the_uninterrupted(tmp_path, trained)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(3600)
+    @pytest.mark.parametrize("mode", ["carry", "mask"])
+    def test_a_mode_trains_every_token_once_killed_and_resumed(tmp_path, mode):
+        """TP2 x PP2 x DP2 with Llama's flags, all three methods, on a text in which no token comes twice."""
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        size = 16_000
+        builder = IndexedDatasetBuilder(str(tmp_path / "corpus.bin"), dtype=numpy.uint16)
+        builder.add_document(torch.arange(size, dtype=torch.int32), [size])
+        builder.finalize(str(tmp_path / "corpus.idx"))
+        (tmp_path / "counted.py").write_text(COUNTED)
+        warmup = {"enabled": True, "start_length": 16, "end_length": 64, "duration": {"steps": 20}, "multiple_of": 16}
+        apart = {"interleave": 3} if mode == "carry" else {}
+        sections = {
+            "sequence_length_warmup": {**warmup, "mode": mode, **apart, "preflight": False},
+            "weight_averaging": {"enabled": True, "interval": 3, "window": 3},
+            "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
+        }
+        flags = (
+            f"--vocab-size {size} --swiglu --normalization RMSNorm --position-embedding-type rope "
+            "--disable-bias-linear --untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2 "
+            f"--split 100,0,0 --data-path {tmp_path / 'corpus'} --data-cache-path {tmp_path / 'cache'} "
+            "--train-iters 24 --lr-warmup-iters 2 --eval-iters 0 --save-interval 12 --save"
+        ).split()
+
+        def trained(folder, *more):
+            given = [*flags, tmp_path / folder, *more]
+            given += ["--ds-plugin-config", tmp_path / f"{folder}.json"] if folder == "whole" else []
+            program = {"program": "counted"} if folder == "whole" else {}
+            return real(CHECKOUT, tmp_path, folder, sections, *given, without=["--mock-data"], **program)
+
+        resumed_equals_the_uninterrupted(tmp_path, trained, evaluations=0, learns=-1)  # every token is new
+        files = sorted(tmp_path.glob("counted_*.json"))
+        seen = [token for file in files for sample in json.loads(file.read_text()) for token in sample]
+        assert len(files) == 2  # of two data-parallel ranks, the first stage's first rank
+        lengths = [max(16, (16 + 48 * min(step, 20) // 20) // 16 * 16) for step in range(1, 25)]
+        assert len(seen) == len(set(seen)) == (8 * 64 * 24 if mode == "mask" else trained_by_carry(lengths) * 8)
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)

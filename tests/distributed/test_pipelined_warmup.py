@@ -26,23 +26,30 @@ WARMUP = {
     "variance": True,
     "learning_rate": {"by": "tokens"},
 }
-MODES = {"truncate": {}, "carry": {"mode": "carry", "interleave": 2}}
+MODES = {
+    "truncate": {},
+    "carry": {"mode": "carry", "interleave": 2},
+    "constant": {"tokens_per_step": "constant"},
+}
 STEPS = 7
 
 # By hand: (the step's batch, its first token, its length). Carried: half of batch 2 waits while batch 1 is finished.
 STRETCHES = {
     "truncate": [(0, 0, 6), (1, 0, 8), (2, 0, 10), (3, 0, 12), (4, 0, 14), (5, 0, 16), (6, 0, 16)],
     "carry": [(0, 0, 6), (1, 0, 8), (0, 6, 10), (2, 0, 8), (1, 8, 8), (2, 8, 8), (3, 0, 16)],
+    "constant": [(step, 0, length) for step, length in enumerate([4, 8, 8, 8, 8, 16, 16])],  # that divide 16
 }
 # Tokens of one sample after each step: read, trained, carried.
 LEDGERS = {
     "truncate": [(16, 6, 0), (32, 14, 0), (48, 24, 0), (64, 36, 0), (80, 50, 0), (96, 66, 0), (112, 82, 0)],
     "carry": [(16, 6, 10), (32, 14, 18), (32, 24, 8), (48, 32, 16), (48, 40, 8), (48, 48, 0), (64, 64, 0)],
+    "constant": [(16 * step, 16 * step, 0) for step in range(1, 8)],
 }
 # The scheduler rises from 1/4 to 1 over 3 * 16 tokens of a sample, and DeepSpeed's count lags one step behind.
 RATES = {
     "truncate": [0.25, 0.25, 0.25 + 0.25 * 6 / 16, 0.25 + 0.25 * 14 / 16, 0.25 + 0.25 * 24 / 16, 0.8125, 1.0],
     "carry": [0.25, 0.25, 0.25 + 0.25 * 6 / 16, 0.25 + 0.25 * 14 / 16, 0.25 + 0.25 * 24 / 16, 0.75, 0.875],
+    "constant": [0.25, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0],
 }
 
 
@@ -55,6 +62,12 @@ def stretch(batch, offset, length):
     return (tokens[:, offset : offset + length], positions[:, :length]), labels[:, offset : offset + length]
 
 
+def folded(batch, _, length):
+    parts = [stretch(batch, at, length) for at in range(0, LENGTH, length)]
+    inputs, labels = zip(*parts, strict=True)
+    return tuple(torch.cat(tensors) for tensors in zip(*inputs, strict=True)), torch.cat(labels)
+
+
 def by_hand(mode):
     """Losses of each step, and of an evaluation after it, by DeepSpeed alone on two data-parallel ranks."""
     layout = Layout(data=2)
@@ -64,7 +77,8 @@ def by_hand(mode):
         for group in engine.optimizer.param_groups:
             group["lr"] = LR * share
         data = pipelined.batches(engine, window * layout.accumulation)
-        losses.append(engine.train_batch(stretch(next(data), offset, length) for _ in range(BATCH)).item())
+        cut = folded if mode == "constant" else stretch
+        losses.append(engine.train_batch(cut(next(data), offset, length) for _ in range(BATCH)).item())
         evaluations.append(pipelined.evaluate(engine))
     return {"losses": losses, "evaluations": evaluations}
 
@@ -129,7 +143,7 @@ def name_of(layout):
 
 
 CASES = [(layout, mode) for layout in LAYOUTS for mode in MODES if layout.pipe < 3 or mode == "carry"]
-USUAL = {"pp1-dp2-tp1-carry", "pp2-dp1-tp1-truncate", "pp3-dp1-tp1-carry"}
+USUAL = {"pp1-dp2-tp1-carry", "pp2-dp1-tp1-constant", "pp2-dp1-tp1-truncate", "pp3-dp1-tp1-carry"}
 NAMED = {f"{name_of(layout)}-{mode}": (layout, mode) for layout, mode in CASES}
 
 
@@ -190,7 +204,7 @@ def _a_micro_batch_without_labels():
     data, found = pipelined.batches(engine), []
     for _ in range(4):
         mean = engine.train_batch(data).item()
-        found.append((mean, plugin.length, plugin.warmup.held, lowest(plugin)))
+        found.append((mean, plugin.length, plugin.warmup.hold.lag, lowest(plugin)))
     return losses, found
 
 

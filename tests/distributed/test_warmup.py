@@ -69,7 +69,7 @@ def _held_in_other_units(folder):
     changes = {"pacing": "adaptive", "report_interval": 1}
     engine = plain.make(plain.deepspeed_config(**section(**changes)))
     plain.train(engine, 2)
-    ds_plugin.get_plugin(engine).warmup.held = 3
+    ds_plugin.get_plugin(engine).warmup.hold.lag = 3
     engine.save_checkpoint(folder)
     plain.make(plain.deepspeed_config(**section(**changes, duration={"tokens": 99}))).load_checkpoint(folder)
 

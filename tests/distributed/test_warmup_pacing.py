@@ -55,7 +55,7 @@ def _read_by():
         engine = plain.make(plain.deepspeed_config(1, **section(report_interval=2, **changes)))
         plain.train(engine, 4)
         warmup = ds_plugin.get_plugin(engine).warmup
-        found.append((len(reads), warmup.report.variance_max is not None, warmup.held > 0))
+        found.append((len(reads), warmup.report.variance_max is not None, warmup.hold.lag > 0))
         assert warmup.report.loss_ratio > 0
     return found
 
@@ -121,7 +121,7 @@ def _said_while_held():
             labels = torch.full_like(labels, -100) if without and (everything or alone and micro == 1) else labels
             engine.backward(engine(tokens, labels) * (5.0 if step == 5 else 1.0))
             engine.step()
-        rows.append((warmup.length, warmup.held))
+        rows.append((warmup.length, warmup.hold.lag))
     finite = all(parameter.isfinite().all() for parameter in engine.module.parameters())
     return rows, said, finite
 
@@ -146,7 +146,7 @@ def _noisy():
         for micro, scale in enumerate(scales):
             engine.backward(engine(*plain.micro_batch(micro)) * scale)
             engine.step()
-        rows.append((warmup.report.loss_ratio, *warmup.report.beyond_noise, warmup.held))
+        rows.append((warmup.report.loss_ratio, *warmup.report.beyond_noise, warmup.hold.lag))
     return rows
 
 
@@ -200,7 +200,7 @@ def _unheld(folder):
     engine = make("adaptive")
     plain.train(engine, 2)
     warmup = ds_plugin.get_plugin(engine).warmup
-    warmup.held, warmup.holding = 1, True
+    warmup.hold.lag, warmup.hold.holding = 1, True
     engine.save_checkpoint(folder)
     engine = make("schedule")
     engine.load_checkpoint(folder)

@@ -30,10 +30,10 @@ def test_a_round_is_half_on_with_a_snapshot_and_a_logged_line_of_each_kind(bench
 
 def test_the_first_round_reaches_the_full_length(bench):
     section = PluginConfig.from_dict(bench.METHODS).sequence_length_warmup
-    lengths = Lengths(section, full=bench.LENGTH, layout_multiple=1)
+    lengths = Lengths(section, full=bench.LENGTH, layout_multiple=1, batch=16)
     assert lengths.length < bench.LENGTH
     for _ in range(bench.ROUND):
-        lengths.booked(16, lengths.length, True)
+        lengths.booked(16, True)
     assert lengths.length == bench.LENGTH
 
 

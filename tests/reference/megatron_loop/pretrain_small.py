@@ -33,10 +33,10 @@ def model_provider(pre_process=True, post_process=True):
     )  # fmt: skip
 
 
-def micro_batches(first, seed):
+def micro_batches(first, size, seed):
     """This data-parallel rank's, of full length, from the n-th sample on; a sample's number is its first token."""
     args = get_args()
-    size, rank, ranks = args.micro_batch_size, parallel_state.get_data_parallel_rank(), args.data_parallel_size
+    rank, ranks = parallel_state.get_data_parallel_rank(), args.data_parallel_size
     for start in itertools.count(first + rank * size, ranks * size):
         rows = []
         for number in range(start, start + size):
@@ -59,9 +59,9 @@ def micro_batches(first, seed):
 
 def data_provider():
     args = get_args()
-    yield micro_batches(args.consumed_train_samples, seed=1)
-    yield micro_batches(args.consumed_valid_samples, seed=2)
-    yield micro_batches(0, seed=3)
+    yield micro_batches(args.consumed_train_samples, args.micro_batch_size, seed=1)
+    yield micro_batches(args.consumed_valid_samples, args.micro_batch_size, seed=2)
+    yield micro_batches(0, args.micro_batch_size, seed=3)
 
 
 def get_batch(data_iterator):
@@ -97,6 +97,8 @@ def loss_func(loss_mask, output):
 def forward_step(data_iterator, model):
     tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
     training.RECORD["train" if model.training else "eval"].append((tuple(tokens.shape), tokens[:, 0].tolist()))
+    if model.training:
+        training.RECORD["trained"].append((training.get_args().curr_iteration, tokens.tolist(), position_ids.tolist()))
     output = model(tokens, position_ids, attention_mask, labels=labels)
     return output, lambda value: loss_func(loss_mask, value)
 

@@ -81,7 +81,7 @@ def test_recorded_batches_come_again_and_the_source_goes_on():
 
 def lengths(**changes):
     config = SequenceLengthWarmupConfig.model_validate({**WARMUP, **changes})
-    return Lengths(config, full=32, layout_multiple=1)
+    return Lengths(config, full=32, layout_multiple=1, batch=10)
 
 
 def test_lengths_and_tokens_follow_the_iterations():
@@ -89,10 +89,10 @@ def test_lengths_and_tokens_follow_the_iterations():
     seen = []
     for applied in (True, False, True, True, True):
         seen.append((by_steps.length, by_steps.trained))
-        by_steps.booked(10, by_steps.length, applied)
+        by_steps.booked(10, applied)
     # 8 + 24 * step / 4, floored to eights; the second iteration was not applied, yet it counts as one
     assert seen == [(8, 0), (16, 80), (24, 80), (32, 320), (32, 640)]
-    assert "5 iterations from the first on train 1120 tokens of 1600 read" in by_steps.describe(batch=10, iterations=5)
+    assert "5 iterations from the first on train 1120 tokens of 1600 read" in by_steps.describe(iterations=5)
 
 
 def test_a_run_by_samples_has_iterations():
@@ -103,22 +103,22 @@ def test_a_run_by_samples_has_iterations():
 def test_the_learning_rate_moves_by_whole_samples_and_loses_none():
     by_tokens = lengths()
     moved = []
-    for length in (8, 8, 24, 8, 24, 32):
-        moved.append(by_tokens.increment(3, length))
-        by_tokens.booked(3, length, True)
-    assert moved == [0, 1, 2, 1, 2, 3]  # of 24, 48, 120, 144, 216 and 312 tokens, in samples of 32
+    for _ in range(5):  # lengths 8, 16, 24, 32, 32
+        moved.append(by_tokens.increment(3))
+        by_tokens.booked(3, True)
+    assert moved == [0, 2, 2, 3, 3]  # of 24, 72, 144, 240 and 336 tokens, in samples of 32
     assert sum(moved) == by_tokens.trained // 32
 
 
 def test_a_state_is_of_one_schedule():
     first = lengths()
-    first.booked(10, 8, True)
+    first.booked(10, True)
     saved = json.loads(json.dumps(first.state()))
     second = lengths()
     second.load_state(saved, iteration=1, samples=10)
     assert second.state() == first.state()
     with pytest.raises(CheckpointError, match="trained with multiple_of 8, this run has 16"):
-        Lengths(second.config, full=32, layout_multiple=16).load_state(saved, iteration=1, samples=10)
+        Lengths(second.config, full=32, layout_multiple=16, batch=10).load_state(saved, iteration=1, samples=10)
     second.load_state(None, iteration=5, samples=50)
     assert (second.iterations, second.trained) == (5, 1600)
 
@@ -209,7 +209,7 @@ def training(monkeypatch):
 
     module = ModuleType(script.TRAINING)
     options = SimpleNamespace(seq_length=32, tensor_model_parallel_size=1, sequence_parallel=False)
-    options.context_parallel_size, options.train_iters = 1, 10
+    options.context_parallel_size, options.train_iters, options.global_batch_size = 1, 10, 4
     vars(module).update({name: named(name) for name in script.WRAPPED}, get_args=lambda: options)
     for name in ("megatron.training", script.TRAINING):
         monkeypatch.setitem(sys.modules, name, module)

@@ -79,8 +79,11 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
     engine = SimpleNamespace(global_steps=0, gradient_accumulation_steps=lambda: 1)
     stub = SimpleNamespace(
         engine=engine, loads=0, carries=True, open_windows=[],
-        full=6, samples={"micro_batch": 2}, span=TokenSpan(0, 0, 2), count=lambda *counted: None,
+        span=TokenSpan(0, 0, 2), count=lambda *counted: None,
     )  # fmt: skip
+    stub.cut_samples = lambda batch, exact: cut_batch(
+        batch, stub.span.length, stub.span.offset, full=6, exact=exact, micro_batch=2
+    )
     read = Batches(stub, lambda n: itertools.repeat(empty))
     for step, offset in enumerate((0, 2, 4)):
         engine.global_steps, stub.span = step, TokenSpan(step, offset, 2)

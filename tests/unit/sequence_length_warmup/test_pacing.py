@@ -180,6 +180,18 @@ def test_few_distinct_lengths():
     assert LengthSchedule(config(max_distinct_lengths=99)).lengths() == list(range(16, 65, 8))
 
 
+def test_lengths_that_divide_the_full_one():
+    constant = {"tokens_per_step": "constant", "multiple_of": 8, "duration": {"steps": 12}, "end_length": 96}
+    # 8 + 88 t / 12: 15, 22, 30, 37, 44, 52, 59, 66, 74, 81, 88, 96; of 8, 16, 24, 32, 48, 96 the largest below
+    found = [LengthSchedule(config(**constant)).length_at(t) for t in range(1, 13)]
+    assert found == [8, 16, 24, 32, 32, 48, 48, 48, 48, 48, 48, 96]
+    # from 40 on the first multiple is 40, which does not divide 96: 32 does
+    assert LengthSchedule(config(**constant, start_length=40)).lengths() == [32, 48, 96]
+    for other in ({"mode": "carry"}, {"mode": "mask"}, {"max_distinct_lengths": 4}):
+        with pytest.raises(ValueError, match='tokens_per_step: "constant" cuts samples into equal parts, and m'):
+            config(**constant, **other)
+
+
 def test_tokens_count_from_one():
     scheduler = LengthSchedule(config(duration={"tokens": 7000}))
     # 8 + 56 * token / 7000: 16 from token 1000 on
@@ -193,6 +205,7 @@ PLANS = [
     ({}, {"tokens": 721}, (4, 1120, 2560)),
     ({}, {"tokens": 4080}, (9, 4080, 5760)),
     ({"mode": "mask"}, {"steps": 3}, (3, 1920, 1920)),
+    ({"tokens_per_step": "constant"}, {"steps": 3}, (3, 1920, 1920)),
     # 16 of window 0, 24 of window 1 (64 in three of 24, 24, 16), 32 of window 2
     ({"mode": "carry"}, {"steps": 3}, (3, 720, 1920)),
     # a duration in tokens: 8, then 8 + 56 * 81 / 700 = 14.5 -> 8, 8 + 56 * 161 / 700 = 20.9 -> 16

@@ -7,7 +7,7 @@ import torch
 
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.schedule import layout_multiple
-from ds_plugin.sequence_length_warmup.slicing import ByName, cut_batch
+from ds_plugin.sequence_length_warmup.slicing import ByName, cut_batch, fold_batch
 
 TOKENS = torch.arange(3 * 8).reshape(3, 8)
 SQUARE = torch.arange(64).reshape(8, 8)
@@ -258,3 +258,32 @@ def test_layout_multiple(sequence_parallel, expected):
     module.config = _Config()
     module.config.sequence_parallel = sequence_parallel
     assert layout_multiple(module) == expected
+
+
+def test_samples_are_folded_into_more_and_shorter_ones():
+    """[2, 8] as [4, 4]: first parts of all samples, then second ones; no token is lost, none comes twice."""
+    tokens = torch.arange(16).view(2, 8)
+    hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+    documents = torch.stack([hidden, hidden | (torch.arange(8)[:, None] > 5) & (torch.arange(8) < 6)])[:, None]
+    batch = {
+        "input_ids": tokens, "labels": tokens + 1, "position_ids": torch.arange(8)[None],
+        "cache_position": torch.arange(8), "attention_mask": documents, "mask": hidden[None, None],
+        "weight": torch.tensor([1.0, 2.0]), "scale": 3.0,
+    }  # fmt: skip
+    found, before, after = fold_batch(batch, 4, full=8)
+    assert (before, after) == (16, 16)
+    assert found["input_ids"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7], [12, 13, 14, 15]]
+    assert torch.equal(found["labels"], found["input_ids"] + 1)
+    assert found["position_ids"].tolist() == [[0, 1, 2, 3]] * 4 and found["cache_position"].tolist() == [0, 1, 2, 3]
+    assert [torch.equal(mask[0], hidden[:4, :4]) for mask in found["attention_mask"]] == [True, True, True, False]
+    assert torch.equal(found["attention_mask"][3, 0], documents[1, 0, 4:, 4:])
+    assert found["mask"].shape == (4, 1, 4, 4) and torch.equal(found["mask"][3, 0], hidden[:4, :4])
+    assert found["weight"].tolist() == [1.0, 2.0, 1.0, 2.0] and found["scale"] == 3.0
+    assert all(value.is_contiguous() for value in found.values() if torch.is_tensor(value))
+    assert fold_batch(batch, 8, full=8)[0]["input_ids"] is tokens
+    nested = ((tokens, torch.arange(8).expand(2, -1)), tokens + 1)
+    (ids, positions), labels = fold_batch(nested, 2, full=8, micro_batch=2)[0]
+    assert ids.shape == labels.shape == (8, 2) and positions.tolist() == [[0, 1]] * 8
+    assert ids[:2].tolist() == [[0, 1], [8, 9]]
+    with pytest.raises(ConfigError, match="8, and a micro-batch was read with 6 tokens in each of its 2 samples"):
+        fold_batch({"input_ids": tokens[:, :6]}, 4, full=8)
