@@ -17,6 +17,7 @@ from ds_plugin.core.settings_model import Ranks, Rate, Tokens, nearest, parse_se
 from ds_plugin.deepspeed_engine import json_check
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.plan.costs import Layout
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.plan import plan
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
@@ -109,17 +110,16 @@ def read_job(
             methods = replace(methods, completep=methods.completep.folded_by_default())
     elif methods.weight_averaging is not None:
         refuse_nvme(deepspeed)
+    run, scheduler = parse_section(_Training, "training", training), None
     if (warmup := methods.sequence_length_warmup) is not None:
-        run = parse_section(_Training, "training", training)
         warmup = warmup.in_run(steps=run.steps or None, tokens=run.tokens)
-        methods = replace(methods, sequence_length_warmup=warmup)
-    scheduler = _schedule(methods, options, model)
+        methods, scheduler = replace(methods, sequence_length_warmup=warmup), _schedule(warmup, options, model)
     vocab = vocab_size or options.get("vocab-size")
     if vocab is None:
         raise ConfigError("--vocab-size: missing; write the tokenizer's, e.g. 50257, 256 for bytes")
     multiple = options.get("make-vocab-size-divisible-by", 128) * layout.tensor
     padded = -(-vocab // multiple) * multiple if options else padded_vocab_size(vocab, layout.tensor)
-    steps = _steps(training, scheduler, batch, model.seq_length)
+    steps = _steps(run, training, scheduler, batch * model.seq_length)
     return Job(named, model, methods, deepspeed, options, layout, batch, micro, padded, steps, scheduler)
 
 
@@ -128,31 +128,26 @@ def _hint(name: str, there: Iterable[str], otherwise: str) -> str:
     return f'is "{guess}" meant to be it?' if guess else otherwise
 
 
-def _schedule(methods: PluginConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule | None:
-    section, full = methods.sequence_length_warmup, model.seq_length
-    if section is None:
-        return None
-    if options:
-        from megatron_patches.training_loop.lengths import Lengths
-        from megatron_patches.training_loop.options import layout_multiple
+def _schedule(section: SequenceLengthWarmupConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule:
+    from megatron_patches.training_loop.options import layout_multiple
 
-        return Lengths(section, full=full, layout_multiple=layout_multiple(_namespace(options)), batch=1).schedule
-    if section.end_length != full:
-        what = f"{section.end_length} is not model.seq_length {full}, so the full length would never be trained"
-        raise ConfigError(f"sequence_length_warmup.end_length: {what}; write {full}")
-    return LengthSchedule(section)
+    if section.end_length != (full := model.seq_length):
+        what = f"{'--seq-length' if options else 'model.seq_length'} {full}, so the full length would never be trained"
+        raise ConfigError(f"sequence_length_warmup.end_length: {section.end_length} is not {what}; write {full}")
+    return LengthSchedule(section, layout_multiple=layout_multiple(_namespace(options)) if options else 1)
 
 
-def _steps(section: Any, scheduler: LengthSchedule | None, batch: int, full: int) -> int:
-    training = parse_section(_Training, "training", section)
-    if training.tokens is not None:
-        plain = -(-training.tokens // (batch * full))
-        needed = plain if scheduler is None else plan(scheduler, batch, tokens=training.tokens).steps
-        return min(training.steps or needed, needed)
-    if not training.steps:
+def _steps(run: _Training, section: Any, scheduler: LengthSchedule | None, batch: int) -> int:
+    """``batch``: in tokens, at full length."""
+    if run.tokens is not None:
+        needed = -(-run.tokens // batch)
+        if scheduler is not None:
+            needed = plan(scheduler, batch // scheduler.config.end_length, tokens=run.tokens).steps
+        return min(run.steps or needed, needed)
+    if not run.steps:
         hint = _hint("steps", set(section) - {"steps"}, "write the optimizer steps in all, e.g. 300, or tokens")
         raise ConfigError(f"training.steps: missing; {hint}")
-    return training.steps
+    return run.steps
 
 
 def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
