@@ -47,11 +47,12 @@ def real(
 
 
 def logged(output: str) -> tuple[dict[int, dict[str, str]], list[str]]:
-    """{iteration: its line's figures but for the times}, and the lines of evaluations in order."""
+    """{iteration: its line's figures but for times and memory}, and the lines of evaluations in order."""
     found = {}
     for line in output.splitlines():
         if match := re.search(r" iteration +(\d+)/ +\d+ \| (consumed samples.*)", line):
             # behind the last bar another rank's words may follow
             parts = [re.sub(r"\s+", " ", part).strip() for part in match[2].split("|")[:-1]]
-            found[int(match[1])] = dict(part.split(": ") for part in parts if ": " in part and "time" not in part)
+            figures = (part for part in parts if ": " in part and not re.search("time|allocated|reserved", part))
+            found[int(match[1])] = dict(part.split(": ") for part in figures)
     return found, re.findall(r"validation loss at (.*?value: \S+)", output)

@@ -47,7 +47,6 @@ _MONITORED = (
     "adam_variance_l1",
     "adam_variance_max",
 )
-
 _MONITORS = ("tensorboard", "wandb", "comet", "csv_monitor")
 
 

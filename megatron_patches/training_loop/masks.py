@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.sequence_length_warmup.mask import check_model, fragment_mask
 from ds_plugin.sequence_length_warmup.slicing import argument_names
 from megatron_patches.training_loop.lengths import Lengths
@@ -17,7 +18,11 @@ def masked(model: torch.nn.Module, lengths: Lengths) -> None:
     every pipeline stage: Megatron-LM gives those in the middle no mask. One that it gives, as of documents by
     ``--reset-attention-mask``, holds as well. Raises ConfigError: the model would pass over a mask."""
     check_model(model)
-    place, of = argument_names(model.forward).index(_MASK), functools.lru_cache(maxsize=1)(fragment_mask)
+    names, of = argument_names(model.forward), functools.lru_cache(maxsize=1)(fragment_mask)
+    if _MASK not in names:
+        what = f"the forward pass of {type(model).__name__} takes no {_MASK!r}"
+        raise ConfigError(f'sequence_length_warmup.mode: "mask" and {what}; write "truncate" or "carry"')
+    place = names.index(_MASK)
 
     def confine(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not module.training or lengths.length == lengths.full:

@@ -75,6 +75,7 @@ if __name__ == "__main__":
 """
 
 COUNTED = """
+import functools
 import json
 import os
 import sys
@@ -93,6 +94,7 @@ if __name__ == "__main__":
 
     forward, seen = GPTModel.forward, []
 
+    @functools.wraps(forward)
     def counting(model, input_ids, *args, **kwargs):
         if model.training and model.pre_process and parallel_state.get_tensor_model_parallel_rank() == 0:
             seen.extend(input_ids.tolist())
