@@ -12,6 +12,7 @@ STEPS = 6
 
 def _fit(sections, collator):
     import lightning
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DeepSpeedStrategy, deepspeed
 
     class OnCpu(DeepSpeedStrategy):
@@ -43,10 +44,12 @@ def _fit(sections, collator):
         **sections,
     }
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    strategy = OnCpu(config=config, process_group_backend="gloo")
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=STEPS, **quiet)
+    ranks = torch.distributed.get_world_size()  # started as torchrun does
+    given = {"cluster_environment": TorchElasticEnvironment()} if ranks > 1 else {}
+    strategy = OnCpu(config=config, process_group_backend="gloo", **given)
+    trainer = lightning.Trainer(accelerator="cpu", devices=ranks, strategy=strategy, max_steps=STEPS, **quiet)
     module = Module()
-    data = torch.utils.data.DataLoader(samples(2 * STEPS * MICRO), batch_size=MICRO, collate_fn=collator)
+    data = torch.utils.data.DataLoader(samples(2 * STEPS * MICRO * ranks), batch_size=MICRO, collate_fn=collator)
     trainer.fit(module, data)
     return module.losses, trainer.strategy.model
 
@@ -67,8 +70,11 @@ def _both():
 
 
 @pytest.mark.slow
-def test_steps_are_those_of_batches_cut_by_hand(workers):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_are_those_of_batches_cut_by_hand(workers, ranks):
     pytest.importorskip("lightning", reason="lightning is not installed")
-    by_hand, losses, ledger, snapshots = workers(1).run(_both)[0]
-    assert losses[1:] == by_hand and len(by_hand) == STEPS  # the first is of the full-length pass
-    assert snapshots == [2, 4, 6] and ledger.trained < ledger.read
+    found = workers(ranks).run(_both)
+    for by_hand, losses, ledger, snapshots in found:
+        assert losses[1:] == by_hand and len(by_hand) == STEPS  # the first is of the full-length pass
+        assert snapshots == [2, 4, 6] and ledger.trained < ledger.read
+    assert ranks == 1 or found[0][0] != found[1][0]  # each reads its own
