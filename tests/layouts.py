@@ -59,6 +59,8 @@ def chosen(*names: str, **changes: dict[str, Any]) -> dict[str, Any]:
 METHODS = {
     "warmup, truncate": chosen("sequence_length_warmup"),
     "warmup, carry": chosen("sequence_length_warmup", sequence_length_warmup=CARRY),
+    "warmup, constant tokens": chosen("sequence_length_warmup", sequence_length_warmup={"tokens_per_step": "constant"}),
+    "warmup, mask": chosen("sequence_length_warmup", sequence_length_warmup={"mode": "mask"}),
     "CompleteP, forward": chosen("completep", completep={"residual": "forward"}),
     "CompleteP, folded": chosen("completep", completep={"residual": "folded"}),
     "averaging": chosen("weight_averaging"),
@@ -77,12 +79,12 @@ class Layout:
     fp32: bool = True
 
 
-ONLY = ("all three",)
+ONLY, MASK = ("all three",), "warmup, mask"
 DEEPSPEED = (
     *(Layout(f"ZeRO {stage}, DP 2", 2, {"zero": stage}) for stage in (1, 0, 2, 3)),
     Layout("ZeRO 3, DP 2, bf16", 2, {"zero": 3, "bf16": True}, ONLY, fp32=False),
     Layout("ZeRO 1, TP 2 x DP 2", 4, {"tensor": 2}),
-    Layout("ZeRO 1, PP 2 x DP 2", 4, {"pipe": 2}),
+    Layout("ZeRO 1, PP 2 x DP 2", 4, {"pipe": 2}, tuple(name for name in METHODS if name != MASK)),
     Layout("ZeRO 1, PP 2 x DP 2, bf16", 4, {"pipe": 2, "bf16": True}, ONLY, fp32=False),
     Layout("ZeRO 1, PP 2 x TP 2 x DP 2", 8, {"pipe": 2, "tensor": 2}, ONLY),
 )
@@ -90,11 +92,11 @@ VIRTUAL = "--num-layers 8 --num-layers-per-virtual-pipeline-stage 1 --no-overlap
 MEGATRON = (
     Layout("DP 2, distributed optimizer", 2, {"tensor": 1, "pipe": 1}),
     Layout("TP 2", 2, {"tensor": 2, "pipe": 1}),
+    Layout("TP 2, sequence parallel", 2, {"tensor": 2, "pipe": 1, "flags": "--sequence-parallel"}),
     Layout("PP 2", 2, {"tensor": 1, "pipe": 2}),
-    Layout("PP 4 x 2 virtual stages, 8 layers", 4, {"tensor": 1, "pipe": 4, "flags": VIRTUAL}, ONLY),
+    Layout("PP 4 x 2 virtual stages, 8 layers", 4, {"tensor": 1, "pipe": 4, "flags": VIRTUAL}),
     Layout("TP 2 x PP 2 x DP 2, distributed optimizer", 8, {"tensor": 2, "pipe": 2}, ONLY),
 )
-NOT_IN_MEGATRON = ("warmup, carry",)  # refused there by name
 
 
 #: a folder for its runs, the layout, the JSON's sections -> the losses of the steps
@@ -121,8 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
         cells: dict[str, dict[str, Any]] = {}
         for layout in layouts:
             for method in layout.methods:
-                if layouts is MEGATRON and method in NOT_IN_MEGATRON:
-                    continue
                 cell = f"{framework} / {layout.name} / {method}"
                 if all(text in cell for text in args.only):
                     cells[cell] = kept(args.work, cell, layout, method, run)
@@ -299,7 +299,7 @@ def table(framework: str, layouts: tuple[Layout, ...], cells: dict[str, dict[str
         for method in METHODS:
             cell = cells.get(f"{framework} / {layout.name} / {method}")
             if cell is None:
-                refused = framework != "DeepSpeed" and method in NOT_IN_MEGATRON
+                refused = framework == "DeepSpeed" and method == MASK and "pipe" in layout.settings
                 row.append("refused" if refused else "")
             elif not cell["held"]:
                 row.append("**fails**")

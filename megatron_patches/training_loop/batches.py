@@ -75,7 +75,8 @@ class Carry(Cut):
     def __init__(self, source: Iterator[Any], lengths: Lengths, micro_batches: Callable[[], int]):
         """``micro_batches()``: of an iteration on this rank, the same in all of them."""
         super().__init__(source, lambda: lengths.length)
-        self._lengths, self._whole = lengths, Batches(_Steps(lengths, micro_batches), lambda _: self.whole()).whole()
+        read = Batches(_Steps(lengths, micro_batches), lambda _: _sharing_all(self.whole()))
+        self._lengths, self._whole = lengths, read.whole()
 
     def __next__(self) -> Any:
         return cut(next(self._whole), self._lengths.length, self._lengths.span.offset)
@@ -127,6 +128,12 @@ class Replay(Iterator[Any]):
     def forget(self) -> None:
         self._kept: list[Any] = []
         self.replay()
+
+
+def _sharing_all(batches: Iterator[Any]) -> Iterator[Any]:
+    before = None
+    for batch in batches:
+        yield (before := _sharing(batch, before))
 
 
 def _sharing(batch: Any, before: Any) -> Any:

@@ -261,8 +261,9 @@ class Loop(state.Methods):
         """At the iteration's length, for its throughputs; to each writer what the methods have to say."""
         with self._at_length(self._last * self._parts):
             result = stock(*args, **kwargs)
-        if self.lengths is not None:
-            training, iteration = importlib.import_module(TRAINING), self.options().curr_iteration + 1
+        iteration, every = self.options().curr_iteration + 1, getattr(self.options(), "tensorboard_log_interval", 1)
+        if self.lengths is not None and (self._new is not None or iteration % every == 0):
+            training = importlib.import_module(TRAINING)
             values: dict[str, float] = {"sequence length": self.lengths.last, "trained tokens": self.lengths.trained}
             if (report := self._new) is not None:
                 values |= {name.replace("_", " "): getattr(report, name) for name in _REPORTED}

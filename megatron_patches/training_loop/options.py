@@ -3,12 +3,21 @@
 import math
 from typing import Any
 
+import torch
+
 from ds_plugin.completep.supported import MAMBA
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError
 
 #: values of an option, beside none, that every method goes with
-_FINE = {"cuda_graph_impl": ("none",), "optimizer": ("adam", "muon", "dist_muon")}
+_FINE: dict[str, tuple[Any, ...]] = {
+    "cuda_graph_impl": ("none",),
+    "optimizer": ("adam", "muon", "dist_muon"),
+    "dataloader_type": ("single", "cyclic"),
+    "iterations_to_skip": ([],),
+    "phase_transition_iterations": ([],),
+    "exp_avg_sq_dtype": ("fp32", "bf16", torch.float32, torch.bfloat16),
+}
 _STATE = {
     "nothing is trained": "freeze_all_layers",
     "the method's state is saved with ordinary checkpoints only": "non_persistent_save_interval",
@@ -30,6 +39,11 @@ _REFUSED = {
         "its samples say where their documents end at the full length": "dataloader_inter_document_masking",
         **_STATE,
     },
+    "sequence_length_warmup.mode carry": {
+        "its samples are found again by their number": "dataloader_type phase_transition_iterations",
+        "their iterations would read ahead of it": "iterations_to_skip",
+    },
+    "sequence_length_warmup.variance": {"the optimizer scales what it keeps in so few bits": "exp_avg_sq_dtype"},
     "weight_averaging": {
         "it keeps the weights in another way; use the distributed optimizer": f"{_FSDP} optimizer_cpu_offload",
         "it exchanges the weights itself": "perform_rl_step",
@@ -55,9 +69,11 @@ _REFUSED = {
 
 def check_options(sections: PluginConfig, options: Any) -> None:
     """Raise ConfigError for the first option that an enabled method cannot go with, naming both and the remedy."""
-    averaging = sections.weight_averaging
+    averaging, warmup = sections.weight_averaging, sections.sequence_length_warmup
     enabled = {
-        "sequence_length_warmup": sections.sequence_length_warmup is not None,
+        "sequence_length_warmup": warmup is not None,
+        "sequence_length_warmup.mode carry": warmup is not None and warmup.mode == "carry",
+        "sequence_length_warmup.variance": warmup is not None and warmup.reads_variance,
         "weight_averaging": averaging is not None,
         "weight_averaging.save_average": averaging is not None and averaging.save_average,
         "completep": sections.completep is not None,
@@ -68,7 +84,6 @@ def check_options(sections: PluginConfig, options: Any) -> None:
             if value not in (*_FINE.get(option, ()), None, False):
                 given = f"{name}: --{option.replace('_', '-')} {value}"
                 raise ConfigError(f"{given} does not go together with it: {why}; leave one of the two out")
-    warmup = sections.sequence_length_warmup
     if warmup is not None and warmup.mode == "mask" and options.context_parallel_size > 1:
         what = f"--context-parallel-size {options.context_parallel_size} divides the mask with the samples"
         raise ConfigError(f'sequence_length_warmup.mode: "mask" and {what}; write "truncate" or "carry"')
