@@ -28,8 +28,9 @@ if not page.is_file():
     head = ["date", "Python", *names, "default suite"]
     lines = ["# Versions", "", "Each line: `bash launch_scripts/test_newest.sh` on that day.", ""]
     page.write_text("\n".join([*lines, f"| {' | '.join(head)} |", "|---" * len(head) + "|", ""]))
-with page.open("a") as file:
-    print("|", " | ".join(row), "|", file=file)
+text, line = page.read_text(), f"| {' | '.join(row)} |\n"
+at = text.find("\n## ")  # tables of other commands follow
+page.write_text(text + line if at < 0 else text[:at] + line + text[at:])
 print(row)
 PYTHON
 exit "$failed"
