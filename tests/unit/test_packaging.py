@@ -59,10 +59,13 @@ def built(tmp_path_factory):
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
-    code = "import sys, setuptools.build_meta as b; [print(f(sys.argv[1])) for f in (b.build_wheel, b.build_sdist)]"
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, check=True)
-    wheel, sdist = (folder / name for name in done.stdout.splitlines() if name.endswith((".whl", ".tar.gz")))
+    made = []
+    for kind in ("wheel", "sdist"):  # each in a process of its own, as pip and build do it
+        code = f"import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+        command = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, check=True)
+        made.append(folder / done.stdout.splitlines()[-1])
+    wheel, sdist = made
     return wheel, sdist
 
 
