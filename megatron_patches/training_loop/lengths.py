@@ -72,8 +72,12 @@ class Lengths:
 
     @property
     def first_window(self) -> int | None:
-        """The first that still has to be read; None where all that was read was trained, or let go."""
-        return min(*self.open_windows, self.order.windows_read) if self.order is not None and self.order.open else None
+        """With which the loader begins, the first that is still needed: fewer are read than iterations were made.
+        None: where Megatron-LM's own count says."""
+        if self.order is None:
+            return None
+        first = min([*self.open_windows, self.order.windows_read])
+        return first if first != self.iterations else None
 
     def booked(self, samples: int, applied: bool) -> Report | None:
         """The iteration is over: ``samples`` are over all ranks. A report, if it is time for one."""

@@ -49,6 +49,7 @@ _REFUSED = {
         "it exchanges the weights itself": "perform_rl_step",
         **_STATE,
     },
+    "weight_averaging.restart": {"its state holds the masters, which a restart sets": "use_precision_aware_optimizer"},
     "weight_averaging.save_average": {"two saves at a time would share the process's writers": "async_save"},
     "completep": {
         "both scale the same": "use_mup apply_query_key_layer_scaling",
@@ -75,6 +76,7 @@ def check_options(sections: PluginConfig, options: Any) -> None:
         "sequence_length_warmup.mode carry": warmup is not None and warmup.mode == "carry",
         "sequence_length_warmup.variance": warmup is not None and warmup.reads_variance,
         "weight_averaging": averaging is not None,
+        "weight_averaging.restart": averaging is not None and averaging.restart is not None,
         "weight_averaging.save_average": averaging is not None and averaging.save_average,
         "completep": sections.completep is not None,
     }

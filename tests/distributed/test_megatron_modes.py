@@ -46,10 +46,15 @@ def test_carry_trains_every_token_once_and_resumes(workers, tmp_path, layout):
     spans, carried = spans_by_hand()
     assert {span.window for span in spans[4:]} & {span.window for span in spans[:4]}  # open where it is stopped
     sections = {**ALL_THREE, "sequence_length_warmup": {**CARRY, "learning_rate": {"by": "tokens"}, "preflight": True}}
-    options = {**LAYOUTS[layout], "save": str(tmp_path / "run")}
+    options = {**LAYOUTS[layout], "save": str(tmp_path / "run"), "save_interval": 2}
     whole = workers(2).run(run, str(tmp_path), sections, options)
     load = {**options, "load": options["save"], "ckpt_step": 4, "save": None}
     again = workers(2).run(run, str(tmp_path), sections, load)
+    later = workers(2).run(run, str(tmp_path), sections, {**load, "ckpt_step": 6})  # fewer windows read than iterations
+    assert [one["losses"] for one in later] == [one["losses"][6:] for one in whole]
+    assert [[seen for _, *seen in one["trained"]] for one in later] == [
+        [seen for _, *seen in one["trained"]][-len(two["trained"]) :] for one, two in zip(whole, later, strict=True)
+    ]
     for rank, (found, resumed) in enumerate(zip(whole, again, strict=True)):
         assert found["code"] == resumed["code"] == 0, found["said"] + resumed["said"]
         seen, ranks, first = {}, 2 if layout == "data" else 1, rank if layout == "data" else 0

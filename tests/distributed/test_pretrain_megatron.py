@@ -575,7 +575,7 @@ def test_what_megatron_will_load(tmp_path, case):
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict, dict]] = {
     # section, changes of it, options: words of the message
     "--rampup-batch-size": ("sequence_length_warmup", {}, {"rampup_batch_size": [2, 2, 8]}),
     "--cuda-graph-impl local": ("sequence_length_warmup", {}, {"cuda_graph_impl": "local"}),
@@ -589,6 +589,11 @@ REFUSED = {
     "--exp-avg-sq-dtype fp8": ("sequence_length_warmup", {"variance": True}, {"exp_avg_sq_dtype": "fp8"}),
     "--use-megatron-fsdp": ("weight_averaging", {}, {"use_megatron_fsdp": True}),
     "--non-persistent-save-interval 2": ("weight_averaging", {}, {"non_persistent_save_interval": 2}),
+    "restart: --use-precision-aware-optimizer True": (
+        "weight_averaging",
+        {"restart": {"patience": 1}},
+        {"use_precision_aware_optimizer": True},
+    ),
     "save_average: --async-save True": ("weight_averaging", {"save_average": True}, {"async_save": True}),
     "--use-mup": ("completep", {}, {"use_mup": True}),
     "--decoupled-lr 0.1": ("completep", {}, {"decoupled_lr": 0.1}),
