@@ -14,6 +14,7 @@ from tests.distributed.test_pretrain_megatron import (
     LENGTHS,
     STEPS,
     WARMUP,
+    read_through,
     run,
     same,
 )
@@ -86,7 +87,6 @@ def of_training(found, steps, ranks, first=0):
 
 def masks_by_hand(training):
     """The fragments' mask put into the data: the twin of the hooks."""
-    build = training.build_train_valid_test_data_iterators
 
     def confined(batches):
         for number, batch in enumerate(batches):
@@ -97,13 +97,7 @@ def masks_by_hand(training):
             batch["attention_mask"] = (batch["attention_mask"] | ~allowed).contiguous()
             yield batch
 
-    def iterators(provider):
-        train, valid, test = build(provider)
-        if train is not None:
-            train.iterable = confined(train.iterable)
-        return train, valid, test
-
-    training.build_train_valid_test_data_iterators = iterators
+    read_through(training, confined)
 
 
 @pytest.mark.parametrize("layout", ["pipeline", slow("tensor"), slow("data")])
@@ -128,7 +122,7 @@ def test_mask_confines_attention_on_every_stage(workers, tmp_path, layout):
 
 def folded_by_hand(training):
     """More, shorter samples put into the data and into Megatron-LM's sizes: the twin of the hooks."""
-    train_step, build = training.train_step, training.build_train_valid_test_data_iterators
+    train_step = training.train_step
 
     @functools.wraps(train_step)
     def shorter(*args, iteration):
@@ -155,13 +149,8 @@ def folded_by_hand(training):
             batch["dataset_id"] = batch["dataset_id"].repeat(len(starts))
             yield batch
 
-    def iterators(provider):
-        train, valid, test = build(provider)
-        if train is not None:
-            train.iterable = narrowed(train.iterable)
-        return train, valid, test
-
-    training.train_step, training.build_train_valid_test_data_iterators = shorter, iterators
+    training.train_step = shorter
+    read_through(training, narrowed)
 
 
 FOLDED = [8, 16, 16, 16, 32, 32, 32, 32]  # the lengths that divide 32: 24 is 16

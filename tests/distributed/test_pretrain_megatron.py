@@ -72,9 +72,22 @@ def run(folder, sections, options, twin=None):
     return {**record, "full": training.get_args().seq_length}
 
 
+def read_through(training, changed):
+    """Have training batches pass through ``changed(batches)``, a generator, on the ranks that read any."""
+    build = training.build_train_valid_test_data_iterators
+
+    def iterators(provider):
+        train, valid, test = build(provider)
+        if train is not None:
+            train.iterable = changed(train.iterable)
+        return train, valid, test
+
+    training.build_train_valid_test_data_iterators = iterators
+
+
 def by_hand(training):
     """Sequence length warmup written into the loop: the twin of the hooks."""
-    train_step, build = training.train_step, training.build_train_valid_test_data_iterators
+    train_step = training.train_step
 
     def shorter(*args, iteration):
         options = training.get_args()
@@ -91,13 +104,8 @@ def by_hand(training):
             batch["attention_mask"] = batch["attention_mask"][:, :, :length, :length].clone()
             yield batch
 
-    def iterators(provider):
-        train, valid, test = build(provider)
-        if train is not None:
-            train.iterable = narrowed(train.iterable)
-        return train, valid, test
-
-    training.train_step, training.build_train_valid_test_data_iterators = shorter, iterators
+    training.train_step = shorter
+    read_through(training, narrowed)
 
 
 def same(found, expected):
