@@ -1,6 +1,8 @@
 """Which of Megatron-LM's options the methods go with."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from ds_plugin.completep.supported import MAMBA
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError
+from ds_plugin.core.patch import replaced
 
 #: values of an option, beside none, that every method goes with
 _FINE: dict[str, tuple[Any, ...]] = {
@@ -102,3 +105,13 @@ def layout_multiple(options: Any) -> int:
     tensor = options.tensor_model_parallel_size if options.sequence_parallel else 1
     context = options.context_parallel_size
     return math.lcm(tensor * context, 2 * context if context > 1 else 1)
+
+
+@contextlib.contextmanager
+def set_to(options: Any, **values: Any) -> Iterator[None]:
+    """The options have these values in the block. Options that lie elsewhere say where, by ``place(name)``."""
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            owner, field = options.place(name) if hasattr(type(options), "place") else (options, name)
+            stack.enter_context(replaced(owner, field, value))
+        yield

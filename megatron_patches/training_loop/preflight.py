@@ -17,9 +17,11 @@ from ds_plugin.core.full_length_pass import SAYS, full_length_pass, peak, state_
 from ds_plugin.core.patch import replaced
 from megatron_patches.megatron_on_cpu import on_cpu
 from megatron_patches.training_loop.batches import cut
+from megatron_patches.training_loop.options import set_to
 
-TrainStep = Callable[..., Any]
-_GIVEN = ("forward_backward_func", "data_iterator", "model", "optimizer", "config")
+Passes = Callable[..., Any]
+PASSES = "forward_backward_func"  # of train_step's arguments
+_GIVEN = ("data_iterator", "model", "optimizer", "config")
 _WITHOUT = ', or write "preflight": false'
 _MEANS = "a smaller --micro-batch-size, more recomputation or a wider layout"
 _KEEP = """
@@ -28,25 +30,24 @@ _KEEP = """
 """  # largest logits, losses for the log, traces, what the first pass has shown
 
 
-def before(train_step: TrainStep, shape: Mapping[str, int], options: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``train_step(*args, **kwargs)``, Megatron-LM's, with passes at the full ``shape`` before its own, on the
-    next micro-batch, with room taken for the optimizer's state. ``shape``: of the options ``seq_length`` and
+def rehearsed(passes: Passes, given: Mapping[str, Any], shape: Mapping[str, int], options: Any) -> Passes:
+    """``passes``, Megatron's forward and backward passes of an iteration, made once at the full ``shape`` before, on
+    the next micro-batch, with room taken for the optimizer's state. ``given``: what the iteration has, the training
+    data's iterators, the model's chunks, the optimizer and their config. ``shape``: of the options ``seq_length`` and
     ``micro_batch_size``, which are others in a short iteration. Gradients, buffers, random streams and sums for the log
-    are put back: the run that follows is bit for bit the run without them. Raises PluginError: the step, or its passes,
-    are called in another way than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies.
-    """
+    are put back: the run that follows is bit for bit the run without them. Raises PluginError: an iteration has other
+    parts than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies."""
     length = shape["seq_length"]
     if (why := left_out(options)) is not None:
         _print(f"none at {length} tokens, since {why}")
-        return train_step(*args, **kwargs)
-    given = inspect.signature(train_step).bind(*args, **kwargs).arguments
+        return passes
     need(given, _GIVEN, "train_step")
-    passes, iterators, model, optimizer, config = (given[name] for name in _GIVEN)
+    iterators, model, optimizer, config = (given[name] for name in _GIVEN)
     first = iter((True,))
 
     def with_preflight(**settings: Any) -> Any:
         if next(first, False):
-            need(settings, ("data_iterator", "seq_length"), "forward_backward_func")
+            need(settings, ("data_iterator", "seq_length"), PASSES)
             longest = {"data_iterator": repeated(iterators, length), **shape}
             room = functools.partial(adams_state, optimizer)
             with leaving_no_trace(options, shape, config), full_length_pass(model, room, length=length, means=_MEANS):
@@ -59,19 +60,16 @@ def before(train_step: TrainStep, shape: Mapping[str, int], options: Any, *args:
             _print(f"an iteration at {length} tokens fits{'' if known else ', the optimizer aside'}{peak(device)}")
         return passes(**settings)
 
-    args, kwargs = with_passes(train_step, args, kwargs, with_preflight)
-    return train_step(*args, **kwargs)
+    return with_preflight
 
 
 def with_passes(
-    train_step: TrainStep, args: tuple[Any, ...], kwargs: dict[str, Any], passes: Callable[..., Any]
+    train_step: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], passes: Passes
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call of ``train_step``, as they were given, with ``passes`` for its forward and backward
-    passes."""
-    name = _GIVEN[0]
-    if name in kwargs:
-        return args, {**kwargs, name: passes}
-    place = list(inspect.signature(train_step).parameters).index(name)
+    """The arguments of a call of ``train_step``, as they were given, with ``passes`` for its own."""
+    if PASSES in kwargs:
+        return args, {**kwargs, PASSES: passes}
+    place = list(train_step.parameters).index(PASSES)
     return (*args[:place], passes, *args[place + 1 :]), kwargs
 
 
@@ -116,11 +114,7 @@ def leaving_no_trace(options: Any, shape: Mapping[str, int], config: Any) -> Ite
     """Megatron-LM at the full ``shape``; its timers, checks of losses and gradients, and sums know nothing of it."""
     machine = importlib.import_module("megatron.core.rerun_state_machine").get_rerun_state_machine()
     quiet = replaced(machine, "validate_result", lambda *args, **kwargs: None)  # it would keep the largest values
-    with contextlib.ExitStack() as stack:
-        for name, value in shape.items():
-            stack.enter_context(replaced(options, name, value))
-        stack.enter_context(replaced(config, "timers", None))
-        stack.enter_context(quiet)
+    with set_to(options, **shape), replaced(config, "timers", None), quiet:
         yield
     # what layers have summed up for the log, in which there was nothing before
     if getattr(options, "num_experts", None):
