@@ -49,7 +49,7 @@ MUTATIONS = {
         f"{_RANKS}/test_pipelined_averaging.py::test_a_batch_waits_for_the_copy_of_the_last_snapshot[1]",
     ),
     "fence, Megatron": Mutation(
-        "megatron_patches/training_loop/loop.py",
+        "megatron_patches/training_loop/core.py",
         "averager.before_step()",
         "pass",
         f"{_RANKS}/test_pretrain_megatron.py::test_a_step_waits_for_the_copy_of_the_last_snapshot",
