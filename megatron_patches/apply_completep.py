@@ -10,10 +10,12 @@ import pkgutil
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.supported import check_model
+from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.core.patch import Change, Patch
 from megatron_patches.completep.build import scaled_builds
@@ -40,6 +42,12 @@ def apply_completep(section: CompletePConfig) -> None:
     patches = _patches(section)
     with all_or_none(patches):
         _applied = section, patches
+
+
+def of_megatron(sections: PluginConfig) -> PluginConfig:
+    """The sections with what ``completep`` is by default in a loop of Megatron's: folded."""
+    section = sections.completep
+    return sections if section is None else replace(sections, completep=section.folded_by_default())
 
 
 def in_force(before: tuple[Any, Sequence[Change]] | None, asked: Any) -> bool:

@@ -14,6 +14,7 @@ from ds_plugin.core.errors import ConfigError, PluginError
 
 #: whose scripts run here -> by which imports they are known
 FRAMEWORKS = {
+    "megatron-bridge": {"megatron.bridge"},
     "megatron": {"megatron"},
     "huggingface": {"transformers", "accelerate", "trl", "lightning", "pytorch_lightning", "axolotl", "llamafactory"},
 }
@@ -89,8 +90,11 @@ def run_script(args: argparse.Namespace) -> int:
 
         return of_huggingface.run(args.script, args.arguments, config=args.config, module=args.module)
     if args.module:
-        raise ConfigError(f"run: -m {args.script}: Megatron-LM's are scripts; give the file")
-    from megatron_patches.training_loop import script
+        raise ConfigError(f"run: -m {args.script}: Megatron's are scripts; give the file")
+    if framework == "megatron-bridge":
+        from megatron_patches.bridge import script
+    else:
+        from megatron_patches.training_loop import script  # type: ignore[no-redef]
 
     return script.run([args.script, *args.arguments, *(["--ds-plugin-config", args.config] if args.config else [])])
 
@@ -103,11 +107,13 @@ def framework_of(path: Path) -> str:
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(f"run: {str(path)!r} cannot be read as a Python script: {error}") from None
     named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
-    packages = {name.partition(".")[0] for name in named}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
     for framework, own in FRAMEWORKS.items():
-        if packages & own:
+        if any(f"{name}.".startswith(f"{package}.") for name in named for package in own):
             return framework
+    packages = {name.partition(".")[0] for name in named}
     said = f"imports no framework whose scripts run here; say --framework {' or '.join(FRAMEWORKS)}"
     if "deepspeed" in packages or "ds_plugin" in packages:
         line = "ds_plugin.initialize(...) in place of deepspeed.initialize(...); then start it with deepspeed"

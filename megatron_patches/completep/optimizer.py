@@ -62,8 +62,22 @@ def build_optimizer(
     build = get_optimizer or _builder(optimizer_config)
     with raise_on_all_ranks():
         overrides = config_overrides(model_chunks, section, optimizer_config)
-    refuse_unused(section, [role for *_, role in _parameters(model_chunks, section)])
+    refuse_unused_in(model_chunks, section)
     optimizer = build(optimizer_config, list(model_chunks), config_overrides=overrides, **arguments)
+    watch_groups(optimizer, model_chunks, section, optimizer_config)
+    return optimizer
+
+
+def refuse_unused_in(model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
+    """`refuse_unused` for chunks. Every rank calls it."""
+    refuse_unused(section, [role for *_, role in _parameters(model_chunks, section)])
+
+
+def watch_groups(
+    optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig, optimizer_config: Any
+) -> None:
+    """`build_optimizer` for one that was built with `config_overrides`: it is checked, now and after each load of a
+    state and before each step, and clips by the mode. Every rank calls it. Raises ConfigError, on every rank."""
     with raise_on_all_ranks():
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
@@ -85,7 +99,6 @@ def build_optimizer(
         if hasattr(optimizer, name):
             setattr(optimizer, name, functools.partial(checked, getattr(optimizer, name)))
     optimizer.step = step
-    return optimizer
 
 
 def _builder(optimizer_config: Any) -> Callable[..., Any]:

@@ -160,13 +160,17 @@ class Core(state.Methods):
                 self._rehearsed = True
                 samples = self.options().micro_batch_size // self._parts
                 shape = {"seq_length": self.lengths.full, "micro_batch_size": samples}
-                stock = preflight.rehearsed(stock, given, shape, self.options())
+                stock = preflight.rehearsed(stock, given, shape, self.options(), self.untraced)
 
         def heard(**settings: Any) -> Any:
             self._losses = stock(**settings)
             return self._losses
 
         return heard
+
+    def untraced(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes that are not the iteration's: what else the loop sums up of one knows nothing of them."""
+        return contextlib.nullcontext()
 
     @property
     def hears(self) -> bool:
@@ -278,7 +282,7 @@ class Core(state.Methods):
 
 
 class Marked:
-    """A writer of TensorBoard's or W&B's that puts ``mark`` behind each name."""
+    """A writer of TensorBoard's, W&B's, MLflow's or Comet's that puts ``mark`` behind each name."""
 
     def __init__(self, writer: Any, mark: str):
         self._writer, self._mark = writer, mark
@@ -288,6 +292,9 @@ class Marked:
 
     def log(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         self._writer.log({name + self._mark: value for name, value in values.items()}, *args, **kwargs)
+
+    def log_metrics(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        self._writer.log_metrics({name + self._mark: value for name, value in values.items()}, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)

@@ -87,10 +87,11 @@ def check_options(sections: PluginConfig, options: Any) -> None:
         for option, why in ((option, why) for why, listed in _REFUSED[name].items() for option in listed.split()):
             value = getattr(options, option, None)
             if value not in (*_FINE.get(option, ()), None, False):
-                given = f"{name}: --{option.replace('_', '-')} {value}"
+                given = f"{name}: {spelled(options, option)} {value}"
                 raise ConfigError(f"{given} does not go together with it: {why}; leave one of the two out")
     if warmup is not None and warmup.mode == "mask" and options.context_parallel_size > 1:
-        what = f"--context-parallel-size {options.context_parallel_size} divides the mask with the samples"
+        given = f"{spelled(options, 'context_parallel_size')} {options.context_parallel_size}"
+        what = f"{given} divides the mask with the samples"
         raise ConfigError(f'sequence_length_warmup.mode: "mask" and {what}; write "truncate" or "carry"')
 
 
@@ -105,6 +106,11 @@ def layout_multiple(options: Any) -> int:
     tensor = options.tensor_model_parallel_size if options.sequence_parallel else 1
     context = options.context_parallel_size
     return math.lcm(tensor * context, 2 * context if context > 1 else 1)
+
+
+def spelled(options: Any, name: str) -> str:
+    """The option as the run's user writes it."""
+    return str(options.spelled(name)) if hasattr(type(options), "spelled") else f"--{name.replace('_', '-')}"
 
 
 @contextlib.contextmanager

@@ -30,13 +30,20 @@ _KEEP = """
 """  # largest logits, losses for the log, traces, what the first pass has shown
 
 
-def rehearsed(passes: Passes, given: Mapping[str, Any], shape: Mapping[str, int], options: Any) -> Passes:
+def rehearsed(
+    passes: Passes,
+    given: Mapping[str, Any],
+    shape: Mapping[str, int],
+    options: Any,
+    untraced: Callable[[], contextlib.AbstractContextManager[None]],
+) -> Passes:
     """``passes``, Megatron's forward and backward passes of an iteration, made once at the full ``shape`` before, on
     the next micro-batch, with room taken for the optimizer's state. ``given``: what the iteration has, the training
     data's iterators, the model's chunks, the optimizer and their config. ``shape``: of the options ``seq_length`` and
-    ``micro_batch_size``, which are others in a short iteration. Gradients, buffers, random streams and sums for the log
-    are put back: the run that follows is bit for bit the run without them. Raises PluginError: an iteration has other
-    parts than in the tested versions; torch.OutOfMemoryError, with a note that names the remedies."""
+    ``micro_batch_size``, which are others in a short iteration. ``untraced``: what else is to be around those passes.
+    Gradients, buffers, random streams and sums for the log are put back: the run that follows is bit for bit the run
+    without them. Raises PluginError: an iteration has other parts than in the tested versions; torch.OutOfMemoryError,
+    with a note that names the remedies."""
     length = shape["seq_length"]
     if (why := left_out(options)) is not None:
         _print(f"none at {length} tokens, since {why}")
@@ -49,9 +56,12 @@ def rehearsed(passes: Passes, given: Mapping[str, Any], shape: Mapping[str, int]
         if next(first, False):
             need(settings, ("data_iterator", "seq_length"), PASSES)
             longest = {"data_iterator": repeated(iterators, length), **shape}
+            if settings.get("decoder_seq_length") is not None:  # Megatron-Bridge says it twice
+                longest["decoder_seq_length"] = length
             room = functools.partial(adams_state, optimizer)
-            with leaving_no_trace(options, shape, config), full_length_pass(model, room, length=length, means=_MEANS):
-                passes(**{**settings, **longest})
+            with untraced(), leaving_no_trace(options, shape, config):
+                with full_length_pass(model, room, length=length, means=_MEANS):
+                    passes(**{**settings, **longest})
             for chunk in model:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()

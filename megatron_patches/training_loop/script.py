@@ -4,7 +4,6 @@ The script is executed as it is. One that may be changed needs ``megatron_patche
 """
 
 import argparse
-import dataclasses
 import importlib
 import logging
 import os
@@ -19,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, say
 from ds_plugin.core.patch import Change, Patch
-from megatron_patches.apply_completep import all_or_none, apply_completep, in_force
+from megatron_patches.apply_completep import all_or_none, apply_completep, in_force, of_megatron
 from megatron_patches.training_loop.loop import TRAINING, Loop
 
 FLAG = "--ds-plugin-config"
@@ -43,12 +42,13 @@ _REMEDY = (
 _installed: tuple[PluginConfig, Sequence[Change]] | None = None
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run a script with its own arguments; the exit code."""
+def run(arguments: Sequence[str], into: Callable[..., object] | None = None) -> int:
+    """Run a script with its own arguments; the exit code. ``into``: the `install` of the loop that it calls, where that
+    is not Megatron-LM's."""
     try:
         script, given, sections, verify = read_arguments(arguments)
         prepare_megatron(script)
-        install(sections, verify=verify)
+        (into or install)(sections, verify=verify)
     except PluginError as error:  # before there are process groups: every rank has found the same
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -83,7 +83,7 @@ def prepare_megatron(script: Path) -> None:
         from megatron_patches.training_loop import cpu
 
         if os.environ.get("RANK", "0") == "0":
-            logging.getLogger("ds_plugin").warning("no GPU: Megatron-LM runs on the CPU, over gloo")
+            logging.getLogger("ds_plugin").warning("no GPU: Megatron runs on the CPU, over gloo")
         cpu.enable()
 
 
@@ -96,8 +96,7 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     global _installed
     if sections == PluginConfig():
         return
-    if sections.completep is not None:
-        sections = dataclasses.replace(sections, completep=sections.completep.folded_by_default())
+    sections = of_megatron(sections)
     if in_force(_installed, sections):
         return
     for module, name in OTHER_LOOPS.items():

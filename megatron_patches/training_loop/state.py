@@ -45,6 +45,10 @@ class Methods:
     spikes: SpikeWatch | None = None
     verify: bool = True  # compare a checkpoint's files with what was saved, before Megatron-LM loads them
 
+    def to_load(self) -> tuple[Path, int, bool] | None:
+        """Where the loop will find which (persistent) iteration, and whether it takes the weights alone."""
+        return to_load(self.options())
+
     @functools.cached_property
     def sealer(self) -> Sealer:
         """For the checkpoints, which all ranks see; there are no ranks before the script has started."""
@@ -115,7 +119,7 @@ def check(loop: Methods, model: Any) -> int | None:
     """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Raises
     CheckpointError, on every rank alike: a run would be resumed from an average, from damaged files or with another
     ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
-    found = from_rank_0(lambda: to_load(loop.options()))
+    found = from_rank_0(loop.to_load)
     if found is None:
         return None
     root, iteration, weights_alone = found
@@ -133,7 +137,7 @@ def check(loop: Methods, model: Any) -> int | None:
 
 
 def to_load(options: Any) -> tuple[Path, int, bool] | None:
-    """Where Megatron-LM will find which (persistent) iteration, and whether it takes the weights alone."""
+    """`Methods.to_load`, in a folder of Megatron-LM's."""
     finetune = options.finetune or getattr(options, "freeze_all_layers", False)
     step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
     root = options.load

@@ -27,6 +27,20 @@ def test_a_megatron_script_is_told_by_its_imports(tmp_path, started, line):
     assert started == [[str(path), "--lr", "1", "--help", "--ds-plugin-config", "methods.json"]]
 
 
+@pytest.mark.parametrize("line", ["import megatron.bridge", "from megatron.bridge.training.pretrain import pretrain"])
+def test_a_script_of_megatron_bridges_is_told_from_megatron_lms(tmp_path, monkeypatch, started, line):
+    from megatron_patches.bridge import script as of_bridge
+
+    given = []
+    monkeypatch.setattr(of_bridge, "run", lambda arguments: given.append(arguments) or 0)
+    path = tmp_path / "train.py"
+    path.write_text(f"import megatron.core\n{line}\nfrom megatron import core\n")
+    assert main(["run", str(path), "--lr", "1"]) == 0
+    assert given == [[str(path), "--lr", "1"]] and not started
+    path.write_text("from megatron import bridge\n")
+    assert framework_of(path) == "megatron-bridge"
+
+
 def test_whose_script_it_is_can_be_said(tmp_path, started):
     path = tmp_path / "train.py"
     path.write_text("from mine import train\n")
@@ -55,7 +69,7 @@ def test_a_hugging_face_script_or_module_is_run_with_its_arguments(tmp_path, mon
         (None, "cannot be read as a Python script: [Errno 2]"),
         ("def", "cannot be read as a Python script: invalid syntax"),
         ("import deepspeed", "ds_plugin.initialize"),
-        ("import torch", "--framework megatron or huggingface"),
+        ("import torch", "--framework megatron-bridge or megatron or huggingface"),
     ],
 )
 def test_what_cannot_be_run_is_one_error(tmp_path, capsys, started, text, said):
