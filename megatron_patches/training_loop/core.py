@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ds_plugin.completep.supported import unwrapped
-from ds_plugin.core.errors import ConfigError, raise_on_all_ranks
+from ds_plugin.core.errors import ConfigError, PluginError, raise_on_all_ranks
 from ds_plugin.core.loss_statistics import Report
 from ds_plugin.core.patch import replaced
 from ds_plugin.weight_averaging import restart
@@ -149,7 +149,7 @@ class Core(state.Methods):
         options, more = self.options(), {}
         if self._parts > 1:  # micro-batches of more, shorter samples, where a step keeps its tokens
             more = {"micro_batch_size": options.micro_batch_size * self._parts}
-        with self._at_length(self._last), set_to(options, **more):
+        with self._at_length(self._last), self.at(**more):
             yield
 
     def passes(self, stock: Stock, given: Mapping[str, Any]) -> Stock:
@@ -163,6 +163,10 @@ class Core(state.Methods):
                 stock = preflight.rehearsed(stock, given, shape, self.options(), self.untraced)
 
         def heard(**settings: Any) -> Any:
+            found = settings.get("seq_length", self._last)
+            if self.lengths is not None and found != self._last:
+                what = f"the loop gives its passes seq_length {found}, and {self._last} was set: it reads another place"
+                raise PluginError(f"sequence_length_warmup: {what}; use a tested version (core 0.16 to 0.20)")
             self._losses = stock(**settings)
             return self._losses
 
@@ -224,7 +228,11 @@ class Core(state.Methods):
         restart.zero_(states)
 
     def _at_length(self, length: float) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.lengths is None else set_to(self.options(), seq_length=length)
+        return contextlib.nullcontext() if self.lengths is None else self.at(seq_length=length)
+
+    def at(self, **values: Any) -> contextlib.AbstractContextManager[None]:
+        """The run's settings have these values in the block."""
+        return set_to(self.options(), **values)
 
     def figures(self) -> dict[str, float]:
         """What the loggers are to have of the iteration that ran last, if anything."""

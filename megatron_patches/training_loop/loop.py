@@ -16,14 +16,17 @@ get_tensorboard_writer, get_wandb_writer
 save_checkpoint              our files first, with ``save_average`` the average's weights, then Megatron-LM's
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_plugin.core.patch import replaced
 from megatron_patches.training_loop import preflight, state
 from megatron_patches.training_loop.core import Core, Marked, Stock
 from megatron_patches.training_loop.options import set_to
@@ -38,10 +41,12 @@ class Loop(Core):
     """The methods are what the loop calls by name."""
 
     _ready: bool = False  # model, optimizer and state are there
+    container: Any = None  # of the settings, which Megatron-LM's newer loops are given beside their arguments
 
     def setup_model_and_optimizer(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         """Raises ConfigError for what a method cannot go with, before the model is built."""
         self.begin()
+        self.container = kwargs.get("cfg_container")
         model, optimizer, scheduler = stock(*args, **kwargs)
         self.take(model, optimizer, scheduler)
         self._ready = True
@@ -61,6 +66,18 @@ class Loop(Core):
             train, valid, test = stock(*args, **kwargs)
         self.over_data(train, valid, test)
         return train, valid, test
+
+    @contextlib.contextmanager
+    def at(self, **values: Any) -> Iterator[None]:
+        """Also in the container's parts, where they say what the arguments do."""
+        parts = [getattr(self.container, name, None) for name in ("model", "train")]
+        with contextlib.ExitStack() as stack:
+            for name, value in values.items():
+                given = getattr(self.options(), name)
+                for part in (part for part in parts if getattr(part, name, None) == given):
+                    stack.enter_context(replaced(part, name, value))
+            stack.enter_context(super().at(**values))
+            yield
 
     def train_step(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:
         with self.step():

@@ -19,12 +19,17 @@ from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, say
 from ds_plugin.core.patch import Change, Patch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force, of_megatron
+from megatron_patches.training_loop.core import Core
 from megatron_patches.training_loop.loop import TRAINING, Loop
 
 FLAG = "--ds-plugin-config"
 NO_VERIFY = "--ds-plugin-no-verify"
 #: what the loop calls by name in its own module
-WRAPPED = tuple(name for name in vars(Loop) if not name.startswith("_"))
+WRAPPED = tuple(
+    name
+    for name, value in vars(Loop).items()
+    if callable(value) and not name.startswith("_") and not hasattr(Core, name)
+)
 #: training loops of their own over megatron-core, each by a module that is there where it runs
 OTHER_LOOPS = {
     "megatron.bridge.training.train": "Megatron-Bridge",
@@ -36,7 +41,8 @@ OTHER_LOOPS = {
 }
 
 _REMEDY = (
-    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training); in any other give "
+    "a file, or all its sections, work in the loop of a Megatron-LM checkout (megatron.training), and by "
+    "megatron_patches.bridge.attach in Megatron-Bridge; in any other give "
     "the completep section alone, megatron_patches.apply(section)"
 )
 _installed: tuple[PluginConfig, Sequence[Change]] | None = None

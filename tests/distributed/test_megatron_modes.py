@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_plugin.sequence_length_warmup.carry import CarryOrder
-from tests.distributed.test_pretrain_megatron import (
+from tests.distributed.megatron_stand_in import (
     ALL_THREE,
     BATCH,
     FULL,

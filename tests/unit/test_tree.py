@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests import lines
-from tests.distributed.test_pretrain_megatron import OPTIONS
+from tests.distributed.megatron_stand_in import OPTIONS
 from tests.harness import RANK_ENV
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,12 @@ import torch
 
 import megatron_patches
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, StateError
+from ds_plugin.core.errors import CheckpointError, ConfigError, DataError, PluginError, StateError
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from megatron_patches.training_loop import script, state
 from megatron_patches.training_loop.batches import Cut, Replay, cut
 from megatron_patches.training_loop.lengths import Lengths
+from megatron_patches.training_loop.loop import Loop
 from megatron_patches.training_loop.options import check_options, iterations_of, layout_multiple
 
 WARMUP = {"enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}}
@@ -42,6 +43,22 @@ def test_a_cut_batch_is_the_first_positions_contiguous():
     ):
         with pytest.raises(DataError, match=words):
             cut(wrong, 4)
+
+
+def test_a_length_is_set_in_thecontainer_too_and_a_loop_that_reads_elsewhere_is_found():
+    args = SimpleNamespace(seq_length=32, micro_batch_size=2, global_batch_size=8)
+    loop = Loop(PluginConfig.from_dict({"sequence_length_warmup": {**WARMUP, "preflight": False}}), lambda: args)
+    section = loop.sections.sequence_length_warmup
+    loop.lengths = Lengths(section, full=32, layout_multiple=1, batch=8)
+    model, train = SimpleNamespace(seq_length=32), SimpleNamespace(micro_batch_size=3)
+    loop.container = SimpleNamespace(model=model, train=train)
+    with loop.step():
+        assert args.seq_length == model.seq_length == 8 and loop.passes(lambda **given: given, {})(seq_length=8)
+        with pytest.raises(PluginError, match="gives its passes seq_length 32, and 8 was set"):
+            loop.passes(lambda **given: given, {})(seq_length=32)
+        with loop.at(micro_batch_size=4):  # the container says another: it is not what the arguments say
+            assert (args.micro_batch_size, train.micro_batch_size) == (4, 3)
+    assert args.seq_length == model.seq_length == 32 and args.micro_batch_size == 2
 
 
 def test_the_batch_that_was_looked_at_is_not_lost():
