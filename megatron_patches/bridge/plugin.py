@@ -29,7 +29,7 @@ _TRAINING = "megatron.bridge.training"
 _DATA = "megatron.bridge.data.loaders.setup_data_iterators"
 _PASSES = f"{_TRAINING}.train.get_forward_backward_func"
 _EVALUATION = f"{_TRAINING}.eval.evaluate_and_print_results"
-_EVENTS = ("on_data_init_start", "on_train_step_start", "on_train_step_end")
+_EVENTS = ("on_train_start", "on_train_step_start", "on_train_step_end")
 # Private names of Bridge's GlobalState, here only: its loggers, on the last rank, and an iteration's floating-point
 # operations, summed up in its forward steps.
 _LOGGERS = ("_tensorboard_logger", "_wandb_logger", "_mlflow_logger", "_comet_logger")
@@ -248,7 +248,7 @@ class Plugin(Core):
 
         return self.evaluated(run, prefix)
 
-    def _on_data_init_start(self, context: Any) -> None:
+    def _on_train_start(self, context: Any) -> None:
         if not self._taken and self.recipe is not None:
             self.recipe.watch(context.optimizer, context.model, context.scheduler)
         self.take_over(context, context.scheduler)

@@ -116,7 +116,7 @@ class Core(state.Methods):
                 for iterator in _each(train):
                     iterator.iterable = self._cut(iterator.iterable, lengths)
                     iterator.iterable.check_first(lengths.full)
-            for iterator in _each(list(evaluated)) if self.averager is not None else []:
+            for iterator in _each(list(evaluated)) if self.sections.weight_averaging is not None else []:
                 iterator.iterable = Replay(iterator.iterable)
                 self._validation.append(iterator.iterable)
 

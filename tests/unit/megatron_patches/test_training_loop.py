@@ -61,6 +61,25 @@ def test_a_length_is_set_in_thecontainer_too_and_a_loop_that_reads_elsewhere_is_
     assert args.seq_length == model.seq_length == 32 and args.micro_batch_size == 2
 
 
+def test_what_context_parallelism_splits_is_cut_before(monkeypatch):
+    """Megatron-core's own split: its ranks together have the prefix, twice as many equal parts as there are ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    options = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False, context_parallel_size=2)
+    config = SequenceLengthWarmupConfig(**{**WARMUP, "multiple_of": 2})
+    lengths = Lengths(config, full=32, layout_multiple=layout_multiple(options), batch=8)
+    assert lengths.schedule.multiple_of == 4
+    whole = {"tokens": torch.arange(64).view(2, 32), "attention_mask": None}
+    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        parts.append(get_batch_on_this_cp_rank(cut(whole, lengths.length))["tokens"])
+    (a, d), (b, c) = (part.chunk(2, dim=1) for part in parts)  # the first and the last part, the two in between
+    assert torch.equal(torch.cat([a, b, c, d], dim=1), whole["tokens"][:, : lengths.length])
+
+
 def test_the_batch_that_was_looked_at_is_not_lost():
     length = 3
     source = Cut(iter([batch(1), batch(2)]), lambda: length)
