@@ -1,7 +1,8 @@
 """What a model that CompleteP has scaled says of itself, by the marks that `megatron_patches.completep` or
 `prepare_decoder` leaves on it: its section, its ratios, the role of each parameter."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ def ratios_of(config: Any, section: CompletePConfig) -> Ratios:
     return section.ratios(config.hidden_size, config.num_hidden_layers)
 
 
-class Prepared(NamedTuple):
+@dataclass(frozen=True, slots=True)  # Megatron-Bridge sets all that it finds in attributes and tuples of a config
+class Prepared:
     """What lies on a prepared TransformerConfig."""
 
     section: CompletePConfig

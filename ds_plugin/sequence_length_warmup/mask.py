@@ -32,7 +32,8 @@ def check_model(module: torch.nn.Module) -> None:
     config: Any = getattr(module, "config", None)
     window = getattr(config, "window_size", None)
     if others:
-        trouble = f"the core attention is {others[0]}, which takes no mask but its causal one; use the local layer spec"
+        what = f"the core attention is {others[0]}, which takes no mask but its causal one"
+        trouble = f'{what}; use the local layer spec, "tokens_per_step": "constant" (samples that are such fragments)'
     elif window:
         trouble = f"the model's window_size is {window}, with which it drops any mask but its own; leave it out"
     elif getattr(config, "masked_softmax_fusion", False) and (config.bf16 or config.fp16):

@@ -171,6 +171,11 @@ def test_a_script_without_a_line_of_ours_is_run_with_the_methods(runs):
     environment = {"PYTHONPATH": f"{runs.folder}:{harness.ROOT}"}
     run = runs("run", script=command, environment=environment)
     assert run.train == runs("all", sections=SECTIONS).train
+    refused = {"script": command, "environment": environment, "dataset.dataloader_type": "batch"}
+    with runs.started("run refused", ranks=2, **refused) as launched:
+        done = launched.wait(300)
+    assert done.returncode != 0 and done.stdout.count("error: sequence_length_warmup: cfg.dataset") == 1
+    assert "Traceback" not in done.stdout
 
 
 REFUSED = {
