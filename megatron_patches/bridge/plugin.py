@@ -188,9 +188,9 @@ class Plugin(Core):
         return super().to_load()
 
     def save_average(self, bridge: Any, folder: Path | str, horizon: int | None = None) -> None:
-        """Write the average as a Hugging Face model, between two iterations or after the run, by ``bridge``, an
-        AutoBridge. Every rank calls it. ``horizon``: which of the averages, in mode ema. Raises StateError as
-        `WeightAverager.read`."""
+        """Write the average as a Hugging Face model by ``bridge``, an AutoBridge, between two iterations or at the end
+        of the training: in a callback, as its process groups go with the run. Every rank calls it. ``horizon``: which
+        of the averages, in mode ema. Raises StateError as `WeightAverager.read`."""
         if self.averager is None:
             raise StateError("megatron_patches.bridge: weight_averaging is off; there is no average to save")
         with self.averager.averaged_weights(horizon):

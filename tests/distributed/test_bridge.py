@@ -107,12 +107,33 @@ def test_all_three_methods_train(runs):
 
 
 @needs_bridge
+def test_tensorboard_has_what_the_methods_say(runs):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = str(runs.folder / "board")
+    run = runs("tensorboard", sections=SECTIONS, **{"logger.tensorboard_dir": folder})
+    events = accumulator.EventAccumulator(folder).Reload()
+
+    def written(name):
+        return [(event.step, round(event.value, 5)) for event in events.Scalars(name)]
+
+    assert written("sequence length") == list(enumerate(run.lengths, 1))
+    last = [loss for (at, _), loss in sorted(run.averaged.items())]
+    assert [value for _, value in written("lm loss validation, averaged")][: len(last)] == pytest.approx(last, abs=2e-5)
+    assert run.train == runs("all", sections=SECTIONS).train
+
+
+@needs_bridge
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS.items())
 def test_layouts_agree(runs, name, layout):
     one, two = runs("all", sections=SECTIONS), runs(name, ranks=2, sections=SECTIONS, **layout)
     assert two.lengths == one.lengths
     for kind in ("train", "valid", "averaged"):
         assert getattr(two, kind) == pytest.approx(getattr(one, kind), abs=1e-5, rel=0), kind
+
+
+@needs_bridge
+def test_a_configuration_with_a_builder_trains_the_same(runs):
+    assert runs("built", sections=SECTIONS, built=True).train == runs("all", sections=SECTIONS).train
 
 
 @needs_bridge
