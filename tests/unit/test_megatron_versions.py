@@ -7,11 +7,16 @@ import pytest
 from tests import megatron_versions
 
 
-def test_a_line_is_added_below_the_others():
-    page = megatron_versions.added("# Versions\n\n| a |\n|---|\n| 1 |\n", ["today", "0.16.2"])
-    assert page.startswith("# Versions\n\n| a |\n|---|\n| 1 |\n\n## Megatron-LM's own script\n")
+def test_a_line_is_added_below_the_others_of_its_table():
+    script, bridge = megatron_versions.TITLE, megatron_versions.BRIDGE
+    page = megatron_versions.added("# Versions\n\n| a |\n|---|\n| 1 |\n", script, ["today", "0.16.2"])
+    assert page.startswith(f"# Versions\n\n| a |\n|---|\n| 1 |\n\n{script}\n")
     assert page.endswith("|---|---|---|---|---|---|---|\n| today | 0.16.2 |\n")
-    assert megatron_versions.added(page, ["later"]) == page + "| later |\n"
+    assert megatron_versions.added(page, script, ["later"]) == page + "| later |\n"
+    both = megatron_versions.added(page, bridge, ["0.6.2"])
+    assert both.startswith(f"{page}\n{bridge}\n") and both.endswith("|---|\n| 0.6.2 |\n")
+    again = megatron_versions.added(both, script, ["later"])
+    assert again == both.replace("| today | 0.16.2 |\n", "| today | 0.16.2 |\n| later |\n")
 
 
 @pytest.mark.slow
