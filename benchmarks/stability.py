@@ -3,11 +3,14 @@ at the plain run's best loss?
 
     python benchmarks/stability.py --out DIR --cache DIR [--workers 2]
 
-First a sweep: plain runs of one seed over learning rates, at the largest batch. Then plain, truncate and carry runs of
-every seed at the plain run's best learning rate, at 4x that rate, and at the lowest rate where the plain run spiked (a
-loss ratio above 1.5; none if none did). Last, of the first seed, all three at the rates beyond, and plain runs of the
-other batches at the rates above the best. All runs train the same number of tokens and have the same learning rate at
-the same trained token; runs that are to be compared train side by side.
+The arms: plain; the modes truncate, carry and mask; and constant, which is truncate with as many tokens in every step.
+The warmup takes as many steps in all of them; a step of mask or constant trains as many tokens as a plain one.
+
+First a sweep: plain runs of one seed over learning rates, at the largest batch. Then all arms with every seed at the
+plain run's best learning rate, at 4x that rate, and at the lowest rate where the plain run spiked (a loss ratio above
+1.5; none if none did). Last, of the first seed, all arms at the rates beyond, and plain runs of the other batches at
+the rates above the best. All runs train the same number of tokens and have the same learning rate at the same trained
+token; runs that are to be compared train side by side.
 
 DIR gets stability.csv (a row per run), curves.csv (evaluations at full length), training_losses.csv (a line per run),
 reached.csv (when each run reached the best loss of the plain run of the best rate, and of its own) and a figure. Runs
@@ -33,11 +36,11 @@ from ds_plugin.core.loss_statistics import LossRatio
 from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import write_records
 
-ARMS = ("plain", "truncate", "carry")
+ARMS = ("plain", "truncate", "carry", "mask", "constant")
 SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
 FACTOR = 4.0  # what warmup should allow: this times the plain run's best learning rate
 EVALUATIONS = 24
-_COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73"}
+_COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73", "mask": "#CC79A7", "constant": "#000000"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class Scale(small_runs.Small):
 
 @dataclass(frozen=True, order=True)
 class Setting(small_runs.Setting):
-    """One run: plain, truncate or carry; ``batch`` in samples, ``lr`` the peak."""
+    """One run: ``arm`` one of `ARMS`, ``batch`` in samples, ``lr`` the peak."""
 
     arm: str
     batch: int
@@ -144,9 +147,11 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
             "enabled": True,
             "start_length": scale.start,
             "end_length": scale.length,
-            # half of the plain run's steps, at half the length on average: about a quarter of the tokens
+            # half of the plain run's steps, at half the length on average: about a quarter of the tokens, and half of
+            # them where a step trains as many as a plain one
             "duration": {"steps": max(1, steps // 2)},
-            "mode": setting.arm,
+            "mode": "truncate" if setting.arm == "constant" else setting.arm,
+            "tokens_per_step": "constant" if setting.arm == "constant" else "by_length",
             "learning_rate": {"by": "tokens"},
             "preflight": False,
         }
@@ -160,7 +165,9 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
     # A truncated step reads as many samples as a plain one, so that half as many steps again are enough for all arms.
     count = 2 * scale.steps(setting.batch) * setting.batch
     samples = small_runs.Samples(scale, text, cache, count=count, seed=setting.seed)
-    batches = plugin.batches(lambda n: samples.batches(setting.batch, n))
+    # mask takes samples as they are: the engine's hook gives attention its fragments
+    whole = functools.partial(samples.batches, setting.batch)
+    batches = whole() if setting.arm == "mask" else plugin.batches(whole)
     ratio = LossRatio()
     place: list[Any] = list(vars(setting).values())
     losses: list[float] = []

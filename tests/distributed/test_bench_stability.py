@@ -44,11 +44,15 @@ def test_all_arms_train_the_same_tokens(workers, tmp_path):
     assert by_arm["truncate"]["steps"] == 12 and by_arm["truncate"]["tokens_read"] == 12 * 128
     assert 1280 <= by_arm["carry"]["tokens_trained"] < 1280 + 128
     assert by_arm["carry"]["tokens_read"] - by_arm["carry"]["tokens_trained"] < 128
+    for arm in ("mask", "constant"):  # steps as large as plain ones, on the same samples: fragments tell them apart
+        assert [by_arm[arm][name] for name in ("steps", "tokens_trained", "tokens_read")] == [10, 1280, 1280]
+        assert losses[arm] != losses["plain"]
+    assert losses["mask"] != losses["constant"]
     for arm, run in by_arm.items():
         assert len(losses[arm]) == run["steps"] and all(map(math.isfinite, losses[arm]))
         assert [tokens for name, tokens in points if name == arm][-1] == run["tokens_trained"]
     assert {time["arm"]: time["gain_tokens"] for time in times}["plain"] == 1.0
-    assert len(lines) == 2 + 3
+    assert len(lines) == 2 + 5
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "stability.csv",
         "curves.csv",
