@@ -21,9 +21,7 @@ bridge_on_cpu.enable()  # before the first import of Bridge
 
 from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider  # noqa: E402
-from megatron.bridge.models.gpt.gpt_builder import GPTModelConfig  # noqa: E402
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec  # noqa: E402
-from megatron.bridge.models.transformer_config import TransformerConfig  # noqa: E402
 from megatron.bridge.training import config as bridge  # noqa: E402
 from megatron.bridge.training.callbacks import Callback, CallbackContext  # noqa: E402
 from megatron.bridge.training.gpt_step import forward_step  # noqa: E402
@@ -90,12 +88,10 @@ def config(
     tp: int = 1,
     pp: int = 1,
     export: str | None = None,
-    built: bool = False,
     **changes: Any,
 ) -> bridge.ConfigContainer:
     """A tiny GPT that is trained for so many iterations, with its checkpoints in ``folder``; a Llama, if it is to be
-    exported. ``built``: of a configuration with a builder, as newer ones are. ``changes`` are fields by dotted name:
-    ``{"checkpoint.save_interval": 5}``."""
+    exported. ``changes`` are fields by dotted name: ``{"checkpoint.save_interval": 5}``."""
     own: dict[str, Any] = {"transformer_layer_spec": local_layer_spec, "seq_length": LENGTH, "vocab_size": VOCABULARY}
     sizes: dict[str, Any] = {
         "transformer_impl": "local",
@@ -110,20 +106,14 @@ def config(
         "cross_entropy_loss_fusion": False,
         "gradient_accumulation_fusion": False,
     }
-    if built:
-        model: Any = GPTModelConfig(transformer=TransformerConfig(**sizes), **own)
-    else:
-        model = GPTModelProvider(**own, **sizes)
+    model: Any = GPTModelProvider(**own, **sizes)
     if export is not None:
         model = llama().to_megatron_provider(load_weights=False)
         off = dict.fromkeys(("persist_layer_norm", "apply_rope_fusion", "bf16", "fp16"), False)
         dtypes = dict.fromkeys(("params_dtype", "pipeline_dtype", "autocast_dtype"), torch.float32)
         for name, value in {**own, **sizes, **off, **dtypes}.items():
             setattr(model, name, value)
-    if built:
-        model.pre_wrap_hooks.append(_initialize)
-    else:
-        model.register_pre_wrap_hook(_initialize)
+    model.register_pre_wrap_hook(_initialize)
     container = bridge.ConfigContainer(
         train=bridge.TrainingConfig(
             train_iters=iterations, global_batch_size=BATCH, micro_batch_size=MICRO_BATCH, manual_gc=False

@@ -1,6 +1,5 @@
 """CompleteP in Megatron-Bridge: on the model's configuration and layer spec, and as overrides of param groups."""
 
-import importlib
 import inspect
 from typing import Any
 
@@ -29,9 +28,7 @@ class Recipe:
 
     def _scaled_spec(self, config: Any, vp_stage: int | None = None) -> Any:
         spec = self._spec
-        if spec is None:  # newer configurations leave it to their builder
-            spec = importlib.import_module("megatron.training.models.gpt").default_layer_spec(config, vp_stage)
-        elif callable(spec):
+        if callable(spec):
             staged = {"vp_stage": vp_stage} if "vp_stage" in inspect.signature(spec).parameters else {}
             spec = spec(config, **staged)
         with prepared(getattr(config, "transformer", config), spec, self.section) as scaled:
