@@ -249,8 +249,8 @@ class Core(state.Methods):
         if self.lengths is None:
             return ""
         said = f" sequence length: {self.lengths.last:5d} | trained tokens: {self.lengths.trained:14d} |"
-        if (report := self.lengths.report) is not None and report.loss_ratio is not None:
-            said += f" loss ratio: {report.loss_ratio:.4f} |"
+        if self.lengths.ratio is not None:
+            said += f" loss ratio: {self.lengths.ratio:.4f} |"
         return said
 
     def evaluated(self, run: Callable[[str], Any], prefix: str) -> Any:

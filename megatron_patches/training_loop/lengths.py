@@ -32,7 +32,7 @@ class Lengths:
         self.order = CarryOrder(**order) if config.mode == "carry" else None
         self.hold = Hold(config)
         self.monitor: StabilityMonitor | None = None
-        self.report: Report | None = None  # the newest
+        self.ratio: float | None = None  # the newest report's loss ratio, for the log
         self._span: TokenSpan | None = None
 
     def watch(self, readings: Readings) -> None:
@@ -89,7 +89,7 @@ class Lengths:
         self._span, self.last = None, length
         report = self.monitor.close_step(length) if self.monitor is not None else None
         if report is not None:
-            self.report = report
+            self.ratio = report.loss_ratio if report.loss_ratio is not None else self.ratio
             self.hold.judge(report, length, self.full)
         self.hold.step(tokens * applied)
         self._span = None  # the report has asked for the length already
@@ -112,7 +112,7 @@ class Lengths:
     def state(self) -> dict[str, Any]:
         """JSON types. It holds a collective: every rank calls it."""
         stability = self.monitor.state() if self.monitor is not None else None
-        counts = {"iterations": self.iterations, "trained": self.trained, "stability": stability}
+        counts = {"iterations": self.iterations, "trained": self.trained, "stability": stability, "ratio": self.ratio}
         order = self.order.state() if self.order is not None else None
         return {**counts, **self.hold.state(), "order": order, **self._fixed()}
 
@@ -130,7 +130,7 @@ class Lengths:
             if saved[name] != value:
                 what = f"the checkpoint was trained with {name} {saved[name]!r}, this run has {value!r}"
                 raise CheckpointError(f"sequence_length_warmup: {what}; give the same section, batch and layout")
-        self.iterations, self.trained = state["iterations"], state["trained"]
+        self.iterations, self.trained, self.ratio = state["iterations"], state["trained"], state["ratio"]
         self.hold.load_state(state)
         if self.order is not None:
             self.order.load_state(state["order"])

@@ -28,7 +28,7 @@ from ds_plugin.weight_averaging.state import files as window_files
 from megatron_patches.completep.layers import forward_multipliers
 from megatron_patches.training_loop.lengths import Lengths
 
-FORMAT = 3
+FORMAT = 4
 AVERAGED = "averaged"  # where averages are saved, for ``--load`` with ``--finetune``
 TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
 _WITHOUT = "%s is missing: its iterations count as iterations at full length, and the averaging window starts empty"

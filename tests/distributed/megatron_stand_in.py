@@ -31,7 +31,7 @@ OPTIONS = {
     "finetune": False, "no_save_optim": None, "save_retain_interval": None, "async_save": False,
     "seed": 1234, "skip_train": False, "overflows": [], "unknown_entries": [], "dropout": 0.0, "fp16": False,
 }  # fmt: skip
-BY_TOKENS = {**WARMUP, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 300}}
+BY_TOKENS = {**WARMUP, "learning_rate": {"by": "tokens"}, "duration": {"tokens": 300}, "report_interval": 3}
 RECIPE = {"enabled": True, "base_width": 8, "base_depth": 1}
 ALL_THREE = {"sequence_length_warmup": BY_TOKENS, "weight_averaging": AVERAGING, "completep": RECIPE}
 LAYOUTS = {

@@ -345,6 +345,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(workers, saved):
         assert again["progress"] == found["progress"][1:] and again["operations"] == found["operations"]
         for (*one, weights), (*two, expected) in zip(again["evaluations"], found["evaluations"][2:], strict=True):
             assert one == two and same(weights, expected) == []
+    lines = [[line for line in run[-1]["printed"] if "consumed samples" in line] for run in (whole, resumed)]
+    assert lines[1] == lines[0][4:] and "loss ratio: " in lines[1][0]  # of the third iteration's report
 
 
 LONGER = {**ALL_THREE, "sequence_length_warmup": {**BY_TOKENS, "duration": {"tokens": 400}}}
@@ -387,7 +389,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(workers, saved, tmp_path):
     refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "and is missing now")
     manifest = folder / "ds_plugin.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "ds_plugin.json has format 1, this version reads 3")
+    refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "ds_plugin.json has format 1, this version reads 4")
     manifest.unlink()
     refused(workers(2).run(run, str(tmp_path), ALL_THREE, load), "a checkpoint of a run without this plugin")
 
