@@ -325,7 +325,7 @@ def write(out: Path, framework: str, part: str) -> None:
     """Put a framework's table into the file, in place of its former one."""
     parts = out.read_text().split("\n## ") if out.exists() else [HEAD]
     rest = [p for p in parts[1:] if not p.startswith(framework + "\n")]
-    joined = [parts[0].rstrip("\n"), *sorted([*(p.rstrip("\n") for p in rest), part.removeprefix("## ").rstrip("\n")])]
+    joined = [HEAD.rstrip("\n"), *sorted([*(p.rstrip("\n") for p in rest), part.removeprefix("## ").rstrip("\n")])]
     text = "\n\n## ".join(joined) + "\n"
     atomic_write(out, lambda path: path.write_text(text) and None)
 
