@@ -22,6 +22,8 @@ from pydantic.fields import FieldInfo
 ROOT = Path(__file__).resolve().parents[2]
 _WHOLE = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _GENERATED = "<!-- Written by docs/hooks/reference.py from the library; change it there. -->\n"
+#: on a phone each row is read as a paragraph (docs/stylesheets/extra.css)
+_STACKED = '<div class="stacked {}" markdown>\n\n'
 
 INTRODUCTION = f"""{_GENERATED}
 # Settings
@@ -143,7 +145,7 @@ def table_of(model: type[pydantic.BaseModel], name: str, level: int = 2) -> Iter
     """The lines of a section: its table, and those of the sections in it."""
     yield f"{'#' * level} `{name}`\n"
     yield f"{inspect.cleandoc(model.__doc__ or '')}\n"
-    yield "| setting | type | default | meaning |\n|---|---|---|---|"
+    yield f"{_STACKED.format('settings')}| setting | type | default | meaning |\n|---|---|---|---|"
     inner = []
     for key, field in model.model_fields.items():
         if not field.description:
@@ -152,7 +154,7 @@ def table_of(model: type[pydantic.BaseModel], name: str, level: int = 2) -> Iter
         kind = type_of(field.annotation, field.metadata)
         yield f"| `{key}` | {kind} | {default_of(field)} | {_cell(field.description)} |"
         inner += [(each, f"{name}.{key}") for each in _models_in(field.annotation)]
-    yield ""
+    yield "\n</div>\n"
     for each, where in inner:
         yield from table_of(each, where, level + 1)
 
@@ -209,13 +211,13 @@ def _default(action: argparse.Action) -> str:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
-    yield "| argument | default | meaning |\n|---|---|---|"
+    yield f"{_STACKED.format('arguments')}| argument | default | meaning |\n|---|---|---|"
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         said = (action.help or "").replace("%(default)s", str(action.default))
         yield f"| {_written(action)} | {_default(action)} | {_cell(said)} |"
-    yield ""
+    yield "\n</div>\n"
 
 
 def command_lines_page() -> str:
