@@ -176,7 +176,7 @@ def check_commands(where: str, text: str, flags: Mapping[str, set[str]], extras:
 
 def _words(line: str) -> list[str]:
     """As bash would, near enough: a comment ends the line, a command in $(...) is of words, too."""
-    lexer = shlex.shlex(line.replace("$(", " ").replace(")", " "), posix=True, punctuation_chars="|&;")
+    lexer = shlex.shlex(line.replace("$(", " ").replace(")", " ; "), posix=True, punctuation_chars="|&;")
     lexer.whitespace_split, lexer.commenters = True, "#"
     try:
         return list(lexer)

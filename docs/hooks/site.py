@@ -23,7 +23,7 @@ _FENCE = re.compile(r"^( *)(```+|~~~+)[^\n]*\n.*?^\1\2[ ]*$", re.DOTALL | re.MUL
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
 #: [text](target), ![text](target "title"), [name]: target
 _LINK = re.compile(r"(\]\()([^)\s]+)((?:\s+\"[^\"]*\")?\))|^(\[[^\]\n]+\]:[ ]+)(\S+)()$", re.MULTILINE)
-_TEST = re.compile(r"^<!-- test: .*-->\n", re.MULTILINE)
+_TEST = re.compile(r"^[ ]*<!-- test: .*-->\n", re.MULTILINE)
 _LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash", ".md": "markdown", ".toml": "toml", ".yml": "yaml"}
 
 

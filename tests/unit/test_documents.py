@@ -167,6 +167,14 @@ def test_every_quoted_message_is_the_librarys():
 # --- links ---
 
 
+def test_how_it_is_built_names_what_is_there():
+    """Files are named from the top, or from within a package."""
+    text = (ROOT / "docs" / "how_it_is_built.md").read_text("utf-8")
+    tops = (ROOT, ROOT / "ds_plugin", ROOT / "megatron_patches")
+    named = re.findall(r"`([\w/]+/(?:\w+\.\w+)?)`", text)
+    assert len(named) > 20 and not [name for name in named if not any((top / name).exists() for top in tops)]
+
+
 def test_links_lead_to_files_of_the_repository():
     """Those of every page, README's and the cards' too, as they work in the repository."""
     broken = []
