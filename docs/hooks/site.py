@@ -1,7 +1,7 @@
 """What mkdocs is told about this repository: a hook of mkdocs.yml.
 
-- A page that begins with ``<!-- include: PATH -->`` is that file: the cards, the recipes, CONTRIBUTING and CHANGELOG
-  stay where the library has them. What follows the line is for readers of the repository, and left out.
+- A page that begins with ``<!-- include: PATH -->`` is that file: README, the cards, the recipes, CONTRIBUTING and
+  CHANGELOG stay where they are. What follows the line is for readers of the repository, and left out.
 - Links are written as they work in the repository. On the site they lead to the page that shows the file; to a file
   outside docs/ that is no page, to a page made of it under ``source/``, or to the repository, if ``repo_url`` is set.
 - Lists may follow a paragraph without an empty line, as on GitHub; ``<!-- test: ... -->`` lines are left out.
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-#: files outside docs/ -> the page that shows them. An included file's page says so itself (`included`)
-ALSO = {"README.md": "index.md"}
 _INCLUDE = re.compile(r"\A<!-- include: (\S+) -->\n")
 _FENCE = re.compile(r"^( *)(```+|~~~+)[^\n]*\n.*?^\1\2[ ]*$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)", re.DOTALL)
@@ -29,7 +27,7 @@ _LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash", ".md": "markdown"
 
 def included(docs: Path) -> dict[str, str]:
     """Repository path of each included file -> the page (a path in docs/) that shows it."""
-    found = dict(ALSO)
+    found = {}
     for page in sorted(docs.rglob("*.md")):
         if head := _INCLUDE.match(page.read_text(encoding="utf-8")):
             found[head[1]] = page.relative_to(docs).as_posix()
