@@ -8,6 +8,7 @@ library today.
 import argparse
 import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -195,9 +196,11 @@ def _written(action: argparse.Action) -> str:
         return f"`{action.metavar or action.dest}`"
     value = ""
     if action.nargs != 0:
-        name = action.metavar or ("|".join(map(str, action.choices)) if action.choices else action.dest.upper())
+        name = action.metavar or (
+            f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper()
+        )
         value = f" {name}"
-    return ", ".join(f"`{flag}{value}`" for flag in action.option_strings).replace("|", "\\|")
+    return ", ".join(f"`{flag}{value}`" for flag in action.option_strings)
 
 
 def _default(action: argparse.Action) -> str:
@@ -215,8 +218,9 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
-        said = (action.help or "").replace("%(default)s", str(action.default))
-        yield f"| {_written(action)} | {_default(action)} | {_cell(said)} |"
+        said, default = (action.help or "").replace("%(default)s", str(action.default)), _default(action)
+        said = re.sub(r" \(default [^)]*\)$", "", said) if default else said  # it has a column
+        yield f"| {_written(action)} | {default} | {_cell(said)} |"
     yield "\n</div>\n"
 
 
