@@ -279,17 +279,13 @@ def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
         axes[0][0].legend(frameon=False)
 
 
-def _numbers(kind: type) -> Any:
-    return lambda text: [kind(part) for part in text.split(",")]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
     parser = small_runs.parser(__doc__, workers=2)
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
-    parser.add_argument("--batches", type=_numbers(int), default=[8, 32], help="samples a step")
-    parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
-    parser.add_argument("--seeds", type=_numbers(int), default=[1, 2, 3])
+    parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32], help="samples a step")
+    parser.add_argument("--rates", type=small_runs.numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= _MALLOC  # for the workers
     one = functools.partial(train, scale=Scale(tokens=args.tokens), cache=args.cache.absolute())
