@@ -41,7 +41,7 @@ from megatron_patches.models.gpt import GPTConfig
 
 ARMS = ("rival", "base", "ours", "no_completep", "no_warmup", "tuned")
 CARRIED = ("base", "ours", "no_completep", "tuned")
-EVALUATIONS = 30
+EVALUATIONS = 20
 LAST, AVERAGE = "last weights", "average"
 NAMES = {
     "rival": "standard, tuned at the target",
@@ -58,9 +58,10 @@ class Scale(small_runs.Small):
     layers: int = 8
     width: int = 128
     heads: int = 4
+    length: int = 128
     base_layers: int = 2
     base_width: int = 64
-    batch: int = 16
+    batch: int = 32
     tokens: int
     start: int = 8
     window: int = 5
