@@ -203,13 +203,9 @@ def draw(looks: Sequence[Look], path: Path) -> None:
         for axis, lr in zip(axes[0], rates, strict=True):
             for weights, window in ((LAST, 0.0), (DECAYED, 0.0), chosen):
                 rows = [row for row in looks if (row.lr, row.weights, row.window) == (lr, weights, window)]
-                by_step = grouped(rows, lambda row: row.step)
-                steps, losses = [step for step, _ in by_step], [[row.loss for row in of] for _, of in by_step]
-                means, colour = [mean(of) for of in losses], _COLOURS[weights]
-                axis.plot(steps, means, color=colour, marker="o", markersize=3)
-                axis.fill_between(steps, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15)
                 name = f"average ({weights}, {window:.0%} of the run)" if window else weights
-                axis.annotate(f" {name}", (steps[0], means[0]), color=colour, fontsize=9)
+                curves = [[(row.step, row.loss) for row in of] for _, of in grouped(rows, lambda row: row.seed)]
+                small_runs.show(axis, name, curves, _COLOURS[weights], marker="o", markersize=3)
             axis.set(title=f"constant rate {lr:g}", xlabel="step")
         axes[0][0].set_ylabel("evaluation loss (nats per byte)")
 

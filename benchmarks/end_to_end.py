@@ -315,19 +315,12 @@ def draw(runs: Sequence[Run], points: Sequence[Point], path: Path) -> None:
         left, right = axes[0]
         for axis, offset in ((left, dict.fromkeys(shown, 0.0)), (right, before)):
             for name, (arm, lr, weights) in shown.items():
-                curves = [p for p in _of(points, arm, lr) if p.weights == weights]
-                by_step = [of for _, of in grouped(curves, lambda p: p.tokens)]
-                by_step = [of for of in by_step if len(of) == max(map(len, by_step))]
-                x = [offset[name] + mean(p.flops for p in of) / whole for of in by_step]
-                losses = [[p.loss for p in of] for of in by_step]
-                style = {"color": _COLOURS[name], "linewidth": 1.8}
-                axis.plot(x, [mean(of) for of in losses], **style)
-                axis.fill_between(
-                    x, [min(of) for of in losses], [max(of) for of in losses], alpha=0.2, color=style["color"]
-                )
-                axis.annotate(
-                    f" {NAMES[name]}", (x[-1], mean(losses[-1])), color=style["color"], fontsize=9, va="center"
-                )
+                chosen = [p for p in _of(points, arm, lr) if p.weights == weights]
+                curves = [
+                    [(round(offset[name] + p.flops / whole, 4), p.loss) for p in of]
+                    for _, of in grouped(chosen, lambda p: p.seed)
+                ]
+                small_runs.show(axis, NAMES[name], curves, _COLOURS[name])
             axis.axhline(target, color="#000000", linewidth=0.8, linestyle=":")
         left.set(xlabel="compute, in trainings of the target", ylabel="evaluation loss (nats per byte)", xlim=(0, 1.6))
         right.set(xlabel="the same with the sweeps counted", xlim=(0, before["rival"] + 7))

@@ -109,6 +109,9 @@ def evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return found
 
 
+Curve = Sequence[tuple[float, float]]
+
+
 def parser(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
     """Of a benchmark that sweeps; ``numbers`` as `common.parser` takes them."""
     made = common.parser(doc, **numbers)
@@ -197,7 +200,15 @@ def grouped(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, l
     return [(found, list(of_it)) for found, of_it in groupby(sorted(rows, key=key), key)]
 
 
-Curve = Sequence[tuple[float, float]]
+def show(axis: Any, name: str, curves: Sequence[Curve], colour: str, **style: Any) -> None:
+    """Draw the seeds' ``curves`` as one, named at its end: their mean where all have a point, and their range."""
+    by_place = grouped([point for curve in curves for point in curve], lambda point: point[0])
+    places = {at: [loss for _, loss in points] for at, points in by_place if len(points) == len(curves)}
+    at, losses = list(places), list(places.values())
+    means = [mean(of) for of in losses]
+    axis.plot(at, means, **{"color": colour, "linewidth": 1.8, **style})
+    axis.fill_between(at, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15, linewidth=0)
+    axis.annotate(f" {name}", (at[-1], means[-1]), color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def reached(curve: Curve, target: float) -> float:

@@ -15,9 +15,9 @@ Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
 
-Embeddings keep their rate at every width in Table 1. Theirs over the matrices' then grows as the width; for vocabularies
-much larger than the width Hayou and Liu (arXiv 2506.15025) derive its square root, which is a rate of m_N^-1/2:
-``embedding_exponent``.
+Embeddings keep their rate at every width in Table 1, so that theirs over the matrices' grows as the width. Where the
+vocabulary is much larger than the width, Hayou and Liu (arXiv 2506.15025) derive that it grows as the width's square
+root, which is a rate of m_N^-1/2: ``embedding_exponent``.
 
 Muon's update of a matrix is s times one whose singular values are about 1, whatever the gradient's size: s =
 sqrt(out / in) (``unit_rms_norm``), sqrt(max(out, in)) (``spectral``; times a constant too, as Moonlight's 0.2) or
