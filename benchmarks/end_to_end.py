@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Sweep, widen, train, write what was found and print the tables."""
     parser = small_runs.parser(__doc__, workers=2)
     parser.add_argument("--tokens", type=int, default=614_400, help="trained tokens of a run")
-    parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-10, -5)])
+    parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -6)])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= _MALLOC  # for the workers
