@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: makes the project's own environment in .venv, or brings it up to date.
+# Sourced by quickstart.sh, test.sh and docs.sh: makes the project's own environment in .venv, or brings it up to date.
 # Leaves two variables: ROOT, the project folder, and PY, the interpreter to use.
 #
 #   PYTHON=python3.12            make .venv with this interpreter
@@ -42,7 +42,7 @@ import hashlib, importlib.util, pathlib, sys
 
 root = pathlib.Path(sys.argv[1])
 files = b"".join((root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-missing = [name for name in ("torch", "deepspeed", "megatron", "pytest", "xdist") if importlib.util.find_spec(name) is None]
+missing = [name for name in ("torch", "deepspeed", "megatron", "pytest", "xdist", "material") if importlib.util.find_spec(name) is None]
 print(hashlib.sha256(files + repr((str(root), sys.version, missing)).encode()).hexdigest())
 PYTHON
 }
@@ -117,7 +117,7 @@ _install() {
     torch="$(sed -n "s/^torch==/torch /p" "$ROOT/constraints.txt")"
     # torch first and alone: the build that pip chooses for this machine then stays.
     _step 2 "Installing $torch" _pip_install torch
-    _step 3 "Installing DeepSpeed, Megatron-core, the plugin and its tests" _pip_install -e "$ROOT[test,monitor,data]"
+    _step 3 "Installing DeepSpeed, Megatron-core, the plugin and its tests" _pip_install -e "$ROOT[test,monitor,data,docs]"
     _wanted >"$_STAMP"
     rm -f "$_LOG"
     exec 9>&-

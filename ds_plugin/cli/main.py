@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ds_plugin.deepspeed_engine import startup
 
     try:
-        args = _parser().parse_args(arguments)
+        args = command_line().parse_args(arguments)
         if args.command != "run":  # whose warnings are the script's
             startup.quiet()
         return args.run(args)
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> Parser:
+def command_line() -> Parser:
+    """Every command and its arguments."""
     from ds_plugin.cli import sweeps
     from ds_plugin.plan import plan
     from ds_plugin.tune import search
@@ -56,7 +57,7 @@ def _parser() -> Parser:
     add("--framework", choices=FRAMEWORKS, help="whose script it is, where its imports do not tell")
     add("--config", metavar="FILE", help="the JSON with the methods' sections")
     add("-m", "--module", action="store_true", help="SCRIPT is a module's name, such as axolotl.cli.train")
-    add("script", metavar="SCRIPT.py")
+    add("script", metavar="SCRIPT.py", help="under torchrun: torchrun ... -m ds_plugin run SCRIPT.py")
     add("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own")
     command("env", show_environment, "versions, accelerator, optional packages, active patches")
     plan.add_arguments(command("plan", plan.command, "what a recipe comes to on so many ranks, before the first step"))

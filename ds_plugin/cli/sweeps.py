@@ -79,8 +79,8 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         add = each.add_argument
         add("--recipes", type=several(_RECIPE), default=("completep", "mup", "standard"), help=", ".join(_RECIPES))
         add("--seeds", type=count, default=3, help="runs of each shape and rate")
-        add("--base-width", type=count, default=64)
-        add("--base-depth", type=count, default=2)
+        add("--base-width", type=count, default=64, help="hidden size of the base model")
+        add("--base-depth", type=count, default=2, help="number of layers of the base model")
         add("--head-dim", type=count, default=16, help="head size of Megatron's GPT; divides the widths")
         add("--alpha", type=positive, default=1.0, help="depth exponent of completep")
         add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")

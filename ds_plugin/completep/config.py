@@ -23,7 +23,7 @@ WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
 class CompletePConfig(SectionConfig):
     """The base model, whose hyperparameters the JSON holds, and the depth exponent."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="whether the method is on")
     base_width: Width = Field(description="hidden size of the model the hyperparameters were tuned on, e.g. 256")
     base_depth: Layers = Field(description="number of layers of the model the hyperparameters were tuned on, e.g. 2")
     base_head_dim: Width | None = Field(

@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", "--deepspeed_config", dest="config", required=True, metavar="FILE", help="a recipe, as in configs/")
     add("--world-size", type=count, required=True, metavar="N", help="ranks, all nodes together")
-    add("--ranks-per-node", type=count, default=8, metavar="N")
+    add("--ranks-per-node", type=count, default=8, metavar="N", help="that share a node's memory (default 8)")
     add("--vocab-size", type=count, metavar="N", help="of a recipe for DeepSpeed: 256 for bytes")
     add("--device", choices=("gpu", "cpu"), default="gpu", help="what the ranks train on (default gpu)")
     add("--link", type=positive, help="of the device: bytes/s to CPU memory")

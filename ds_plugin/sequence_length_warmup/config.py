@@ -30,12 +30,12 @@ _BELONGS = {
 
 
 class Duration(SectionConfig):
-    """How long the warmup lasts: in optimizer steps, in trained tokens, all data-parallel ranks together, or as a share
-    of the run's optimizer steps, which is put into steps (`SequenceLengthWarmupConfig.in_run`) before it is used."""
+    """How long the warmup lasts: one of optimizer steps, trained tokens, and a share of the run, which is put into
+    steps before it is used."""
 
-    steps: Steps | None = Field(None, le=MOST_STEPS)
-    tokens: Tokens | None = None
-    share: float | None = Field(None, gt=0.0, le=1.0)
+    steps: Steps | None = Field(None, le=MOST_STEPS, description="optimizer steps, e.g. 3000")
+    tokens: Tokens | None = Field(None, description="trained tokens of all data-parallel ranks together")
+    share: float | None = Field(None, gt=0.0, le=1.0, description="of the run's optimizer steps, e.g. 0.6")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Duration":
@@ -60,42 +60,62 @@ class Duration(SectionConfig):
 class LearningRate(SectionConfig):
     """What the JSON's learning-rate scheduler follows."""
 
-    by: Literal["steps", "tokens"] = "steps"
+    by: Literal["steps", "tokens"] = Field(
+        "steps", description="what moves the scheduler; tokens: one step of it for every full-length batch's worth"
+    )
 
 
 class Adaptive(SectionConfig):
     """When ``"pacing": "adaptive"`` holds the length."""
 
-    loss_ratio: LossRatio = 1.2  # while a loss exceeds this times the lowest before
-    variance_max: float | None = Field(default=None, gt=0.0, le=1e38)  # while an element of sqrt(v) exceeds it
+    loss_ratio: LossRatio = Field(1.2, description="while a loss exceeds this times the lowest before it")
+    variance_max: float | None = Field(
+        None, gt=0.0, le=1e38, description="while an element of sqrt(v), Adam's second moments, exceeds it"
+    )
 
 
 class SequenceLengthWarmupConfig(SectionConfig):
     """Lengths are in tokens of one sample."""
 
-    enabled: bool = False
-    preset: Literal["skyladder"] | None = None  # settings of a paper, for the fields that are not given: `PRESETS`
-    start_length: Length = 8
+    enabled: bool = Field(False, description="whether the method is on")
+    preset: Literal["skyladder"] | None = Field(
+        None, description="a paper's settings for the fields that are not given; skyladder: arXiv 2503.15450"
+    )
+    start_length: Length = Field(8, description="of the first step: 8 for millions of parameters, 64 for billions")
     end_length: Length = Field(description="the full sample length in tokens, e.g. 1024")
-    schedule: str = "linear"
+    schedule: str = Field(
+        "linear", description="how lengths grow: one of the built-in schedules, or package.module:function of your own"
+    )
     duration: Duration = Field(
         description='{"steps": N}, {"tokens": N} or {"share": S} of the run, until the full length'
     )
-    root_degree: int | None = Field(None, ge=1, le=1000)  # of the root schedule: (t/T) ** (1 / root_degree)
-    lengths: list[Length] | None = Field(None, max_length=1000)  # of the discrete schedule, as [64, 256, 1024]
-    boundaries: list[Tokens] | None = Field(None, max_length=1000)  # the last step (or token) of each but the last
-    multiple_of: Length = 8  # lengths are floored to a multiple of this; 8 suits tensor cores
-    max_distinct_lengths: int | None = Field(None, ge=2, le=1000)  # the most shapes a compiler may see
-    mode: Literal["truncate", "carry", "mask"] = "truncate"
-    tokens_per_step: Literal["by_length", "constant"] = "by_length"  # constant: as many shorter samples as fit
-    interleave: int | None = Field(None, ge=1, le=1000)  # of the carry mode: batches that are open at a time, in memory
-    shifts_labels: bool | None = None  # of the carry mode: the model does it itself; null: as its class's name tells
-    learning_rate: LearningRate = LearningRate()
-    pacing: Literal["schedule", "adaptive"] = "schedule"
-    adaptive: Adaptive | None = None
-    report_interval: Waiting = 20  # steps between two readings of the stability instruments
-    variance: bool = False  # reports read Adam's second moments, too: one pass over them each
-    preflight: bool = True
+    root_degree: int | None = Field(None, ge=1, le=1000, description="schedule root: (t/T) ** (1 / root_degree)")
+    lengths: list[Length] | None = Field(None, max_length=1000, description="schedule discrete: e.g. [64, 256, 1024]")
+    boundaries: list[Tokens] | None = Field(
+        None, max_length=1000, description="schedule discrete: the last step (or token) of each length but the last"
+    )
+    multiple_of: Length = Field(8, description="lengths are floored to a multiple of this; 8 suits tensor cores")
+    max_distinct_lengths: int | None = Field(None, ge=2, le=1000, description="the most shapes that a compiler may see")
+    mode: Literal["truncate", "carry", "mask"] = Field(
+        "truncate", description="what becomes of a sample's rest: discarded, trained later, or hidden from attention"
+    )
+    tokens_per_step: Literal["by_length", "constant"] = Field(
+        "by_length", description="constant: a short step trains all tokens of its samples, cut into shorter ones"
+    )
+    interleave: int | None = Field(
+        None, ge=1, le=1000, description=f"mode carry: batches that are open at a time, in memory; null is {INTERLEAVE}"
+    )
+    shifts_labels: bool | None = Field(
+        None, description="mode carry: whether the model shifts labels itself; null: as its class's name tells"
+    )
+    learning_rate: LearningRate = Field(LearningRate(), description="whether the scheduler follows steps or tokens")
+    pacing: Literal["schedule", "adaptive"] = Field(
+        "schedule", description="adaptive: the length is held while training is not stable"
+    )
+    adaptive: Adaptive | None = Field(None, description="pacing adaptive: when the length is held")
+    report_interval: Waiting = Field(20, description="steps between two readings of losses, lengths and token counts")
+    variance: bool = Field(False, description="reports read Adam's second moments, too: one pass over them each")
+    preflight: bool = Field(True, description="full-length passes before the first short step, to find out-of-memory")
 
     @model_validator(mode="before")
     @classmethod

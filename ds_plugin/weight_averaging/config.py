@@ -30,14 +30,16 @@ class RestartConfig(SectionConfig):
 class WeightAveragingConfig(SectionConfig):
     """Which snapshots are averaged, and how. A step that was skipped, or was not finite, gives none."""
 
-    enabled: bool = False
-    mode: Literal["sliding", "block", "ema"] = "sliding"
+    enabled: bool = Field(False, description="whether the method is on")
+    mode: Literal["sliding", "block", "ema"] = Field(
+        "sliding", description="the last snapshots, the last finished block of them, or exponential averages"
+    )
     window: int = Field(5, ge=1, le=10_000, description="how many snapshots are averaged, e.g. 5")
     interval: Steps = Field(description="optimizer steps between two snapshots, e.g. 10")
     start_step: int = Field(
         0, ge=0, le=10**9, description="no snapshot before it; those that reach into the LR warmup are worse than raw"
     )
-    weights: str | list[Annotated[float, Field(ge=-1e9, le=1e9)]] = Field(
+    weights: str | list[Annotated[float, Field(ge=0, le=1e9)]] = Field(
         "mean", description='"mean", "minus-sqrt", "cosine", "wma", or one number for each snapshot of the window'
     )
     horizons: list[_Horizon] | None = Field(

@@ -125,11 +125,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", help="a Hugging Face tokenizer.json, or the folder of one")
     p.add_argument("--eod", help="the tokenizer's end-of-document token, such as '<|endoftext|>'")
     for flag in ("steps", "tokens", "seed", "eval-interval", "save-interval", "num-layers", "hidden-size"):
-        p.add_argument(f"--{flag}", type=int)
+        p.add_argument(f"--{flag}", type=int, metavar="N", help=_replaced(flag))
     for flag in ("num-attention-heads", "seq-length", "tensor-parallel", "pipeline-parallel", "zero-stage"):
-        p.add_argument(f"--{flag}", type=int)
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"))
+        p.add_argument(f"--{flag}", type=int, metavar="N", help=_replaced(flag))
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="in place of the JSON's bf16 and fp16")
     return p
+
+
+def _replaced(flag: str) -> str:
+    return f"in place of the JSON's {'.'.join(_OVERRIDES[flag.replace('-', '_')])}"
 
 
 def load_settings(args: argparse.Namespace) -> Settings:
