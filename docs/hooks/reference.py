@@ -47,7 +47,7 @@ file, is one line on stderr and exit code 2; Ctrl-C is exit code 130. `ds-plugin
 
 OF_MEGATRON = """`python -m megatron_patches SCRIPT.py ... --ds-plugin-config FILE` runs a script of Megatron-LM's with
 the methods of FILE; so does `ds-plugin run --config FILE SCRIPT.py ...`. The rest of the line is the script's own.
-`--no-verify` leaves out the comparison of a checkpoint's files with what was saved.
+`--ds-plugin-no-verify` leaves out the comparison of a checkpoint's files with what was saved.
 """
 
 OF_PRETRAIN_GPT = """The example application, which `bash launch_scripts/quickstart.sh` starts with the same arguments.
@@ -240,6 +240,16 @@ def command_lines_page() -> str:
     lines += ["## launch_scripts/pretrain_gpt.py\n", OF_PRETRAIN_GPT]
     lines += _arguments(settings.parser())
     return "\n".join(lines).rstrip() + "\n"
+
+
+def flags() -> dict[str, set[str]]:
+    """What may follow each command, ``ds-plugin NAME`` by its name and a script by its path."""
+    from ds_plugin.cli.main import command_line
+    from launch_scripts.gpt import settings
+
+    parsers = {name: parser for name, (parser, _) in _subparsers(command_line()).items()}
+    parsers["launch_scripts/pretrain_gpt.py"] = settings.parser()
+    return {name: {flag for a in parser._actions for flag in a.option_strings} for name, parser in parsers.items()}
 
 
 PAGES = {"docs/reference/settings.md": settings_page, "docs/reference/command_lines.md": command_lines_page}
