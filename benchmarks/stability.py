@@ -255,7 +255,7 @@ def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
     runs = [run for run in sweep.rows[Run] if run.batch == batch]
     points = [p for p in sweep.rows[Point] if (p.batch, p.lr) == (batch, best)]
     floor = min(point.eval_loss for point in points)
-    rates = sorted({run.lr for run in runs})
+    rates, end = sorted({run.lr for run in runs}), min(run.tokens_trained for run in runs) / 1e6
     with figure.panels(path, 1, 2, figsize=(11, 4.2)) as axes:
         left, right = axes[0]
         for number, arm in enumerate(ARMS):
@@ -263,7 +263,7 @@ def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
             curves = [
                 [(p.tokens / 1e6, p.eval_loss) for p in of] for _, of in grouped(of_arm, lambda point: point.seed)
             ]
-            small_runs.show(left, arm, [_regular(curve) for curve in curves], _COLOURS[arm])
+            small_runs.show(left, arm, [_regular(curve, end) for curve in curves], _COLOURS[arm])
             mine = [run for run in runs if run.arm == arm]
             places = [rates.index(run.lr) + 0.14 * (number - 2) for run in mine]
             right.plot(places, [run.max_loss_ratio for run in mine], "o", color=_COLOURS[arm], markersize=5, label=arm)
@@ -279,9 +279,8 @@ def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
         right.legend(frameon=False, fontsize=9)
 
 
-def _regular(curve: Curve, count: int = EVALUATIONS) -> Curve:
-    """The curve at places that all runs share, linear between its points."""
-    end = round(curve[-1][0], 2)
+def _regular(curve: Curve, end: float, count: int = EVALUATIONS) -> Curve:
+    """The curve at places up to ``end`` that all runs share, linear between its points."""
     places = [end * number / count for number in range(1, count + 1)]
     found = []
     for at in places:
