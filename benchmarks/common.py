@@ -6,6 +6,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from ds_plugin.core.files import atomic_write
 from ds_plugin.deepspeed_engine import startup
 from ds_plugin.weight_averaging.state.fragments import Fragment
 
+sys.path.append(str(Path(__file__).parents[1]))  # launch_scripts is not installed
 VOCAB = 256
 Row = dict[str, float]
 Limit = tuple[str, float, float]  # what, its figure, at most

@@ -17,8 +17,9 @@ scan.csv only. Runs that are there are not repeated: use another DIR for other s
 import functools
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -358,37 +359,37 @@ def spike_table(rows: Iterable[Recovery]) -> list[str]:
 
 
 def draw(points: Sequence[Point], plan: Plan, path: Path) -> None:
-    """A panel per regime at its highest learning rate, first seed, and one of the spike."""
+    """A panel per regime at its lowest rate, and one of the spike; seeds as bands."""
     curves, count = curves_of(points), len(plan.regimes) + 1
+    titles = {"constant": "A constant rate: the average is ahead", "cosine": "A rate that decays: nothing to gain"}
 
-    def show(axis: Any, curve: Curve, label: str, **style: Any) -> None:
-        axis.plot(*zip(*curve, strict=True), **{"linewidth": 1.2, "label": label, **style})
+    def of_seeds(average: str, chosen: Callable[[Setting], bool], first: int = 0) -> list[Curve]:
+        found = [curves[setting][average] for setting in sorted(curves) if chosen(setting)]
+        return [[(step, loss) for step, loss in curve if step > first] for curve in found]
 
     with figure.panels(path, 1, count, figsize=(5 * count, 4.2)) as axes:
         *panels, last = axes[0]
         for axis, (name, regime) in zip(panels, plan.regimes.items(), strict=True):
-            setting = max((s for s in curves if s.regime == name and not s.after), key=lambda s: (s.lr, -s.seed))
-            axis.set_title(f"{name}: {regime.batch} samples a step, lr {setting.lr:g}, seed {setting.seed}")
-            for average, curve in curves[setting].items():
-                show(axis, curve, average, color=_COLOURS[average])
-            shown = [loss for curve in curves[setting].values() for step, loss in curve if step > regime.warmup * 2]
-            axis.set_ylim(min(shown) * 0.99, max(shown) * 1.01)
-        runs = {(s.seed, s.after): s for s in curves if s.after}
-        seed = min(runs)[0]
-        for average, curve in curves[runs[seed, "on"]].items():
-            show(last, curve, average, color=_COLOURS[average])
-        for after, line in (("keep", "-"), ("reset", "--")):
-            curve = [(step, loss) for step, loss in curves[runs[seed, after]]["raw"] if step > plan.spike.end]
-            show(last, curve, f"raw, restart, moments: {after}", color=_COLOURS["keep"], linestyle=line)
-        steps = {step for after in AFTER for step, _ in curves[runs[seed, after]]["raw"]}
-        calm = curves[replace(runs[seed, "on"], after="")]["raw"]
-        curve = [(step, loss) for step, loss in calm if step in steps]
-        show(last, curve, "raw, no spike", color="#888888", linewidth=1, linestyle=":")
-        last.set_title(f"spike: {plan.spike.steps} steps of {plan.spike.factor:g} x the rate, lr {plan.spike.lr:g}")
+            lr, first = min(regime.rates), 2 * regime.averages["lawa"]["start_step"]
+            chosen = partial(_is, name, lr, "")
+            for average, said in (("raw", "last weights"), ("swa", "mean of all"), ("lawa", "average")):
+                smoothed = [smooth(curve) for curve in of_seeds(average, chosen, first)]
+                small_runs.show(axis, said, smoothed, _COLOURS[average])
+            axis.set_title(f"{titles[name]} ({lr:g})")
+        spike = plan.spike
+        for after, average, said in (("on", "raw", "goes on"), ("on", "lawa", "average"), ("keep", "raw", "restarts")):
+            chosen = partial(_is, "constant", spike.lr, after)
+            colour = _COLOURS["keep" if after == "keep" else average]
+            small_runs.show(last, said, of_seeds(average, chosen, spike.end if after == "keep" else 0), colour)
+        last.set_title(f"A spike: {spike.steps} steps of {spike.factor:g} times the rate")
         for axis in axes[0]:
             axis.set_xlabel("step")
-            axis.legend(frameon=False, fontsize=8)
+            axis.set_xlim(right=axis.get_xlim()[1] + 0.2 * (axis.get_xlim()[1] - axis.get_xlim()[0]))
         panels[0].set_ylabel("evaluation loss (nats per byte)")
+
+
+def _is(regime: str, lr: float, after: str, setting: Setting) -> bool:
+    return (setting.regime, setting.lr, setting.after) == (regime, lr, after)
 
 
 def settings_of(plan: Plan, seeds: Sequence[int]) -> list[Setting]:

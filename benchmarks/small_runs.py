@@ -4,6 +4,8 @@ One rank in one process, on the CPU; `common.start` makes the process such a one
 """
 
 import argparse
+import datetime
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -17,6 +19,9 @@ import common
 import torch
 
 import ds_plugin
+from ds_plugin.cli import env
+from ds_plugin.core.errors import DataError
+from ds_plugin.core.files import write_text
 from ds_plugin.sweeps import processes
 from ds_plugin.sweeps.records import read_records, write_records
 from launch_scripts.gpt import corpus, data
@@ -34,6 +39,7 @@ class Small:
     width: int = 96
     heads: int = 2
     length: int = 256
+    init_std: float = 0.02
     eval_samples: int
     data: str = corpus.STDLIB
 
@@ -60,12 +66,15 @@ def cosine(steps: int, warmup: int) -> dict[str, Any]:
 def build(config: dict[str, Any], small: Small, seed: int, cache: Path) -> tuple[Any, corpus.Corpus]:
     """The engine that trains by the JSON ``config``, and the text; ``cache`` keeps prepared data."""
     text = corpus.prepare(small.data, tokenizer=None, cache_dir=cache)
+    section = ds_plugin.split_config(config)[1].completep
     model, *_ = common.small_gpt(
-        small.width, small.layers, small.length, head=small.width // small.heads, vocab=text.vocab_size, seed=seed
-    )
+        small.width, small.layers, small.length, head=small.width // small.heads, vocab=text.vocab_size, seed=seed,
+        section=section, init_std=small.init_std,
+    )  # fmt: skip
     rest, optimizer = choose_optimizer(config)
+    groups = decay_groups(model) if section is None else None  # CompleteP makes its own
     engine, *_ = ds_plugin.initialize(
-        model=model, config=rest, optimizer=optimizer, model_parameters=decay_groups(model), mpu=gpt.DeepSpeedMPU()
+        model=model, config=rest, optimizer=optimizer, model_parameters=groups, mpu=gpt.DeepSpeedMPU()
     )
     return engine, text
 
@@ -100,12 +109,20 @@ def evaluate(engine: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     return found
 
 
+Curve = Sequence[tuple[float, float]]
+
+
 def parser(doc: str | None, **numbers: int) -> argparse.ArgumentParser:
     """Of a benchmark that sweeps; ``numbers`` as `common.parser` takes them."""
     made = common.parser(doc, **numbers)
     made.add_argument("--out", type=Path, required=True, help="folder for the tables and the figure")
     made.add_argument("--cache", type=Path, required=True, help="folder of prepared data")
     return made
+
+
+def numbers(kind: type) -> Any:
+    """Of an option: numbers with commas between."""
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 @dataclass(frozen=True, order=True)
@@ -123,17 +140,35 @@ class Sweep:
     """The runs in a folder; trains those that are missing.
 
     ``files``: kinds of rows and their files; a run is there when it has a row of the last kind. ``train``: from a
-    setting to its rows of all kinds. ``workers``: so many processes; 0: this one.
+    setting to its rows of all kinds. ``workers``: so many processes; 0: this one. ``settings``: what all runs share; a
+    folder of others, or of other versions, raises DataError.
     """
 
-    def __init__(self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0):
+    def __init__(
+        self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
         self.out, self.files, self.train_one, self.workers = out, files, train, workers
         out.mkdir(parents=True, exist_ok=True)
+        if settings is not None:
+            self._agree(settings)
         *_, (self._last, last) = files.items()
         there = (out / last).is_file()
         self.rows: dict[type, list[Any]] = {
             kind: read_records(kind, out / name) if there else [] for kind, name in files.items()
         }
+
+    def _agree(self, settings: Mapping[str, Any]) -> None:
+        here = {"settings": json.loads(json.dumps(settings)), "versions": env.versions()}
+        path = self.out / "sweep.json"
+        there = json.loads(path.read_text()) if path.exists() else {} if any(self.out.glob("*.csv")) else here
+        for kind, values in here.items():
+            for name, value in values.items():
+                if (found := there.get(kind, {}).get(name)) != value:
+                    what = f"{self.out}: its runs are of {name} {found!r}, these would be of {value!r}"
+                    raise DataError(f"{what}; give another --out")
+        if not path.exists():
+            write_text(path, json.dumps({"date": datetime.date.today().isoformat(), **here}, indent=1) + "\n")
 
     def train(self, settings: Iterable[Any]) -> None:
         """Train the settings that are missing, in the order given; one line of progress for each."""
@@ -165,7 +200,15 @@ def grouped(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[tuple[Any, l
     return [(found, list(of_it)) for found, of_it in groupby(sorted(rows, key=key), key)]
 
 
-Curve = Sequence[tuple[float, float]]
+def show(axis: Any, name: str, curves: Sequence[Curve], colour: str, **style: Any) -> None:
+    """Draw the seeds' ``curves`` as one, named at its end: their mean where all have a point, and their range."""
+    by_place = grouped([point for curve in curves for point in curve], lambda point: point[0])
+    places = {at: [loss for _, loss in points] for at, points in by_place if len(points) == len(curves)}
+    at, losses = list(places), list(places.values())
+    means = [mean(of) for of in losses]
+    axis.plot(at, means, **{"color": colour, "linewidth": 1.8, **style})
+    axis.fill_between(at, list(map(min, losses)), list(map(max, losses)), color=colour, alpha=0.15, linewidth=0)
+    axis.annotate(f" {name}", (at[-1], means[-1]), color=colour, fontsize=9, va="center", annotation_clip=False)
 
 
 def reached(curve: Curve, target: float) -> float:

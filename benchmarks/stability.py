@@ -22,14 +22,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import small_runs
-from small_runs import Sweep, grouped
+from small_runs import Curve, Sweep, grouped
 
 import ds_plugin
 from ds_plugin.core.loss_statistics import LossRatio
@@ -250,46 +250,55 @@ def table(runs: Iterable[Run], times: Iterable[Reached]) -> list[str]:
     return small_runs.table(heads.split(" | "), runs, lambda r: (r.batch, r.lr, ARMS.index(r.arm)), cells_of)
 
 
-def draw(sweep: Sweep, batch: int, rates: Sequence[float], path: Path) -> None:
-    """A column per learning rate: training loss of the first seed; evaluation loss against tokens and CPU time."""
-    everything = [p for p in sweep.rows[Point] if p.batch == batch and p.lr in rates and math.isfinite(p.eval_loss)]
-    floor = min(point.eval_loss for point in everything)
-    seeds = sorted({point.seed for point in everything})
-    losses = {row.setting: row.values for row in sweep.rows[Losses]}
-    with figure.panels(path, 3, len(rates), figsize=(4.4 * len(rates), 9), sharey="row") as axes:
-        for (top, middle, bottom), lr in zip(axes.T, rates, strict=True):
-            top.set_title(f"{batch} samples a step, lr {lr:g}", fontsize=11)
-            for arm in ARMS:
-                setting = Setting(arm, batch, lr, seeds[0])
-                if setting in losses:
-                    top.plot(losses[setting], color=_COLOURS[arm], linewidth=0.8, label=arm)
-                for seed in seeds:
-                    curve = [p for p in everything if (p.arm, p.lr, p.seed) == (arm, lr, seed)]
-                    style = {"color": _COLOURS[arm], "linewidth": 1.2, "alpha": 0.8}
-                    losses_of = [p.eval_loss for p in curve]
-                    middle.plot([p.tokens / 1e6 for p in curve], losses_of, **style)
-                    bottom.plot([p.cpu_seconds for p in curve], losses_of, **style)
-            top.set_xlabel("step")
-            middle.set_xlabel("trained tokens (M)")
-            bottom.set_xlabel("CPU seconds of training")
-        for axis in axes[1:, 0]:
-            axis.set_ylim(floor * 0.98, floor * 1.5)
-            axis.set_ylabel("evaluation loss (nats per byte)")
-        axes[0][0].set_ylabel(f"training loss, seed {seeds[0]}")
-        axes[0][0].legend(frameon=False)
+def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
+    """Evaluation loss against tokens at the plain run's best rate, seeds as bands; every run's largest loss ratio."""
+    runs = [run for run in sweep.rows[Run] if run.batch == batch]
+    points = [p for p in sweep.rows[Point] if (p.batch, p.lr) == (batch, best)]
+    floor = min(point.eval_loss for point in points)
+    rates, end = sorted({run.lr for run in runs}), min(run.tokens_trained for run in runs) / 1e6
+    with figure.panels(path, 1, 2, figsize=(11, 4.2)) as axes:
+        left, right = axes[0]
+        for number, arm in enumerate(ARMS):
+            of_arm = [point for point in points if point.arm == arm]
+            curves = [
+                [(p.tokens / 1e6, p.eval_loss) for p in of] for _, of in grouped(of_arm, lambda point: point.seed)
+            ]
+            small_runs.show(left, arm, [_regular(curve, end) for curve in curves], _COLOURS[arm])
+            mine = [run for run in runs if run.arm == arm]
+            places = [rates.index(run.lr) + 0.14 * (number - 2) for run in mine]
+            right.plot(places, [run.max_loss_ratio for run in mine], "o", color=_COLOURS[arm], markersize=5, label=arm)
+        left.set(
+            xlabel="trained tokens (M)", ylabel="evaluation loss (nats per byte)", ylim=(floor * 0.98, floor * 1.4)
+        )
+        left.set_xlim(0, left.get_xlim()[1] * 1.15)
+        left.set_title(f"At plain's best rate, {best:g}: fewer tokens to the same loss")
+        right.axhline(SPIKE, color="#000000", linewidth=0.8, linestyle=":")
+        right.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        right.set(xlabel="learning rate", ylabel="largest loss ratio of a run")
+        right.set_title(f"Above it: which runs spike (a ratio above {SPIKE:g})")
+        right.legend(frameon=False, fontsize=9)
 
 
-def _numbers(kind: type) -> Any:
-    return lambda text: [kind(part) for part in text.split(",")]
+def _regular(curve: Curve, end: float, count: int = EVALUATIONS) -> Curve:
+    """The curve at places up to ``end`` that all runs share, linear between its points."""
+    places = [end * number / count for number in range(1, count + 1)]
+    found = []
+    for at in places:
+        before = max((point for point in curve if point[0] <= at), default=None)
+        after = min((point for point in curve if point[0] >= at), default=None)
+        if before is not None and after is not None:
+            share = 0.0 if after[0] == before[0] else (at - before[0]) / (after[0] - before[0])
+            found.append((at, before[1] + share * (after[1] - before[1])))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
     parser = small_runs.parser(__doc__, workers=2)
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
-    parser.add_argument("--batches", type=_numbers(int), default=[8, 32], help="samples a step")
-    parser.add_argument("--rates", type=_numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
-    parser.add_argument("--seeds", type=_numbers(int), default=[1, 2, 3])
+    parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32], help="samples a step")
+    parser.add_argument("--rates", type=small_runs.numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= _MALLOC  # for the workers
     one = functools.partial(train, scale=Scale(tokens=args.tokens), cache=args.cache.absolute())
@@ -309,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     times = reached([point for point in points if point.batch == batch], best)
     same = [t for lr in rates if lr != best for t in reached(points, lr) if (t.batch, t.lr) == (batch, lr)]
     write_records(Reached, [*times, *same], args.out / "reached.csv")
-    draw(sweep, batch, rates, args.out / "stability.png")
+    draw(sweep, batch, best, args.out / "stability.png")
     print("\n".join(table(sweep.rows[Run], times)))
     for row in same:
         if row.arm != "plain":

@@ -24,6 +24,7 @@ _LATENT = checked(
     lambda ranks: len(ranks) == 2 and 0 <= min(ranks) <= max(ranks) <= 2**16 and ranks[1] > 0,
     "Q:KV like 24:32, or without a rank of queries 0:32",
 )
+_SECTION = checked(json.loads, lambda found: isinstance(found, dict), "a JSON object, settings of completep")
 _RATIO = checked(ratio_of, bool, "a number above 0 like 2 or 4/3")
 
 
@@ -83,6 +84,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         add("--head-dim", type=count, default=16, help="head size of Megatron's GPT; divides the widths")
         add("--alpha", type=positive, default=1.0, help="depth exponent of completep")
         add("--init-std", type=positive, help="the base model's, before it is scaled; by default the model's own")
+        add("--section", type=_SECTION, default={}, help='settings for every run, as {"output_multiplier": 2}')
         add("--shared", type=_RATIO, help="hidden size of experts that every token goes through, over the width")
         add("--moe", choices=("fixed_sparsity", "mue"), help="the rule for experts that are not the base's")
         add("--latent", type=_LATENT, help="ranks Q:KV of latent attention in Megatron's GPT; Q 0: queries have none")
@@ -167,7 +169,13 @@ def _start(
     refuses shapes that cannot be, starts the framework, makes the output folder."""
     from ds_plugin.sweeps import trial
 
-    given = {"head_dim": args.head_dim, "alpha": args.alpha, "init_std": args.init_std, **changes}
+    given = {
+        "head_dim": args.head_dim,
+        "alpha": args.alpha,
+        "init_std": args.init_std,
+        "section": args.section,
+        **changes,
+    }
     base, builder = trial.Base(args.base_width, args.base_depth, **given), _builder(args, mixture)
     named = [(width, depth, "" if own in (None, mixture) else str(own)) for width, depth, own in sizes]
     if mixture is None and any(experts for *_, experts in named):
@@ -201,7 +209,8 @@ def _known(kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, A
     from ds_plugin.sweeps.records import read_records
 
     kept = path.with_suffix(".json")
-    text = json.dumps({**builder.described(), **dataclasses.asdict(base), **settings}, indent=1, default=str)
+    of_base = {name: value for name, value in dataclasses.asdict(base).items() if name != "section" or value}
+    text = json.dumps({**builder.described(), **of_base, **settings}, indent=1, default=str)
     if (known := kept.exists()) and kept.read_text() != text:
         raise ConfigError(f"--out: {kept} is of a sweep with other settings; give another folder")
     write_text(kept, text)

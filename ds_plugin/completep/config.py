@@ -76,6 +76,9 @@ class CompletePConfig(SectionConfig):
     weight_decay_exponent: float = Field(
         1.0, ge=0.0, le=2.0, description="weight decay of matrices grows by width^this; 1 keeps lr x weight decay"
     )
+    embedding_lr_exponent: float = Field(
+        0.0, ge=0.0, le=1.0, description="embeddings' learning rate falls by width^this; 0.5 for large vocabularies"
+    )
     embedding_multiplier: Ratio = Field(1.0, description="what embeddings are multiplied by, in the base model too")
     output_multiplier: Ratio = Field(1.0, description="what logits are multiplied by, in the base model too")
     lr_multipliers: dict[str, Ratio] = Field(
@@ -113,7 +116,8 @@ class CompletePConfig(SectionConfig):
         given = (self.alpha, self.batch_ratio, self.token_ratio)
         return Ratios(
             m_N, m_L, *given, dims=dims or {}, experts=experts or Experts(), decay_exponent=self.weight_decay_exponent,
-            embedding=self.embedding_multiplier, output=self.output_multiplier,
+            embedding_exponent=self.embedding_lr_exponent, embedding=self.embedding_multiplier,
+            output=self.output_multiplier,
         )  # fmt: skip
 
     def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:

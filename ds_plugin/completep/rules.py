@@ -15,6 +15,10 @@ Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
 
+Embeddings keep their rate at every width in Table 1, so that theirs over the matrices' grows as the width. Where the
+vocabulary is much larger than the width, Hayou and Liu (arXiv 2506.15025) derive that it grows as the width's square
+root, which is a rate of m_N^-1/2: ``embedding_exponent``.
+
 Muon's update of a matrix is s times one whose singular values are about 1, whatever the gradient's size: s =
 sqrt(out / in) (``unit_rms_norm``), sqrt(max(out, in)) (``spectral``; times a constant too, as Moonlight's 0.2) or
 sqrt(max(1, out / in)) (``shape_scaling``, DeepSpeed's). In line with inputs of order 1 it changes outputs by lr s
@@ -153,9 +157,10 @@ class Ratios:
     m_D: float = 1.0  # ratio of training tokens; completed_p only
     dims: Mapping[str, float] = field(default_factory=dict)  # of dimensions that are not in proportion to the width
     experts: Experts = Experts()
-    #: what a user has set for every size: the exponent of a matrix's weight decay in m_in, and what the embeddings'
-    #: and the output layer's results are multiplied by
+    #: what a user has set for every size: the exponents of a matrix's weight decay in m_in and of the embeddings' rate
+    #: in 1 / m_N, and what the embeddings' and the output layer's results are multiplied by
     decay_exponent: float = 1.0
+    embedding_exponent: float = 0.0
     embedding: float = 1.0
     output: float = 1.0
     muon: Muon = Muon()
@@ -250,7 +255,8 @@ def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
     other_eps = block_eps if eps_scope == "all" else 1.0
     match role:  # init_std, lr, weight_decay, eps
         case Role.EMBEDDING | Role.SCALED_EMBEDDING:
-            return Multipliers(1, 1, 1, 1 / m_N if eps_scope == "embedding" else other_eps)
+            eps = 1 / m_N if eps_scope == "embedding" else other_eps
+            return Multipliers(1, m_N**-ratios.embedding_exponent, 1, eps)
         case Role.UNEMBEDDING:
             return Multipliers(1, 1, 1, other_eps)
         case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:

@@ -61,16 +61,16 @@ class LearningRate(SectionConfig):
     """What the JSON's learning-rate scheduler follows."""
 
     by: Literal["steps", "tokens"] = Field(
-        "steps", description="what moves the scheduler; tokens: one step of it for every full-length batch's worth"
+        default="steps", description="what moves the scheduler; tokens: one step of it for each full-length batch"
     )
 
 
 class Adaptive(SectionConfig):
     """When ``"pacing": "adaptive"`` holds the length."""
 
-    loss_ratio: LossRatio = Field(1.2, description="while a loss exceeds this times the lowest before it")
+    loss_ratio: LossRatio = Field(default=1.2, description="while a loss exceeds this times the lowest before it")
     variance_max: float | None = Field(
-        None, gt=0.0, le=1e38, description="while an element of sqrt(v), Adam's second moments, exceeds it"
+        default=None, gt=0.0, le=1e38, description="while an element of sqrt(v), Adam's second moments, exceeds it"
     )
 
 

@@ -1,6 +1,7 @@
 """A figure of a sweep: panels side by side, in a file that is whole or not there."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def panels(path: Path, rows: int, columns: int, *, title: str | None = None, **s
         if title is not None:
             figure.suptitle(title)
         figure.tight_layout()
+        for axis in axes.flat:
+            _part(axis)
         atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=150))
     finally:
         pyplot.close(figure)
+
+
+def _part(axis: Any) -> None:
+    """Move names that are written at the ends of curves apart, upwards from the lowest."""
+    low, high = axis.get_ylim()
+    gap = 0.045 * (high - low)
+    names = sorted((text for text in axis.texts if low <= text.xy[1] <= high), key=lambda text: text.xy[1])
+    for below, above in itertools.pairwise(names):
+        above.set_y(max(above.get_position()[1], below.get_position()[1] + gap))

@@ -9,6 +9,7 @@ import torch
 from ds_plugin.completep import rules
 from ds_plugin.completep.config import WITHOUT_EFFECT, CompletePConfig
 from ds_plugin.completep.rules import Recipe
+from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sweeps.text import Text, modules
 
@@ -31,6 +32,7 @@ class Base:
     batch: int = 8
     length: int = 64
     vocab: int = 256  # bytes
+    section: dict[str, Any] = field(default_factory=dict)  # settings of ``completep`` that every run has
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ def section_of(shape: Shape, base: Base, base_head_dim: int | None, **more: Any)
     """The recipe of a run; ``more``: settings of the section. Raises ConfigError: the base model's sizes do not fit."""
     bases = {"base_width": base.width, "base_depth": base.depth, "alpha": base.alpha, "base_head_dim": base_head_dim}
     kept = {name: value for name, value in bases.items() if name not in WITHOUT_EFFECT[shape.recipe]}
-    return parse_section(CompletePConfig, "completep", {"enabled": True, "recipe": shape.recipe, **kept, **more})
+    given = {"enabled": True, "recipe": shape.recipe, **kept, **more}
+    if twice := sorted(given.keys() & base.section.keys()):
+        raise ConfigError(f"--section: {twice[0]} is the sweep's own; leave it out, or use its option")
+    return parse_section(CompletePConfig, "completep", {**given, **base.section})
 
 
 class Trial(NamedTuple):

@@ -23,7 +23,7 @@ def _sweep(out, text, cache):
     assert again.rows == sweep.rows
     runs, points = again.rows[bench.Run], again.rows[bench.Point]
     times = bench.reached(points, 1e-2)
-    bench.draw(again, 4, [1e-2], Path(out) / "figure.png")
+    bench.draw(again, 4, 1e-2, Path(out) / "figure.png")
     losses = {row.arm: row.values for row in again.rows[bench.Losses]}
     at = [(point.arm, point.tokens) for point in points]
     return [vars(run) for run in runs], at, losses, [vars(t) for t in times], bench.table(runs, times)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 
 import pytest
@@ -66,9 +67,9 @@ def test_records_read_back_equal(tmp_path):
             read_records(Run, tmp_path / "runs.csv")
 
 
-def _sweep(out, exponents):
+def _sweep(out, exponents, *more):
     arguments = ["lr-transfer", "--shapes", "32x1,32x2", f"--exponents={exponents}", "--recipes", "completep"]
-    arguments += ["--seeds", "1"]
+    arguments += ["--seeds", "1", *more]
     small = ["--steps", "20", "--batch", "4", "--length", "16", "--base-width", "32", "--base-depth", "1", "--out", out]
     return main(arguments + small + ["--data", __file__])
 
@@ -89,6 +90,38 @@ def test_a_second_start_goes_on(workers, tmp_path):
     # a narrower grid later does not lose what is there
     assert workers(1).run(_sweep, str(tmp_path), "-5") == [0]
     assert read_records(Run, path) == second
+
+
+def test_settings_for_every_run(workers, tmp_path):
+    """A multiplier of one changes nothing, half a role's rate does; a folder of other settings is not gone on with."""
+    one, other = '{"output_multiplier": 1}', '{"lr_multipliers": {"unembedding": 0.5}}'
+    for name, section in (("plain", "{}"), ("same", one), ("other", other)):
+        assert workers(1).run(_sweep, str(tmp_path / name), "-6", "--section", section) == [0]
+    losses = {
+        n: [r.loss for r in read_records(Run, tmp_path / n / "lr_transfer.csv")] for n in ("plain", "same", "other")
+    }
+    assert losses["plain"] == losses["same"] and all(
+        a != b for a, b in zip(losses["plain"], losses["other"], strict=True)
+    )
+    plain, kept = (json.loads((tmp_path / n / "lr_transfer.json").read_text()) for n in ("plain", "other"))
+    assert kept == {**plain, "section": json.loads(other)} and "section" not in plain
+    assert workers(1).run(_sweep, str(tmp_path / "plain"), "-6", "--section", other) == [2]
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("[1]", "--section: [1] is not a JSON object, settings of completep"),
+        ("{no}", "--section: {no} is not a JSON object, settings of completep"),
+        ('{"alpha": 0.5}', "--section: alpha is the sweep's own; leave it out, or use its option"),
+        ('{"output_multipliers": 2}', "completep.output_multipliers: unknown key (value 2)"),
+        ('{"lr_multipliers": {"outputs": 2}}', "completep.lr_multipliers: 'outputs' is no role"),
+    ],
+)
+def test_a_section_that_cannot_be(tmp_path, capsys, section, said):
+    assert _sweep(str(tmp_path / "out"), "-6", "--section", section) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 MIXTURE = Mixture.of("3:2")

@@ -103,6 +103,7 @@ SETTINGS = {
     "output_multiplier": 0.5,
     "lr_multipliers": {"mlp_down": 0.5, "embedding": 2.0, "hidden": 0.25},
     "weight_decay_exponent": 0.5,
+    "embedding_lr_exponent": 0.5,
     "eps_scope": "embedding",
 }
 

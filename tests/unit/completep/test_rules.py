@@ -394,6 +394,7 @@ def test_what_a_user_sets_beside_the_recipe():
     given = {"base_width": 16, "base_depth": 2, "lr_multipliers": {"hidden": 0.5, "mlp_down": 3.0, "qk_norm": 7.0}}
     given |= {
         "weight_decay_exponent": 0.5,
+        "embedding_lr_exponent": 0.5,
         "eps_scope": "embedding",
         "embedding_multiplier": 8.0,
         "output_multiplier": 3.0,
@@ -403,6 +404,7 @@ def test_what_a_user_sets_beside_the_recipe():
     rates = {role: forward.multipliers(role, ratios).lr for role in Role}
     assert [rates[r] for r in (Role.QKV, Role.BRANCH_OUT, Role.MLP_DOWN, Role.ROUTER)] == [1 / 8, 1 / 8, 3 / 4, 1 / 4]
     assert [rates[r] for r in (Role.BLOCK_NORM, Role.QK_NORM)] == [1, 7]
+    assert [rates[r] for r in (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.UNEMBEDDING)] == [1 / 2, 1 / 2, 1]
     assert forward.multipliers(Role.HIDDEN, ratios).weight_decay == 2
     assert (
         forward.multipliers(Role.EMBEDDING, ratios).eps == 1 / 4
