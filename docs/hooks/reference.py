@@ -98,8 +98,8 @@ def _flat(metadata: list[Any]) -> Iterator[Any]:
 
 
 def _bounds(metadata: list[Any]) -> str:
-    low: list[tuple[float, str]] = []
-    high: list[tuple[float, str]] = []
+    low: list[tuple[Any, str]] = []
+    high: list[tuple[Any, str]] = []
     for each in _flat(metadata):
         if isinstance(each, annotated_types.Ge):
             low.append((each.ge, f"{_number(each.ge)}"))

@@ -106,7 +106,7 @@ def source_text(path: str) -> str:
 def linked(docs: Path) -> list[str]:
     """Files and folders outside docs/ that pages link to, with the files of the folders. Raises ValueError: a link
     leads to nothing."""
-    pages, found = included(docs), {}
+    pages, found = included(docs), dict[str, None]()
     for page in sorted(docs.rglob("*.md")):
         text, source = page_text(page.relative_to(docs).as_posix(), docs)
         for target in links_of(text):
