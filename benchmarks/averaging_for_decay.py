@@ -14,6 +14,7 @@ looks.csv (a row per look and weights), sweep.json and a figure. Runs that are t
 import copy
 import functools
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -217,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[4e-3, 8e-3])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
+    os.environ |= small_runs.MALLOC  # for the workers
     scale = Scale(steps=args.steps)
     one = functools.partial(train, scale=scale, cache=args.cache.absolute())
     sweep = Sweep(args.out, {Look: "looks.csv"}, one, args.workers, settings=vars(scale))

@@ -34,6 +34,7 @@ import small_runs
 from small_runs import Curve, Sweep, grouped
 
 import ds_plugin
+from ds_plugin.core.loss_statistics import LossRatio
 from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import write_records
 from launch_scripts.gpt.flops import Flops
@@ -148,7 +149,6 @@ class Factor:
 
 
 FILES: dict[type, str] = {Point: "curves.csv", Run: "runs.csv"}
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}  # see stability.py
 
 
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
     points: list[Point] = []
     steps = trained = 0
     spent = cpu = 0.0
-    lowest, ratio = math.inf, 0.0
+    ratio = LossRatio()
     mark, loss = scale.tokens / EVALUATIONS, math.nan
     engine.train()
     while trained < scale.tokens and (not steps or math.isfinite(loss)):
@@ -197,7 +197,7 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
         steps, before = steps + 1, trained
         trained += batch["tokens"].numel()
         spent += batch["tokens"].numel() * flops.per_token(batch["tokens"].shape[1])
-        lowest, ratio = min(lowest, loss), max(ratio, loss / min(lowest, loss))
+        ratio.feed(loss)
         if trained // mark > before // mark or trained >= scale.tokens:
             at: list[Any] = [steps, trained, spent, round(cpu, 3)]
             points.append(Point(*place, LAST, *at, round(small_runs.evaluate(engine, samples.evaluation), 5)))
@@ -207,7 +207,8 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
                 points.append(Point(*place, AVERAGE, *at, round(averaged, 5)))
     ends = {point.weights: point.loss if math.isfinite(loss) else math.inf for point in points}
     last = ends.get(LAST, math.inf)
-    figures: list[Any] = [steps, trained, spent, round(cpu, 2), last, ends.get(AVERAGE, last), round(ratio, 3)]
+    losses = last, ends.get(AVERAGE, last)
+    figures: list[Any] = [steps, trained, spent, round(cpu, 2), *losses, round(ratio.highest or 1.0, 3)]
     return [*points, Run(*place, *figures)]
 
 
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -6)])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
-    os.environ |= _MALLOC  # for the workers
+    os.environ |= small_runs.MALLOC  # for the workers
     scale = Scale(tokens=args.tokens)
     one = functools.partial(train, scale=scale, cache=args.cache.absolute())
     sweep = Sweep(args.out, FILES, one, args.workers, settings=vars(scale))

@@ -29,6 +29,9 @@ from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
 from megatron_patches.models import gpt
 
 _EVALUATED_AT_ONCE = 16
+# glibc gives large blocks back to the kernel at once, which was up to a third of a full-length step's time and next to
+# nothing of a short one's: left alone, it would flatter the warmup.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,9 +133,6 @@ class Reached(Setting):
 #: the files of a folder
 FILES: dict[type, str] = {Point: "curves.csv", Losses: "training_losses.csv", Run: "stability.csv"}
 _SECONDS = ("cpu_seconds", "wall_seconds")
-# glibc gives large blocks back to the kernel at once, which was up to a third of a full-length step's time and next to
-# nothing of a short one's: left alone, it would flatter the warmup.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
@@ -300,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
-    os.environ |= _MALLOC  # for the workers
+    os.environ |= small_runs.MALLOC  # for the workers
     one = functools.partial(train, scale=Scale(tokens=args.tokens), cache=args.cache.absolute())
     sweep = Sweep(args.out, FILES, one, args.workers)
     batch, first = max(args.batches), args.seeds[0]

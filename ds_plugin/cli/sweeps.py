@@ -169,13 +169,7 @@ def _start(
     refuses shapes that cannot be, starts the framework, makes the output folder."""
     from ds_plugin.sweeps import trial
 
-    given = {
-        "head_dim": args.head_dim,
-        "alpha": args.alpha,
-        "init_std": args.init_std,
-        "section": args.section,
-        **changes,
-    }
+    given = {name: getattr(args, name) for name in ("head_dim", "alpha", "init_std", "section")} | changes
     base, builder = trial.Base(args.base_width, args.base_depth, **given), _builder(args, mixture)
     named = [(width, depth, "" if own in (None, mixture) else str(own)) for width, depth, own in sizes]
     if mixture is None and any(experts for *_, experts in named):
