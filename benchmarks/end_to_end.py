@@ -218,13 +218,6 @@ def best_rate(runs: Iterable[Run], arm: str) -> float:
     return min(means, key=lambda lr: means[lr])
 
 
-def widened(runs: Sequence[Run], rates: Sequence[float]) -> list[float]:
-    """The rates, and those beyond an edge at which a sweep has its best."""
-    best = {best_rate(runs, arm) for arm in ("rival", "base")}
-    lower = [min(rates) / 2] if min(rates) in best else []
-    return sorted([*lower, *rates, *([2 * max(rates)] if max(rates) in best else [])])
-
-
 def _of(rows: Iterable[Any], arm: str, lr: float | None = None) -> list[Any]:
     return [row for row in rows if row.arm == arm and lr in (None, row.lr)]
 
@@ -343,12 +336,11 @@ def main(arguments: list[str] | None = None) -> int:
     scale = Scale(tokens=args.tokens)
     one = functools.partial(train, scale=scale, cache=args.cache.absolute())
     sweep = Sweep(args.out, FILES, one, args.workers, settings=vars(scale))
-    rates: list[float] = []
-    wider = sorted(args.rates)
-    while rates != wider:
-        rates = wider
-        sweep.train(Setting(arm, lr, seed) for arm in ("base", "rival") for lr in rates for seed in args.seeds)
-        wider = widened(sweep.rows[Run], rates)
+    sweep.widen(
+        args.rates,
+        lambda lr: [Setting(arm, lr, seed) for arm in ("base", "rival") for seed in args.seeds],
+        lambda: [best_rate(sweep.rows[Run], arm) for arm in ("rival", "base")],
+    )
     base, rival = (best_rate(sweep.rows[Run], arm) for arm in ("base", "rival"))
     print(f"best rates: {base:g} at the base, {rival:g} of the rival at the target", flush=True)
     of_arms = {"ours": base, "no_warmup": base, "no_completep": base, "tuned": rival}

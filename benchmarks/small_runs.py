@@ -184,6 +184,16 @@ class Sweep:
             self.keep(rows)
             print(f"[{number}/{len(missing)}] {setting}: {rows[-1]}", flush=True)
 
+    def widen(
+        self, rates: Iterable[float], of: Callable[[float], Iterable[Any]], best: Callable[[], Iterable[float]]
+    ) -> None:
+        """Train the settings ``of`` each rate; then of a rate 2x beyond an edge, as long as a ``best`` one is there."""
+        wider, trained = set(rates), set[float]()
+        while wider > trained:
+            self.train(setting for rate in sorted(wider - trained) for setting in of(rate))
+            trained, found = wider, set(best())
+            wider = trained | {edge * by for edge, by in ((min(trained), 0.5), (max(trained), 2.0)) if edge in found}
+
     def keep(self, rows: Sequence[Any]) -> None:
         """Add a run's rows to the files. What an interrupted call has left of it goes."""
         for kind, name in self.files.items():

@@ -3,8 +3,9 @@ at the plain run's best loss?
 
     python benchmarks/stability.py --out DIR --cache DIR [--workers 2]
 
-The arms: plain; the modes truncate, carry and mask; and constant, which is truncate with as many tokens in every step.
-The warmup takes as many steps in all of them; a step of mask or constant trains as many tokens as a plain one.
+The arms: plain; the modes truncate, carry and mask; constant, which is truncate with as many tokens in every step; and
+slow_rate, a plain run whose learning rate warms up over as many steps as carry's. The length's warmup takes as many
+steps in all of them; a step of mask or constant trains as many tokens as a plain one.
 
 First a sweep: plain runs of one seed over learning rates, at the largest batch. Then all arms with every seed at the
 plain run's best learning rate, at 4x that rate, and at the lowest rate where the plain run spiked (a loss ratio above
@@ -33,14 +34,19 @@ from small_runs import Curve, Sweep, grouped
 
 import ds_plugin
 from ds_plugin.core.loss_statistics import LossRatio
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.plan import plan
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import write_records
 
-ARMS = ("plain", "truncate", "carry", "mask", "constant")
+ARMS = ("plain", "truncate", "carry", "mask", "constant", "slow_rate")
+PLAIN = ("plain", "slow_rate")  # of full length from the first step on
 SPIKE = 1.5  # the loss ratio above which the paper speaks of a spike
 FACTOR = 4.0  # what warmup should allow: this times the plain run's best learning rate
 EVALUATIONS = 24
-_COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73", "mask": "#CC79A7", "constant": "#000000"}
+COLOURS = {"plain": "#D55E00", "truncate": "#0072B2", "carry": "#009E73", "mask": "#CC79A7", "constant": "#000000"}
+COLOURS |= {"slow_rate": "#999999"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +144,24 @@ _SECONDS = ("cpu_seconds", "wall_seconds")
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
     """The run's JSON: plain or with the method, the same otherwise."""
     steps = scale.steps(setting.batch)
-    config = small_runs.json_of(setting.batch, setting.lr, small_runs.cosine(steps, max(2, steps // 20)))
-    if setting.arm != "plain":
-        config["sequence_length_warmup"] = {
-            "enabled": True,
-            "start_length": scale.start,
-            "end_length": scale.length,
-            # half of the plain run's steps, at half the length on average: about a quarter of the tokens, and half of
-            # them where a step trains as many as a plain one
-            "duration": {"steps": max(1, steps // 2)},
-            "mode": "truncate" if setting.arm == "constant" else setting.arm,
-            "tokens_per_step": "constant" if setting.arm == "constant" else "by_length",
-            "learning_rate": {"by": "tokens"},
-            "preflight": False,
-        }
-    return config
+    warmup = max(2, steps // 20)
+    section = {
+        "enabled": True,
+        "start_length": scale.start,
+        "end_length": scale.length,
+        # half of the plain run's steps, at half the length on average: about a quarter of the tokens, and half of them
+        # where a step trains as many as a plain one
+        "duration": {"steps": max(1, steps // 2)},
+        "mode": {"constant": "truncate", "slow_rate": "carry"}.get(setting.arm, setting.arm),
+        "tokens_per_step": "constant" if setting.arm == "constant" else "by_length",
+        "learning_rate": {"by": "tokens"},
+        "preflight": False,
+    }
+    if setting.arm == "slow_rate":
+        of_length = LengthSchedule(SequenceLengthWarmupConfig.model_validate(section))
+        warmup = plan(of_length, setting.batch, tokens=warmup * setting.batch * scale.length).steps
+    config = small_runs.json_of(setting.batch, setting.lr, small_runs.cosine(steps, warmup))
+    return config if setting.arm in PLAIN else {**config, "sequence_length_warmup": section}
 
 
 def train(setting: Setting, scale: Scale, cache: Path) -> list[Setting]:
@@ -260,10 +269,10 @@ def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
             curves = [
                 [(p.tokens / 1e6, p.eval_loss) for p in of] for _, of in grouped(of_arm, lambda point: point.seed)
             ]
-            small_runs.show(left, arm, [_regular(curve, end) for curve in curves], _COLOURS[arm])
+            small_runs.show(left, arm, [regular(curve, end) for curve in curves], COLOURS[arm])
             mine = [run for run in runs if run.arm == arm]
-            places = [rates.index(run.lr) + 0.14 * (number - 2) for run in mine]
-            right.plot(places, [run.max_loss_ratio for run in mine], "o", color=_COLOURS[arm], markersize=5, label=arm)
+            places = [rates.index(run.lr) + 0.12 * (number - 2.5) for run in mine]
+            right.plot(places, [run.max_loss_ratio for run in mine], "o", color=COLOURS[arm], markersize=5, label=arm)
         left.set(
             xlabel="trained tokens (M)", ylabel="evaluation loss (nats per byte)", ylim=(floor * 0.98, floor * 1.4)
         )
@@ -276,7 +285,7 @@ def draw(sweep: Sweep, batch: int, best: float, path: Path) -> None:
         right.legend(frameon=False, fontsize=9)
 
 
-def _regular(curve: Curve, end: float, count: int = EVALUATIONS) -> Curve:
+def regular(curve: Curve, end: float, count: int = EVALUATIONS) -> Curve:
     """The curve at places up to ``end`` that all runs share, linear between its points."""
     places = [end * number / count for number in range(1, count + 1)]
     found = []

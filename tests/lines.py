@@ -18,7 +18,7 @@ BUDGETS = {
     ("ds_plugin/deepspeed_engine/json_check.py",): 120,
     ("ds_plugin/sequence_length_warmup/translate.py",): 120,
     ("ds_plugin/tune",): 250,
-    ("benchmarks",): 3_200,
+    ("benchmarks",): 3_400,
 }
 
 

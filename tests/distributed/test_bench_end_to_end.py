@@ -72,8 +72,29 @@ def test_what_is_counted():
     assert first.flops_tuned == 400 / (20 + 30) and first.flops_tuned_by_one_seed == 400 / (20 + 2 * 30)
     assert (second.flops, second.flops_tuned) == (0.0, 0.0)  # never there
     assert bench.best_rate(runs, "rival") == 0.2 and bench.best_rate(runs, "base") == 0.1
-    assert bench.widened(runs, [0.1, 0.2]) == [0.05, 0.1, 0.2, 0.4]
-    assert bench.widened(runs, [0.01, 0.1, 0.2, 0.3]) == [0.01, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([0.1, 0.2], [0.1, 0.2, 0.4, 0.8]),
+        ([1.0, 2.0], [1.0, 2.0, 0.5, 0.25, 0.125]),
+        ([0.125, 0.25, 1.0], [0.125, 0.25, 1.0]),
+    ],
+)
+def test_a_sweep_goes_beyond_its_best_edge(tmp_path, rates, expected):
+    """Losses fall towards the rate 0.35 from either side: what is trained, in which order."""
+    bench = harness.benchmark("end_to_end")
+    trained = []
+
+    def train(setting):
+        trained.append(setting.lr)
+        return [bench.Run(*vars(setting).values(), 1, 1, 1.0, 1.0, *[abs(setting.lr - 0.35)] * 2, 1.0)]
+
+    sweep = bench.Sweep(tmp_path, {bench.Run: "runs.csv"}, train)
+    best = lambda: [bench.best_rate(sweep.rows[bench.Run], "rival")]  # noqa: E731
+    sweep.widen(rates, lambda lr: [bench.Setting("rival", lr, 1)], best)
+    assert trained == expected
 
 
 def test_a_folder_of_others_is_refused(tmp_path):

@@ -48,17 +48,30 @@ def test_all_arms_train_the_same_tokens(workers, tmp_path):
         assert [by_arm[arm][name] for name in ("steps", "tokens_trained", "tokens_read")] == [10, 1280, 1280]
         assert losses[arm] != losses["plain"]
     assert losses["mask"] != losses["constant"]
+    assert by_arm["slow_rate"]["steps"] == 10 and losses["slow_rate"] != losses["plain"]
     for arm, run in by_arm.items():
         assert len(losses[arm]) == run["steps"] and all(map(math.isfinite, losses[arm]))
         assert [tokens for name, tokens in points if name == arm][-1] == run["tokens_trained"]
     assert {time["arm"]: time["gain_tokens"] for time in times}["plain"] == 1.0
-    assert len(lines) == 2 + 5
+    assert len(lines) == 2 + 6
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "stability.csv",
         "curves.csv",
         "training_losses.csv",
         "figure.png",
     }
+
+
+def test_slow_rate_warms_up_over_as_many_steps_as_carry():
+    bench = harness.benchmark("stability")
+    scale = bench.Scale(tokens=40 * 4 * 32, length=32, eval_samples=16)
+    found = {
+        arm: bench.json_of(bench.Setting(arm, 4, 1e-2, 1), scale)["scheduler"]["params"]["warmup_num_steps"]
+        for arm in bench.ARMS
+    }
+    # 2 plain steps of 4 x 32 tokens; over 20 steps 8 + 24 * t / 20 is below 16 for 6 steps, then 2 of 16: 4 x 80, and
+    # the sixth is where 256 are full: 4 x (6 x 8 + 16)
+    assert found == dict.fromkeys(bench.ARMS, 2) | {"slow_rate": 7}
 
 
 def test_target_is_reached_between_two_evaluations():
