@@ -1,4 +1,5 @@
-"""A mixture of experts on megatron-core's own optimizer, in every layout: expert, tensor, pipeline, data parallel."""
+"""Experts, and experts with latent attention and multi-token prediction, on megatron-core's own optimizer, in every
+layout: expert, tensor, pipeline, data parallel."""
 
 import dataclasses
 
@@ -30,17 +31,25 @@ BASE = {"base_width": 16, "base_depth": 2, "base_num_moe_experts": 2, "base_moe_
         "base_moe_ffn_hidden_size": 32, "moe": "mue", "residual": "folded"}  # fmt: skip
 
 
-def section():
-    return CompletePConfig.model_validate({"enabled": True, **BASE})
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8,
+          "rope_type": "rope", "multi_latent_attention": True, "mtp_num_layers": 1}  # fmt: skip
+BASE_LATENT = {"base_q_lora_rank": 16, "base_kv_lora_rank": 8}
 
 
-def build(*, tensor=1, pipeline=1, expert=1, weights=None):
+def section(latent=False):
+    return CompletePConfig.model_validate({"enabled": True, **BASE, **(BASE_LATENT if latent else {})})
+
+
+def build(*, tensor=1, pipeline=1, expert=1, latent=False, weights=None):
     """This rank's part of the model; ``weights``: of the whole one, by name."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+    from megatron.core.transformer import MLATransformerConfig
 
     megatron_on_cpu.enable()
-    cfg = gpt.GPTConfig.model_validate({**SIZE, "tensor_parallel": tensor, "bias": False})
+    cfg = gpt.GPTConfig.model_validate(
+        {**SIZE, "tensor_parallel": tensor, "bias": False, "position_embedding": "rope" if latent else "learned"}
+    )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=tensor
@@ -49,16 +58,23 @@ def build(*, tensor=1, pipeline=1, expert=1, weights=None):
     sizes = {"pipeline_model_parallel_size": pipeline, "pipeline_dtype": torch.float32}
     sizes |= {"expert_model_parallel_size": expert, "expert_tensor_parallel_size": tensor}
     sizes["sequence_parallel"] = tensor > 1  # which megatron-core wants with experts
-    config = dataclasses.replace(gpt.transformer_config(cfg, torch.float32), **EXPERTS, **sizes)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=EXPERTS["num_moe_experts"])
-    config, spec = prepare(config, spec, section())
+    config, given = gpt.transformer_config(cfg, torch.float32), {**EXPERTS, **sizes}
+    if latent:
+        kept = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+        config = MLATransformerConfig(**{**kept, **given, **LATENT})
+    else:
+        config = dataclasses.replace(config, **given)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(EXPERTS["num_moe_experts"], multi_latent_attention=latent)
+    config, spec = prepare(config, spec, section(latent))
     stage = {"ignore_virtual": False}
+    block = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if latent else None
     model = GPTModel(
-        config, spec, VOCAB, LENGTH, share_embeddings_and_output_weights=True,
+        config, spec, VOCAB, LENGTH, share_embeddings_and_output_weights=True, mtp_block_spec=block,
+        position_embedding_type="rope" if latent else "learned_absolute",
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
         post_process=parallel_state.is_pipeline_last_stage(**stage),
     )  # fmt: skip
-    finish(model, section())
+    finish(model, section(latent))
     if weights is not None:
         load(model, weights)
     return model
@@ -73,7 +89,7 @@ def load(model, weights):
     experts = local * parallel_state.get_expert_model_parallel_rank()
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        for at, offset in (("layers", layers), ("local_experts", experts)):
+        for at, offset in (("layers", layers if parts[0] == "decoder" else 0), ("local_experts", experts)):
             if at in parts:
                 parts[parts.index(at) + 1] = str(int(parts[parts.index(at) + 1]) + offset)
         whole = weights["embedding.word_embeddings.weight" if parts[0] == "output_layer" else ".".join(parts)]
@@ -83,13 +99,13 @@ def load(model, weights):
         parameter.copy_(whole)
 
 
-def whole_weights():
-    return {name: p.detach().clone() for name, p in build().named_parameters()}
+def whole_weights(latent):
+    return {name: p.detach().clone() for name, p in build(latent=latent).named_parameters()}
 
 
 def start(sharded, layout, weights=None):
     ddp = wrap(build(weights=weights, **layout), sharded)
-    optimizer = on_megatron.build_optimizer(optimizer_config(sharded), [ddp], section())
+    optimizer = on_megatron.build_optimizer(optimizer_config(sharded), [ddp], section(layout.get("latent", False)))
     return ddp, optimizer, scheduler_of(optimizer)
 
 
@@ -104,19 +120,20 @@ LAYOUTS = {"one rank": (1, {}), "expert": (2, {"expert": 2}), "tensor": (2, {"te
            "pipeline": (2, {"pipeline": 2}), "data": (2, {})}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reference(workers):
-    weights = workers(1).run(whole_weights)[0]
-    return weights, workers(1).run(curve, {}, weights, False)[0]
+@pytest.fixture(scope="module", params=[False, slow(True)], ids=["experts", "latent"])
+def reference(workers, request):
+    weights = workers(1).run(whole_weights, request.param)[0]
+    return request.param, weights, workers(1).run(curve, {"latent": request.param}, weights, False)[0]
 
 
 @pytest.mark.parametrize("name", ["expert", slow("tensor"), slow("pipeline"), slow("data")])
 def test_layouts_agree(workers, reference, name):
     ranks, layout = LAYOUTS[name]
-    weights, (losses, norms, groups) = reference
+    latent, weights, (losses, norms, groups) = reference
     assert losses[0] - losses[-1] > 0.05 and min(norms) > CLIP
+    assert any("kv_up" in name for name in weights) == any("mtp" in name for name in weights) == latent
     assert groups["expert_down"] != groups["branch_out"] != groups["expert_up"]
-    for found, found_norms, mine in workers(ranks).run(curve, layout, weights, True):
+    for found, found_norms, mine in workers(ranks).run(curve, {**layout, "latent": latent}, weights, True):
         assert found == pytest.approx(losses, abs=1e-5) and found_norms == pytest.approx(norms, rel=1e-4)
         assert mine.items() <= groups.items() or name == "pipeline"
 
@@ -125,12 +142,13 @@ def interrupted(folder, layout):
     """Weights in which six steps differ from three, a checkpoint and three; whether groups are equal."""
     from megatron.core import dist_checkpointing
 
+    completep = section(layout.get("latent", False))
     metadata = {"distrib_optim_sharding_type": "dp_reshardable"}
 
     def states(ddp, optimizer, scheduler, is_loading):
         model = ddp.module.sharded_state_dict(metadata=metadata)
         held = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        common = {"scheduler": scheduler.state_dict(), **on_megatron.checkpoint_state(section())}
+        common = {"scheduler": scheduler.state_dict(), **on_megatron.checkpoint_state(completep)}
         return {"model": model, "optimizer": held, **common}
 
     def go_on(run):
@@ -145,7 +163,7 @@ def interrupted(folder, layout):
     expected, groups = go_on(run)
     ddp, optimizer, scheduler = start(True, layout)
     state = dist_checkpointing.load(states(ddp, optimizer, scheduler, True), folder)
-    on_megatron.check_checkpoint_state(state, section())
+    on_megatron.check_checkpoint_state(state, completep)
     ddp.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
@@ -153,5 +171,6 @@ def interrupted(folder, layout):
     return [name for name in expected if not torch.equal(found[name], expected[name])], resumed == groups
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path):
-    assert workers(2).run(interrupted, str(tmp_path), {"expert": 2}) == [([], True)] * 2
+@pytest.mark.parametrize("latent", [False, slow(True)], ids=["experts", "latent"])
+def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, latent):
+    assert workers(2).run(interrupted, str(tmp_path), {"expert": 2, "latent": latent}) == [([], True)] * 2
