@@ -7,7 +7,8 @@ averages over windows of 5, 10 and 20 % of the run (the mean, and weights that e
 a decay would have given: a branch that leaves the run a fifth of those steps earlier, trains on the same samples and
 takes the rate to zero linearly by then. So all are of as many steps; the branch's are trained in addition.
 
-The gain is how far a look's loss is below the last weights'; an average's share of it is over the branch's. DIR gets
+The gain is how far a look's loss is below the last weights'; an average's share is its gain over the branch's, both
+summed over what a figure is of: single gains are near nothing here and there. DIR gets
 looks.csv (a row per look and weights), sweep.json and a figure. Runs that are there are not repeated.
 """
 
@@ -138,44 +139,56 @@ def train(setting: Setting, scale: Scale, cache: Path) -> list[Look]:
 
 
 @dataclass(frozen=True)
-class Share:
-    """How much of the decay's gain an average has in one look of one run."""
+class Gain:
+    """What an average and the decay gain over the last weights in one look of one run, nats per token."""
 
     lr: float
     seed: int
     look: float
     weights: str
     window: float
-    gain: float  # of the decay, nats per token
-    share: float
+    gain: float
+    decays: float
 
 
-def shares(looks: Iterable[Look]) -> list[Share]:
+def share(of: Iterable[Gain]) -> float:
+    """How much of the decay's gain averages have."""
+    rows = list(of)
+    decays = sum(row.decays for row in rows)
+    return sum(row.gain for row in rows) / decays if decays else math.nan
+
+
+def gains(looks: Iterable[Look]) -> list[Gain]:
     """Of every average in every look."""
     rows = []
     for setting, of_run in grouped(looks, lambda row: row.setting):
         steps = max(row.step for row in of_run)
         for step, of_look in grouped(of_run, lambda row: row.step):
             losses = {(row.weights, row.window): row.loss for row in of_look}
-            last, gain = losses[LAST, 0.0], losses[LAST, 0.0] - losses[DECAYED, 0.0]
+            last = losses[LAST, 0.0]
             for (weights, window), loss in losses.items():
                 if window:
-                    share = (last - loss) / gain if gain else math.nan
-                    rows.append(Share(setting.lr, setting.seed, step / steps, weights, window, gain, share))
+                    both = last - loss, last - losses[DECAYED, 0.0]
+                    rows.append(Gain(setting.lr, setting.seed, step / steps, weights, window, *both))
     return rows
 
 
 def table(looks: Sequence[Look]) -> list[str]:
-    """Markdown: by rate and average, mean and range over seeds of its share of the decay's gain."""
+    """Markdown: by rate and average, its share of the decay's gain by look, and of all with the seeds' range."""
 
-    def cells(of: tuple[float, str, float], chosen: list[Share]) -> list[str]:
-        by_look = [
-            small_runs.spread([row.share for row in rows], ".0%") for _, rows in grouped(chosen, lambda r: r.look)
+    def cells(of: tuple[float, str, float], chosen: list[Gain]) -> list[str]:
+        by_look = [f"{share(rows):.0%}" for _, rows in grouped(chosen, lambda row: row.look)]
+        seeds = [share(rows) for _, rows in grouped(chosen, lambda row: row.seed)]
+        return [
+            f"{of[0]:g}",
+            of[1],
+            f"{of[2]:.0%}",
+            *by_look,
+            f"{share(chosen):.0%} ({min(seeds):.0%} to {max(seeds):.0%})",
         ]
-        return [f"{of[0]:g}", of[1], f"{of[2]:.0%}", *by_look, f"{mean(row.share for row in chosen):.0%}"]
 
-    heads = ["lr", "average", "window", *(f"share at {look:.0%}" for look in LOOKS), "mean"]
-    return small_runs.table(heads, shares(looks), lambda row: (row.lr, row.weights, row.window), cells)
+    heads = ["lr", "average", "window", *(f"share at {look:.0%}" for look in LOOKS), "of all looks"]
+    return small_runs.table(heads, gains(looks), lambda row: (row.lr, row.weights, row.window), cells)
 
 
 def loss_table(looks: Sequence[Look]) -> list[str]:
@@ -190,17 +203,15 @@ def loss_table(looks: Sequence[Look]) -> list[str]:
 
 
 def best(looks: Iterable[Look]) -> tuple[str, float]:
-    """The average of the largest mean share over all rates, seeds and looks."""
-    means = {
-        of: mean(row.share for row in rows) for of, rows in grouped(shares(looks), lambda r: (r.weights, r.window))
-    }
-    return max(means, key=lambda of: means[of])
+    """The average of the largest share over all rates, seeds and looks."""
+    found = {of: share(rows) for of, rows in grouped(gains(looks), lambda row: (row.weights, row.window))}
+    return max(found, key=lambda of: found[of])
 
 
 def draw(looks: Sequence[Look], path: Path) -> None:
     """A panel per rate: the last weights, the branches' ends and the best average, by step; seeds as bands."""
     rates, chosen = sorted({row.lr for row in looks}), best(looks)
-    with figure.panels(path, 1, len(rates), figsize=(5 * len(rates), 4), sharey=True) as axes:
+    with figure.panels(path, 1, len(rates), figsize=(3.6 * len(rates) + 1, 4), sharey=True) as axes:
         for axis, lr in zip(axes[0], rates, strict=True):
             for weights, window in ((LAST, 0.0), (DECAYED, 0.0), chosen):
                 rows = [row for row in looks if (row.lr, row.weights, row.window) == (lr, weights, window)]
@@ -215,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Train what is missing, draw, print the tables."""
     parser = small_runs.parser(__doc__, workers=2)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rates", type=small_runs.numbers(float), default=[4e-3, 8e-3])
+    parser.add_argument("--rates", type=small_runs.numbers(float), default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= small_runs.MALLOC  # for the workers
@@ -226,12 +237,9 @@ def main(arguments: list[str] | None = None) -> int:
     looks = sweep.rows[Look]
     draw(looks, args.out / "averaging_for_decay.png")
     print("\n".join([*loss_table(looks), "", *table(looks)]))
-    gains = {round(row.look, 3): [] for row in shares(looks)}  # type: dict[float, list[float]]
-    for row in shares(looks):
-        gains[round(row.look, 3)].append(row.gain)
-    print("gain of the decay: " + ", ".join(f"{look:.0%} {mean(of):.4f}" for look, of in gains.items()))
-    spent = scale.branch * mean(LOOKS) * len(LOOKS)
-    print(f"the branches of {len(LOOKS)} looks train {spent:.0%} of the run's steps in addition, the averages none")
+    for count in (len(LOOKS), 10):
+        spent = scale.branch * sum(number / count for number in range(1, count + 1))
+        print(f"{count} looks: their branches train {spent:.0%} of the run's steps in addition, averages none")
     return 0
 
 

@@ -4,8 +4,8 @@
 
 The arms, from the stability benchmark: plain, carry, and slow_rate, a plain run whose learning rate warms up over as
 many steps as carry's. At every batch, plain and carry are swept over the same rates with the first seed; where the best
-lies at the grid's edge, both grids are widened. Then all seeds train at both best rates, slow_rate at plain's, and
-plain and carry at 4x plain's best. All runs train the same number of tokens.
+lies at the grid's edge, both grids are widened. Then all seeds train at their arm's best rate, slow_rate at plain's, and
+at the largest batch plain and carry at 4x plain's best. All runs train the same number of tokens.
 
 DIR gets stability.csv (a row per run), curves.csv (evaluations), training_losses.csv, reached.csv (when each run
 reached the best loss of the plain run of its seed, of its own batch and of the smallest, at that batch's best rate),
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32, 64], help="samples a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
-    parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -6)])
+    parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -7)])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= small_runs.MALLOC  # for the workers
@@ -149,11 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
         )
     best = best_rates(sweep.rows[Run], first)
     print("best rates: " + ", ".join(f"{arm} {lr:g} at {batch}" for (batch, arm), lr in best.items()), flush=True)
-    rates = {
-        batch: (best[batch, "plain"], best[batch, "carry"], FACTOR * best[batch, "plain"]) for batch in args.batches
-    }
-    compared = [(arm, batch, lr) for batch in args.batches for lr in rates[batch] for arm in SWEPT]
-    compared += [("slow_rate", batch, best[batch, "plain"]) for batch in args.batches]
+    largest, plain = max(args.batches), {batch: best[batch, "plain"] for batch in args.batches}
+    compared = [(arm, batch, lr) for (batch, arm), lr in best.items()]
+    compared += [("slow_rate", batch, lr) for batch, lr in plain.items()]
+    compared += [(arm, largest, FACTOR * plain[largest]) for arm in SWEPT]
     sweep.train(Setting(*of, seed) for of in compared for seed in (first, *others))
     runs, points = sweep.rows[Run], sweep.rows[Point]
     times = reached(points, best)

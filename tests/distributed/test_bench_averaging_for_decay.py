@@ -45,9 +45,10 @@ def test_shares_by_hand():
     losses = {("last weights", 0.0): 3.0, ("decayed", 0.0): 2.5, ("mean", 0.1): 2.6, ("minus-sqrt", 0.1): 2.9}
     looks = [bench.Look(0.1, 1, 50, *of, loss) for of, loss in losses.items()]
     looks += [bench.Look(0.1, 1, 100, *of, loss - 1) for of, loss in losses.items()]
-    found = bench.shares(looks)
+    found = bench.gains(looks)
     assert [(row.look, row.weights) for row in found] == [
         (look, w) for look in (0.5, 1.0) for w in ("mean", "minus-sqrt")
     ]
-    assert [row.share for row in found] == pytest.approx([0.8, 0.2, 0.8, 0.2]) and found[0].gain == 0.5
+    assert [row.gain for row in found] == pytest.approx([0.4, 0.1, 0.4, 0.1]) and found[0].decays == 0.5
+    assert bench.share(found[:1]) == pytest.approx(0.8) and bench.share(found[:2]) == pytest.approx(0.5)
     assert bench.best(looks) == ("mean", 0.1)
