@@ -3,9 +3,9 @@
     python benchmarks/larger_batch.py --out DIR --cache DIR [--workers 2] [--batches 8,32,64] [--length 128]
 
 The arms, from the stability benchmark: plain, carry, and slow_rate, a plain run whose learning rate warms up over as
-many steps as carry's. At every batch, plain and carry are swept over the same rates with the first seed; where the best
-lies at the grid's edge, both grids are widened. Then all seeds train at their arm's best rate, slow_rate at plain's, and
-at the largest batch plain and carry at 4x plain's best. All runs train the same number of tokens.
+many steps as carry's. At every batch all are swept over the same rates with the first seed; where a best lies at the
+grid's edge, all grids are widened. Then all seeds train at their arm's best rate, and at the largest batch at 4x
+plain's best. All runs train the same number of tokens.
 
 DIR gets stability.csv (a row per run), curves.csv (evaluations), training_losses.csv, reached.csv (when each run
 reached the best loss of the plain run of its seed, of its own batch and of the smallest, at that batch's best rate),
@@ -30,7 +30,6 @@ from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import write_records
 
 ARMS = ("plain", "carry", "slow_rate")
-SWEPT = ARMS[:2]
 _SPENT = ("tokens", "step", "cpu_seconds")
 
 
@@ -50,7 +49,7 @@ class Reached(Setting):
 
 def best_rates(runs: Iterable[Run], seed: int) -> dict[tuple[int, str], float]:
     """By batch and arm, the rate of the lowest loss at the end; of the seed with which all rates are run."""
-    swept = [run for run in runs if run.seed == seed and run.arm in SWEPT]
+    swept = [run for run in runs if run.seed == seed]
     return {
         of: min(found, key=lambda run: run.final_eval_loss).lr
         for of, found in grouped(swept, lambda run: (run.batch, run.arm))
@@ -109,13 +108,12 @@ def draw(points: Sequence[Point], best: dict[tuple[int, str], float], path: Path
     """A panel per batch: evaluation loss against tokens, or CPU time if there is one batch; seeds as bands."""
     batches = sorted({batch for batch, _ in best})
     spent, scale, name = ("tokens", 1e6, "trained tokens (M)") if batches[1:] else ("cpu_seconds", 60, "CPU minutes")
-    rates = {**best, **{(batch, "slow_rate"): best[batch, "plain"] for batch in batches}}
-    small = [p for p in points if (p.batch, p.arm, p.lr) == (batches[0], "plain", rates[batches[0], "plain"])]
+    small = [p for p in points if (p.batch, p.arm, p.lr) == (batches[0], "plain", best[batches[0], "plain"])]
     target = mean(min(p.eval_loss for p in of) for _, of in grouped(small, lambda p: p.seed))
     with figure.panels(path, 1, len(batches), figsize=(4.2 * len(batches) + 1.5, 4), sharey=True) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
             for arm in ARMS:
-                mine = [p for p in points if (p.batch, p.arm, p.lr) == (batch, arm, rates[batch, arm])]
+                mine = [p for p in points if (p.batch, p.arm, p.lr) == (batch, arm, best[batch, arm])]
                 curves = [
                     [(getattr(p, spent) / scale, p.eval_loss) for p in of] for _, of in grouped(mine, lambda p: p.seed)
                 ]
@@ -130,7 +128,7 @@ def draw(points: Sequence[Point], best: dict[tuple[int, str], float], path: Path
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, compare, write what was found and print the table."""
     parser = small_runs.parser(__doc__, workers=2)
-    parser.add_argument("--tokens", type=int, default=1_200_000, help="trained tokens of a run")
+    parser.add_argument("--tokens", type=int, default=800_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32, 64], help="samples a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -7)])
@@ -144,15 +142,14 @@ def main(arguments: list[str] | None = None) -> int:
     for batch in args.batches:
         sweep.widen(
             args.rates,
-            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in SWEPT],
-            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in SWEPT],
+            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in ARMS],
+            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in ARMS],
         )
     best = best_rates(sweep.rows[Run], first)
     print("best rates: " + ", ".join(f"{arm} {lr:g} at {batch}" for (batch, arm), lr in best.items()), flush=True)
-    largest, plain = max(args.batches), {batch: best[batch, "plain"] for batch in args.batches}
+    largest = max(args.batches)
     compared = [(arm, batch, lr) for (batch, arm), lr in best.items()]
-    compared += [("slow_rate", batch, lr) for batch, lr in plain.items()]
-    compared += [(arm, largest, FACTOR * plain[largest]) for arm in SWEPT]
+    compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in ARMS]
     sweep.train(Setting(*of, seed) for of in compared for seed in (first, *others))
     runs, points = sweep.rows[Run], sweep.rows[Point]
     times = reached(points, best)
