@@ -5,6 +5,7 @@
 The arms, each a GPT of megatron-core in DeepSpeed:
 
 rival       standard parametrization, full lengths, last weights; its learning rate is swept at the target itself.
+slow_rival  the same, its rate warmed up over as many steps as that of a run with `carry`; swept as well.
 base        what ours is tuned on: the base model with ours' JSON; swept over the same rates, seeds and tokens.
 ours        the target by CompleteP at the base's best rate, the `carry` warmup, and averaged weights.
 no_completep, no_warmup    ours without one of the three, at the base's best rate. Without averages: ours' last weights.
@@ -40,7 +41,8 @@ from ds_plugin.sweeps.records import write_records
 from launch_scripts.gpt.flops import Flops
 from megatron_patches.models.gpt import GPTConfig
 
-ARMS = ("rival", "base", "ours", "no_completep", "no_warmup", "tuned")
+ARMS = ("rival", "slow_rival", "base", "ours", "no_completep", "no_warmup", "tuned")
+RIVALS = ARMS[:2]
 CARRIED = ("base", "ours", "no_completep", "tuned")
 EVALUATIONS = 20
 LAST, AVERAGE = "last weights", "average"
@@ -110,7 +112,7 @@ class Run(Setting):
     @property
     def reported(self) -> float:
         """What an arm is judged by."""
-        return self.final if self.arm == "rival" else self.final_average
+        return self.final if self.arm in RIVALS else self.final_average
 
     def __str__(self) -> str:
         return f"{self.final:.4f}, averaged {self.final_average:.4f}, {self.steps} steps, {self.cpu_seconds:.0f} s"
@@ -130,12 +132,13 @@ class Point(Setting):
 
 @dataclass(frozen=True)
 class Factor:
-    """A row of factors.csv: ``arm``'s ``weights`` against the rival's best run of that seed.
+    """A row of factors.csv: ``arm``'s ``weights`` against a rival's best run of that seed.
 
     The compute and CPU time that the rival took to its lowest loss, ``target``, over what the arm took to be there (0:
     never); with all trials of the sweeps counted on both sides; and with the trials of one seed only.
     """
 
+    against: str
     arm: str
     weights: str
     seed: int
@@ -154,16 +157,19 @@ FILES: dict[type, str] = {Point: "curves.csv", Run: "runs.csv"}
 def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
     """The run's JSON."""
     steps = scale.steps
-    config = small_runs.json_of(scale.batch, setting.lr, small_runs.cosine(steps, max(2, steps // 20)))
-    standard = setting.arm in ("rival", "no_completep", "tuned")
+    warmup, carried = max(2, steps // 20), {
+        "enabled": True, "start_length": scale.start, "end_length": scale.length, "mode": "carry",
+        "duration": {"steps": max(1, steps // 2)}, "learning_rate": {"by": "tokens"}, "preflight": False,
+    }  # fmt: skip
+    if setting.arm == "slow_rival":
+        warmup = small_runs.slow_rate(carried, scale.batch, warmup * scale.batch * scale.length)
+    config = small_runs.json_of(scale.batch, setting.lr, small_runs.cosine(steps, warmup))
+    standard = setting.arm in (*RIVALS, "no_completep", "tuned")
     base = {"base_width": scale.base_width, "base_depth": scale.base_layers}
     config["completep"] = {"enabled": True, "recipe": "standard" if standard else "completep", **base}
     if setting.arm in CARRIED:
-        config["sequence_length_warmup"] = {
-            "enabled": True, "start_length": scale.start, "end_length": scale.length, "mode": "carry",
-            "duration": {"steps": max(1, steps // 2)}, "learning_rate": {"by": "tokens"}, "preflight": False,
-        }  # fmt: skip
-    if setting.arm != "rival":
+        config["sequence_length_warmup"] = carried
+    if setting.arm not in RIVALS:
         snapshots = {"window": scale.window, "interval": scale.interval, "start_step": max(2, steps // 10)}
         config["weight_averaging"] = {"enabled": True, **snapshots}
     return config
@@ -222,29 +228,31 @@ def _of(rows: Iterable[Any], arm: str, lr: float | None = None) -> list[Any]:
     return [row for row in rows if row.arm == arm and lr in (None, row.lr)]
 
 
-def factors(runs: Sequence[Run], points: Iterable[Point]) -> list[Factor]:
-    """Every arm but the sweeps' own, the last weights and the average, against the rival by seed."""
-    rate, base = best_rate(runs, "rival"), best_rate(runs, "base")
+def factors(runs: Sequence[Run], points: Iterable[Point], against: str = "rival") -> list[Factor]:
+    """Every arm but the sweeps' own, the last weights and the average, against that rival by seed."""
+    rate, base = best_rate(runs, against), best_rate(runs, "base")
     curves = {(s, w): list(of) for (s, w), of in grouped(points, lambda p: (p.setting, p.weights))}
     rows = []
     for (setting, weights), curve in curves.items():
-        rival = curves.get((Setting("rival", rate, setting.seed), LAST))
+        rival = curves.get((Setting(against, rate, setting.seed), LAST))
         named = "untuned" if (setting.arm, setting.lr) == ("rival", base) else setting.arm
-        if rival is None or named in ("base", "rival"):
+        if rival is None or named in ("base", *RIVALS):
             continue
         target = min(point.loss for point in rival)
         tuned_at = "rival" if setting.arm == "tuned" else "base"
         found: list[float] = []
         for spent in ("flops", "cpu_seconds"):
             theirs, mine = (small_runs.reached(_curve(of, spent), target) for of in (rival, curve))
-            trials = {arm: sum(getattr(run, spent) for run in _of(runs, arm)) for arm in ("rival", "base")}
-            seeds = len({run.seed for run in _of(runs, "rival")})
+            trials = {arm: sum(getattr(run, spent) for run in _of(runs, arm)) for arm in (*RIVALS, "base")}
+            seeds = len({run.seed for run in _of(runs, against)})
             # the rival's last run is one of its trials
-            found += [theirs / mine, trials["rival"] / (trials[tuned_at] + mine)]
-            found += [trials["rival"] / (trials[tuned_at] + seeds * mine)]
+            found += [theirs / mine, trials[against] / (trials[tuned_at] + mine)]
+            found += [trials[against] / (trials[tuned_at] + seeds * mine)]
         final = curve[-1].loss
         plain, counted, by_one, cpu, cpu_counted, _ = (round(value, 3) for value in found)
-        rows.append(Factor(named, weights, setting.seed, target, final, plain, cpu, counted, cpu_counted, by_one))
+        rows.append(
+            Factor(against, named, weights, setting.seed, target, final, plain, cpu, counted, cpu_counted, by_one)
+        )
     return sorted(rows, key=dataclasses.astuple)
 
 
@@ -277,7 +285,7 @@ def factor_table(rows: Iterable[Factor]) -> list[str]:
     """Markdown: mean and range over seeds by arm and weights."""
     shown = ("flops", "cpu", "flops_tuned", "flops_tuned_by_one_seed", "cpu_tuned")
 
-    def cells(of: tuple[str, str], chosen: list[Factor]) -> list[str]:
+    def cells(of: tuple[str, str, str], chosen: list[Factor]) -> list[str]:
         values = ([getattr(row, name) or math.inf for row in chosen] for name in shown)
         return [
             *of,
@@ -285,16 +293,9 @@ def factor_table(rows: Iterable[Factor]) -> list[str]:
             *(small_runs.spread(v, ".2f") for v in values),
         ]
 
-    heads = [
-        "arm",
-        "weights",
-        "loss at the end",
-        "less compute to the rival's best loss",
-        "CPU time",
-        "compute with sweeps",
-    ]
-    heads += ["with sweeps of one seed", "CPU time with sweeps"]
-    return small_runs.table(heads, rows, lambda row: (row.arm, row.weights), cells)
+    heads = ["against", "arm", "weights", "loss at the end", "less compute to the rival's best loss", "CPU time"]
+    heads += ["compute with sweeps", "with sweeps of one seed", "CPU time with sweeps"]
+    return small_runs.table(heads, rows, lambda row: (row.against, row.arm, row.weights), cells)
 
 
 def draw(runs: Sequence[Run], points: Sequence[Point], path: Path) -> None:
@@ -338,15 +339,15 @@ def main(arguments: list[str] | None = None) -> int:
     sweep = Sweep(args.out, FILES, one, args.workers, settings=vars(scale))
     sweep.widen(
         args.rates,
-        lambda lr: [Setting(arm, lr, seed) for arm in ("base", "rival") for seed in args.seeds],
-        lambda: [best_rate(sweep.rows[Run], arm) for arm in ("rival", "base")],
+        lambda lr: [Setting(arm, lr, seed) for arm in ("base", *RIVALS) for seed in args.seeds],
+        lambda: [best_rate(sweep.rows[Run], arm) for arm in (*RIVALS, "base")],
     )
     base, rival = (best_rate(sweep.rows[Run], arm) for arm in ("base", "rival"))
     print(f"best rates: {base:g} at the base, {rival:g} of the rival at the target", flush=True)
     of_arms = {"ours": base, "no_warmup": base, "no_completep": base, "tuned": rival}
     sweep.train(Setting(arm, lr, seed) for arm, lr in of_arms.items() for seed in args.seeds)
     runs, points = sweep.rows[Run], sweep.rows[Point]
-    rows = factors(runs, points)
+    rows = [row for against in RIVALS for row in factors(runs, points, against)]
     write_records(Factor, rows, args.out / "factors.csv")
     draw(runs, points, args.out / "end_to_end.png")
     print("\n".join([*sweep_table(runs), "", *factor_table(rows)]))

@@ -22,6 +22,9 @@ import ds_plugin
 from ds_plugin.cli import env
 from ds_plugin.core.errors import DataError
 from ds_plugin.core.files import write_text
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
+from ds_plugin.sequence_length_warmup.plan import plan
+from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sweeps import processes
 from ds_plugin.sweeps.records import read_records, write_records
 from launch_scripts.gpt import corpus, data
@@ -64,6 +67,13 @@ def cosine(steps: int, warmup: int) -> dict[str, Any]:
     """The scheduler of `json_of` that warms up and decays to a tenth."""
     warmed = {"warmup_num_steps": warmup, "warmup_type": "linear"}
     return {"type": "WarmupCosineLR", "params": {**warmed, "total_num_steps": steps, "cos_min_ratio": 0.1}}
+
+
+def slow_rate(section: dict[str, Any], batch: int, tokens: int) -> int:
+    """Steps in which a run with the length's warmup of ``section`` has trained so many tokens: as many as its learning
+    rate warms up over, where it goes by tokens."""
+    of_length = LengthSchedule(SequenceLengthWarmupConfig.model_validate(section))
+    return plan(of_length, batch, tokens=tokens).steps
 
 
 def build(config: dict[str, Any], small: Small, seed: int, cache: Path) -> tuple[Any, corpus.Corpus]:

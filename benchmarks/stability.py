@@ -34,9 +34,6 @@ from small_runs import Curve, Sweep, grouped
 
 import ds_plugin
 from ds_plugin.core.loss_statistics import LossRatio
-from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
-from ds_plugin.sequence_length_warmup.plan import plan
-from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from ds_plugin.sweeps import figure
 from ds_plugin.sweeps.records import write_records
 
@@ -158,8 +155,7 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
         "preflight": False,
     }
     if setting.arm == "slow_rate":
-        of_length = LengthSchedule(SequenceLengthWarmupConfig.model_validate(section))
-        warmup = plan(of_length, setting.batch, tokens=warmup * setting.batch * scale.length).steps
+        warmup = small_runs.slow_rate(section, setting.batch, warmup * setting.batch * scale.length)
     config = small_runs.json_of(setting.batch, setting.lr, small_runs.cosine(steps, warmup))
     return config if setting.arm in PLAIN else {**config, "sequence_length_warmup": section}
 

@@ -18,12 +18,12 @@ def _sweep(out, text, cache):
     scale = bench.Scale(tokens=12 * 4 * 32, batch=4, data=text, **small)
     train = functools.partial(bench.train, scale=scale, cache=Path(cache))
     sweep = bench.Sweep(Path(out), bench.FILES, train, settings=vars(scale))
-    sweep.train(bench.Setting(arm, lr, 1) for arm in ("base", "rival") for lr in (1e-2, 3e-3))
+    sweep.train(bench.Setting(arm, lr, 1) for arm in ("base", *bench.RIVALS) for lr in (1e-2, 3e-3))
     sweep.train(bench.Setting(arm, 1e-2, 1) for arm in ("ours", "no_warmup", "no_completep", "tuned"))
     again = bench.Sweep(Path(out), bench.FILES, None, workers=1, settings=vars(scale))
     assert again.rows == sweep.rows
     runs, points = again.rows[bench.Run], again.rows[bench.Point]
-    rows = bench.factors(runs, points)
+    rows = [row for against in bench.RIVALS for row in bench.factors(runs, points, against)]
     bench.draw(runs, points, Path(out) / "figure.png")
     lines = bench.sweep_table(runs) + bench.factor_table(rows)
     return [vars(run) for run in runs], [(p.arm, p.weights) for p in points], [vars(row) for row in rows], lines
@@ -42,11 +42,14 @@ def test_every_arm_trains_as_much(workers, tmp_path):
     assert by_arm["rival"]["flops"] == 1536 * (6 * multiplying + 12 * 2 * 64 * 32)
     assert by_arm["ours"]["steps"] > 12 and by_arm["ours"]["flops"] < by_arm["rival"]["flops"]
     assert by_arm["base"]["flops"] < by_arm["ours"]["flops"] / 3
-    assert {arm for arm, weights in points if weights == "average"} == set(by_arm) - {"rival"}
+    assert {arm for arm, weights in points if weights == "average"} == set(by_arm) - {"rival", "slow_rival"}
     assert by_arm["no_completep"]["final"] == by_arm["tuned"]["final"] != by_arm["ours"]["final"]
+    assert by_arm["slow_rival"]["steps"] == 12 and by_arm["slow_rival"]["final"] != by_arm["rival"]["final"]
     assert by_arm["rival"]["final_average"] == by_arm["rival"]["final"] != by_arm["no_warmup"]["final"]
-    assert {(row["arm"], row["weights"]) for row in rows} >= {("ours", "average"), ("ours", "last weights")}
-    assert len(lines) == 2 + 8 + 2 + len(rows)
+    assert {(row["against"], row["arm"], row["weights"]) for row in rows} >= {
+        (rival, "ours", weights) for rival in ("rival", "slow_rival") for weights in ("average", "last weights")
+    }
+    assert len(lines) == 2 + 10 + 2 + len(rows)
     kept = json.loads((out / "sweep.json").read_text())
     assert kept["settings"]["tokens"] == 1536 and "torch" in kept["versions"]
 
@@ -66,11 +69,16 @@ def test_what_is_counted():
     runs += [run("base", lr, seed, 4 + lr, flops=5.0) for lr in (0.1, 0.2) for seed in (1, 2)]
     points = [p for seed in (1, 2) for p in curve("rival", 0.2, seed, "last weights", [4, 3.5, 3.2, 3.0], 25.0)]
     points += curve("ours", 0.1, 1, "average", [3.5, 2.5], 20.0) + curve("ours", 0.1, 2, "average", [4, 3.5], 20.0)
+    runs += [run("slow_rival", 0.2, seed, 9.0, flops=50.0) for seed in (1, 2)]
+    points += [p for seed in (1, 2) for p in curve("slow_rival", 0.2, seed, "last weights", [4, 3.5], 30.0)]
     first, second = bench.factors(runs, points)
     # the target is 3.0, after 100 of the rival; ours is there halfway between 20 and 40
     assert (first.arm, first.target, first.flops, first.cpu) == ("ours", 3.0, round(100 / 30, 3), round(100 / 30, 3))
     assert first.flops_tuned == 400 / (20 + 30) and first.flops_tuned_by_one_seed == 400 / (20 + 2 * 30)
     assert (second.flops, second.flops_tuned) == (0.0, 0.0)  # never there
+    # the slow rival's target is 3.5, after 60: ours is there with its first evaluation, after 20
+    slow, never = bench.factors(runs, points, "slow_rival")
+    assert (slow.target, slow.flops, slow.flops_tuned) == (3.5, 3.0, 100 / (20 + 20)) and never.flops == 60 / 40
     assert bench.best_rate(runs, "rival") == 0.2 and bench.best_rate(runs, "base") == 0.1
 
 
