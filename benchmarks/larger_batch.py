@@ -112,7 +112,7 @@ def draw(points: Sequence[Point], best: dict[tuple[int, str], float], path: Path
     target = mean(min(p.eval_loss for p in of) for _, of in grouped(small, lambda p: p.seed))
     with figure.panels(path, 1, len(batches), figsize=(4.2 * len(batches) + 1.5, 4), sharey=True) as axes:
         for axis, batch in zip(axes[0], batches, strict=True):
-            for arm in ARMS:
+            for arm in [arm for arm in ARMS if (batch, arm) in best]:
                 mine = [p for p in points if (p.batch, p.arm, p.lr) == (batch, arm, best[batch, arm])]
                 curves = [
                     [(getattr(p, spent) / scale, p.eval_loss) for p in of] for _, of in grouped(mine, lambda p: p.seed)
@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=800_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32, 64], help="samples a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
+    parser.add_argument("--arms", type=small_runs.numbers(str), default=ARMS, help=f"of {', '.join(ARMS)}")
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -7)])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
@@ -142,14 +143,14 @@ def main(arguments: list[str] | None = None) -> int:
     for batch in args.batches:
         sweep.widen(
             args.rates,
-            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in ARMS],
-            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in ARMS],
+            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in args.arms],
+            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in args.arms],
         )
     best = best_rates(sweep.rows[Run], first)
     print("best rates: " + ", ".join(f"{arm} {lr:g} at {batch}" for (batch, arm), lr in best.items()), flush=True)
     largest = max(args.batches)
     compared = [(arm, batch, lr) for (batch, arm), lr in best.items()]
-    compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in ARMS]
+    compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in args.arms]
     sweep.train(Setting(*of, seed) for of in compared for seed in (first, *others))
     runs, points = sweep.rows[Run], sweep.rows[Point]
     times = reached(points, best)
