@@ -4,8 +4,8 @@
 
 The arms, from the stability benchmark: plain, carry, and slow_rate, a plain run whose learning rate warms up over as
 many steps as carry's. At every batch all are swept over the same rates with the first seed; where a best lies at the
-grid's edge, all grids are widened. Then all seeds train at their arm's best rate, and at the largest batch at 4x
-plain's best. All runs train the same number of tokens.
+grid's edge, all grids are widened. Then all seeds train at their arm's best rate, and at the largest of several batches
+at 4x plain's best. All runs train the same number of tokens.
 
 DIR gets stability.csv (a row per run), curves.csv (evaluations), training_losses.csv, reached.csv (when each run
 reached the best loss of the plain run of its seed, of its own batch and of the smallest, at that batch's best rate),
@@ -148,9 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     best = best_rates(sweep.rows[Run], first)
     print("best rates: " + ", ".join(f"{arm} {lr:g} at {batch}" for (batch, arm), lr in best.items()), flush=True)
-    largest = max(args.batches)
     compared = [(arm, batch, lr) for (batch, arm), lr in best.items()]
-    compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in args.arms]
+    if (largest := max(args.batches)) > min(args.batches):
+        compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in args.arms]
     sweep.train(Setting(*of, seed) for of in compared for seed in (first, *others))
     runs, points = sweep.rows[Run], sweep.rows[Point]
     times = reached(points, best)
