@@ -82,6 +82,12 @@ class Plan(small_runs.Small):
     spike: Spike
     eval_samples: int = 32
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What runs have in common, with whatever averages and however often evaluated."""
+        regimes = {name: [of.batch, of.steps, of.warmup, of.cosine] for name, of in self.regimes.items()}
+        return {**vars(self), "regimes": regimes, "spike": vars(self.spike)}
+
 
 @dataclass(frozen=True, order=True)
 class Setting(small_runs.Setting):
@@ -418,7 +424,7 @@ def scan(plan: Plan, seed: int, cache: Path, out: Path) -> None:
         for name, regime in plan.regimes.items()
     }
     plan = replace(plan, regimes=regimes)
-    sweep = Sweep(out, {Point: "scan.csv"}, functools.partial(train, plan=plan, cache=cache))
+    sweep = Sweep(out, {Point: "scan.csv"}, functools.partial(train, plan=plan, cache=cache), settings=plan.shared)
     for setting in settings_of(plan, [seed]):
         sweep.train([setting])
         rows = [row for row in summary(p for p in sweep.rows[Point] if p.setting == setting) if row.against == "raw"]
@@ -440,7 +446,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.scan:
         scan(plan, seeds[0], cache, args.out)
     else:
-        sweep = Sweep(args.out, {Point: "curves.csv"}, functools.partial(train, plan=plan, cache=cache))
+        sweep = Sweep(
+            args.out, {Point: "curves.csv"}, functools.partial(train, plan=plan, cache=cache), settings=plan.shared
+        )
         sweep.train(settings_of(plan, seeds) + spiked(plan, seeds))
         report(sweep.rows[Point], plan, args.out)
     return 0

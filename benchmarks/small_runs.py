@@ -32,6 +32,7 @@ from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
 from megatron_patches.models import gpt
 
 _EVALUATED_AT_ONCE = 16
+TRAIN = ("python", "torch", "deepspeed", "megatron-core")  # whose versions runs that are compared have in common
 # glibc gives large blocks back to the kernel at once, which was up to a third of a full-length step's time and next to
 # nothing of a short one's: left alone, it would flatter the warmup.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -154,17 +155,16 @@ class Sweep:
 
     ``files``: kinds of rows and their files; a run is there when it has a row of the last kind. ``train``: from a
     setting to its rows of all kinds. ``workers``: so many processes; 0: this one. ``settings``: what all runs share; a
-    folder of others, or of other versions, raises DataError.
+    folder of others, or of other versions of what trains, raises DataError.
     """
 
     def __init__(
-        self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0,
-        settings: Mapping[str, Any] | None = None,
+        self, out: Path, files: Mapping[type, str], train: Callable[[Any], list[Any]], workers: int = 0, *,
+        settings: Mapping[str, Any],
     ):  # fmt: skip
         self.out, self.files, self.train_one, self.workers = out, files, train, workers
         out.mkdir(parents=True, exist_ok=True)
-        if settings is not None:
-            self._agree(settings)
+        self._agree(settings)
         *_, (self._last, last) = files.items()
         there = (out / last).is_file()
         self.rows: dict[type, list[Any]] = {
@@ -172,7 +172,8 @@ class Sweep:
         }
 
     def _agree(self, settings: Mapping[str, Any]) -> None:
-        here = {"settings": json.loads(json.dumps(settings)), "versions": env.versions()}
+        versions = env.versions()
+        here = {"settings": json.loads(json.dumps(settings)), "versions": {name: versions.get(name) for name in TRAIN}}
         path = self.out / "sweep.json"
         there = json.loads(path.read_text()) if path.exists() else {} if any(self.out.glob("*.csv")) else here
         for kind, values in here.items():

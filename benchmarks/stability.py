@@ -14,8 +14,8 @@ the rates above the best. All runs train the same number of tokens and have the 
 token; runs that are to be compared train side by side.
 
 DIR gets stability.csv (a row per run), curves.csv (evaluations at full length), training_losses.csv (a line per run),
-reached.csv (when each run reached the best loss of the plain run of the best rate, and of its own) and a figure. Runs
-that are there are not repeated: use another DIR for another number of tokens.
+reached.csv (when each run reached the best loss of the plain run of the best rate, and of its own), sweep.json
+(settings, date and versions) and a figure. Runs that are there are not repeated; a DIR of others is refused.
 """
 
 import functools
@@ -303,8 +303,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
     os.environ |= small_runs.MALLOC  # for the workers
-    one = functools.partial(train, scale=Scale(tokens=args.tokens), cache=args.cache.absolute())
-    sweep = Sweep(args.out, FILES, one, args.workers)
+    scale = Scale(tokens=args.tokens)
+    one = functools.partial(train, scale=scale, cache=args.cache.absolute())
+    sweep = Sweep(args.out, FILES, one, args.workers, settings=vars(scale))
     batch, first = max(args.batches), args.seeds[0]
     sweep.train(Setting("plain", batch, lr, first) for lr in sorted(args.rates))
     plain = [run for run in sweep.rows[Run] if (run.arm, run.batch, run.seed) == ("plain", batch, first)]

@@ -14,7 +14,10 @@ def _sweep(out, text, cache, branch):
     small = {"layers": 1, "width": 32, "length": 32, "eval_samples": 16, "batch": 4, "warmup": 2}
     scale = bench.Scale(steps=20, data=text, branch=branch, **small)
     sweep = bench.Sweep(
-        Path(out), {bench.Look: "looks.csv"}, functools.partial(bench.train, scale=scale, cache=Path(cache))
+        Path(out),
+        {bench.Look: "looks.csv"},
+        functools.partial(bench.train, scale=scale, cache=Path(cache)),
+        settings=vars(scale),
     )
     sweep.train([bench.Setting(1e-2, 1)])
     looks = sweep.rows[bench.Look]

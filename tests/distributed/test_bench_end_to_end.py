@@ -99,7 +99,7 @@ def test_a_sweep_goes_beyond_its_best_edge(tmp_path, rates, expected):
         trained.append(setting.lr)
         return [bench.Run(*vars(setting).values(), 1, 1, 1.0, 1.0, *[abs(setting.lr - 0.35)] * 2, 1.0)]
 
-    sweep = bench.Sweep(tmp_path, {bench.Run: "runs.csv"}, train)
+    sweep = bench.Sweep(tmp_path, {bench.Run: "runs.csv"}, train, settings={})
     best = lambda: [bench.best_rate(sweep.rows[bench.Run], "rival")]  # noqa: E731
     sweep.widen(rates, lambda lr: [bench.Setting("rival", lr, 1)], best)
     assert trained == expected

@@ -15,7 +15,7 @@ def _sweep(out, text, cache):
     bench.small_runs.common.start()
     scale = bench.Scale(tokens=12 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
     train = functools.partial(bench.stability.train, scale=scale, cache=Path(cache))
-    sweep = bench.Sweep(Path(out), bench.FILES, train)
+    sweep = bench.Sweep(Path(out), bench.FILES, train, settings=vars(scale))
     sweep.train(bench.Setting(arm, batch, lr, 1) for arm in bench.ARMS for batch in (4, 8) for lr in (1e-2, 3e-3))
     runs, points = sweep.rows[bench.Run], sweep.rows[bench.Point]
     best = bench.best_rates(runs, 1)

@@ -15,10 +15,10 @@ def _sweep(out, text, cache):
     bench.small_runs.common.start()
     scale = bench.Scale(tokens=10 * 4 * 32, layers=1, width=32, length=32, eval_samples=16, data=text)
     train = functools.partial(bench.train, scale=scale, cache=Path(cache))
-    sweep = bench.Sweep(Path(out), bench.FILES, train)
+    sweep = bench.Sweep(Path(out), bench.FILES, train, settings=vars(scale))
     settings = [bench.Setting(arm, 4, 1e-2, 1) for arm in bench.ARMS]
     sweep.train(settings)
-    again = bench.Sweep(Path(out), bench.FILES, None, workers=1)
+    again = bench.Sweep(Path(out), bench.FILES, None, workers=1, settings=vars(scale))
     again.train(settings)  # nothing is missing: it would take a pool of processes
     assert again.rows == sweep.rows
     runs, points = again.rows[bench.Run], again.rows[bench.Point]
@@ -58,6 +58,7 @@ def test_all_arms_train_the_same_tokens(workers, tmp_path):
         "stability.csv",
         "curves.csv",
         "training_losses.csv",
+        "sweep.json",
         "figure.png",
     }
 

@@ -17,11 +17,13 @@ def _miniature(out, text, cache):
     bench.common.start()
     plan, out, cache = replace(bench.SMOKE, data=text), Path(out), Path(cache)
     settings = bench.settings_of(plan, [1]) + bench.spiked(plan, [1])
-    sweep = bench.Sweep(out, {bench.Point: "curves.csv"}, functools.partial(bench.train, plan=plan, cache=cache))
+    sweep = bench.Sweep(
+        out, {bench.Point: "curves.csv"}, functools.partial(bench.train, plan=plan, cache=cache), settings=plan.shared
+    )
     sweep.train(settings)
     points = sweep.rows[bench.Point]
     bench.report(points, plan, out)
-    again = bench.Sweep(out, {bench.Point: "curves.csv"}, None)
+    again = bench.Sweep(out, {bench.Point: "curves.csv"}, None, settings=plan.shared)
     again.train(settings)  # everything is there
     assert again.rows[bench.Point] == points
     return [vars(p) for p in points], [vars(r) for r in bench.summary(points)]
@@ -109,7 +111,7 @@ def test_a_miniature_is_published(workers, text, tmp_path):
     }
     assert len(rows) == 2 * 5 * 4
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"curves.csv", "summary.csv", "spike.csv", "early_averaging.png"}
+    assert files == {"curves.csv", "summary.csv", "sweep.json", "spike.csv", "early_averaging.png"}
 
 
 def _key(point):
