@@ -215,12 +215,12 @@ def draw(looks: Sequence[Look], path: Path) -> None:
         for axis, lr in zip(axes[0], rates, strict=True):
             for weights, window in ((LAST, 0.0), (DECAYED, 0.0), chosen):
                 rows = [row for row in looks if (row.lr, row.weights, row.window) == (lr, weights, window)]
-                name = f"average ({weights}, {window:.0%} of the run)" if window else weights
+                name = "average" if window else weights
                 curves = [[(row.step, row.loss) for row in of] for _, of in grouped(rows, lambda row: row.seed)]
                 small_runs.show(axis, name, curves, _COLOURS[weights], marker="o", markersize=3)
             gained = share(row for row in gains(looks) if (row.lr, row.weights, row.window) == (lr, *chosen))
-            axis.set_title(f"At {lr:g} it has {gained:.0%} of the decay's gain", fontsize=11)
-            axis.set(xlabel="step", xlim=(0, 1.75 * max(row.step for row in looks)))
+            axis.set_title(f"Rate {lr:g}: {gained:.0%} of the decay's gain", fontsize=11)
+            axis.set(xlabel="step", xlim=(0, 1.4 * max(row.step for row in looks)))
         axes[0][0].set_ylabel("evaluation loss (nats per byte)")
 
 
