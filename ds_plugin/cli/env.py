@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import platform
+from typing import Any
 
 from ds_plugin import __version__
 
@@ -27,15 +28,20 @@ def optional() -> dict[str, str | None]:
 
 
 def accelerator() -> str:
-    """DeepSpeed's accelerator on this machine, with its devices and communication backend."""
+    """The accelerator on this machine, DeepSpeed's where that is installed, with its devices and backend."""
     import torch
-    from deepspeed.accelerator import get_accelerator
 
-    found = get_accelerator()
-    backend = found.communication_backend_name()
-    if found.device_name() == "cpu":
+    if _usable("deepspeed"):
+        from deepspeed.accelerator import get_accelerator
+
+        kind, backend = get_accelerator().device_name(), get_accelerator().communication_backend_name()
+    else:
+        kind = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+        backend = torch.distributed.get_default_backend_for_device(kind)
+    if kind == "cpu":
         return f"cpu, {torch.get_num_threads()} threads per process, {backend}"
-    return f"{found.device_count()} x {torch.cuda.get_device_name(0)}, {backend}"
+    devices: Any = torch.get_device_module(kind)
+    return f"{devices.device_count()} x {devices.get_device_name(0)}, {backend}"
 
 
 def _version(name: str) -> str | None:

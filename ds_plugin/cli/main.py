@@ -20,10 +20,15 @@ FRAMEWORKS = {
 }
 
 
+#: packages that commands need -> our extra that has them
+EXTRAS = {"deepspeed": "deepspeed", "megatron": "megatron", "transformers": "hf", "matplotlib": "plot"}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 2, with one message, for whatever the user can mend."""
     from ds_plugin.deepspeed_engine import startup
 
+    args: argparse.Namespace | None = None
     try:
         args = command_line().parse_args(arguments)
         if args.command != "run":  # whose warnings are the script's
@@ -31,6 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         return args.run(args)
     except (PluginError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if args is None or args.command == "run" or (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
+            raise
+        print(
+            f'error: {args.command} needs {error.name}, which is not installed: "ds-plugin[{extra}]"', file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         said = "what is finished is kept; tune-warmup and lr-transfer go on from there with the same command"

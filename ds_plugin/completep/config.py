@@ -15,7 +15,15 @@ from ds_plugin.core.settings_model import Heads, Layers, Ratio, SectionConfig, W
 WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
     "completep": ("batch_ratio", "token_ratio"),
     "mup": ("alpha", "batch_ratio", "token_ratio"),
-    "standard": ("alpha", "base_head_dim", "eps_scope", "batch_ratio", "token_ratio"),
+    "standard": (
+        "alpha",
+        "base_head_dim",
+        "eps_scope",
+        "batch_ratio",
+        "token_ratio",
+        "weight_decay_exponent",
+        "embedding_lr_exponent",
+    ),
     "completed_p": (),
 }
 

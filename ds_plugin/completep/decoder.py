@@ -20,13 +20,13 @@ from ds_plugin.completep import probe, rules
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.model import checked_roles, describe, ratios_of
 from ds_plugin.completep.param_groups import await_groups, build_param_groups, refuse_unused
-from ds_plugin.completep.rules import Ratios, Role
+from ds_plugin.completep.rules import FANS, Ratios, Role
 from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, label, unwrapped
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 
 Settings = CompletePConfig | Mapping[str, Any] | None
-_MATRICES = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.HIDDEN, Role.BRANCH_OUT, Role.UNEMBEDDING)
+_MATRICES = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.UNEMBEDDING, *FANS)
 _SCALING = "scaling"  # where attention modules keep their factor on q.k
 _LOADED = "_is_hf_initialized"  # transformers' from_pretrained leaves it on parameters, from_config does not
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -75,6 +75,7 @@ def prepare_decoder(
     roles, gains = _roles(model, places, section), _start_of_gains(places, trained)
     attention = _attention_scale(model, section)
     ratios, seed = ratios_of(model.config, section), torch.initial_seed() if seed is None else seed
+    roles = {name: section.merged(role, ratios) for name, role in roles.items()}  # those that were given
     for place in places if trained != "keep" else ():
         role, gain = roles[place.name], gains.get(place.name, 1.0)
         row = section.multipliers(role, ratios)

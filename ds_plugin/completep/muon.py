@@ -27,7 +27,7 @@ def with_muon(
     if getattr(config, "multi_latent_attention", False):
         raise ConfigError("completep: multi_latent_attention is True: no rule for Muon covers it; use AdamW")
     rates: dict[Role, float] = {}
-    for role, shapes in _shapes(config, ratios, split_qkv).items():
+    for role, shapes in _shapes(config, ratios, section, split_qkv).items():
         fan_in, out = (ratios.of(dimension) for dimension in FANS[role])
         growth = (1.0 if role is Role.ROUTER else out, fan_in)  # a router's outputs are the experts
         group = section.merged(role, ratios)
@@ -40,11 +40,14 @@ def with_muon(
     return replace(ratios, muon=Muon(rates, lr))
 
 
-def _shapes(config: Any, ratios: Ratios, split_qkv: bool) -> dict[Role, list[tuple[float, float]]]:
+def _shapes(
+    config: Any, ratios: Ratios, section: CompletePConfig, split_qkv: bool
+) -> dict[Role, list[tuple[float, float]]]:
     """(fan-out, fan-in) of the matrices inside a block that Muon takes as one, by role. A decoder's are in proportion,
-    where the rate is the same for every shape."""
+    where the rate is the same for every shape, and have other roles than two where the section names them."""
     if not is_transformer_config(config):
-        return dict.fromkeys((Role.HIDDEN, Role.BRANCH_OUT), [(ratios.m_N, ratios.m_N)])
+        own = [role for role in FANS if role.value in section.lr_multipliers]
+        return dict.fromkeys((Role.HIDDEN, Role.BRANCH_OUT, *own), [(ratios.m_N, ratios.m_N)])
     width, up = config.hidden_size, 2 if config.gated_linear_unit else 1
     queries = config.num_attention_heads * config.kv_channels
     keys = (config.num_query_groups or config.num_attention_heads) * config.kv_channels

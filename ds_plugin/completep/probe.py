@@ -17,6 +17,7 @@ from torch import nn
 from ds_plugin.core.errors import ConfigError
 
 _TOKENS, _MOST_PARTS = 8, 16
+_ATTENTION = "_attn_implementation"  # of a transformers config: looked up in every forward pass
 _OFF = 0.05  # of what a layer adds to its stream, the part that may be unexplained: rounding in 16 bits is below it
 
 
@@ -65,6 +66,12 @@ def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> See
         for hook in hooks:
             undo.callback(hook.remove)
         model.eval()
+        config: Any = model.config
+        attention = getattr(config, _ATTENTION, "eager")
+        if weight.device.type == "cpu" and attention not in (None, "eager", "sdpa"):
+            # others may want a GPU, to which a Trainer's model comes when its engine is built
+            undo.callback(setattr, config, _ATTENTION, attention)
+            setattr(config, _ATTENTION, "eager")
         try:
             model(tokens)
         except _Done:

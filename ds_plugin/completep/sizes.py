@@ -38,6 +38,9 @@ def dims_of(config: Any, section: CompletePConfig) -> dict[str, float]:
             raise ConfigError(f"completep.{name}: {base} in the base, here {field} is {size!r}; both have one or none")
         if base:
             found[dimension] = size / base
+    if section.base_moe_ffn_hidden_size is None and "ffn" in found and getattr(config, "num_moe_experts", None):
+        if config.moe_ffn_hidden_size == config.ffn_hidden_size:  # which megatron-core takes where it is given none
+            found["expert_ffn"] = found["ffn"]
     heads, head = config.num_attention_heads, head_size(config)
     base_head = section.base_head_dim or head
     if section.base_num_heads is not None:

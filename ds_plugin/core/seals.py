@@ -17,7 +17,8 @@ from ds_plugin.core.errors import CheckpointError, raise_on_all_ranks, warn
 from ds_plugin.core.files import write_text
 
 _NAME = "ds_plugin_seal_{:05d}.json"
-_REMEDY = "restore it, give another, or load it unverified (sealer.verify = False, --no-verify, --ds-plugin-no-verify)"
+_UNVERIFIED = "sealer.verify = False, --no-verify, --ds-plugin-no-verify, or bridge.attach(..., verify=False)"
+_REMEDY = f"restore it, give another, or load it unverified ({_UNVERIFIED})"
 _running: list[threading.Thread] = []  # of this process
 
 

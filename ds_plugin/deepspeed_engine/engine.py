@@ -59,6 +59,7 @@ class Plugin:
         self._own: dict[str, Callable[..., Any]] = {}  # the engine's methods that ours stand in for
         #: compares a checkpoint's files with what was saved before anything is loaded; ``sealer.verify = False``: not
         self.sealer = checkpoint.sealer(engine)
+        self._loads = 0  # of checkpoints
         with contextlib.ExitStack() as undo:
             self._build(shorten, undo)
             if resume_from is not None:
@@ -134,7 +135,7 @@ class Plugin:
         micro-batches from the n-th of the run on."""
         if self.warmup is not None and self.warmup.config.mode != "mask":
             return self.warmup.batches(source)
-        return WholeBatches(self.engine, source)
+        return WholeBatches(self.engine, source, lambda: self._loads)
 
     def cut(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """A micro-batch, by argument name, cut to the length of the step that it is for; without sequence length
@@ -357,6 +358,7 @@ class Plugin:
         result = self._own["load_checkpoint"](*call.args, **call.kwargs)
         if result[0] is None:
             return result
+        self._loads += 1
         self._end_accumulation()
         if completep is not None:
             assert manifest is not None  # check() insists on one

@@ -37,7 +37,10 @@ class SequenceLengthWarmup:
     def __init__(self, engine: Any, config: SequenceLengthWarmupConfig, shorten: Shorten | None = None):
         """Nothing changes on the engine before `install`. Raises ConfigError: the layout does not divide the lengths,
         the model or scheduler cannot do what the section asks for, or ranks were given different ones."""
-        config = config.in_run(steps=compat.run_steps(engine))
+        if (whole := compat.run_steps(engine)) is not None:
+            by_tokens = config.learning_rate.by == "tokens"  # the scheduler then counts batches at full length
+            tokens = whole * int(engine.train_batch_size()) * config.end_length
+            config = config.in_run(tokens=tokens) if by_tokens else config.in_run(steps=whole)
         self.engine, self.config, self.full = engine, config, config.end_length
         ulysses, settings = compat.sequence_parallel_size(engine), getattr(engine.module, "config", None)
         #: over how many ranks each sample is divided before the engine sees it

@@ -22,6 +22,7 @@ from ds_plugin.core.errors import ConfigError, PluginError, warn
 from ds_plugin.core.patch import Patch, replaced
 from ds_plugin.deepspeed_engine import attach
 from ds_plugin.huggingface import sections, trainer
+from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.slicing import ByName, Shorten
 
 _ACCELERATE = "accelerate.accelerator.Accelerator"
@@ -35,15 +36,20 @@ def enable(config: str | Path | Mapping[str, Any] | None = None) -> None:
     """Put the methods into this process's Trainer, Accelerate and Lightning. Call it before a model is prepared.
 
     Whose DeepSpeed JSON has a section gets its method; in a process without one nothing changes. ``config``: a JSON
-    with the sections, for runs whose DeepSpeed JSON cannot hold them, such as one that ``accelerate config`` made.
+    with the sections, for runs whose DeepSpeed JSON cannot hold them, such as one that ``accelerate config`` made. A
+    call without one keeps what an earlier one gave, as ``ds-plugin run --config`` does.
 
     Raises:
-        ConfigError: ``config`` is wrong, or neither transformers, accelerate nor lightning is installed.
+        ConfigError: ``config`` is wrong, or another than before, or none of the three libraries is installed.
         PluginError: a library has no function of a name that is patched.
     """
-    found = sections.of(load_json(config)) if config is not None else {}
+    found = sections.of(load_json(config)) if config is not None else sections.given
     if config is not None and not found:
         raise ConfigError(f"enable: the config has none of the sections {', '.join(sections.SECTIONS)}; add one")
+    if sections.given and found != sections.given:
+        raise ConfigError(
+            "enable: the config has other sections than the one given before; call disable() between them"
+        )
     if not _patches:
         _apply(_make())
     sections.given = found
@@ -127,9 +133,11 @@ def _initialize(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if prepared is None:  # Lightning's call, or a script's
             prepared = sections.resolve(sections.with_given(found), kwargs.get("model"), None)
         whole = {**config, **prepared}
-        if (section := split_config(whole)[1].completep) is not None:
-            prepare_decoder(kwargs["model"], section)
-        return attach.initialize(**kwargs, config=whole, shorten=_of_lightning(kwargs.get("model"), config))
+        methods = split_config(whole)[1]
+        if methods.completep is not None:
+            prepare_decoder(kwargs["model"], methods.completep)
+        cut = _of_lightning(kwargs.get("model"), config, methods.sequence_length_warmup)
+        return attach.initialize(**kwargs, config=whole, shorten=cut)
 
 
 @contextlib.contextmanager
@@ -147,10 +155,15 @@ def _config(kwargs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
         yield dict(load_json(configs[0]) if is_own else configs[0]), is_own
 
 
-def _of_lightning(model: Any, config: Mapping[str, Any]) -> Shorten | None:
-    """Lightning gives its engine a batch and a number, by position, and has its forward redirected to training_step."""
+def _of_lightning(model: Any, config: Mapping[str, Any], warmup: SequenceLengthWarmupConfig | None) -> Shorten | None:
+    """Lightning gives its engine a batch and a number, by position, and has its forward redirected to training_step.
+    Raises ConfigError: the warmup does something else than to cut."""
     modules = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     if not any(module is not None and isinstance(model, module.LightningModule) for module in modules):
         return None
+    if warmup is not None and warmup.keeps_tokens:
+        what = 'mode: "mask"' if warmup.mode == "mask" else 'tokens_per_step: "constant"'
+        said = "a LightningModule's training_step is given a batch, which can only be cut"
+        raise ConfigError(f'sequence_length_warmup.{what}: {said}; write "mode": "truncate" alone')
     cut = ByName(model.training_step, micro_batch=config.get("train_micro_batch_size_per_gpu"))
     return lambda args, kwargs, length: cut(args, kwargs, length)

@@ -144,4 +144,4 @@ def _refuse_late(trainer: Any) -> None:
     found = sections.of(trainer.accelerator.deepspeed_plugin.deepspeed_config)
     if on := [name for name, section in found.items() if isinstance(section, Mapping) and section.get("enabled")]:
         what = f"{on[0]} is enabled in the DeepSpeed JSON, and the model was prepared before enable() was called"
-        raise StateError(f"{what}; call ds_plugin.huggingface.enable() before trainer.train()")
+        raise StateError(f"{what}; call ds_plugin.huggingface.enable() before the Trainer is made")

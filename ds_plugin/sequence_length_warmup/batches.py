@@ -81,15 +81,17 @@ class Batches(Iterator[Any]):
 class WholeBatches(Iterator[Any]):
     """Full-length micro-batches from the engine's step on; it goes back (or ahead) when a checkpoint was loaded."""
 
-    def __init__(self, engine: Any, source: Source):
-        self._engine, self._source = engine, source
+    def __init__(self, engine: Any, source: Source, loads: Callable[[], int]):
+        """``loads``: of checkpoints so far."""
+        self._engine, self._source, self._count = engine, source, loads
         self._iterator: Iterator[Any] | None = None
-        self._step = -1  # the engine's, when the last was read
+        self._step, self._loads = -1, -1  # the engine's, when the last was read, and how many loads there were
 
     def __next__(self) -> Any:
         """The next micro-batch. Reading ahead of the step is allowed: every step is of the same length."""
         step = self._engine.global_steps
-        if self._iterator is None or step not in (self._step, self._step + 1):
+        if self._loads != (loads := self._count()) or step not in (self._step, self._step + 1):
             self._iterator = self._source(step * self._engine.gradient_accumulation_steps())
-        self._step = step
+        self._step, self._loads = step, loads
+        assert self._iterator is not None
         return next(self._iterator)

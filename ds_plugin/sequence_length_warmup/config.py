@@ -35,7 +35,12 @@ class Duration(SectionConfig):
 
     steps: Steps | None = Field(None, le=MOST_STEPS, description="optimizer steps, e.g. 3000")
     tokens: Tokens | None = Field(None, description="trained tokens of all data-parallel ranks together")
-    share: float | None = Field(None, gt=0.0, le=1.0, description="of the run's optimizer steps, e.g. 0.6")
+    share: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="of the run, e.g. 0.6: of its optimizer steps, or of its tokens where these say how long it is",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "Duration":

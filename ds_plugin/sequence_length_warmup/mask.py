@@ -1,6 +1,7 @@
 """The mask mode: samples at full length, attention confined to fragments of the current length (arXiv 2503.15450)."""
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ def fragment_mask(full: int, length: int, device: torch.device | str | None = No
 def check_model(module: torch.nn.Module) -> None:
     """Raises ConfigError for a model that would pass over the mask: with an attention of TransformerEngine, which takes
     none with a causal mask type, or one that is not megatron-core's."""
-    from megatron.core.transformer.attention import Attention
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    cores, others = [], []
+    if importlib.util.find_spec("megatron") is not None:  # else the model is not of it
+        from megatron.core.transformer.attention import Attention
+        from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    cores = [m.core_attention for m in module.modules() if isinstance(m, Attention)]
-    others = [type(core).__name__ for core in cores if not isinstance(core, DotProductAttention)]
+        cores = [m.core_attention for m in module.modules() if isinstance(m, Attention)]
+        others = [type(core).__name__ for core in cores if not isinstance(core, DotProductAttention)]
     config: Any = getattr(module, "config", None)
     window = getattr(config, "window_size", None)
     if others:

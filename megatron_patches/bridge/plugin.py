@@ -125,6 +125,8 @@ class Plugin(Core):
             patch.revert()
         if _attached is self:
             _attached = None
+            if self.cfg.checkpoint.custom_manager_class == MANAGER:  # the run has not come to `begin`
+                self.cfg.checkpoint.custom_manager_class = None
 
     def start(self) -> None:
         """The configuration is complete, and there is no model yet. Raises ConfigError, on every rank."""

@@ -103,7 +103,9 @@ class _Steps:
 
 
 class Replay(Iterator[Any]):
-    """The batches of ``source``; those read since `record` come again after each `replay`, until `forget`."""
+    """The batches of ``source``; those read since `record` come again after each `replay`, until `forget`. A batch that
+    it gives is the loop's own: from core 0.18 on, forward steps write the device's tensors into it, or parts of them.
+    """
 
     def __init__(self, source: Iterator[Any]):
         self._source = source
@@ -111,12 +113,12 @@ class Replay(Iterator[Any]):
 
     def __next__(self) -> Any:
         for batch in self._again:
-            return batch
+            return _copied(batch)
         batch = next(self._source)
         if self._recording:
             batch = _sharing(batch, self._kept[-1] if self._kept else None)
             self._kept.append(batch)
-        return batch
+        return _copied(batch)
 
     def record(self) -> None:
         self.forget()
@@ -128,6 +130,10 @@ class Replay(Iterator[Any]):
     def forget(self) -> None:
         self._kept: list[Any] = []
         self.replay()
+
+
+def _copied(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _sharing_all(batches: Iterator[Any]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_patches.megatron_on_cpu import on_cpu
+from megatron_patches.weight_averaging.masters import LAYER_WISE_GATHER
 
 _VARIANCE = "exp_avg_sq"  # Adam's second moments, in torch's, apex's and TransformerEngine's
 
@@ -30,9 +31,11 @@ class LoopReadings:
         return [value.detach() for value in found if torch.is_tensor(value)]
 
     def state_copies(self) -> int:
-        """1 where the state is sharded, else the data-parallel ranks."""
+        """1 where the state is sharded, by elements or by layers, else the data-parallel ranks."""
         from megatron.core import parallel_state
 
+        if hasattr(self._optimizer, LAYER_WISE_GATHER):
+            return 1
         members = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         if all(getattr(member.config, "use_distributed_optimizer", False) for member in members):
             return 1

@@ -47,7 +47,7 @@ def has_bridge():
 
 def test_megatron_bridge_is_tested_or_its_absence_is_said():
     if not has_bridge():
-        pytest.skip("megatron-bridge is not installed: docs/megatron.md says how, for Python 3.12")
+        pytest.skip("megatron-bridge is not installed: docs/bridge.md says how, for Python 3.12")
 
 
 needs_bridge = pytest.mark.skipif(not has_bridge(), reason="megatron-bridge is not installed")

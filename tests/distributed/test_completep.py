@@ -544,6 +544,10 @@ EXPECTED = {
         ({"residual": "fold"}, ["residual", "fold", "folded"]),
         ({"batch_ratio": 2.0}, ["batch_ratio: 2.0 has no effect with recipe 'completep'", '"recipe": "completed_p"']),
         ({"recipe": "mup", "alpha": 0.5}, ["alpha: 0.5 has no effect", '"completep" or "completed_p"']),
+        (
+            {"recipe": "standard", "base_head_dim": None, "weight_decay_exponent": 0.5},
+            ["weight_decay_exponent: 0.5 has no"],
+        ),
         ({"recipe": "standard"}, ["base_head_dim: 8 has no effect with recipe 'standard'"]),
         ({"recipe": "standard", "base_head_dim": None, "eps_scope": "all"}, ["eps_scope: 'all'", '"mup"']),
         ({"base_widht": 64}, ["base_widht", "base_width"]),

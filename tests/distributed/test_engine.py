@@ -127,15 +127,21 @@ def test_a_step_keeps_its_tokens_in_more_samples(workers, tmp_path, zero, throug
 def _share_of_the_run():
     section = {**plain.WARMUP, "duration": {"share": 0.25}}
     engine = plain.make(plain.deepspeed_config(1, sequence_length_warmup=section))
+    by_tokens = plain.make(
+        plain.deepspeed_config(1, sequence_length_warmup={**section, "learning_rate": {"by": "tokens"}})
+    )
     config = {**plain.deepspeed_config(1, sequence_length_warmup=section)}
     del config["scheduler"]
     with pytest.raises(ConfigError) as caught:
         plain.make(config)
-    return ds_plugin.get_plugin(engine).warmup.config.duration.steps, str(caught.value)
+    durations = [ds_plugin.get_plugin(each).warmup.config.duration for each in (engine, by_tokens)]
+    return durations[0].steps, durations[1].tokens, by_tokens.train_batch_size(), str(caught.value)
 
 
 def test_a_share_is_of_the_schedulers_steps(workers):
-    steps, refused = workers(1).run(_share_of_the_run)[0]
+    """Or of the tokens of so many steps at full length, where the schedule goes by tokens."""
+    steps, tokens, batch, refused = workers(1).run(_share_of_the_run)[0]
+    assert tokens == 10 * batch * plain.LENGTH
     assert steps == 10 and "duration.share: 0.25 of a run whose length is not known here" in refused
 
 

@@ -4,6 +4,8 @@ what is refused."""
 import argparse
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -11,8 +13,9 @@ import torch
 
 import ds_plugin
 from ds_plugin import completep, huggingface
-from ds_plugin.core.errors import PluginError, StateError
+from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.deepspeed_engine import attach
+from ds_plugin.huggingface import sections as methods
 from tests.distributed.test_hugging_face import history
 from tests.hugging_face import (
     ACCUMULATION,
@@ -62,6 +65,33 @@ def test_labels_are_cut_where_a_loss_is_computed_outside_the_model(workers, tmp_
     for by_hand, ours in found.values():
         assert ours == by_hand and len(ours) == 4
     assert found["smooth"] != found["checkpointed"]
+
+
+def _enabled_twice():
+    """What is given after `enable` is called again, with and without a config; what a LightningModule is told."""
+    given = {"weight_averaging": {"enabled": True, "interval": 1}}
+    huggingface.enable(given)
+    huggingface.enable()
+    kept, said = methods.given == given, []
+    sys.modules["lightning.pytorch"] = SimpleNamespace(LightningModule=torch.nn.Module)
+    for other in ({"mode": "mask"}, {"tokens_per_step": "constant"}):
+        warmup = {"enabled": True, "start_length": 8, "end_length": 16, "duration": {"steps": 2}, **other}
+        with pytest.raises(ConfigError) as refused:
+            model, config = torch.nn.Linear(2, 2), {"train_batch_size": 1, "sequence_length_warmup": warmup}
+            deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+        said.append(str(refused.value))
+    del sys.modules["lightning.pytorch"]
+    with pytest.raises(ConfigError) as refused:
+        huggingface.enable({"weight_averaging": {"enabled": False, "interval": 1}})
+    huggingface.disable()
+    return kept, methods.given, [*said, str(refused.value)]
+
+
+def test_a_second_enable_keeps_the_sections_and_lightning_cuts_alone(workers):
+    [(kept, after, said)] = workers(1).run(_enabled_twice)
+    assert kept and not after
+    expected = 'mode: "mask"', 'tokens_per_step: "constant"', "other sections than the one given"
+    assert all(words in error for words, error in zip(expected, said, strict=True)), said
 
 
 COMPLETEP = {"enabled": True, "base_width": 16, "base_depth": 1}
@@ -226,6 +256,7 @@ def _refused(folder):
     case("misspelt", lambda: train({"sequence_length_warmpu": warmup}))
     huggingface.enable({"sequence_length_warmup": warmup})
     case("twice", lambda: train(SECTIONS))
+    huggingface.disable()
     huggingface.enable()
     train({}, save_strategy="steps", save_steps=2, max_steps=2)
     foreign = trainer_of(folder / "run", config_of(1, **SECTIONS), **QUIET)
@@ -246,7 +277,7 @@ def _refused(folder):
 
 def test_what_is_refused_says_so(workers, tmp_path):
     said = workers(1).run(_refused, tmp_path)[0]
-    assert "before trainer.train()" in said["late"]
+    assert "before the Trainer is made" in said["late"]
     assert 'mode: "carry" needs a loop' in said["carry"] and 'write "truncate"' in said["carry"]
     assert 'sequence_length_warmup.start_length: "auto" follows from nothing' in said["auto"]
     assert 'did you mean "sequence_length_warmup"' in said["misspelt"]
@@ -271,6 +302,7 @@ def _own_call(folder):
     found = {}
 
     def case(name, given, *args, **kwargs):
+        huggingface.disable()
         huggingface.enable(given)
         try:
             engine = deepspeed.initialize(*args, **kwargs)[0]

@@ -4,6 +4,7 @@ What tests may reach into: no private name of ours. And how many lines there may
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,7 +172,7 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == {blocked!r}:
-            raise ImportError(f"{{name}} is not installed")
+            raise ModuleNotFoundError(f"{{name}} is not installed", name=name)
 
 sys.meta_path.insert(0, Blocked())
 """
@@ -221,6 +222,8 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 from megatron_patches.training_loop import script
 print("exit code", script.run(sys.argv[1:]))
 print("deepspeed" in sys.modules)
+from ds_plugin.cli.main import main
+print("env", main(["env"]), "to-universal", main(["to-universal", "a", "b"]))
 """
 
 
@@ -251,4 +254,5 @@ def test_megatron_alone_is_enough(tmp_path):
     code = BLOCK.format(blocked="deepspeed") + f"sys.path.insert(0, {str(folder)!r})\n" + imported
     arguments = ["--options", json.dumps(OPTIONS), "--ds-plugin-config", str(tmp_path / "methods.json")]
     said = _run(code + TRAINED_WITHOUT_DEEPSPEED, tmp_path, str(folder / "pretrain_small.py"), *arguments)
-    assert said[-2:] == ["exit code 0", "False"]
+    assert said[said.index("exit code 0") + 1] == "False" and said[-1] == "env 0 to-universal 2"
+    assert any(re.fullmatch(r"accelerator +cpu, 1 threads per process, gloo", line) for line in said)

@@ -214,6 +214,36 @@ def test_what_is_not_recognised_is_one_error_that_says_how_to_settle_it():
         finished_roles(model, section)
 
 
+@pytest.mark.parametrize(
+    ("name", "role", "otherwise"), [("up_proj", "mlp_up", "hidden"), ("down_proj", "mlp_down", "branch_out")]
+)
+def test_a_role_of_megatrons_names_trains_as_the_decoders_own(name, role, otherwise):
+    """In proportion both are one row of the table: init and group."""
+    name, found = rf"model.layers.[0-9]+.mlp.{name}.weight", []
+    for given in (role, otherwise):
+        model = prepared("Llama", section={**SECTION, "roles": {name: given}})
+        groups = [(group["role"], len(group["params"])) for group in optimizer_groups(model, **ADAM)]
+        found.append((model.state_dict(), groups))
+    (weights, groups), (expected, expected_groups) = found
+    assert groups == expected_groups and all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+def test_attention_that_wants_a_gpu_is_looked_at_without_one():
+    """A Trainer's model comes to its GPU when its engine is built, after this."""
+
+    def on_gpus(module, query, *args, **kwargs):
+        raise RuntimeError("FlashAttention only supports CUDA tensors")
+
+    transformers.AttentionInterface.register("stub_of_a_kernel", on_gpus)
+    model = build("Llama")
+    model.set_attn_implementation("stub_of_a_kernel")
+    prepare_decoder(model, SECTION, seed=1)
+    with pytest.raises(RuntimeError, match="FlashAttention"):  # as before
+        model(torch.zeros(1, 4, dtype=torch.int64))
+    expected = prepared("Llama").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def test_roles_are_for_decoders_alone():
     with pytest.raises(ConfigError, match=r"completep.roles: a megatron-core GPT's parameters have their roles"):
         checked_roles(nn.Linear(2, 2), CompletePConfig(**SECTION, roles={"weight": "hidden"}))

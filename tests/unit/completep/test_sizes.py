@@ -29,6 +29,16 @@ def test_ranks_have_their_own_ratios():
     assert dims({}, multi_latent_attention=False) == {}  # such a config has ranks all the same
 
 
+def test_experts_that_take_their_size_from_the_mlps_take_their_ratio_too():
+    dense = {"multi_latent_attention": False, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 1024}
+    experts = {**dense, "num_moe_experts": 8}
+    assert dims({"base_ffn_hidden_size": 512}, **experts) == {"ffn": 2.0, "expert_ffn": 2.0}
+    both = {"base_ffn_hidden_size": 512, "base_moe_ffn_hidden_size": 1024}
+    assert dims(both, **experts) == {"ffn": 2.0, "expert_ffn": 1.0}
+    assert dims({"base_ffn_hidden_size": 512}, **experts | {"moe_ffn_hidden_size": 256}) == {"ffn": 2.0}
+    assert dims({"base_ffn_hidden_size": 512}, **experts | {"num_moe_experts": None}) == {"ffn": 2.0}
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "error"),
     [

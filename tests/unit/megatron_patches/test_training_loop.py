@@ -115,6 +115,22 @@ def test_recorded_batches_come_again_and_the_source_goes_on():
     assert numbers(2) == [4, 5] and all(tensor() is None for tensor in kept)
 
 
+def test_what_the_loop_writes_into_a_batch_does_not_come_again():
+    """From core 0.18 on it puts the device's tensors there, and context parallelism's part of each."""
+    source = Replay(batch(n) for n in range(9))
+
+    def read():
+        found = next(source)
+        tokens, found["tokens"], found["labels"] = found["tokens"], found["tokens"][:, :1], None
+        return tokens.shape[1]
+
+    source.record()
+    whole = [read(), read()]
+    for _ in range(2):
+        source.replay()
+        assert [read(), read()] == whole and whole[0] > 1
+
+
 def lengths(**changes):
     config = SequenceLengthWarmupConfig.model_validate({**WARMUP, **changes})
     return Lengths(config, full=32, layout_multiple=1, batch=10)

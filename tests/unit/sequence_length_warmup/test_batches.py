@@ -8,9 +8,9 @@ import torch
 
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.deepspeed_engine.preflight import lengthened
-from ds_plugin.sequence_length_warmup.batches import Batches
+from ds_plugin.sequence_length_warmup.batches import Batches, WholeBatches
 from ds_plugin.sequence_length_warmup.carry import TokenSpan
-from ds_plugin.sequence_length_warmup.mask import fragment_mask
+from ds_plugin.sequence_length_warmup.mask import check_model, fragment_mask
 from ds_plugin.sequence_length_warmup.nested import leaves, rebuilt
 from ds_plugin.sequence_length_warmup.slicing import cut_batch
 
@@ -91,6 +91,21 @@ def test_the_training_thread_reads_no_tensor_of_a_batch(batch):
         assert {leaf.value.shape[1] for leaf in found} == {2} and all(leaf.value.is_meta for leaf in found)
 
 
+@pytest.mark.parametrize(("to", "first"), [(4, 4), (5, 5), (1, 1)])
+def test_whole_batches_go_back_with_a_checkpoint(to, first):
+    """One step back, and none within an open accumulation step, look like going on: loads are counted."""
+    engine = SimpleNamespace(global_steps=0, gradient_accumulation_steps=lambda: 1)
+    loads = 0
+    read = WholeBatches(engine, itertools.count, lambda: loads)
+    for step in range(5):
+        engine.global_steps = step
+        assert next(read) == step
+    engine.global_steps = 5  # a micro-batch ahead
+    assert next(read) == 5
+    engine.global_steps, loads = to, 1
+    assert [next(read), next(read)] == [first, first + 1]
+
+
 def test_samples_of_another_length_are_refused():
     with pytest.raises(ConfigError, match="end_length: 8.*with 6"):
         cut_batch({"tokens": TOKENS}, 4, full=8, exact=True)
@@ -105,6 +120,12 @@ def test_what_has_no_name_and_no_known_place_is_refused(shape, floating):
     other = torch.zeros(shape) if floating else torch.zeros(shape).long()
     with pytest.raises(ConfigError, match=r"\[1\]\[0\]' of shape.*'\[0\]' \(6\)"):
         cut_batch((TOKENS, [other]), 4, full=6, exact=True, micro_batch=2)
+
+
+def test_a_model_is_refused_a_mask_without_megatron_core_too(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match='"mask" and how a Linear, no megatron-core GPT, takes a mask is not known'):
+        check_model(torch.nn.Linear(2, 2))
 
 
 def test_fragments_see_themselves_and_what_came_before():
