@@ -107,7 +107,12 @@ def _kind(run: Run) -> tuple[int, int, float]:
 def draw(points: Sequence[Point], best: dict[tuple[int, str], float], path: Path) -> None:
     """A panel per batch: evaluation loss against tokens, or CPU time if there is one batch; seeds as bands."""
     batches = sorted({batch for batch, _ in best})
-    spent, scale, name = ("tokens", 1e6, "trained tokens (M)") if batches[1:] else ("cpu_seconds", 60, "CPU minutes")
+    spent, scale, name, gain, of_what = (
+        ("tokens", 1e6, "trained tokens (M)", "gain_tokens", "fewer tokens")
+        if batches[1:]
+        else ("cpu_seconds", 60, "CPU minutes", "gain_cpu", "less CPU time")
+    )
+    times = reached(points, best)
     small = [p for p in points if (p.batch, p.arm, p.lr) == (batches[0], "plain", best[batches[0], "plain"])]
     target = mean(min(p.eval_loss for p in of) for _, of in grouped(small, lambda p: p.seed))
     with figure.panels(path, 1, len(batches), figsize=(4.2 * len(batches) + 1.5, 4), sharey=True) as axes:
@@ -120,7 +125,10 @@ def draw(points: Sequence[Point], best: dict[tuple[int, str], float], path: Path
                 end = min(curve[-1][0] for curve in curves)
                 small_runs.show(axis, arm, [stability.regular(curve, end) for curve in curves], stability.COLOURS[arm])
             axis.axhline(target, color="#000000", linewidth=0.8, linestyle=":")
-            axis.set(title=f"{batch} samples a step", xlabel=name, ylim=(target * 0.93, target * 1.3))
+            key = ("carry", batch, best[batch, "carry"], batch)
+            gains = [getattr(t, gain) for t in times if (t.arm, t.batch, t.lr, t.target_batch) == key]
+            axis.set_title(f"{batch} samples: {mean(gains):.1f} times {of_what}", fontsize=11)
+            axis.set(xlabel=name, ylim=(target * 0.93, target * 1.3))
             axis.set_xlim(0, axis.get_xlim()[1] * 1.2)
         axes[0][0].set_ylabel("evaluation loss (nats per byte)")
 
