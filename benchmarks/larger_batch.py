@@ -139,10 +139,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=800_000, help="trained tokens of a run")
     parser.add_argument("--batches", type=small_runs.numbers(int), default=[8, 32, 64], help="samples a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
-    parser.add_argument("--arms", type=small_runs.numbers(str), default=ARMS, help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--without-slow-rate", action="store_true", help="compare plain and carry alone")
     parser.add_argument("--rates", type=small_runs.numbers(float), default=[2.0**n for n in range(-11, -7)])
     parser.add_argument("--seeds", type=small_runs.numbers(int), default=[1, 2, 3])
     args = parser.parse_args(arguments)
+    arms = ARMS[:2] if args.without_slow_rate else ARMS
     os.environ |= small_runs.MALLOC  # for the workers
     scale = Scale(tokens=args.tokens, length=args.length)
     one = functools.partial(stability.train, scale=scale, cache=args.cache.absolute())
@@ -151,14 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
     for batch in args.batches:
         sweep.widen(
             args.rates,
-            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in args.arms],
-            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in args.arms],
+            lambda lr, batch=batch: [Setting(arm, batch, lr, first) for arm in arms],
+            lambda batch=batch: [best_rates(sweep.rows[Run], first)[batch, arm] for arm in arms],
         )
     best = best_rates(sweep.rows[Run], first)
     print("best rates: " + ", ".join(f"{arm} {lr:g} at {batch}" for (batch, arm), lr in best.items()), flush=True)
     compared = [(arm, batch, lr) for (batch, arm), lr in best.items()]
     if (largest := max(args.batches)) > min(args.batches):
-        compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in args.arms]
+        compared += [(arm, largest, FACTOR * best[largest, "plain"]) for arm in arms]
     sweep.train(Setting(*of, seed) for of in compared for seed in (first, *others))
     runs, points = sweep.rows[Run], sweep.rows[Point]
     times = reached(points, best)
