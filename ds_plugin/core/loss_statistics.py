@@ -106,9 +106,9 @@ class Readings(Protocol):
     def step(self) -> int: ...  # optimizer steps so far, equal on all ranks
     # the last step's, of the whole model, below 0 or not finite if it was not finite; None: not known
     def gradient_norm(self) -> torch.Tensor | float | None: ...
-    # Adam's second moments, the live tensors; none where there are none or they are not in this process
-    def adam_variances(self) -> list[torch.Tensor]: ...
-    def state_copies(self) -> int: ...  # on how many ranks each of their elements lies
+    # Adam's second moments, the live tensors, each with the number of ranks on which it lies; none where there are none
+    # or they are not in this process
+    def adam_variances(self) -> list[tuple[torch.Tensor, int]]: ...
 
 
 def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -116,17 +116,17 @@ def adam_variance(readings: Readings) -> tuple[torch.Tensor, torch.Tensor] | Non
     none. The ranks' norms add up to the model's (what tensor-parallel ranks or pipeline stages replicate is counted on
     each), the largest of the maxima is the model's. No gather, no sync, no temporary of the state's size."""
     norms, maxima = [], []
-    for variance in readings.adam_variances():
+    for variance, ranks in readings.adam_variances():
         for chunk in variance.reshape(-1).split(CHUNK_CPU if variance.is_cpu else CHUNK_DEVICE):
             if not chunk.numel():
                 continue
             # torch.sum adds up pairwise, 1e-8 off for millions of elements in float32. torch.linalg.vector_norm(v,
             # ord=0.5), without a temporary, adds up in sequence: 8 % off for 30 million on a CPU.
-            norms.append(chunk.float().sqrt().sum().double().to(readings.device))
+            norms.append(chunk.float().sqrt().sum().double().to(readings.device) / ranks)
             maxima.append(chunk.max().double().sqrt().to(readings.device))
     if not norms:
         return None
-    return torch.stack(norms).sum() / readings.state_copies(), torch.stack(maxima).max()
+    return torch.stack(norms).sum(), torch.stack(maxima).max()
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ PIPELINE_COMPUTE_LOSS = "_compute_loss"
 PIPELINE_LOSSES = "fwd_outputs"  # of the schedule that ran last: each micro-batch's loss; empty but on the last stage
 PIPELINE_RANK = ("get_pipeline_model_parallel_rank", "get_pipe_parallel_rank")  # of an mpu: the first that it has
 EXPERT_RANK = ("_get_expert_parallel_rank", "_get_max_expert_size_name")  # of deepspeed.utils.groups
+EXPERT_COPIES = "_get_expert_data_parallel_world_size"  # of the same
+EXPERT_GROUP = "group_name"  # of an expert's parameter, for these
 PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
 
 
@@ -143,6 +145,21 @@ def has_experts(engine: Any) -> bool:
     """Whether the model has layers of deepspeed.moe, of which ranks that share all else may hold different ones."""
     need(engine, "has_moe_layers")
     return bool(engine.has_moe_layers)
+
+
+def ranks_of_experts(engine: Any) -> dict[int, int]:
+    """By the `id` of what the optimizer has in its param groups, on how many ranks an expert's lies, without ZeRO."""
+    from deepspeed.utils import groups
+
+    need(groups, EXPERT_COPIES)
+    found: dict[int, int] = {}
+    for group in engine.optimizer.param_groups if has_experts(engine) else []:
+        for parameter in group["params"]:
+            # 16 bits have flat masters, by groups; in fp32 experts may share a group with all else
+            name = group["name"] if group.get("moe") else getattr(parameter, EXPERT_GROUP, None)
+            if name is not None:
+                found[id(parameter)] = int(getattr(groups, EXPERT_COPIES)(name))
+    return found
 
 
 def global_shape(parameter: torch.nn.Parameter) -> list[int]:

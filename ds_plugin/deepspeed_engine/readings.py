@@ -26,21 +26,21 @@ class EngineReadings:
             return None
         return self._engine.get_global_grad_norm()
 
-    def adam_variances(self) -> list[torch.Tensor]:
-        """This rank's second moments of Adam, the live tensors; some may be empty, ZeRO's padding in them is zero. None
-        before the first step, from other optimizers, or where they are not in memory between two steps."""
+    def adam_variances(self) -> list[tuple[torch.Tensor, int]]:
+        """This rank's second moments of Adam, the live tensors; some may be empty, ZeRO's padding in them is zero. Each
+        with the number of ranks on which it lies: 1 where ZeRO shards it. None before the first step, from other
+        optimizers, or where they are not in memory between two steps."""
         engine, key = self._engine, compat.ADAM_VARIANCE
         elsewhere = any(compat.is_on(engine, name) for name in compat.UPDATES_OUTSIDE_STEP)
         if engine.optimizer is None or elsewhere or engine.zero_nvme_offload_optimizer():
             return []
+        compat.need(engine, "seq_dp_world_size")
+        sharded = compat.wrapper_of(engine) in ("zero3", "zero12", "bf16")
+        ranks = 1 if sharded else int(engine.seq_dp_world_size)
+        experts = {} if sharded else compat.ranks_of_experts(engine)
         # by the state, not the param groups: ZeRO 3 leaves those empty between two steps
-        return [e[key].detach() for each in optimizers(engine) for e in each.state.values() if key in e]
-
-    def state_copies(self) -> int:
-        """On how many ranks each element of the optimizer's state lies: 1 where ZeRO shards it."""
-        compat.need(self._engine, "seq_dp_world_size")
-        sharded = compat.wrapper_of(self._engine) in ("zero3", "zero12", "bf16")
-        return 1 if sharded else int(self._engine.seq_dp_world_size)
+        states = [(p, entry) for each in optimizers(engine) for p, entry in each.state.items()]
+        return [(entry[key].detach(), experts.get(id(p), ranks)) for p, entry in states if key in entry]
 
 
 def optimizers(engine: Any) -> list[Any]:

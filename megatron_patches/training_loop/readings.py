@@ -1,5 +1,6 @@
 """What the instruments read of Megatron-LM's training (`loss_statistics.Readings`)."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,20 +27,30 @@ class LoopReadings:
     def gradient_norm(self) -> float | None:
         return self.norm
 
-    def adam_variances(self) -> list[torch.Tensor]:
-        found = [entry.get(_VARIANCE) for inner in self.inner() for entry in inner.state.values()]
-        return [value.detach() for value in found if torch.is_tensor(value)]
+    def adam_variances(self) -> list[tuple[torch.Tensor, int]]:
+        groups = [group for inner in self.inner() for group in inner.param_groups]
+        experts = {id(p) for group in groups if group.get("is_expert_parallel") for p in group["params"]}
+        ranks, ranks_of_experts = self._copies()
+        return [
+            (entry[_VARIANCE].detach(), ranks_of_experts if id(p) in experts else ranks)
+            for inner in self.inner()
+            for p, entry in inner.state.items()
+            if torch.is_tensor(entry.get(_VARIANCE))
+        ]
 
-    def state_copies(self) -> int:
-        """1 where the state is sharded, by elements or by layers, else the data-parallel ranks."""
+    def _copies(self) -> tuple[int, int]:
+        """On how many ranks the state lies, and that of experts: on all data-parallel ranks, unless it is sharded, by
+        layers or, in each instance of the distributed optimizer, by elements."""
         from megatron.core import parallel_state
 
         if hasattr(self._optimizer, LAYER_WISE_GATHER):
-            return 1
+            return 1, 1
+        of_all = functools.partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
         members = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         if all(getattr(member.config, "use_distributed_optimizer", False) for member in members):
-            return 1
-        return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+            instances = int(of_all() // of_all(partial_data_parallel=True))
+            return instances, instances
+        return int(of_all()), int(parallel_state.get_expert_data_parallel_world_size())
 
     def inner(self) -> list[Any]:
         """The torch optimizers under Megatron's, that have something to train on this rank."""

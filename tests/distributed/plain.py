@@ -33,6 +33,20 @@ class TinyLM(torch.nn.Module):
         return F.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
 
 
+class Experts(TinyLM):
+    """Two experts of DeepSpeed's, one on each rank of two."""
+
+    def __init__(self):
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        self.moe = MoE(VOCAB, torch.nn.Linear(VOCAB, VOCAB), num_experts=2, ep_size=2, min_capacity=4)
+
+    def forward(self, input_ids, labels):
+        logits, auxiliary, _ = self.moe(self.head(self.embedding(input_ids)))
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) + 0.01 * auxiliary
+
+
 def deepspeed_config(zero=0, precision="fp32", accumulation=1, **sections):
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
@@ -53,6 +67,17 @@ def make(config, width=13, initialize=None, **kwargs):
     """An engine on the same initial weights whatever the layout."""
     torch.manual_seed(7)
     return (initialize or ds_plugin.initialize)(model=TinyLM(width), config=config, **kwargs)[0]
+
+
+def with_experts(config, apart=True):
+    """An engine on `Experts`, in param groups of their own as DeepSpeed asks for or in one with all else."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    torch.manual_seed(7)
+    model = Experts()
+    groups = split({"params": list(model.parameters()), "name": "all"}) if apart else model.parameters()
+    config = {**config, "gradient_clipping": 0.0}
+    return ds_plugin.initialize(model=model, model_parameters=groups, config=config)[0]
 
 
 def micro_batch(index, rank=None):

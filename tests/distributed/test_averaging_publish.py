@@ -496,30 +496,9 @@ def test_a_compiled_model_has_the_names_of_the_model(workers, tmp_path):
         assert "named _orig_mod.positions and so on, this model's positions" in refused and "model.compile()" in refused
 
 
-class Experts(plain.TinyLM):
-    """Two experts of DeepSpeed's, one on each rank."""
-
-    def __init__(self):
-        from deepspeed.moe.layer import MoE
-
-        super().__init__()
-        self.moe = MoE(plain.VOCAB, torch.nn.Linear(plain.VOCAB, plain.VOCAB), num_experts=2, ep_size=2, min_capacity=4)
-
-    def forward(self, input_ids, labels):
-        logits, auxiliary, _ = self.moe(self.head(self.embedding(input_ids)))
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) + 0.01 * auxiliary
-
-
 def _experts(folder):
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
-
     def make(**section):
-        torch.manual_seed(7)
-        model = Experts()
-        config = plain.deepspeed_config(0, weight_averaging={**AVERAGING, **section})
-        config["gradient_clipping"] = 0.0
-        groups = split({"params": list(model.parameters()), "name": "all"})
-        return ds_plugin.initialize(model=model, model_parameters=groups, config=config)[0]
+        return plain.with_experts(plain.deepspeed_config(0, weight_averaging={**AVERAGING, **section}))
 
     messages = []
     with pytest.raises(ConfigError) as caught:

@@ -16,11 +16,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError
+from ds_plugin.core.loss_statistics import adam_variance
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.config import WeightAveragingConfig
 from ds_plugin.weight_averaging.state.fragments import check
 from megatron_patches import megatron_on_cpu
 from megatron_patches.models import gpt
+from megatron_patches.training_loop.readings import LoopReadings
 from megatron_patches.weight_averaging.masters import find_megatron_shards
 from megatron_patches.weight_averaging.publish import publish_torch_dist
 from tests import muon_stand_in
@@ -280,7 +282,20 @@ def compare_with_gathered(kind, precision, expert=False):
     losses.append(train_step(chunks, optimizer, STEPS - 1))
     sync(chunks, optimizer)
     found["trained on"] = losses == plain and different(gathered.full_parameters(chunks), plain_end) == []
+    found["variances"] = elements_with_variance(optimizer, chunks)
     return found
+
+
+def elements_with_variance(optimizer, chunks):
+    """Those that Adam trains, as the l1 norm over variances of 1 counts them on all ranks, and as they are."""
+    readings = LoopReadings(optimizer, lambda: STEPS)
+    for variance, _ in readings.adam_variances():
+        variance.fill_(1)
+    total = (adam_variance(readings) or [torch.zeros((), dtype=torch.float64)])[0]
+    dist.all_reduce(total)
+    muon = hasattr(optimizer, "allgather_params")  # trains the matrices
+    named = [(name, p) for chunk in chunks for name, p in chunk.named_parameters() if not (muon and p.dim() == 2)]
+    return total.item(), sum(p.numel() * (2 if "expert" in name else 1) for name, p in named)
 
 
 def compare_all(kinds):
@@ -311,6 +326,8 @@ def check_found(found, case):
     assert (len(ordinary) > 0) == (kind != "whole"), case  # the counter counts
     assert found["losses"] and found["trained on"], case
     assert found["steps"] == [3, 4, 5], case
+    counted, elements = found["variances"]
+    assert counted == elements > 0, case
     assert found["layouts"] == {"whole": ["replicated"], "layer-wise": ["sharded"] * 2}.get(kind, ["sharded"]), case
 
 
@@ -332,6 +349,17 @@ def test_expert_parallel_chains(workers):
     for found in workers(4).run(compare_with_gathered, "distributed", "bf16", expert=True):
         assert found["layouts"] == ["sharded", "sharded"]
         check_found({**found, "layouts": ["sharded"]}, ("distributed", "bf16"))
+
+
+def whole_experts():
+    chunks, optimizer = make("whole", torch.bfloat16, expert=True)
+    train_step(chunks, optimizer, 0)
+    return elements_with_variance(optimizer, chunks)
+
+
+def test_whole_experts_lie_on_fewer_ranks(workers):
+    for counted, elements in workers(4).run(whole_experts):
+        assert counted == elements > 0
 
 
 # -- a GPT under TP2 x PP2 x DP2 -------------------------------------------------------------------------------------

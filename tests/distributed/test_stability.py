@@ -366,6 +366,26 @@ def test_an_optimizer_without_variances(workers):
         assert report.loss_ratio is not None and report.variance_l1 is None and report.variance_max is None
 
 
+def _elements_with_experts(precision, apart):
+    """The l1 norm over variances of 1 is the number of elements: of the model, and what the ranks add up to."""
+    engine = plain.with_experts(plain.deepspeed_config(0, precision), apart)
+    plain.train(engine, 1)
+    readings = EngineReadings(engine)
+    for variance, _ in readings.adam_variances():
+        variance.fill_(1)
+    total, _ = adam_variance(readings)
+    dist.all_reduce(total)
+    named = engine.module.named_parameters()
+    return total.item(), sum(p.numel() * (2 if "experts" in name else 1) for name, p in named)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("fp32", True), slow("fp32", False), ("bf16", True)])
+def test_experts_lie_on_fewer_ranks(workers, precision, apart):
+    """Of four ranks two hold each expert."""
+    for found, expected in workers(4).run(_elements_with_experts, precision, apart):
+        assert found == expected
+
+
 def _chunks():
     engine = make(3)
     plain.train(engine, 2)
