@@ -9,6 +9,7 @@ slow_rival  the same, its rate warmed up over as many steps as that of a run wit
 base        what ours is tuned on: the base model with ours' JSON; swept over the same rates, seeds and tokens.
 ours        the target by CompleteP at the base's best rate, the `carry` warmup, and averaged weights.
 no_completep, no_warmup    ours without one of the three, at the base's best rate. Without averages: ours' last weights.
+slow_rate   no_warmup, its rate warmed up as the slow rival's.
 tuned       no_completep at the rival's best rate: what warmup and averaging do for who has paid for the sweep.
 
 All have one batch, number of tokens and schedule (linear warmup, then cosine to a tenth, by trained tokens). A sweep's
@@ -41,17 +42,18 @@ from ds_plugin.sweeps.records import write_records
 from launch_scripts.gpt.flops import Flops
 from megatron_patches.models.gpt import GPTConfig
 
-ARMS = ("rival", "slow_rival", "base", "ours", "no_completep", "no_warmup", "tuned")
+ARMS = ("rival", "slow_rival", "base", "ours", "no_completep", "no_warmup", "slow_rate", "tuned")
 RIVALS = ARMS[:2]
 CARRIED = ("base", "ours", "no_completep", "tuned")
 EVALUATIONS = 20
 LAST, AVERAGE = "last weights", "average"
 NAMES = {
     "rival": "standard, tuned at the target",
+    "slow_rival": "with a slow rate warmup",
     "untuned": "standard, at the base's best rate",
     "ours": "the three methods",
 }
-_COLOURS = {"rival": "#D55E00", "untuned": "#999999", "ours": "#0072B2"}
+_COLOURS = {"rival": "#D55E00", "slow_rival": "#E69F00", "untuned": "#999999", "ours": "#0072B2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ def json_of(setting: Setting, scale: Scale) -> dict[str, Any]:
         "enabled": True, "start_length": scale.start, "end_length": scale.length, "mode": "carry",
         "duration": {"steps": max(1, steps // 2)}, "learning_rate": {"by": "tokens"}, "preflight": False,
     }  # fmt: skip
-    if setting.arm == "slow_rival":
+    if setting.arm in ("slow_rival", "slow_rate"):
         warmup = small_runs.slow_rate(carried, scale.batch, warmup * scale.batch * scale.length)
     config = small_runs.json_of(scale.batch, setting.lr, small_runs.cosine(steps, warmup))
     standard = setting.arm in (*RIVALS, "no_completep", "tuned")
@@ -300,12 +302,16 @@ def factor_table(rows: Iterable[Factor]) -> list[str]:
 
 def draw(runs: Sequence[Run], points: Sequence[Point], path: Path) -> None:
     """Evaluation loss against compute: of the last run alone, and from the first trial of the sweep on."""
-    rival, base = best_rate(runs, "rival"), best_rate(runs, "base")
-    whole = mean(run.flops for run in _of(runs, "rival", rival))
-    trials = {arm: sum(run.flops for run in _of(runs, arm)) / whole for arm in ("rival", "base")}
-    shown = {"untuned": ("rival", base, LAST), "rival": ("rival", rival, LAST), "ours": ("ours", base, AVERAGE)}
-    before = {"untuned": trials["base"], "rival": trials["rival"] - 1, "ours": trials["base"]}
-    target = mean(min(p.loss for p in of) for _, of in grouped(_of(points, "rival", rival), lambda p: p.seed))
+    rates = {arm: best_rate(runs, arm) for arm in (*RIVALS, "base")}
+    base, whole = rates["base"], mean(run.flops for run in _of(runs, "rival", rates["rival"]))
+    trials = {arm: sum(run.flops for run in _of(runs, arm)) / whole for arm in rates}
+    rivals = {arm: (arm, rates[arm], LAST) for arm in RIVALS}
+    shown = {"untuned": ("rival", base, LAST), **rivals, "ours": ("ours", base, AVERAGE)}
+    before = {**dict.fromkeys(shown, trials["base"]), **{arm: trials[arm] - 1 for arm in RIVALS}}
+    targets = {
+        arm: mean(min(p.loss for p in of) for _, of in grouped(_of(points, arm, rates[arm]), lambda p: p.seed))
+        for arm in RIVALS
+    }
     with figure.panels(path, 1, 2, figsize=(11, 4.2), sharey=True) as axes:
         left, right = axes[0]
         for axis, offset in ((left, dict.fromkeys(shown, 0.0)), (right, before)):
@@ -316,14 +322,19 @@ def draw(runs: Sequence[Run], points: Sequence[Point], path: Path) -> None:
                     for _, of in grouped(chosen, lambda p: p.seed)
                 ]
                 small_runs.show(axis, NAMES[name], curves, _COLOURS[name])
-            axis.hlines(target, 0, offset["rival"] + 1, color="#000000", linewidth=0.8, linestyle=":")
-        ours = [row for row in factors(runs, points) if (row.arm, row.weights) == ("ours", AVERAGE)]
-        plain, counted = (mean(getattr(row, name) for row in ours) for name in ("flops", "flops_tuned"))
-        lowest = min(run.reported for run in _of(runs, "ours"))
-        left.set(xlabel="compute, in trainings of the target", ylabel="evaluation loss (nats per byte)", xlim=(0, 1.9))
-        right.set(xlabel="the same, with the sweeps before it", xlim=(0, 1.65 * (before["rival"] + 1)))
-        left.set(title=f"The same loss for {plain:.1f} times less compute", ylim=(lowest * 0.99, target * 1.25))
-        right.set(title=f"and for {counted:.1f} times less with the tuning counted")
+            for arm, target in targets.items():
+                axis.hlines(target, 0, offset[arm] + 1, color=_COLOURS[arm], linewidth=0.8, linestyle=":")
+        found = [factors(runs, points, arm) for arm in RIVALS]
+        ours = [[row for row in rows if (row.arm, row.weights) == ("ours", AVERAGE)] for rows in found]
+        plain, counted = (
+            " and ".join(f"{mean(getattr(row, name) for row in rows):.1f}" for rows in ours)
+            for name in ("flops", "flops_tuned")
+        )
+        lowest, target = min(run.reported for run in _of(runs, "ours")), targets["rival"]
+        left.set(xlabel="compute, in trainings of the target", ylabel="evaluation loss (nats per byte)", xlim=(0, 2))
+        right.set(xlabel="the same, with the sweeps before it", xlim=(0, 1.85 * (before["rival"] + 1)))
+        left.set(title=f"The rivals' losses for {plain} times less compute", ylim=(lowest * 0.99, target * 1.25))
+        right.set(title=f"and for {counted} times less with the tuning counted")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -344,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     base, rival = (best_rate(sweep.rows[Run], arm) for arm in ("base", "rival"))
     print(f"best rates: {base:g} at the base, {rival:g} of the rival at the target", flush=True)
-    of_arms = {"ours": base, "no_warmup": base, "no_completep": base, "tuned": rival}
+    of_arms = {**dict.fromkeys(("ours", "no_warmup", "slow_rate", "no_completep"), base), "tuned": rival}
     sweep.train(Setting(arm, lr, seed) for arm, lr in of_arms.items() for seed in args.seeds)
     runs, points = sweep.rows[Run], sweep.rows[Point]
     rows = [row for against in RIVALS for row in factors(runs, points, against)]

@@ -19,7 +19,7 @@ def _sweep(out, text, cache):
     train = functools.partial(bench.train, scale=scale, cache=Path(cache))
     sweep = bench.Sweep(Path(out), bench.FILES, train, settings=vars(scale))
     sweep.train(bench.Setting(arm, lr, 1) for arm in ("base", *bench.RIVALS) for lr in (1e-2, 3e-3))
-    sweep.train(bench.Setting(arm, 1e-2, 1) for arm in ("ours", "no_warmup", "no_completep", "tuned"))
+    sweep.train(bench.Setting(arm, 1e-2, 1) for arm in ("ours", "no_warmup", "slow_rate", "no_completep", "tuned"))
     again = bench.Sweep(Path(out), bench.FILES, None, workers=1, settings=vars(scale))
     assert again.rows == sweep.rows
     runs, points = again.rows[bench.Run], again.rows[bench.Point]
@@ -45,11 +45,12 @@ def test_every_arm_trains_as_much(workers, tmp_path):
     assert {arm for arm, weights in points if weights == "average"} == set(by_arm) - {"rival", "slow_rival"}
     assert by_arm["no_completep"]["final"] == by_arm["tuned"]["final"] != by_arm["ours"]["final"]
     assert by_arm["slow_rival"]["steps"] == 12 and by_arm["slow_rival"]["final"] != by_arm["rival"]["final"]
+    assert by_arm["slow_rate"]["steps"] == 12 and by_arm["slow_rate"]["final"] != by_arm["no_warmup"]["final"]
     assert by_arm["rival"]["final_average"] == by_arm["rival"]["final"] != by_arm["no_warmup"]["final"]
     assert {(row["against"], row["arm"], row["weights"]) for row in rows} >= {
         (rival, "ours", weights) for rival in ("rival", "slow_rival") for weights in ("average", "last weights")
     }
-    assert len(lines) == 2 + 10 + 2 + len(rows)
+    assert len(lines) == 2 + 11 + 2 + len(rows)
     kept = json.loads((out / "sweep.json").read_text())
     assert kept["settings"]["tokens"] == 1536 and "torch" in kept["versions"]
 
