@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ds_plugin.cli import env
 from ds_plugin.core.files import atomic_write
-from ds_plugin.deepspeed_engine import startup
+from ds_plugin.deepspeed_engine import compat, startup
 from ds_plugin.weight_averaging.state.fragments import Fragment
 
 sys.path.append(str(Path(__file__).parents[1]))  # launch_scripts is not installed
@@ -166,7 +166,7 @@ def start(threads: int = 1) -> None:
     startup.quiet()
     if threads:
         torch.set_num_threads(threads)
-    startup.skip_inference_kernel()
+    compat.skip_inference_kernel()
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, though there is no launcher
     builders.start_megatron()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
@@ -183,7 +183,7 @@ def _rank(rank: int, count: int, folder: str, work: Callable[..., Any], args: tu
     from megatron_patches import megatron_on_cpu
 
     startup.quiet()
-    startup.skip_inference_kernel()
+    compat.skip_inference_kernel()
     megatron_on_cpu.enable()
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve

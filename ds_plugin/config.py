@@ -70,13 +70,18 @@ def split_config(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any]
     config, notes = translate(load_json(source))
     for note in notes:
         say_once(note)
+    refuse_misspelt(config)
+    parsed = {name: parse_section(model, name, config.pop(name)) for name, model in SECTIONS.items() if name in config}
+    return config, PluginConfig(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
+
+
+def refuse_misspelt(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that is nearly a section's name."""
     for key in config:
         # only a near-identical name is a misspelling for certain: "completion" is not
         guess = nearest(key.lower().replace("-", "_"), SECTIONS, cutoff=0.85) if key not in SECTIONS else None
         if guess:
             raise ConfigError(f'{key}: unknown section (DeepSpeed would ignore it); did you mean "{guess}"?')
-    parsed = {name: parse_section(model, name, config.pop(name)) for name, model in SECTIONS.items() if name in config}
-    return config, PluginConfig(**{name: section for name, section in parsed.items() if section.enabled})  # type: ignore
 
 
 @functools.cache

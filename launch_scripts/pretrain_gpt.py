@@ -30,6 +30,7 @@ from deepspeed.accelerator import get_accelerator
 
 import ds_plugin
 from ds_plugin.core.errors import PluginError, raise_on_all_ranks
+from ds_plugin.deepspeed_engine import compat
 from launch_scripts.gpt import corpus, data, settings
 from launch_scripts.gpt.folder import RunFolder
 from launch_scripts.gpt.optimizer import choose_optimizer, decay_groups
@@ -174,7 +175,7 @@ def train(args: Any, run: settings.Settings, folder: RunFolder, progress: Progre
 def main() -> int:
     """Exit code 0, or 2 with one message when the settings, the data or the checkpoint cannot be used."""
     args = settings.parser().parse_args()
-    startup.skip_inference_kernel()
+    compat.skip_inference_kernel()
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     try:
         with raise_on_all_ranks():

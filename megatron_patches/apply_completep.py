@@ -37,7 +37,7 @@ def apply_completep(section: CompletePConfig) -> None:
     StateError: another section is in force; PluginError, with nothing changed: megatron-core lacks a symbol."""
     global _applied
     section = section.folded_by_default()
-    if in_force(_applied, section):
+    if not section.enabled or in_force(_applied, section):
         return
     patches = _patches(section)
     with all_or_none(patches):

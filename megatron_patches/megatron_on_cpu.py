@@ -320,14 +320,13 @@ _PRETEND: list[Change] = [
 ]
 
 # The last: applying them imports megatron, as on a CPU.
-_MENDED = {
-    "state_dict": _optimizer_state_dict,
-    "load_state_dict": _load_optimizer_state_dict,
-    "_set_main_param_and_optimizer_states": _set_optimizer_states,
-}
 _RESUME: dict[str, Any] = {
     name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
-    for name, mended in _MENDED.items()
+    for name, mended in (
+        ("state_dict", _optimizer_state_dict),
+        ("load_state_dict", _load_optimizer_state_dict),
+        ("_set_main_param_and_optimizer_states", _set_optimizer_states),
+    )
 }
 _RESUME["norm"] = Patch(
     f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()

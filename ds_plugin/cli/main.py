@@ -28,23 +28,25 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 2, with one message, for whatever the user can mend."""
     from ds_plugin.deepspeed_engine import startup
 
-    args: argparse.Namespace | None = None
+    command = "run"
     try:
         args = command_line().parse_args(arguments)
-        if args.command != "run":  # whose warnings are the script's
+        if (command := args.command) != "run":  # whose warnings are the script's, and all errors but ours
             startup.quiet()
         return args.run(args)
     except (PluginError, OSError) as error:
+        if command == "run" and not isinstance(error, PluginError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if args is None or args.command == "run" or (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
+        if command == "run" or (extra := EXTRAS.get(str(error.name).partition(".")[0])) is None:
             raise
-        print(
-            f'error: {args.command} needs {error.name}, which is not installed: "ds-plugin[{extra}]"', file=sys.stderr
-        )
+        print(f'error: {command} needs {error.name}, which is not installed: "ds-plugin[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if command == "run":
+            raise
         said = "what is finished is kept; tune-warmup and lr-transfer go on from there with the same command"
         print(f"interrupted: {said}, a merge starts over", file=sys.stderr)
         return 130

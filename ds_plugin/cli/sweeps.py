@@ -34,11 +34,8 @@ def _shape(text: str) -> tuple[int, int, Mixture | None]:
     return width, depth, Mixture.of(mixture) if mixture else None
 
 
-_SHAPE = checked(
-    _shape,
-    lambda shape: min(shape[:2]) > 0,
-    "WIDTHxDEPTH like 64x8, or with experts of its own 64x8:16:2",
-)
+_SIZES = "WIDTHxDEPTH like 64x8, or with experts of its own 64x8:16:2"
+_SHAPE = checked(_shape, lambda shape: min(shape[:2]) > 0, _SIZES)
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

@@ -1,5 +1,6 @@
 """The ``completep`` section of the JSON."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,19 +12,12 @@ from ds_plugin.completep import rules
 from ds_plugin.completep.rules import Experts, Multipliers, Ratios, Recipe, Role
 from ds_plugin.core.settings_model import Heads, Layers, Ratio, SectionConfig, Width
 
+_FOR_STANDARD = "alpha base_head_dim eps_scope batch_ratio token_ratio weight_decay_exponent embedding_lr_exponent"
 #: by recipe, the settings that it does not react to; the base's size is asked for all the same
 WITHOUT_EFFECT: Mapping[Recipe, tuple[str, ...]] = {
     "completep": ("batch_ratio", "token_ratio"),
     "mup": ("alpha", "batch_ratio", "token_ratio"),
-    "standard": (
-        "alpha",
-        "base_head_dim",
-        "eps_scope",
-        "batch_ratio",
-        "token_ratio",
-        "weight_decay_exponent",
-        "embedding_lr_exponent",
-    ),
+    "standard": tuple(_FOR_STANDARD.split()),
     "completed_p": (),
 }
 
@@ -109,11 +103,11 @@ class CompletePConfig(SectionConfig):
         """
         return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
 
-    def differences(self, stored: object) -> list[tuple[str, object, object]]:
-        """(setting, value there, value here) wherever the section of a checkpoint is another one."""
+    def differences(self, stored: object) -> str:
+        """``setting value there, value here`` wherever the section of a checkpoint is another one; else empty."""
         here, there = self.model_dump(), dict(stored) if isinstance(stored, Mapping) else {}
-        names = sorted({*there, *here})
-        return [(n, there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)]
+        names = [n for n in sorted({*there, *here}) if there.get(n) != here.get(n)]
+        return ", ".join(f"{n} {json.dumps(there.get(n))} there, {json.dumps(here.get(n))} here" for n in names)
 
     def ratios(
         self, width: int, depth: int, dims: Mapping[str, float] | None = None, experts: Experts | None = None
@@ -164,9 +158,4 @@ class CompletePConfig(SectionConfig):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"completep.roles: {pattern!r} is no regular expression: {error}") from None
-        if self.base_head_dim is not None and self.base_width % self.base_head_dim:
-            raise ValueError(
-                f"completep.base_head_dim: {self.base_head_dim} does not divide base_width {self.base_width}; "
-                "write the head size of the base model"
-            )
         return self

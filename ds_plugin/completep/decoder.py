@@ -187,9 +187,11 @@ def _places(model: nn.Module) -> list[_Place]:
     inner = {m: (name, i) for i, each in enumerate(layers_of(model)) for name, m in each.named_modules()}
     experts = {m for each in inner if isinstance(each, nn.ModuleList) for m in each.modules()}  # lists inside a layer
     modules, places = dict(model.named_modules()), []
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     for name, p in model.named_parameters():
         owner, _, attribute = name.rpartition(".")
-        module = modules[owner]
+        # a tied weight has the output layer's name where that one comes first
+        module = embedding if p is getattr(embedding, "weight", None) else modules[owner]
         within, number = inner.get(module, (None, -1))
         kind = "" if module in experts else _kind(module, attribute, p)
         places.append(_Place(name, p, module, kind, within, number))

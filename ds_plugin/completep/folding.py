@@ -29,6 +29,7 @@ from ds_plugin.core.errors import ConfigError
 
 _METADATA, _OURS = "_metadata", "completep"  # torch's attribute of a state_dict(), by module; our entry beside those
 _QKV = (".self_attention.linear_qkv.weight", ".self_attention.linear_qkv.bias")
+_NO_WEIGHTS = ("_extra_state", ".router.expert_bias", ".router.qb_beta")  # the last two balance experts: no optimizer's
 
 
 def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config:
 
 def _tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in weights.items():
-        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
+        if isinstance(value, torch.Tensor) and not name.endswith(_NO_WEIGHTS):
             yield name, value
 
 

@@ -79,8 +79,7 @@ def in_force(model: torch.nn.Module, section: CompletePConfig) -> CompletePConfi
 
 def _decoder_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
     given, roles = getattr(model, MARK), dict(getattr(model, ROLES))
-    if different := in_force(model, section).differences(given.model_dump()):
-        values = ", ".join(f"{name} {there!r} there, {here!r} here" for name, there, here in different)
+    if values := in_force(model, section).differences(given.model_dump()):
         raise ConfigError(f"completep: the model was prepared with another section: {values}; give both the same one")
     names = [name for name, _ in model.named_parameters()]
     if added := [name for name in names if name not in roles]:

@@ -117,10 +117,11 @@ def _form(config: Any, section: CompletePConfig, active: int, base_active: int) 
         return "mean"
     if base_factor is None and factor is not None:
         raise ConfigError(f"{field}: missing: the router's is {here:g} with {active} experts a token; write the base's")
-    sigmoid = config.moe_router_score_function == "sigmoid"
+    score = config.moe_router_score_function
+    alone = f"{score} scores of one expert are not brought to a sum as others are"
     for holds, what in (
-        (sigmoid and 1 in (active, base_active), "sigmoid scores of one expert are not brought to a sum as others are"),
-        (not sigmoid and config.moe_router_pre_softmax, "with moe_router_pre_softmax weights sum to about the share"),
+        (score != "softmax" and 1 in (active, base_active), alone),
+        (score == "softmax" and config.moe_router_pre_softmax, "with moe_router_pre_softmax weights sum to the share"),
         (config.moe_router_load_balancing_type == "sinkhorn", "sinkhorn's weights are not brought to a sum"),
     ):
         if holds:

@@ -42,6 +42,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 count = checked(int, lambda value: 1 <= value <= MOST, f"a whole number from 1 to {MOST}")
+tokens = checked(int, lambda value: 1 <= value <= 10**15, "a whole number from 1 to 10**15")
 positive = above(0)
 existing_file = checked(Path, Path.is_file, "a file that exists")
 new_file = checked(Path, lambda path: path.parent.is_dir() and not path.is_dir(), "a file in a folder that exists")

@@ -31,15 +31,18 @@ class Sealer:
         self.verify = True  #: whether `check` looks
 
     def open(self, folder: Path) -> None:
-        """Before anything is written: what an earlier save into ``folder`` sealed holds no longer."""
+        """Before anything is written: what earlier saves into ``folder`` sealed, on however many, holds no longer."""
         self.wait()
-        (folder / _NAME.format(self.index)).unlink(missing_ok=True)
+        for seal in folder.glob("ds_plugin_seal_*.json"):
+            if int(seal.stem.rpartition("_")[2]) % self.of == self.index:
+                seal.unlink(missing_ok=True)
 
     def close(self, folder: Path, parts: Iterable[Path], save_id: str) -> None:
         """After everything is written, by all: begin to seal ``parts``, files and whole folders, into ``folder``."""
         files = sorted({file for part in parts for file in ([part] if part.is_file() else part.rglob("*"))})
-        # neither folders, seals, nor temporary files
-        files = [file for file in files if file.is_file() and not file.name.startswith((".", "ds_plugin_seal_"))]
+        # neither folders, seals, nor temporary files, which are hidden, as torch_dist's index is
+        files = [f for f in files if f.name == ".metadata" or not f.name.startswith((".", "ds_plugin_seal_"))]
+        files = [f for f in files if f.is_file()]
         arguments = (folder, files[self.index :: self.of], save_id, self.index, self.of)
         _running.append(threading.Thread(target=_seal, args=arguments, name="seal"))  # a process ends after it
         _running[-1].start()
@@ -69,7 +72,6 @@ def verify(folder: str | Path, *, index: int = 0, of: int = 1) -> list[str]:
     seals = [_read(path) for path in sorted(folder.glob("ds_plugin_seal_*.json"))]
     if not seals:
         return [f"{folder} has no seals"]
-    seals = [seal for seal in seals if seal["index"] < seals[0]["of"]]  # the rest: of an earlier save, of more ranks
     for seal in seals[1:]:
         if (seal["save_id"], seal["of"]) != (seals[0]["save_id"], seals[0]["of"]):
             raise CheckpointError(f"{folder}: its seals are of several saves; {_REMEDY}")

@@ -139,7 +139,7 @@ def get_plugin(engine: Any) -> Plugin:
     """The `Plugin` of an engine. Raises StateError: there is none; ConfigError: ``engine`` is no engine."""
     plugin = getattr(engine, "__dict__", {}).get(_ATTRIBUTE)
     if plugin is None:
-        _refuse_no_engine(engine, "attached")
+        _refuse_no_engine(engine, "get_plugin")
         raise StateError("this engine has no plugin; make it with ds_plugin.initialize() or call ds_plugin.attach()")
     return plugin
 

@@ -257,8 +257,9 @@ def _compare_runs(plugin: Any, manifest: dict[str, Any], path: Path) -> None:
     state = manifest["state"].get("sequence_length_warmup") or {}
     if plugin.warmup is not None and state:
         plugin.warmup.check_state(state)
-    elif plugin.warmup is None and (left := (state.get("order") or {"open": []})["open"]):
-        what = f"the checkpoint carries tokens of {len(left)} batches, which this run has no sequence_length_warmup for"
+    elif plugin.warmup is None and (order := state.get("order")):
+        what = f"the checkpoint carries tokens of {len(order['open'])} batches and has read {order['windows_read']}"
+        what += f" in {manifest['global_steps']} steps, which a run without sequence_length_warmup does not go on from"
         raise CheckpointError(f"{path}: {what}; give the same section")
     if plugin.averager is not None:
         saved = manifest["sections"].get("weight_averaging", {})

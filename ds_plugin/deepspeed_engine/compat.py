@@ -180,7 +180,8 @@ _INFERENCE_KERNEL = Patch("deepspeed.comm.torch.build_shm_op", lambda: None, rea
 
 def skip_inference_kernel() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs, and from waiting for the lock that a killed
-    compile leaves, for ever. ``megatron_patches.active()`` shows it, ``megatron_patches.revert()`` undoes it."""
+    compile leaves, for ever: for scripts that start communication before `ds_plugin.initialize`, which does this
+    itself. ``megatron_patches.active()`` shows it, ``megatron_patches.revert()`` undoes it."""
     _INFERENCE_KERNEL.apply()
 
 
@@ -270,7 +271,7 @@ def model_coordinate(engine: Any) -> tuple[int, ...]:
 def run_steps(engine: Any) -> int | None:
     """Optimizer steps of the whole run, as the JSON's learning-rate scheduler is told; None where it is told none."""
     steps = (engine.scheduler_params() or {}).get("total_num_steps")
-    return steps if isinstance(steps, int) and steps > 0 else None
+    return int(steps) if isinstance(steps, (int, float)) and steps > 0 else None  # JSON's 1e5 is a float
 
 
 def is_first_at(engine: Any) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from ds_plugin.config import PluginConfig
-from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks, this_rank, warn
+from ds_plugin.core.errors import ConfigError, StateError, raise_on_all_ranks, this_rank
 from ds_plugin.core.files import write_text
 from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import checkpoint, compat, monitor, publish, readings
@@ -192,9 +192,6 @@ class Plugin:
         states = restart.to_reset(readings.optimizers(self.engine), self.engine.device, keep=moments == "keep")
         averager.restart(horizon)
         restart.zero_(states)
-        if states and moments == "keep":
-            step = self.engine.global_steps
-            warn("weight averaging: step %d, the optimizer's moments were not finite: they start again at zero", step)
 
     def publish(
         self,

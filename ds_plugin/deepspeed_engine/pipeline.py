@@ -114,11 +114,9 @@ def run_passes(engine: Any, micro_batch: Any) -> None:
     """One step's forward and backward passes and its reductions, all on one micro-batch (None on stages that load no
     data). Every rank calls it, between two steps; what the engine keeps of a step is put back. With one micro-batch
     more than there are stages, as many are in flight as in any step while gradients have accumulated already."""
-    from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
     from deepspeed.runtime.pipe import schedule
 
     kept, offset = dict(vars(engine)), getattr(engine.module, compat.PIPELINE_MICRO_OFFSET)
-    streams = get_cuda_rng_tracker().get_states()  # DeepSpeed's own; the others are kept with the buffers
     engine.reset_activation_shape()
     engine.module.train()
     engine.data_iterator = itertools.repeat(micro_batch) if micro_batch is not None else None
@@ -136,5 +134,4 @@ def run_passes(engine: Any, micro_batch: Any) -> None:
         for slots in getattr(engine, compat.PIPELINE_BUFFERS).values():  # they hold on to activations of full length
             slots[:] = [None] * engine.num_pipe_buffers
         setattr(engine.module, compat.PIPELINE_MICRO_OFFSET, offset)
-        get_cuda_rng_tracker().set_states(streams)
         engine.reset_activation_shape()

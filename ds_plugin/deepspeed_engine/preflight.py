@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from deepspeed.runtime.activation_checkpointing.checkpointing import get_cuda_rng_tracker
 from deepspeed.utils import logger
 
 from ds_plugin.core.errors import ConfigError, this_rank
@@ -31,8 +32,11 @@ def passes_of_a_step(engine: Any, length: int) -> Iterator[None]:
         masters, kept = to_come or ([], 0)
         return state_to_come(masters, lambda master: [master.dtype] * kept)
 
-    with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
-        yield
+    with contextlib.ExitStack() as undo:
+        # DeepSpeed's own streams; the others are kept with the buffers
+        undo.callback(get_cuda_rng_tracker().set_states, get_cuda_rng_tracker().get_states())
+        with full_length_pass([engine.module], room, length=length, means=_MEANS), compat.dropped_gradients(engine):
+            yield
     most, aside = peak(engine.device), ", the optimizer aside" if to_come is None else ""
     if this_rank() == 0:
         logger.info(f"{SAYS}: a step at {length} tokens fits{aside}{most}")

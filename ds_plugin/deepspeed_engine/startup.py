@@ -40,13 +40,6 @@ def quiet() -> None:
     logging.getLogger("DeepSpeed").addFilter(lambda record: not record.getMessage().startswith(_USUAL_LOG))
 
 
-def skip_inference_kernel() -> None:
-    """For a script that starts communication before it calls `ds_plugin.initialize`, which does this itself."""
-    from ds_plugin.deepspeed_engine import compat  # late: it imports torch, which `quiet` comes before
-
-    compat.skip_inference_kernel()
-
-
 def fail(error: Exception) -> int:
     """Print the message of an error that every rank has raised, once; the script's exit code, 2. Without a collective,
     which could hang: the launcher ends the others as soon as rank 0 is gone; one that is still there seconds later

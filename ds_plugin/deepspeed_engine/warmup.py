@@ -65,7 +65,7 @@ class SequenceLengthWarmup:
         self._reads = False  # whether batches are cut where they are read
         self._recorded = self._trained = False  # a loss, a forward pass: in the accumulation step that is open
         self._first = True  # no forward pass has been cut yet
-        self._short = False  # whether it was said that samples are shorter than a step
+        self._short = self._unread = False  # whether it was said: samples are shorter than a step, no variance is known
         self._rehearsed = not config.preflight
         #: what `cut_batch` wants to know of the micro-batches
         self.samples: dict[str, Any] = {"micro_batch": int(engine.train_micro_batch_size_per_gpu())}
@@ -92,8 +92,8 @@ class SequenceLengthWarmup:
             what = f"and {type(module).__name__} is an encoder-decoder, whose targets end elsewhere than their sources"
             raise ConfigError(f'sequence_length_warmup.{parts} {what}; write "mode": "truncate" alone')
         if given is not None:
-            if self.folds:
-                what = "folds samples by their arguments' names, and a function that shortens was given"
+            if parts:
+                what = "cuts samples by their tensors' names, and a function that shortens was given"
                 raise ConfigError(f"sequence_length_warmup.{parts} {what}; leave one of the two out")
             return given
         if mode == "mask":
@@ -175,9 +175,9 @@ class SequenceLengthWarmup:
 
     def batches(self, source: Source) -> Batches:
         """This rank's micro-batches, each cut to its step's length: see `Batches`."""
-        if self.config.mode == "mask":
-            what = 'mode: "mask" trains full-length samples; give them to engine(...) as they are'
-            raise ConfigError(f"sequence_length_warmup.{what}")
+        if not (self._shorten is None or isinstance(self._shorten, ByName)):
+            what = "batches(...) cuts samples by their tensors' names, and a function that shortens was given"
+            raise ConfigError(f"shorten: {what}; leave it out, or give the samples to engine(...) as they are")
         self._reads = True
         return Batches(self, source)
 
@@ -299,6 +299,10 @@ class SequenceLengthWarmup:
         report = self.monitor.close_step(length)
         self.report = report or self.report
         if report is not None:
+            if self.config.reads_variance and applied and report.variance_max is None and not self._unread:
+                self._unread = True
+                what = "no second moments of Adam are in memory: variance and adaptive.variance_max have no effect"
+                warn("sequence length warmup: step %d, %s", report.step, what)
             self.hold.judge(report, length, self.full)
         self.hold.step(self.tokens.nominal - trained_before)
         self._span = None  # the report has asked for the length already
@@ -331,12 +335,11 @@ class SequenceLengthWarmup:
         return {**tokens, **self._counted_in(), **self.hold.state(), **cuts, "stability": stability}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError for a state that this run cannot go on from: carried tokens of another mode or batch
-        size, or a length held in another unit."""
-        order = state.get("order")
-        for name, value in self._counted_in().items() if order and order["open"] or self.carries else ():
+        """Raise CheckpointError for a state that this run cannot go on from: what is read and carried in another mode
+        or batch size, or a length held in another unit."""
+        for name, value in self._counted_in().items() if state.get("order") or self.carries else ():
             if (saved := state.get(name)) != value:
-                what = f"the checkpoint was trained with {name} {saved!r}, in which carried tokens are counted"
+                what = f"the checkpoint was trained with {name} {saved!r}, in which what was read is counted"
                 raise CheckpointError(f"sequence_length_warmup: {what}, this run has {value!r}; resume with {saved!r}")
         self.hold.check_state(state)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_plugin.completep import prepare_decoder
-from ds_plugin.config import load_json, split_config
+from ds_plugin.config import load_json, refuse_misspelt, split_config
 from ds_plugin.core.errors import ConfigError, PluginError, warn
 from ds_plugin.core.patch import Patch, replaced
 from ds_plugin.deepspeed_engine import attach
@@ -43,7 +43,9 @@ def enable(config: str | Path | Mapping[str, Any] | None = None) -> None:
         ConfigError: ``config`` is wrong, or another than before, or none of the three libraries is installed.
         PluginError: a library has no function of a name that is patched.
     """
-    found = sections.of(load_json(config)) if config is not None else sections.given
+    loaded = load_json(config) if config is not None else sections.given
+    refuse_misspelt(loaded)
+    found = sections.of(loaded)
     if config is not None and not found:
         raise ConfigError(f"enable: the config has none of the sections {', '.join(sections.SECTIONS)}; add one")
     if sections.given and found != sections.given:
@@ -51,14 +53,21 @@ def enable(config: str | Path | Mapping[str, Any] | None = None) -> None:
             "enable: the config has other sections than the one given before; call disable() between them"
         )
     if not _patches:
-        _apply(_make())
+        _patches.extend(_make())
+    try:
+        for patch in _patches:
+            patch.apply()  # unless it is on
+    except PluginError:
+        disable()
+        raise
     sections.given = found
 
 
 def disable() -> None:
     """Undo `enable`. Engines that have their methods keep them; `ds_plugin.detach` takes those off."""
     while _patches:
-        _patches.pop().revert()
+        _patches[-1].revert()  # may refuse; then it is still ours to revert
+        _patches.pop()
     sections.given = {}
 
 
@@ -78,24 +87,14 @@ def _patch(target: str, ours: Callable[..., Any], reason: str) -> Patch:
     """``ours`` is called with the function in whose place it is, then with that one's arguments."""
 
     def replacement(*args: Any, **kwargs: Any) -> Any:
+        if not patch.applied:  # a module imported in the meantime may have kept this function
+            return pkgutil.resolve_name(target)(*args, **kwargs)
         return ours(patch.original, *args, **kwargs)
 
-    try:
+    with contextlib.suppress(AttributeError):  # the patch names what is missing
         functools.update_wrapper(replacement, pkgutil.resolve_name(target))
-    except AttributeError:
-        pass  # the patch names what is missing
     patch = Patch(target, replacement, reason=reason, prefixes=())
     return patch
-
-
-def _apply(made: list[Patch]) -> None:
-    try:
-        for patch in made:
-            patch.apply()
-            _patches.append(patch)
-    except PluginError:
-        disable()
-        raise
 
 
 def _prepare(original: Callable[..., Any], accelerator: Any, *args: Any) -> Any:
@@ -161,8 +160,8 @@ def _of_lightning(model: Any, config: Mapping[str, Any], warmup: SequenceLengthW
     modules = [sys.modules.get(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     if not any(module is not None and isinstance(model, module.LightningModule) for module in modules):
         return None
-    if warmup is not None and warmup.keeps_tokens:
-        what = 'mode: "mask"' if warmup.mode == "mask" else 'tokens_per_step: "constant"'
+    if warmup is not None and (warmup.keeps_tokens or warmup.mode == "carry"):
+        what = f'mode: "{warmup.mode}"' if warmup.mode != "truncate" else 'tokens_per_step: "constant"'
         said = "a LightningModule's training_step is given a batch, which can only be cut"
         raise ConfigError(f'sequence_length_warmup.{what}: {said}; write "mode": "truncate" alone')
     cut = ByName(model.training_step, micro_batch=config.get("train_micro_batch_size_per_gpu"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_plugin.config import SECTIONS
 from ds_plugin.core.errors import ConfigError, warn
+from ds_plugin.core.json_files import nested
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 
@@ -29,7 +30,7 @@ def with_given(found: dict[str, Any]) -> dict[str, Any]:
     """``found`` in a DeepSpeed config, and those that `enable` was given. Raises ConfigError: both have one."""
     if both := sorted(found.keys() & given.keys()):
         raise ConfigError(f"{both[0]}: stands in the DeepSpeed JSON and in the one given to enable(); remove one")
-    return {**given, **found}
+    return {**copy.deepcopy(given), **found}  # `resolve` writes into them
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def resolve(sections: dict[str, Any], model: Any, arguments: Any, steps: int | N
     warmup = sections.get("sequence_length_warmup")
     if isinstance(warmup, dict) and warmup.get("end_length") == AUTO:
         warmup["end_length"] = _sample_length(arguments, getattr(model, "config", None))
-    for where, value in _leaves("", sections):
+    for where, value, _ in nested(sections):
         if value == AUTO:
             what = f'{where}: "auto" follows from nothing that the training arguments or the model say'
             raise ConfigError(f"{what}; write a value")
@@ -77,11 +78,3 @@ def _sample_length(arguments: Any, configuration: Any) -> int:
     names = ", ".join((*_ARGUMENTS, *_CONFIGURATION))
     what = f'"auto", and neither training arguments nor model configuration have one of {names}'
     raise ConfigError(f"sequence_length_warmup.end_length: {what}; write the samples' length in tokens")
-
-
-def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _leaves(f"{where}.{name}" if where else str(name), inner)
-    else:
-        yield where, value

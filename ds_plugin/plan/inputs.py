@@ -24,7 +24,8 @@ from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
 
 MEGATRON = "megatron"
 #: options of models whose parameters `GPTConfig` does not describe
-_NOT_COUNTED = ("num-experts", "multi-latent-attention", "mtp-num-layers")
+_NOT_COUNTED = ("num-experts", "multi-latent-attention", "mtp-num-layers", "kv-channels")
+_LEARNED = "learned_absolute"  # the only kind of position embedding that has parameters
 _Size = Annotated[int, Field(ge=1, le=MOST, description="a whole number, 1 or more")]
 _Rate = Annotated[Rate, Field(description="a number, 0 or more")]
 _Warmup = Annotated[float, Field(ge=0, le=1e15)]
@@ -69,6 +70,8 @@ class _Options(BaseModel):
     weight_decay: _Rate
     min_lr: _Rate = 0.0
     lr_warmup_iters: _Warmup | None = None
+    lr_warmup_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    lr_decay_iters: _Size | None = None
     lr_warmup_samples: _Warmup = 0.0
     context_parallel_size: Ranks = 1
     make_vocab_size_divisible_by: _Size = 128
@@ -161,8 +164,14 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     read, get = parse_section(_Options, MEGATRON, given), given.get
     for name in _NOT_COUNTED:
         if get(name):
-            raise ConfigError(f"{MEGATRON}.{name}: {get(name)!r}, and a plan counts dense models only; leave it out")
+            what = "a plan counts dense models only, whose heads divide the width"
+            raise ConfigError(f"{MEGATRON}.{name}: {get(name)!r}, and {what}; leave it out")
+    if get("swiglu") and get("ffn-hidden-size") is None:
+        what = "with swiglu Megatron-LM takes 8/3 of hidden-size, down to a multiple of 64"
+        raise ConfigError(f"{MEGATRON}.ffn-hidden-size: missing, and {what}; write it")
     rise = read.lr_warmup_samples / read.global_batch_size if read.lr_warmup_iters is None else read.lr_warmup_iters
+    if read.lr_warmup_fraction is not None:
+        rise = read.lr_warmup_fraction * (read.lr_decay_iters or read.train_iters)
     same = ("num-layers", "hidden-size", "num-attention-heads", "ffn-hidden-size", "seq-length", "normalization")
     model = {name.replace("-", "_"): given[name] for name in same if name in given} | {
         # without the flag Megatron-LM does not look at the number of groups
@@ -170,7 +179,7 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "init_std": get("init-method-std", 0.02),
         "tensor_parallel": get("tensor-model-parallel-size", 1),
         "pipeline_parallel": get("pipeline-model-parallel-size", 1),
-        "position_embedding": "rope" if get("position-embedding-type") == "rope" else "learned",
+        "position_embedding": "learned" if get("position-embedding-type", _LEARNED) == _LEARNED else "rope",
         "activation": "swiglu" if get("swiglu") else "gelu",
         "qk_norm": bool(get("qk-layernorm")),
         "bias": not get("disable-bias-linear"),
@@ -182,7 +191,7 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": model,
         "training": {"steps": read.train_iters},
-        "optimizer": {"type": "AdamW", "params": adam},
+        "optimizer": {"type": "Muon" if "muon" in str(get("optimizer")) else "AdamW", "params": adam},
         "scheduler": {"type": "WarmupCosineLR", "params": decay},
         "train_batch_size": read.global_batch_size,
         "train_micro_batch_size_per_gpu": read.micro_batch_size,

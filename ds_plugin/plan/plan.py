@@ -39,7 +39,8 @@ def make(job: "Job", rates: "Rates", *, pinned: bool = True) -> dict[str, Any]:
         "assumed per second": asdict(rates),
     }
     if (completep := job.methods.completep) is not None:
-        lines = list(table(model, completep, params, job.deepspeed.get("scheduler") or {}, job.padded_vocab))
+        optimizer, scheduler = job.deepspeed["optimizer"], job.deepspeed.get("scheduler") or {}
+        lines = list(table(model, completep, optimizer, scheduler, job.padded_vocab))
         found["completep"] = {"table": lines, "roles": applied(model, completep, params, job.padded_vocab)}
     if (averaging := job.methods.weight_averaging) is not None:
         found["averaging"] = _averaging(job, averaging, masters, pinned and not offloaded, found["lr_peak_from_step"])

@@ -13,6 +13,7 @@ from ds_plugin.completep.rules import FANS, Ratios, Role
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
+from ds_plugin.deepspeed_engine import json_check
 from ds_plugin.deepspeed_engine.group_lr import check_peak
 from ds_plugin.plan import costs
 from megatron_patches.models.gpt import GPTConfig
@@ -48,8 +49,9 @@ def rules_table(source: str | Path | Mapping[str, Any]) -> str:
         table_is_in = "a recipe of Megatron-LM's options has its table in ds-plugin plan --config FILE --world-size N"
         raise ConfigError(f"model: missing; {table_is_in if 'megatron' in config else remedy}")
     model = parse_section(GPTConfig, "model", config["model"])
-    params = (config.get("optimizer") or {}).get("params") or {}
-    return "\n".join(table(model, section, params, config.get("scheduler") or {}))
+    described: dict[str, Any] = {name: config[name] for name in ("optimizer", "scheduler") if name in config}
+    json_check.check(described, auto=True)
+    return "\n".join(table(model, section, config.get("optimizer") or {}, config.get("scheduler") or {}))
 
 
 def applied(
@@ -81,11 +83,15 @@ def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
 
 
 def table(
-    model: GPTConfig, section: CompletePConfig, params: Mapping[str, Any], scheduler: Mapping[str, Any],
+    model: GPTConfig, section: CompletePConfig, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any],
     vocab: int | None = None,
 ) -> Iterator[str]:  # fmt: skip
-    """The table's lines; ``params``, ``vocab``: as in `applied`, None for V. Raises ConfigError: there is no learning
-    rate, or two, or a size has no ratio to the base's."""
+    """The table's lines, by DeepSpeed's ``optimizer`` and ``scheduler``; ``vocab``: as in `applied`, None for V. Raises
+    ConfigError: there is no learning rate, or two, another optimizer, or a size has no ratio to the base's."""
+    params = optimizer.get("params") or {}
+    if (kind := str(optimizer.get("type", "AdamW"))).lower() not in ("adam", "adamw"):
+        what = "the table has AdamW's rules alone; write AdamW, or leave completep out"
+        raise ConfigError(f"completep: the optimizer is {kind}: {what}")
     if "lr" not in params:
         raise ConfigError("completep: optimizer.params.lr is missing; write the base model's learning rate")
     check_peak(scheduler, params["lr"])

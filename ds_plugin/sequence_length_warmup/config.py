@@ -111,7 +111,7 @@ class SequenceLengthWarmupConfig(SectionConfig):
         None, ge=1, le=1000, description=f"mode carry: batches that are open at a time, in memory; null is {INTERLEAVE}"
     )
     shifts_labels: bool | None = Field(
-        None, description="mode carry: whether the model shifts labels itself; null: as its class's name tells"
+        None, description="carry, constant tokens: whether the model shifts labels; null: as its class's name tells"
     )
     learning_rate: LearningRate = Field(LearningRate(), description="whether the scheduler follows steps or tokens")
     pacing: Literal["schedule", "adaptive"] = Field(
@@ -148,7 +148,8 @@ class SequenceLengthWarmupConfig(SectionConfig):
             yield f"schedule: {self.schedule!r} is unknown; write one of {known}, or 'package.module:function'"
         for field, (owner, wanted) in _BELONGS.items():
             value, chosen = getattr(self, field), getattr(self, owner)
-            if value is not None and chosen != wanted:
+            folds = field == "shifts_labels" and self.tokens_per_step == "constant"  # which cuts samples as well
+            if value is not None and chosen != wanted and not folds:
                 remedy = f'remove it, or write "{owner}": "{wanted}"'
                 yield f"{field}: {value!r} is not for {owner} {chosen!r}; {remedy}"
         if self.schedule == "discrete" and self.duration.share is not None:
@@ -177,6 +178,8 @@ class SequenceLengthWarmupConfig(SectionConfig):
                 yield f"{field}: {values} do not rise from 1 or more; put them in order"
         if odd := [length for length in lengths if length % self.multiple_of]:
             yield f"lengths: {odd} are not divisible by multiple_of {self.multiple_of}; write multiples, or another one"
+        if self.tokens_per_step == "constant" and (odd := [length for length in lengths if self.end_length % length]):
+            yield f"lengths: {odd} do not divide end_length {self.end_length}, as constant tokens need; write divisors"
         ends = [("start_length", self.start_length, lengths[0]), ("end_length", self.end_length, lengths[-1])]
         ends += [(f"duration.{self.duration.unit}", self.duration.total, last) for last in boundaries[-1:]]
         for field, value, wanted in ends:

@@ -34,8 +34,9 @@ class LengthSchedule:
         if config.tokens_per_step == "constant":
             self._levels = pacing.divisors(**self._bounds)
         self._function: Any = config.function()
-        try:  # at both ends, so that a broken one is known before training starts
-            self.length_at(1), self.length_at(config.duration.total)
+        try:  # so that a broken one is known before training starts
+            if self._function is not None:
+                self.lengths()
         except Exception as error:  # a user's function may raise anything
             what = "(share of the duration in [0, 1], start_length, end_length) -> length in tokens"
             where = f"sequence_length_warmup.schedule: {config.schedule!r}"

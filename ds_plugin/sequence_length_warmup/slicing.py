@@ -39,7 +39,9 @@ _WHOLE = {
 _ALONG = {*TOKEN_NAMES, *LABEL_NAMES, *COMPANION_NAMES}
 _KNOWN = {*_ALONG, *POSITION_NAMES, *MASK_NAMES}
 _DECODER, _ENCODER = "decoder_", "encoder_"  # before any of these names
-_SHORTEN = "give initialize(..., shorten=function): (args, kwargs, length) -> (args, kwargs, tokens before and after)"
+_SHORTEN = (
+    "truncate with initialize(..., shorten=function): (args, kwargs, length) -> (args, kwargs, tokens before and after)"
+)
 #: (args, kwargs, length) -> (args, kwargs, tokens before, tokens after): cuts one forward call's arguments
 Shorten = Callable[[tuple[Any, ...], dict[str, Any], int], tuple[tuple[Any, ...], dict[str, Any], int, int]]
 
@@ -137,10 +139,14 @@ def _joined(leaf: Leaf, parts: list[Any], rows: int) -> Any:
     whole, first = leaf.value, parts[0]
     if not torch.is_tensor(whole) or whole.dim() == 0 or (leaf.name in POSITION_NAMES and whole.dim() == 1):
         return first  # the same for every part
-    if whole.shape[0] == rows:
-        return torch.cat(parts)
-    if whole.shape[0] == 1 and first.shape != whole.shape:
+    if first.shape != whole.shape and whole.shape[0] == 1:
         return torch.cat([part.expand(rows, *part.shape[1:]) for part in parts])
+    second = leaf.name in POSITION_NAMES and whole.dim() == 3 and whole.shape[1] == rows > 1  # [3, batch, sequence]
+    if whole.shape[0] == rows and not (second and first.shape[2] != whole.shape[2]):
+        return torch.cat(parts)
+    if first.shape != whole.shape:
+        said = f"{leaf.where} has the shape {list(whole.shape)}, whose first dimension is not the {rows} samples"
+        raise ConfigError(f'sequence_length_warmup.tokens_per_step: "constant" and {said}; leave one of the two out')
     return whole
 
 

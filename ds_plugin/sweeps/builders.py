@@ -23,6 +23,7 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.decoder import layers_of
 from ds_plugin.completep.model import finished_roles, ratios_of
 from ds_plugin.completep.muon import with_muon
+from ds_plugin.completep.param_groups import refuse_unused
 from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
@@ -81,6 +82,7 @@ class Megatron:
         config, spec = prepare(gpt.transformer_config(cfg, torch.float32, **kind), spec, section)
         model = gpt.build_gpt(cfg, base.vocab, config, spec)
         roles, last = finish(model, section), model.decoder.layers[-1]
+        refuse_unused(section, roles.values())
         ratios = self._ratios(config, section)
         groups = functools.partial(build_param_groups, model, roles, ratios, section)
         watched = (model.embedding, last.self_attention, last.mlp, last, model.output_layer)
@@ -96,9 +98,8 @@ class Megatron:
         """The section, the GPTConfig, and a TransformerConfig's fields beside it."""
         from megatron_patches.models import gpt
 
-        if shape.width % base.head_dim:
-            what = f"width {shape.width} is not divisible by --head-dim {base.head_dim}"
-            raise ConfigError(f"{what}; write a multiple of it")
+        if odd := [width for width in (base.width, shape.width) if width % base.head_dim]:
+            raise ConfigError(f"width {odd[0]} is not divisible by --head-dim {base.head_dim}; write a multiple of it")
         sizes = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
         sizes |= {"num_attention_heads": shape.width // base.head_dim}
         model: dict[str, Any] = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
@@ -114,6 +115,8 @@ class Megatron:
             kind |= {"qk_head_dim": base.head_dim - turned, "qk_pos_emb_head_dim": turned, "v_head_dim": base.head_dim}
             model |= {"normalization": "RMSNorm", "position_embedding": "rope"} | {"bias": False, "qk_norm": True}
         section = section_of(shape, base, base.head_dim, **bases, **({} if self.moe is None else {"moe": self.moe}))
+        if section.residual == "folded":  # its clipping norm and its branches' outputs are others
+            raise ConfigError('--section: residual is "folded"; Megatron\'s GPT is swept in the forward mode')
         return section, parse_section(gpt.GPTConfig, "model", model), kind
 
     def _kind(self, mixture: Mixture | None, width: int) -> dict[str, Any]:

@@ -61,10 +61,10 @@ def changes(rows: Iterable[Row], recipe: Recipe, step: int | None = None) -> dic
 
 
 def spread(rows: Iterable[Row], recipe: Recipe) -> float:
-    """The largest over the smallest change of the last block over all shapes of a recipe; 1 is perfect transfer."""
+    """The largest over the smallest change of the last block over all shapes of a recipe; 1 is perfect transfer, and
+    infinite is one where a shape diverged or did not move."""
     found = changes(rows, recipe).values()
-    least = min(found)
-    return max(found) / least if least > 0 else math.inf
+    return max(found) / min(found) if all(0 < change < math.inf for change in found) else math.inf
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:

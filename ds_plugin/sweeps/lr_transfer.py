@@ -129,7 +129,7 @@ def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
         chosen = _best(found[origin])
         for shape in shapes:
             curve, best = found[shape], _best(found[shape])
-            cost = curve.get(chosen, math.nan) / curve[best] - 1  # a known shape may lack a rate
+            cost = curve.get(chosen, math.nan) / curve[best] - 1  # it may lack a rate, or have diverged at all
             results.append(Transfer(shape, best, curve[best], math.log2(best / chosen), cost))
     return results
 
@@ -172,6 +172,7 @@ def summary(results: Iterable[Transfer]) -> list[str]:
                 f"{r.shape}: best loss {r.best_loss:.4f} at 2^"
                 f"{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x; the base model's rate costs {r.cost:.2%}"
             )
-        farthest, dearest = max(abs(r.moved) for r in chosen), max(r.cost for r in chosen)
+        farthest = max(abs(r.moved) for r in chosen)
+        dearest = max((r.cost for r in chosen), key=lambda cost: (math.isnan(cost), cost))
         lines.append(f"{recipe}: the optimum moves by up to {farthest:g} steps of 2x and costs up to {dearest:.2%}")
     return lines

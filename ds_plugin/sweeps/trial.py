@@ -53,7 +53,7 @@ class Shape:
 
         With the base's width and experts `mup` scales nothing, nor does `completep` at the base's depth beyond that.
         """
-        if self.recipe == "completed_p":
+        if self.recipe == "completed_p" or base.section:  # the plainer one may refuse its settings, or not react
             return self
         ratios = rules.effective(self.recipe, rules.Ratios(self.width / base.width, self.depth / base.depth))
         scaled = ratios.m_N != 1 or (self.experts and self.recipe != "standard")

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from ds_plugin.config import load_json, split_config
-from ds_plugin.core.arguments import above, checked, count, existing_file, new_folder, several
+from ds_plugin.core.arguments import above, checked, count, existing_file, new_folder, several, tokens
 from ds_plugin.core.errors import ConfigError, DataError, PluginError
 from ds_plugin.core.files import write_json
 from ds_plugin.core.json_files import object_at, read_json
@@ -192,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out, launcher = Path("runs/tune"), checked(shlex.split, bool, "a command")
     add("--out", type=new_folder, default=out, help=f"trials, trials.json, the tuned JSON (default {out})")
     add("--start-lengths", type=several(count), help="candidates, as 64,128 (default 8,16,32,... below the full)")
-    add("--durations", type=several(count), required=True, help="candidates in the JSON's unit, as 500,1000,1500,2000")
+    add("--durations", type=several(tokens), required=True, help="candidates in the JSON's unit, as 500,1000,1500,2000")
     add("--steps", type=count, help=f"optimizer steps of a trial (default {MULTIPLES}x the learning rate's warmup)")
     add("--threshold", type=above(1), default=1.3, help="a perplexity above this times the best so far (default 1.3)")
     add("--launcher", type=launcher, default="deepspeed", help='as "torchrun --nproc_per_node 2" (default deepspeed)')

@@ -52,9 +52,10 @@ class Mode:
     def state(self) -> dict[str, Any]:
         return asdict(self._held)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is held, ``<what>.<shard>``: the live buffers."""
-        return self._tensors(self._held)
+    def tensors(self, held: Held | None = None) -> dict[str, torch.Tensor]:
+        """What is held, or what ``held`` would be, ``<what>.<shard>``: the live buffers."""
+        places = self._places(held or self._held)
+        return {f"{what}.{i}": t for what, buffer in places.items() for i, t in enumerate(buffer)}
 
     def load(self, state: dict[str, Any], read_: Callable[[str, torch.Tensor], None]) -> None:
         """Take over a saved `state`; ``read_`` writes a saved tensor into a buffer. If it fails, nothing is held."""
@@ -62,12 +63,9 @@ class Mode:
         if self._config.mode == "sliding":  # of a larger window the newest
             held.steps = held.steps[-self._config.window :]
         self.reset()
-        for name, tensor in self._tensors(held).items():
+        for name, tensor in self.tensors(held).items():
             read_(name, tensor)
         self._held = held
-
-    def _tensors(self, held: Held) -> dict[str, torch.Tensor]:
-        return {f"{what}.{i}": t for what, buffer in self._places(held).items() for i, t in enumerate(buffer)}
 
     def _places(self, held: Held) -> dict[str, Tensors]:
         """The buffers in use, by ``<what>``."""
@@ -103,6 +101,7 @@ class Sliding(Mode):
         self._buffers.append(self._buffers.pop(0))
 
     def snapshots(self) -> list[Tensors]:
+        """What is held, oldest first; of older ones perhaps the differences."""
         return self._buffers[: len(self._held.steps)][::-1]
 
     def read_(self, out: Tensors, horizon: int | None) -> None:

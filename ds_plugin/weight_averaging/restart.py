@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ds_plugin.core.errors import StateError, raise_on_all_ranks
+from ds_plugin.core.errors import StateError, raise_on_all_ranks, warn
 from ds_plugin.weight_averaging.finite import finite_everywhere
 
 #: what begins at zero in torch's and DeepSpeed's Adam, AdamW and Lamb, and in SGD with momentum
@@ -25,6 +25,8 @@ def to_reset(optimizers: Sequence[Any], device: torch.device, *, keep: bool) -> 
         if unknown := sorted({key for key, _ in tensors} - ZERO_AT_START):
             what = f"the optimizer keeps {', '.join(unknown)}, which cannot be reset"
             raise StateError(f"restart_from_average: {what}; give moments='keep', which needs finite ones")
+    if keep:
+        warn("weight averaging: the optimizer's moments were not finite: they start again at zero")
     # apex's kind of Adam counts steps in its groups
     return entries + [group for each in optimizers for group in each.param_groups if "step" in group]
 

@@ -46,10 +46,6 @@ class SpikeWatch:
             self.since = (self.since if self.since is not None else step) if above else None
         return self.since is not None and report.step - self.since + 1 >= self.config.patience
 
-    def restarted(self, step: int) -> None:
-        self.restarts.append(step)
-        self.since = None
-
     def go_back(self, averager: WeightAverager, restart: Callable[[], None], step: int) -> None:
         """After a spike, optimizer step ``step``: forget its snapshots and ``restart()`` from the average of those
         before it, if there are any; the log says which, or, once for a spike, that there are none."""
@@ -59,7 +55,8 @@ class SpikeWatch:
         said = "there is no snapshot from before to go back to"
         if steps:
             restart()
-            self.restarted(step)
+            self.restarts.append(step)
+            self.since = None
             said = f"training goes back to the average of steps {steps[0]} to {steps[-1]}"
         if steps or self.told != self.since:
             text = "weight averaging: step %d, the loss is above %g times its lowest without a break: %s"

@@ -13,5 +13,6 @@ corpus.py    tokens into a Megatron indexed dataset, prepared once
 data.py      that dataset through megatron-core's GPT dataset; batches that a resume continues exactly
 folder.py    the folder of one run: metrics.csv, summary.json, checkpoints/
 progress.py  a bar on a terminal, lines in a log
+monitors.py  settings and figure to TensorBoard, W&B, Comet
 report.py    the figure of a run
 """

@@ -20,9 +20,8 @@ from ds_plugin.cli import env
 from ds_plugin.core import rng
 from ds_plugin.core.errors import CheckpointError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.files import write_text
-from ds_plugin.deepspeed_engine import monitor
 from ds_plugin.sequence_length_warmup.plan import plan
-from launch_scripts.gpt import report
+from launch_scripts.gpt import monitors, report
 from launch_scripts.gpt.corpus import Corpus
 from launch_scripts.gpt.export import export_average
 from launch_scripts.gpt.flops import Flops
@@ -96,7 +95,7 @@ class Recorder:
         too_short = shortfalls(self.plugin, steps=run.training.steps, batch=engine.train_batch_size())
         for line in [*self.plugin.describe(), *too_short]:
             progress.message(line)
-        monitor.log_settings(engine, self._settings())
+        monitors.log_settings(engine, self._settings())
         self.started = self._window_started = time.monotonic()
         self._earlier_seconds = 0.0  # of the run before a resume
         self._window_tokens = 0
@@ -374,7 +373,7 @@ class Recorder:
             title=f"{self.folder.path.name}: {self.run.model.num_layers} layers, width {self.run.model.hidden_size}",
             unigram_entropy=self.text.unigram_entropy,
         )
-        monitor.log_image(self.engine, "report", self.folder.figure)
+        monitors.log_image(self.engine, "report", self.folder.figure)
         self.progress.message(_ending(summary, self.folder))
 
 

@@ -10,10 +10,7 @@ from megatron_patches.training_loop.options import check_options
 
 #: of the container; the first that has a field of an option's name is where that option lies
 _PARTS = "model train checkpoint optimizer ddp dist dataset scheduler validation logger"
-_COUNTS = {
-    "iteration": "step",
-    "curr_iteration": "step",
-}  # of the run's state
+_COUNTS = {"iteration": "step", "curr_iteration": "step"}  # of the run's state
 _FINETUNING = "batches of finetuning have lengths of their own"
 #: by method, why, and which fields it does not go with, by their values that are fine
 _REFUSED: dict[str, dict[str, dict[str, tuple[Any, ...]]]] = {

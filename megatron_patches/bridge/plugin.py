@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
 from ds_plugin.config import PluginConfig, load_json
 from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.patch import Change, Patch, replaced
@@ -22,7 +20,7 @@ from megatron_patches.apply_completep import all_or_none, of_megatron
 from megatron_patches.bridge import options as bridge_options
 from megatron_patches.bridge.recipe import Recipe
 from megatron_patches.training_loop import state
-from megatron_patches.training_loop.core import Core, Marked
+from megatron_patches.training_loop.core import Core, Marked, no_step
 
 MANAGER = "megatron_patches.bridge.checkpoints.Manager"
 _TRAINING = "megatron.bridge.training"
@@ -123,6 +121,8 @@ class Plugin(Core):
         global _attached
         for patch in [*self._patches.values(), *filter(None, [self._guard])]:
             patch.revert()
+        if self.recipe is not None:
+            self.recipe.take_back()
         if _attached is self:
             _attached = None
             if self.cfg.checkpoint.custom_manager_class == MANAGER:  # the run has not come to `begin`
@@ -135,7 +135,7 @@ class Plugin(Core):
             if self.sections.completep is not None:
                 self.recipe = Recipe(self.sections.completep, self.cfg)
         self.begin()
-        self._guard = _unattended()
+        self._guard = no_step("pretrain has no callbacks=plugin.callbacks(); give them")
         patches = [
             Patch(_DATA, self._data, reason="the batches of the training loop"),
             Patch(_PASSES, self._get_passes, reason="an iteration's losses, the full length before it", prefixes=()),
@@ -154,10 +154,9 @@ class Plugin(Core):
         assert self._guard is not None
         self._guard.revert()  # steps are seen from here on
         core = importlib.import_module("megatron.core.utils").get_model_config(ctx.model[0])
-        if getattr(core, "seq_length", None) is not None and core is not self.cfg.model:
-            raise PluginError(
-                "megatron_patches.bridge: the model's seq_length is not cfg.model's; use a tested version"
-            )
+        if self.lengths is not None and core is not self.cfg.model and getattr(core, "seq_length", None) is not None:
+            what = "the model's seq_length is not cfg.model's, which the loop is given"
+            raise PluginError(f"sequence_length_warmup: {what}; leave the section out for this model")
         self.take(ctx.model, ctx.optimizer, scheduler)
         optimizer, step = ctx.optimizer, ctx.optimizer.step
 
@@ -174,20 +173,23 @@ class Plugin(Core):
         self._options.state = ctx.state
         if self.recipe is not None:
             self.recipe.watch(ctx.optimizer, ctx.model, ctx.opt_param_scheduler)
-        found = self.to_load()
-        state.check(self, ctx.model)
+        found = state.check(self, ctx.model)
         iteration, operations = stock(ctx)
-        if found is not None and iteration > 0 and not self.cfg.checkpoint.finetune:
-            self._loaded = (found[0], iteration)
+        if iteration > 0 and not self.cfg.checkpoint.finetune:
+            self._loaded = (found[0] if found is not None else Path(self.cfg.checkpoint.load), iteration)
         self.take_over(ctx, ctx.opt_param_scheduler)
         return iteration, operations
 
     def to_load(self) -> tuple[Path, int, bool] | None:
-        """What Bridge will find; an iteration's own folder may be given."""
-        load = self.cfg.checkpoint.load
-        if load is not None and (number := re.fullmatch(r"iter_(\d{7,})", Path(load).name)):
-            return Path(load).parent, int(number[1]), bool(self.cfg.checkpoint.finetune)
-        return super().to_load()
+        """What Bridge will find; an iteration's own folder may be given, or a link to it."""
+        c = self.cfg.checkpoint
+        for given, weights_alone in ((c.load, bool(c.finetune)), (c.pretrained_checkpoint, True)):
+            folder = Path(given or "").resolve()
+            if given is not None and (number := re.fullmatch(r"iter_(\d{7,})", folder.name)):
+                return folder.parent, int(number[1]), weights_alone
+            if (found := super().to_load()) is not None:
+                return found
+        return None
 
     def save_average(self, bridge: Any, folder: Path | str, horizon: int | None = None) -> None:
         """Write the average as a Hugging Face model by ``bridge``, an AutoBridge, between two iterations or at the end
@@ -278,18 +280,3 @@ class Plugin(Core):
         if (said := self.line()) and iteration % self.cfg.logger.log_interval == 0:
             log = importlib.import_module("megatron.bridge.utils.common_utils")
             log.print_rank_last(f" iteration {iteration:8d} |{said}")
-
-
-def _unattended() -> Change:
-    """Refuses the first step of any torch optimizer, until the plugin has seen Bridge's."""
-    hooks: list[Any] = []
-
-    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-        raise StateError("megatron_patches.bridge: give pretrain callbacks=plugin.callbacks()")
-
-    return Change(
-        "torch.optim.Optimizer.step",
-        lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
-        lambda: hooks.pop().remove(),
-        reason="no step before the plugin knows the optimizer",
-    )

@@ -38,13 +38,18 @@ class Recipe:
         with raise_on_all_ranks():
             for chunk in model:
                 finish(chunk, self.section)
-        self.cfg.model.transformer_layer_spec = self._spec
         return model
+
+    def take_back(self) -> None:
+        """Once they are built, or the run has ended before: the container's own again."""
+        if self._finish in (hooks := hooks_of(self.cfg.model)):
+            hooks.remove(self._finish)
+            self.cfg.model.transformer_layer_spec = self._spec
+            self.cfg.optimizer_config_override_provider = self._provider
 
     def build_config_overrides(self, context: Any) -> dict[Any, dict[str, Any]]:
         """The param groups by role, as Bridge asks for them. Raises ConfigError, on every rank."""
-        hooks_of(self.cfg.model).remove(self._finish)
-        self.cfg.optimizer_config_override_provider = self._provider
+        self.take_back()
         with raise_on_all_ranks():
             overrides = config_overrides(context.model, self.section, context.optimizer_config)
         refuse_unused_in(context.model, self.section)

@@ -43,7 +43,7 @@ def building(source: str | Path | Mapping[str, Any] | CompletePConfig | None) ->
     The given TransformerConfig is changed itself: the model holds that object. Raises ConfigError as these two do;
     StateError: a recipe is in force already, or no GPTModel was built in the block."""
     section = source if isinstance(source, CompletePConfig | None) else split_config(source)[1].completep
-    if section is None:
+    if section is None or not section.enabled:
         yield None
         return
     if any(patch.name == GPT_MODEL_INIT for patch in active()):

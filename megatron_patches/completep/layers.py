@@ -33,8 +33,6 @@ _DRAWN = {
 _ADDS = ("self_attn_bda", "mlp_bda")  # of a layer's submodules: what adds a residual branch to the stream
 #: on an init method of ours: the base model's std, not to be scaled twice (``dataclasses.replace`` drops the mark)
 _BASE_STD = "completep_base_std"
-#: where megatron-core's dynamic-batching inference looks for an attention scale; without it, it takes 1 / sqrt(head)
-_INFERENCE_SCALE = "softmax_scale"
 #: fields that set one of our quantities another way, or add streams, or parameters without a role
 _UNSUPPORTED = {
     "not covered": """moe_latent_size apply_query_key_layer_scaling use_mup softmax_scale linear_attention_freq
@@ -209,7 +207,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
     if (branch := multipliers["residual branches"]) != 1.0 and layers:
         scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
     for layer in layers if gpt.config.softmax_scale is not None else []:
-        setattr(layer.self_attention, _INFERENCE_SCALE, gpt.config.softmax_scale)
+        layer.self_attention.softmax_scale = gpt.config.softmax_scale  # dynamic-batching inference looks there
     await_groups(gpt)
     setattr(gpt, MARK, section)
     return roles

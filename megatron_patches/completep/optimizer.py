@@ -38,6 +38,7 @@ _LAYER_WISE = "dp_cp_params_list"  # LayerWiseDistributedOptimizer: which rank u
 _LOADS = ("load_state_dict", "load_state_dict_from_file")  # the second of that one, which does not go by the first
 _MUON = "TensorParallelMuon"  # the class of what a Muon's member of the chain holds
 _ADAMS_TOO = "is_embedding_or_output_parameter"  # on a parameter: a matrix that Muon leaves to Adam
+_TORCH_FSDP = "TorchFullyShardedDataParallel"  # a chunk's class: its gradients are DTensors
 
 _MUONS = ("muon", "dist_muon")  # OptimizerConfig.optimizer; the second layer-wise
 _ROLE_KEY = "lr_mult"
@@ -144,6 +145,8 @@ def config_overrides(
     _check_config(optimizer_config)
     if any(getattr(getattr(chunk, "ddp_config", None), "use_megatron_fsdp", False) for chunk in model_chunks):
         raise ConfigError("completep: Megatron-FSDP replaces the parameters; write use_megatron_fsdp=False")
+    if any(type(chunk).__name__ == _TORCH_FSDP for chunk in model_chunks):
+        raise ConfigError(f"completep: {_TORCH_FSDP} replaces the parameters; use DistributedDataParallel")
     muon = optimizer_config.optimizer in _MUONS
     parameters = list(_parameters(model_chunks, section))
     if muon:
@@ -252,8 +255,7 @@ def check_checkpoint_state(state: Mapping[str, Any], section: CompletePConfig) -
     """Before the optimizer's state is loaded: raises CheckpointError for a common state of another section, or none."""
     if (stored := state.get(_STATE_KEY)) is None:
         raise CheckpointError("completep: the checkpoint was written without it; resume without it, or start anew")
-    if different := section.differences(stored):
-        values = ", ".join(f"{name} {there!r} there, {here!r} here" for name, there, here in different)
+    if values := section.differences(stored):
         raise CheckpointError(f"completep: the checkpoint belongs to another recipe: {values}; resume with its values")
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ds_plugin.completep.supported import unwrapped
-from ds_plugin.core.errors import ConfigError, PluginError, raise_on_all_ranks
+from ds_plugin.core.errors import ConfigError, PluginError, StateError, raise_on_all_ranks
 from ds_plugin.core.loss_statistics import Report
-from ds_plugin.core.patch import replaced
+from ds_plugin.core.patch import Change, replaced
 from ds_plugin.weight_averaging import restart
 from ds_plugin.weight_averaging.averager import WeightAverager
 from ds_plugin.weight_averaging.finite import finite_everywhere
@@ -284,6 +285,7 @@ class Core(state.Methods):
                 state.mark_average(self, folder, iteration)  # first: a save may be cut off
                 with self.averager.averaged_weights(horizon), set_to(self.options(), save=str(folder)):
                     save_average()
+                state.seal(self, folder, iteration, save_id)
         result = save()
         state.seal(self, root, iteration, save_id)
         return result
@@ -306,6 +308,21 @@ class Marked:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
+
+
+def no_step(why: str) -> Change:
+    """Refuses any torch optimizer's step until it is reverted, once the methods know the optimizer that trains."""
+    hooks: list[Any] = []
+
+    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+        raise StateError(f"megatron_patches: {type(optimizer).__name__} steps, but {why}")
+
+    return Change(
+        "torch.optim.Optimizer.step",
+        lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
+        lambda: hooks.pop().remove(),
+        reason="no step before the methods know the optimizer",
+    )
 
 
 def _each(iterators: Any) -> list[Any]:

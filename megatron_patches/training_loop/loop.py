@@ -58,7 +58,7 @@ class Loop(Core):
         found, options = stock(model, *args, **kwargs), self.options()
         if (iteration := found[0]) > 0 and not options.finetune:
             counted_anew = getattr(options, "override_ckpt_iteration", None) is not None
-            self._loaded = (Path(options.load), read if counted_anew and read is not None else iteration)
+            self._loaded = (Path(options.load), read[1] if counted_anew and read is not None else iteration)
         return found
 
     def build_train_valid_test_data_iterators(self, stock: Stock, *args: Any, **kwargs: Any) -> Any:

@@ -127,7 +127,7 @@ def leaving_no_trace(options: Any, shape: Mapping[str, int], config: Any) -> Ite
     with set_to(options, **shape), replaced(config, "timers", None), quiet:
         yield
     # what layers have summed up for the log, in which there was nothing before
-    if getattr(options, "num_experts", None):
+    if getattr(config, "num_moe_experts", None):  # as Bridge calls them, too
         importlib.import_module("megatron.core.transformer.moe.moe_utils").clear_aux_losses_tracker()
     if getattr(options, "mtp_num_layers", None):
         prediction = importlib.import_module("megatron.core.transformer.multi_token_prediction")

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ds_plugin.config import PluginConfig, load_json
-from ds_plugin.core.errors import ConfigError, PluginError, StateError, say
+from ds_plugin.core.errors import ConfigError, PluginError, say
 from ds_plugin.core.patch import Change, Patch
 from megatron_patches.apply_completep import all_or_none, apply_completep, in_force, of_megatron
-from megatron_patches.training_loop.core import Core
+from megatron_patches.training_loop.core import Core, no_step
 from megatron_patches.training_loop.loop import TRAINING, Loop
 
 FLAG = "--ds-plugin-config"
@@ -115,28 +114,13 @@ def install(sections: PluginConfig, *, verify: bool = True) -> None:
     if lacking := [name for name in ("get_args", *WRAPPED) if not callable(getattr(training, name, None))]:
         version = importlib.import_module("megatron.core").__version__
         raise PluginError(f"{training.__file__} of core {version} has no {', '.join(lacking)}; use core 0.16 to 0.20")
-    loop, guard = Loop(sections, lambda: training.get_args(), verify=verify), _first_step()  # a script may replace it
+    loop = Loop(sections, lambda: training.get_args(), verify=verify)  # a script may replace it
+    guard = no_step(f"{TRAINING}.setup_model_and_optimizer was not called; {_REMEDY}")
     patches: list[Change] = [guard, *(_wrapped(name, getattr(loop, name), guard) for name in WRAPPED)]
     with all_or_none(patches):
         if sections.completep is not None:
             apply_completep(sections.completep)
     _installed = sections, patches
-
-
-def _first_step() -> Change:
-    """Refuses the first step of any torch optimizer; it is taken away where the loop is set up, before it has one."""
-    hooks: list[Any] = []
-
-    def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-        what = f"{type(optimizer).__name__} steps, but {TRAINING}.setup_model_and_optimizer was not called"
-        raise StateError(f"megatron_patches.apply: {what}; {_REMEDY}")
-
-    return Change(
-        "torch.optim.Optimizer.step",
-        lambda: hooks.append(register_optimizer_step_pre_hook(refuse)),
-        lambda: hooks.pop().remove(),
-        reason="no step before the training loop is set up",
-    )
 
 
 def _wrapped(name: str, method: Callable[..., Any], guard: Change) -> Patch:

@@ -47,7 +47,21 @@ class Methods:
 
     def to_load(self) -> tuple[Path, int, bool] | None:
         """Where the loop will find which (persistent) iteration, and whether it takes the weights alone."""
-        return to_load(self.options())
+        options = self.options()
+        finetune = options.finetune or getattr(options, "freeze_all_layers", False)
+        step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
+        root = options.load
+        if pretrained is not None and (root is None or not Path(root, TRACKER).is_file()):
+            root, finetune = pretrained, True
+        if root is None:
+            return None
+        tracker = Path(root, TRACKER)
+        text = read_tag(tracker, remedy="restore it, or give --ckpt-step") if tracker.is_file() else ""
+        if text == "release":  # weights alone, of no iteration
+            return Path(root), 0, True
+        if not step and not (text.isdecimal() and len(text) < 19):  # nothing, or what Megatron-LM refuses
+            return None
+        return Path(root), step or int(text), finetune
 
     @functools.cached_property
     def sealer(self) -> Sealer:
@@ -111,12 +125,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 def mark_average(loop: Methods, root: Path, iteration: int) -> None:
     """Say of a checkpoint in ``root`` that it is an average, so that no run is resumed from it."""
     with raise_on_all_ranks():
+        loop.sealer.open(folder_of(root, iteration))
         if dist.get_rank() == 0 and loop.averager is not None:
             _write(loop, folder_of(root, iteration), iteration, average_of=loop.averager.steps)
 
 
-def check(loop: Methods, model: Any) -> int | None:
-    """Look at what Megatron-LM is about to load into ``model``, its chunks; the iteration, if it finds any. Raises
+def check(loop: Methods, model: Any) -> tuple[Path, int, bool] | None:
+    """Look at what Megatron-LM is about to load into ``model``, its chunks; `Methods.to_load`. Raises
     CheckpointError, on every rank alike: a run would be resumed from an average, from damaged files or with another
     ``completep``; or, with ``--finetune``, weights would get another forward pass than they were trained in."""
     found = from_rank_0(loop.to_load)
@@ -133,25 +148,7 @@ def check(loop: Methods, model: Any) -> int | None:
 
     if from_rank_0(looked_at):
         loop.sealer.check(path.parent)
-    return iteration
-
-
-def to_load(options: Any) -> tuple[Path, int, bool] | None:
-    """`Methods.to_load`, in a folder of Megatron-LM's."""
-    finetune = options.finetune or getattr(options, "freeze_all_layers", False)
-    step, pretrained = getattr(options, "ckpt_step", None), getattr(options, "pretrained_checkpoint", None)
-    root = options.load
-    if pretrained is not None and (root is None or not Path(root, TRACKER).is_file()):
-        root, finetune = pretrained, True
-    if root is None:
-        return None
-    tracker = Path(root, TRACKER)
-    text = read_tag(tracker, remedy="restore it, or give --ckpt-step") if tracker.is_file() else ""
-    if text == "release":  # weights alone, of no iteration
-        return Path(root), 0, True
-    if not step and not (text.isdecimal() and len(text) < 19):  # nothing, or what Megatron-LM refuses
-        return None
-    return Path(root), step or int(text), finetune
+    return found
 
 
 def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | None:
@@ -166,11 +163,10 @@ def _resumable(loop: Methods, path: Path, iteration: int) -> dict[str, Any] | No
         what = f"{path} is the average of steps {steps[0]} to {steps[-1]}, which has no optimizer state"
         raise CheckpointError(f"{what}; give --finetune")
     recipe, asked = (sections.get("completep") for sections in (manifest["sections"], loop.sections.to_dict()))
-    different = [("completep", recipe, asked)] if recipe != asked else []
+    values = f"completep {json.dumps(recipe)} there, {json.dumps(asked)} here" if recipe != asked else ""
     if section is not None and recipe is not None:
-        different = section.differences(recipe)
-    if different:
-        values = ", ".join(f"{name} {json.dumps(was)} there, {json.dumps(now)} here" for name, was, now in different)
+        values = section.differences(recipe)
+    if values:
         raise CheckpointError(f"{path}: trained with another completep: {values}; give the same section")
     if manifest["iteration"] != iteration:
         raise CheckpointError(f"{path} is of iteration {manifest['iteration']}, not {iteration}; restore the file")

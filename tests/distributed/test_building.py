@@ -56,7 +56,10 @@ def _run():
             model = _stock()
         found[f"scaled by a {type(source).__name__}"] = _equal(_seen(model), scaled)
         found[f"yields the section of a {type(source).__name__}"] = given == section
-    for source in ({"completep": {**SECTION, "enabled": False}}, {}, None):
+    off = section.model_copy(update={"enabled": False})
+    megatron_patches.apply(off)
+    found["nothing is patched by a section that is off"] = GPTModel.__init__ is init
+    for source in ({"completep": {**SECTION, "enabled": False}}, off, {}, None):
         with building(source) as given:
             found[f"stock with {source}"] = given is None and _equal(_seen(_stock()), stock)
     found["stock after the block"] = _equal(_seen(_stock()), stock)

@@ -11,7 +11,7 @@ import ds_plugin
 from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.core.errors import ConfigError
 from megatron_patches import megatron_on_cpu
-from megatron_patches.completep import build_param_groups, finish, prepare, ratios_of
+from megatron_patches.completep import build_param_groups, finish, fold, prepare, ratios_of, unfold
 from megatron_patches.models import gpt
 from tests.distributed.test_completep_parity import LENGTH, STEPS, VOCAB, batch, train
 from tests.reference.experts import ReferenceMoE, name_of
@@ -97,6 +97,27 @@ def test_experts_train_as_the_rules_say(workers):
         assert not {name: d for name, d in apart.items() if d > 2e-4}
         assert not {name: m for name, m in moved.items() if m < 0.003}
         assert inits == pytest.approx(expected_inits, rel=1e-5)
+
+
+def with_a_balancing_bias():
+    """What a state dict with the router's bias, which no optimizer trains, becomes when it is folded and back."""
+    sizes, base, changes = IN_PROPORTION
+    completep = section(base, residual="forward", **changes)
+    router = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    model, _ = build(completep, sizes, **router)
+    weights = model.state_dict()
+    for name in (biases := [name for name in weights if name.endswith("router.expert_bias")]):
+        weights[name] += 0.25
+    folded = fold(weights, model.config, completep, tied=False)
+    in_folded = completep.model_copy(update={"residual": "folded"})
+    back = unfold(folded, model.config, in_folded, tied=False)
+    kept = [bool((folded[name] == 0.25).all() and (back[name] == 0.25).all()) for name in biases]
+    matrix = "decoder.layers.0.mlp.router.weight"
+    return kept, torch.equal(back[matrix], weights[matrix]), "decoder.layers.0.mlp.router.expert_bias" in folded
+
+
+def test_a_balancing_bias_is_neither_folded_nor_refused(workers):
+    assert workers(1).run(with_a_balancing_bias) == [([True] * 4, True, True)]
 
 
 def on_deepspeed():

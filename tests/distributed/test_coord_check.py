@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 from fractions import Fraction
 
@@ -169,6 +170,10 @@ def test_spread_is_of_the_means_over_seeds_at_the_last_step():
     rows = [row(2, 1, 1, 9.0), row(2, 1, 2, 1.0), row(2, 2, 2, 3.0), row(4, 1, 2, 5.0), row(4, 2, 2, 7.0)]
     rows += [row(2, 1, 2, 100.0, "logits"), Row("standard", 64, 2, 1, 2, LAST_BLOCK, 50.0)]
     assert coord_check.spread(rows, "mup") == 6.0 / 2.0
+    for change in (math.nan, math.inf, 0.0):
+        for moved in ([0.1, change, 0.12], [0.1, 0.12, change], [change, 0.1, 0.12]):
+            rows = [row(depth, 1, 2, value) for depth, value in zip((2, 4, 8), moved, strict=True)]
+            assert coord_check.spread(rows, "mup") == math.inf, moved
 
 
 CONFIG = {
@@ -262,6 +267,9 @@ def test_minimum_ratio(scheduler, expected):
     [
         ({"completep": {**CONFIG["completep"], "enabled": False}}, "completep: not enabled"),
         ({"optimizer": {}}, "optimizer.params.lr"),
+        ({"optimizer": {"type": "Muon", "params": {"lr": 0.01}}}, "the optimizer is Muon: the table has AdamW's rules"),
+        ({"optimizer": []}, "optimizer"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": None}}}, "optimizer.params.lr"),
         ({"model": {**CONFIG["model"], "hidden_size": 255}}, "hidden_size = 255"),
         ({"completep": {**CONFIG["completep"], "base_num_query_groups": 2}}, "shared by 2 heads in the base and by 1"),
         ({"completep": {**CONFIG["completep"], "base_num_moe_experts": 8}}, "the model has no experts; remove it"),

@@ -13,6 +13,7 @@ import torch
 
 import ds_plugin
 from ds_plugin import completep, huggingface
+from ds_plugin.core import patch
 from ds_plugin.core.errors import ConfigError, PluginError, StateError
 from ds_plugin.deepspeed_engine import attach
 from ds_plugin.huggingface import sections as methods
@@ -74,24 +75,76 @@ def _enabled_twice():
     huggingface.enable()
     kept, said = methods.given == given, []
     sys.modules["lightning.pytorch"] = SimpleNamespace(LightningModule=torch.nn.Module)
-    for other in ({"mode": "mask"}, {"tokens_per_step": "constant"}):
+    for other in ({"mode": "mask"}, {"mode": "carry"}, {"tokens_per_step": "constant"}):
         warmup = {"enabled": True, "start_length": 8, "end_length": 16, "duration": {"steps": 2}, **other}
         with pytest.raises(ConfigError) as refused:
             model, config = torch.nn.Linear(2, 2), {"train_batch_size": 1, "sequence_length_warmup": warmup}
             deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
         said.append(str(refused.value))
     del sys.modules["lightning.pytorch"]
-    with pytest.raises(ConfigError) as refused:
-        huggingface.enable({"weight_averaging": {"enabled": False, "interval": 1}})
+    for given in ({"weight_averaging": {"enabled": False, "interval": 1}}, {"sequence_length_warmpu": warmup}):
+        with pytest.raises(ConfigError) as refused:
+            huggingface.enable(given)
+        said.append(str(refused.value))
     huggingface.disable()
-    return kept, methods.given, [*said, str(refused.value)]
+    return kept, methods.given, said
 
 
 def test_a_second_enable_keeps_the_sections_and_lightning_cuts_alone(workers):
     [(kept, after, said)] = workers(1).run(_enabled_twice)
     assert kept and not after
-    expected = 'mode: "mask"', 'tokens_per_step: "constant"', "other sections than the one given"
+    expected = 'mode: "mask"', 'mode: "carry"', 'tokens_per_step: "constant"', "other sections than", "did you mean"
     assert all(words in error for words, error in zip(expected, said, strict=True)), said
+
+
+def _taken_back():
+    """Whether the Trainer's functions are its own, and how often ours is in them, through what may go wrong."""
+    import transformers
+
+    own, found = transformers.Trainer.save_model, []
+
+    def active():
+        return [change.name.rpartition(".")[2] for change in patch.active()].count("save_model")
+
+    huggingface.enable()
+    ours, transformers.Trainer.save_model = transformers.Trainer.save_model, lambda *args: None  # another library's
+    with pytest.raises(PluginError, match="save_model"):
+        huggingface.disable()
+    transformers.Trainer.save_model = ours  # which takes it back
+    huggingface.disable()
+    found.append((transformers.Trainer.save_model is own, active()))
+    huggingface.enable()
+    patch.revert()
+    found.append((transformers.Trainer.save_model is own, active()))
+    huggingface.enable()
+    found.append((transformers.Trainer.save_model is own, active()))
+    kept = deepspeed.initialize
+    huggingface.disable()
+    with patch.replaced(deepspeed, "initialize", lambda: "DeepSpeed's own"):
+        assert kept() == "DeepSpeed's own"
+    return [*found, (transformers.Trainer.save_model is own, active())]
+
+
+def test_what_is_patched_is_taken_back_whatever_happens(workers):
+    assert workers(1).run(_taken_back) == [[(True, 0), (True, 0), (False, 1), (True, 0)]]
+
+
+def _two_models():
+    """What "auto" becomes for each of two models under one `enable`, and whether it can be given again."""
+    given = {"sequence_length_warmup": {"enabled": True, "end_length": "auto", "duration": {"share": 0.5}}}
+    huggingface.enable(given)
+    lengths = []
+    for positions in (128, 512):
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+        found = methods.resolve(methods.with_given({}), model, None, 10)
+        lengths.append(found["sequence_length_warmup"]["end_length"])
+    huggingface.enable(given)
+    huggingface.disable()
+    return lengths
+
+
+def test_each_model_has_a_length_of_its_own(workers):
+    assert workers(1).run(_two_models) == [[128, 512]]
 
 
 COMPLETEP = {"enabled": True, "base_width": 16, "base_depth": 1}

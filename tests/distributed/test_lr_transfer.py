@@ -39,6 +39,15 @@ def test_transfer_is_measured_from_the_base_shape():
     assert lines[2] == "completep: the optimum moves by up to 1 steps of 2x and costs up to 0.50%"
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_shape_that_diverged_at_every_rate_or_lacks_the_bases_is_not_free(step):
+    diverged = runs("mup", 64, 32, dict.fromkeys((-8, -7, -6), math.inf))
+    lacking = runs("mup", 64, 8, {-6: 2.6})
+    for others in (diverged, lacking):
+        swept = [*runs("mup", 64, 2, {-8: 2.5, -7: 2.4, -6: 2.6}), *others]
+        assert summary(transfer(swept[::step], Base()))[-1].endswith("costs up to nan%")
+
+
 def test_seeds_are_averaged_before_the_minimum_is_taken():
     noisy = [Run("mup", 64, 2, 1, 0.1, 1.0), Run("mup", 64, 2, 2, 0.1, 3.0)]
     noisy += [Run("mup", 64, 2, seed, 0.2, 1.9) for seed in (1, 2)]
@@ -116,6 +125,7 @@ def test_settings_for_every_run(workers, tmp_path):
         ('{"alpha": 0.5}', "--section: alpha is the sweep's own; leave it out, or use its option"),
         ('{"output_multipliers": 2}', "completep.output_multipliers: unknown key (value 2)"),
         ('{"lr_multipliers": {"outputs": 2}}', "completep.lr_multipliers: 'outputs' is no role"),
+        ('{"residual": "folded"}', '--section: residual is "folded"'),
     ],
 )
 def test_a_section_that_cannot_be(tmp_path, capsys, section, said):
@@ -151,6 +161,12 @@ def test_runs_that_two_recipes_share_are_the_same_bit_for_bit(workers):
         if same != shape:
             [(found, expected)] = workers(1).run(_trained, shape, same)
             assert found == expected
+
+
+def test_with_settings_of_its_own_a_run_is_shared_with_no_plainer_recipe():
+    """Which may refuse them, or not react."""
+    base = Base(width=32, depth=1, section={"embedding_lr_exponent": 0.5})
+    assert all(shape.same_as(base) is shape for shape in SHARED)
 
 
 def _of_experts(out):

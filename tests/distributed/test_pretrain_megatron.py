@@ -429,6 +429,7 @@ def test_the_average_is_saved_beside_each_checkpoint(workers, tmp_path):
     started = workers(2).run(run, str(tmp_path), {}, {**load, "finetune": True})
     as_by_hand = workers(2).run(run, str(tmp_path), sections, {**load, "finetune": True})
     assert started[1]["losses"] == as_by_hand[1]["losses"] != found[1]["losses"][:1]
+    assert "could be compared" not in as_by_hand[0]["warned"]  # it is sealed
     refused(workers(2).run(run, str(tmp_path), sections, load), "the average of steps 6 to 8, which has no optimizer")
 
     bank = {"enabled": True, "interval": 2, "mode": "ema", "horizons": [2, 5], "save_average": True}
@@ -496,7 +497,7 @@ def test_what_megatron_will_load(tmp_path, case):
     given = {"load": "run", "finetune": False, "ckpt_step": None, "pretrained_checkpoint": None, **changes}
     for name in ("load", "pretrained_checkpoint"):
         given[name] = given[name] and str(tmp_path / given[name])
-    found = state.to_load(SimpleNamespace(**given))
+    found = state.Methods(PluginConfig(), lambda: SimpleNamespace(**given)).to_load()
     assert found == (expected and (tmp_path / expected[0], *expected[1:]))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ds_plugin
+from ds_plugin.core.errors import CheckpointError, ConfigError
 from tests.distributed import plain
 from tests.distributed.warmup import MICROS, carry, run, section, source
 from tests.harness import slow
@@ -180,3 +181,49 @@ def _whole_batches(folder):
 
 def test_whole_batches_go_back_with_a_checkpoint(workers, tmp_path):
     assert workers(1).run(_whole_batches, str(tmp_path))[0] == [0, 1, 2, 3, 4, 2, 3]
+
+
+def _ended(folder):
+    """A run in which nothing is carried any more is saved; what other runs that load it say."""
+    engine, batches = carry()
+    run(engine, batches, 14)
+    order = ds_plugin.get_plugin(engine).warmup.order.state()
+    engine.save_checkpoint(folder)
+    said = []
+    truncate = section(learning_rate={"by": "tokens"})
+    for sections in ({"weight_averaging": plain.AVERAGING}, truncate):
+        other = plain.make(plain.deepspeed_config(accumulation=MICROS, **sections))
+        with pytest.raises(CheckpointError) as refused:
+            other.load_checkpoint(folder)
+        said.append(str(refused.value))
+    again, batches = carry()
+    again.load_checkpoint(folder)
+    return order, next(batches)["labels"][0, 0].item() // plain.LENGTH // plain.MICRO, said
+
+
+def test_what_carry_has_read_ahead_is_read_by_no_other_mode(workers, tmp_path):
+    """The others would begin at the step that was reached, and leave out what carry has yet to read."""
+    order, read, (without, truncate) = workers(1).run(_ended, str(tmp_path))[0]
+    assert order["open"] == [] and read < 14 * MICROS
+    assert "has read" in without and "give the same section" in without
+    assert "trained with mode 'carry'" in truncate and "resume with 'carry'" in truncate
+
+
+def _own_function():
+    """What is said of a function that shortens, where samples are cut by their tensors' names."""
+    said = []
+
+    def shorten(args, kwargs, length):
+        raise AssertionError("is not called")
+
+    for changes in ({"mode": "carry", "learning_rate": {"by": "tokens"}}, {}):
+        config = plain.deepspeed_config(accumulation=MICROS, **section(**changes))
+        with pytest.raises(ConfigError) as refused:
+            ds_plugin.get_plugin(plain.make(config, shorten=shorten)).batches(source)
+        said.append(str(refused.value))
+    return said
+
+
+def test_a_function_that_shortens_is_refused_where_it_would_not_be_called(workers):
+    carried, read = workers(1).run(_own_function)[0]
+    assert 'mode: "carry" cuts samples by their tensors\' names' in carried and read.startswith("shorten: batches(...)")

@@ -59,8 +59,6 @@ def _mask_refused(what):
     if what == "plain":
         plain.make(config)
     engine = ds_plugin.initialize(model=_gpt(), config={**config, **section(mode="mask", end_length=32)})[0]
-    if what == "batches":
-        ds_plugin.get_plugin(engine).warmup.batches(lambda n: iter(()))
     tokens = torch.zeros(2, 32).long()
     engine.train()
     engine(tokens, tokens, torch.zeros(1, 1, 32, 32).bool(), labels=tokens)
@@ -70,7 +68,6 @@ def _mask_refused(what):
     ("what", "parts"),
     [
         ("plain", ["mask", "TinyLM", "shorten"]),
-        ("batches", ["mask", "full-length"]),
         ("own mask", ["attention_mask of its own", "None"]),
     ],
 )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import ds_plugin
 from ds_plugin.core import loss_statistics
 from ds_plugin.core.loss_statistics import LossRatio
+from ds_plugin.deepspeed_engine import warmup as core_warmup
 from tests.distributed import plain
 from tests.distributed.warmup import section
 
@@ -191,6 +192,24 @@ def _counted(enabled):
 def test_a_step_adds_no_device_sync_and_no_collective(workers):
     pool = workers(2)
     assert pool.run(_counted, True) == pool.run(_counted, False)
+
+
+def _without_variances():
+    config = plain.deepspeed_config(**section(pacing="adaptive", report_interval=1, adaptive={"variance_max": 1e-30}))
+    config["optimizer"] = {"type": "SGD", "params": {"lr": 0.01}}
+    said, kept = [], core_warmup.warn
+    core_warmup.warn = lambda text, *values: said.append(text % values)
+    try:
+        plain.train(plain.make(config), 4)
+    finally:
+        core_warmup.warn = kept
+    return said
+
+
+def test_a_bound_on_a_variance_that_nobody_knows_is_said_once(workers):
+    for said in workers(2).run(_without_variances):
+        [line] = said
+        assert "no second moments of Adam are in memory" in line and "adaptive.variance_max" in line
 
 
 def _unheld(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.activation_checkpointing import checkpointing
 
 import ds_plugin
 from ds_plugin.core.errors import ConfigError
@@ -163,6 +164,29 @@ def _checkpointing(preflight):
     config = plain.deepspeed_config(1, **section(preflight=preflight))
     engine = ds_plugin.initialize(model=Checkpointing(), config=config)[0]
     return plain.train(engine, 4), engine.module.lengths
+
+
+class Streams(plain.TinyLM):
+    """Drops out by a stream of DeepSpeed's own random states, as tensor-parallel layers do."""
+
+    def forward(self, input_ids, labels):
+        x = self.embedding(input_ids) + self.positions[: input_ids.shape[1]]
+        with checkpointing.get_cuda_rng_tracker().fork("tensor parallel"):
+            x = torch.nn.functional.dropout(x, 0.3)
+        return torch.nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), labels.flatten())
+
+
+def _streams(preflight):
+    checkpointing.get_cuda_rng_tracker().reset()
+    checkpointing.get_cuda_rng_tracker().add("tensor parallel", 99)
+    torch.manual_seed(7)
+    config = plain.deepspeed_config(1, **section(preflight=preflight))
+    return plain.train(ds_plugin.initialize(model=Streams(), config=config)[0], 3)
+
+
+def test_the_preflight_leaves_deepspeed_s_random_streams_alone(workers):
+    with_it, without = (workers(1).run(_streams, flag) for flag in (True, False))
+    assert with_it == without
 
 
 def test_the_preflight_with_a_reentrant_checkpoint_leaves_no_trace(workers):

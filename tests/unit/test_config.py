@@ -60,6 +60,10 @@ BAD = [
     (warmup(schedule="discrete", lengths=[8, 60, 256], boundaries=[5, 150]), ["lengths", "[60]", "multiple_of 8"]),
     (warmup(schedule="discrete", lengths=[16, 256], boundaries=[150]), ["start_length", "8", "write 16"]),
     (warmup(schedule="discrete", lengths=[8, 256], boundaries=[100]), ["duration.steps", "150", "write 100"]),
+    (
+        warmup(schedule="discrete", lengths=[8, 96, 256], boundaries=[5, 150], tokens_per_step="constant"),
+        ["lengths", "[96]", "do not divide end_length 256"],
+    ),
     (warmup(interleave=4), ["interleave", "4", '"mode": "carry"']),
     (warmup(max_distinct_lengths=4, mode="carry"), ["max_distinct_lengths", "4", "'carry'", "discrete"]),
     (
@@ -149,6 +153,12 @@ def test_refusals_name_field_value_and_remedy(config, parts):
     assert "\n" not in message
     for part in parts:
         assert part in message, message
+
+
+def test_whether_a_model_shifts_labels_is_said_where_samples_are_cut():
+    for changes in ({"mode": "carry"}, {"tokens_per_step": "constant"}):
+        found = PluginConfig.from_dict(warmup(shifts_labels=False, **changes))
+        assert found.sequence_length_warmup.shifts_labels is False
 
 
 def test_a_disabled_section_is_checked_too():

@@ -82,6 +82,20 @@ def test_what_cannot_be_run_is_one_error(tmp_path, capsys, started, text, said):
     assert not started
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("its data"), KeyboardInterrupt()])
+def test_an_error_of_the_script_s_own_keeps_its_traceback(tmp_path, monkeypatch, error):
+    from ds_plugin.huggingface import script as of_huggingface
+
+    def train(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(of_huggingface, "run", train)
+    path = tmp_path / "train.py"
+    path.write_text("import trl\n")
+    with pytest.raises(type(error)):
+        main(["run", str(path)])
+
+
 def test_a_relative_import_names_no_framework(tmp_path):
     path = tmp_path / "train.py"
     path.write_text("from .megatron import train\nimport megatron.core\n")
@@ -132,7 +146,7 @@ TUNE, TRANSFER = "tune-warmup --script {file} --config {file}", "lr-transfer --o
         *[(f"{CHECK} --builder {name}", f"--builder: {name}: ") for name in ("json:nothing", "nowhere:f", "json")],
         (f"{CHECK} --recipes mup,mupp", "mupp is not one of completep, mup"),
         (f"{CHECK} --alpha 3", "completep.alpha"),
-        (f"{CHECK} --base-width 60", "completep.base_head_dim: 16 does not divide base_width 60"),
+        (f"{CHECK} --base-width 60", "width 60 is not divisible by --head-dim 16"),
         *[(f"{CHECK} --experts {mix}", f"{mix} is not EXPERTS:ACT") for mix in ("8", "8:1", "2:3", "8:2:0", "8:2:1/0")],
         (f"{CHECK} --experts 8:2:5/3", "moe_ffn_hidden_size is 5/3 of width 64, which is no whole number"),
         (f"{CHECK} --moe mue", "--moe: there are no experts"),
@@ -145,7 +159,7 @@ TUNE, TRANSFER = "tune-warmup --script {file} --config {file}", "lr-transfer --o
         (f"{TRANSFER} --data {{file}}", "holds 3 tokens of text where 130 are needed"),
         (f"{TRANSFER} --data nowhere", "'nowhere' holds 0 tokens"),
         (TUNE, "--durations"),
-        (f"{TUNE} --durations 0,5", WHOLE),
+        (f"{TUNE} --durations 0,5", "0 is not a whole number from 1 to 10**15"),
         (f"{TUNE} --durations 5 --threshold inf", "is not a finite number above 1"),
         (f"{TUNE} --durations 5 --steps 0", WHOLE),
         ("tune-warmup --script nowhere --config {file} --durations 5", "nowhere is not a file that exists"),

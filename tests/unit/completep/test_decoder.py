@@ -114,6 +114,20 @@ def test_the_init_is_table_1s_and_depends_on_the_seed_alone():
     assert gemma.model.embed_tokens.weight.std().item() == pytest.approx(STD / 2, rel=0.1)
 
 
+def test_a_tied_embedding_is_one_by_whatever_name():
+    """Where the output layer is registered first, its weight goes by that name."""
+    model = build("Mistral", tied=True)
+    inner = model.model
+    del model.model
+    model.model = inner
+    prepare_decoder(model, SECTION, seed=1)
+    roles = finished_roles(model, CompletePConfig.model_validate(SECTION))
+    assert roles["lm_head.weight"] is Role.EMBEDDING and "model.embed_tokens.weight" not in roles
+    assert roles["model.norm.weight"] is Role.LOGIT_NORM and (inner.norm.weight == 1 / 4).all()
+    assert model.lm_head.weight.std().item() == pytest.approx(STD, rel=0.1)
+    assert (model.lm_head.weight[0] == 0).all()  # the padding token's
+
+
 def test_the_groups_are_those_of_the_roles():
     """Llama, m_N 4 and m_L 3, folded: c is 1/3 where a branch ends, 1/4 at the logits."""
     groups = {g["role"]: g for g in optimizer_groups(prepared("Llama"), lr=0.12, weight_decay=0.1, eps=1e-6)}

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.sizes import dims_of, head_size
+from ds_plugin.completep.sizes import dims_of, experts_of, head_size
 from ds_plugin.core.errors import ConfigError
 
 LATENT = {
@@ -37,6 +37,31 @@ def test_experts_that_take_their_size_from_the_mlps_take_their_ratio_too():
     assert dims(both, **experts) == {"ffn": 2.0, "expert_ffn": 1.0}
     assert dims({"base_ffn_hidden_size": 512}, **experts | {"moe_ffn_hidden_size": 256}) == {"ffn": 2.0}
     assert dims({"base_ffn_hidden_size": 512}, **experts | {"num_moe_experts": None}) == {"ffn": 2.0}
+
+
+def test_heads_need_not_divide_the_width():
+    """As in Gemma 3 1B (width 1152, heads of 256)."""
+    assert CompletePConfig(enabled=True, base_width=1152, base_depth=26, base_head_dim=256).base_head_dim == 256
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_routers_whose_weights_have_no_constant_sum(score):
+    """But for a softmax's, one expert's score is brought to no sum; a softmax's before the choice sum to its share."""
+
+    def form(active, base_active, pre_softmax=False):
+        router = {"moe_router_score_function": score, "moe_router_pre_softmax": pre_softmax,
+                  "moe_router_topk_scaling_factor": None, "moe_router_load_balancing_type": "none"}  # fmt: skip
+        experts = {"num_moe_experts": 8, "moe_router_topk": active, "moe_ffn_hidden_size": 128, "ffn_hidden_size": 512,
+                   "moe_shared_expert_intermediate_size": None, "multi_latent_attention": False}  # fmt: skip
+        base = {"base_num_moe_experts": 8, "base_moe_router_topk": base_active, "base_moe_ffn_hidden_size": 128}
+        section = CompletePConfig(enabled=True, base_width=64, base_depth=2, moe="mue", **base)
+        return experts_of(SimpleNamespace(**LATENT | router | experts), section).form
+
+    assert form(4, 2) == form(2, 2, pre_softmax=True) == "mean"
+    refused, fine = ((4, 2, True), (2, 1)) if score == "softmax" else ((2, 1), (4, 2, True))
+    assert form(*fine) == "mean"
+    with pytest.raises(ConfigError, match="pre_softmax" if score == "softmax" else f"{score} scores of one expert"):
+        form(*refused)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def _checkpoint(root, step, of=2):
         for path in (ours / f"state_{rank}", theirs / "deep" / f"weights_{rank}"):
             path.write_bytes(f"{step} {path.name}".encode() * 500)
     (ours / ".left.tmp").write_text("a killed writer's")
+    (theirs / ".metadata").write_text(f"where each tensor of {step} is")  # of torch.distributed.checkpoint
     for rank in range(of):
         sealer = seals.Sealer(rank, of)
         sealer.open(ours)
@@ -32,8 +33,9 @@ def test_no_damage_goes_unseen(tmp_path):
     _checkpoint(tmp_path / "other", 2)
     ours = _checkpoint(tmp_path / "whole", 1)
     seal, other = ours / "ds_plugin_seal_00000.json", ours / "ds_plugin_seal_00001.json"
-    weights = tmp_path / "whole" / "theirs" / "deep" / "weights_1"
-    for path, sibling in [(ours / "state_0", ours / "state_1"), (weights, ours / "state_1"), (seal, other)]:
+    weights, index = (tmp_path / "whole" / "theirs" / name for name in ("deep/weights_1", ".metadata"))
+    of_ours = [(path, ours / "state_1") for path in (ours / "state_0", weights, index)]
+    for path, sibling in [*of_ours, (seal, other)]:
         whole = path.read_bytes()
         another = tmp_path / "other" / path.relative_to(tmp_path / "whole")
         for name, damage in damages(another, sibling).items():
@@ -78,6 +80,7 @@ def test_the_seals_of_a_save_of_more_processes_do_not_count(tmp_path):
     sealer = seals.Sealer(0, 1)
     sealer.open(ours)
     (ours / "state_0").write_text("new")
+    assert seals.verify(ours) == [f"{ours} has no seals"]  # killed before it is sealed
     sealer.close(ours, [ours / "state_0"], "later")
     sealer.wait()
     assert seals.verify(ours) == []

@@ -5,11 +5,15 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from ds_plugin.config import PluginConfig
 from ds_plugin.core.errors import ConfigError, PluginError
 from megatron_patches import bridge
 from megatron_patches.bridge.options import Options, check
+from megatron_patches.bridge.plugin import Plugin
+from megatron_patches.bridge.recipe import Recipe
+from megatron_patches.training_loop import state
 from megatron_patches.training_loop.options import set_to
 
 WARMUP = {"enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}}
@@ -130,6 +134,62 @@ def test_a_bridge_whose_parts_moved_is_refused_and_nothing_stays(monkeypatch):
         plugin.detach()
     with pytest.raises(ConfigError, match="custom_manager_class is 'mine.Manager'"):
         bridge.attach(container(**{"checkpoint.custom_manager_class": "mine.Manager"}), sections)
+
+
+def test_another_attempt_after_a_run_that_failed(monkeypatch):
+    """Before its model was built, or between the model and the optimizer."""
+    stand_in(monkeypatch)
+    provider = type("OptimizerConfigOverrideProvider", (), {})()
+    cfg = container(**{"model.transformer_layer_spec": "theirs", "model.pre_wrap_hooks": []})
+    cfg.optimizer_config_override_provider = provider
+    for _ in range(2):
+        plugin = bridge.attach(cfg, PluginConfig.from_dict({"completep": SECTIONS["completep"]}))
+        plugin.recipe = Recipe(plugin.sections.completep, cfg)
+        assert cfg.model.transformer_layer_spec != "theirs" and len(cfg.model.pre_wrap_hooks) == 1
+        plugin.detach()
+        assert (cfg.model.transformer_layer_spec, cfg.model.pre_wrap_hooks) == ("theirs", [])
+        assert cfg.optimizer_config_override_provider is provider
+
+
+def loading(root, **fields):
+    given = {"load": None, "finetune": False, "ckpt_step": None, "pretrained_checkpoint": None, **fields}
+    given |= {name: str(root / given[name]) for name in ("load", "pretrained_checkpoint") if given[name]}
+    cfg = container(**{f"checkpoint.{name}": value for name, value in given.items()})
+    return Plugin(PluginConfig.from_dict({"sequence_length_warmup": WARMUP}), lambda: Options(cfg), cfg=cfg)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"load": "iter_0000100"}, (100, False)),
+        ({"load": "best"}, (100, False)),  # a link to it
+        ({"load": "iter_0000100", "finetune": True}, (100, True)),
+        ({"pretrained_checkpoint": "iter_0000100"}, (100, True)),
+        ({"load": "nothing yet", "pretrained_checkpoint": "best"}, (100, True)),
+        ({"load": "iter_0000200", "pretrained_checkpoint": "iter_0000100"}, (200, False)),
+        ({"load": "nothing yet"}, None),
+        ({}, None),
+    ],
+)
+def test_an_iteration_s_own_folder_is_found(tmp_path, fields, expected):
+    (tmp_path / "iter_0000100").mkdir()
+    (tmp_path / "best").symlink_to(tmp_path / "iter_0000100")
+    assert loading(tmp_path, **fields).to_load() == (expected and (tmp_path, *expected))
+
+
+@pytest.mark.parametrize("name", ["best", "a copy"])
+def test_a_run_that_goes_on_from_any_folder_looks_for_the_methods(tmp_path, monkeypatch, name):
+    """Of a copy without our files the warmup knows at least that it is not the run's beginning."""
+    (tmp_path / "iter_0000100").mkdir()
+    (tmp_path / "best").symlink_to(tmp_path / "iter_0000100")
+    (tmp_path / "a copy").mkdir()
+    plugin, loaded = loading(tmp_path, load=name), []
+    monkeypatch.setattr(state, "load", lambda loop, *at: loaded.append(at))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(plugin, "take_over", lambda ctx, scheduler: plugin.take([], None, scheduler))
+    ctx = SimpleNamespace(state=None, model=[], optimizer=None, opt_param_scheduler=None)
+    assert plugin.load(ctx, lambda ctx: (100, 0)) == (100, 0)
+    assert loaded == [(tmp_path if name == "best" else tmp_path / name, 100)]
 
 
 def test_without_a_section_nothing_is_attached():

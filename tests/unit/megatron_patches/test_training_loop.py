@@ -19,6 +19,7 @@ from megatron_patches.training_loop.batches import Cut, Replay, cut
 from megatron_patches.training_loop.lengths import Lengths
 from megatron_patches.training_loop.loop import Loop
 from megatron_patches.training_loop.options import check_options, iterations_of, layout_multiple
+from megatron_patches.training_loop.preflight import leaving_no_trace
 
 WARMUP = {"enabled": True, "start_length": 8, "end_length": 32, "duration": {"steps": 4}}
 
@@ -45,7 +46,22 @@ def test_a_cut_batch_is_the_first_positions_contiguous():
             cut(wrong, 4)
 
 
-def test_a_length_is_set_in_thecontainer_too_and_a_loop_that_reads_elsewhere_is_found():
+def test_what_experts_summed_up_for_the_log_is_forgotten(monkeypatch):
+    """By the model's own config: Megatron-LM and Bridge call the setting differently."""
+    from megatron.core import rerun_state_machine
+    from megatron.core.transformer.moe import moe_utils
+
+    cleared, machine = [], SimpleNamespace(validate_result=None)
+    monkeypatch.setattr(moe_utils, "clear_aux_losses_tracker", lambda: cleared.append(1))
+    monkeypatch.setattr(rerun_state_machine, "get_rerun_state_machine", lambda: machine)
+    for experts in (None, 8):
+        options = SimpleNamespace(seq_length=8)
+        with leaving_no_trace(options, {"seq_length": 32}, SimpleNamespace(timers=None, num_moe_experts=experts)):
+            assert options.seq_length == 32
+        assert cleared == [1] * bool(experts)
+
+
+def test_a_length_is_set_in_the_container_too_and_a_loop_that_reads_elsewhere_is_found():
     args = SimpleNamespace(seq_length=32, micro_batch_size=2, global_batch_size=8)
     loop = Loop(PluginConfig.from_dict({"sequence_length_warmup": {**WARMUP, "preflight": False}}), lambda: args)
     section = loop.sections.sequence_length_warmup

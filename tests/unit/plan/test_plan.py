@@ -287,6 +287,19 @@ def test_a_megatron_recipe_by_hand():
     assert "branch_out" not in planned(said, 1)["completep"]["roles"]
 
 
+def test_what_a_megatron_recipe_says_otherwise():
+    """The rate's warmup as a share; positions that are no table."""
+    share = planned(megatron(lr_warmup_fraction=0.5), 1)
+    assert share["lr_peak_from_step"] == planned(megatron(lr_warmup_iters=10), 1)["lr_peak_from_step"] > 1
+    decay = planned(megatron(lr_warmup_fraction=0.5, lr_decay_iters=10), 1)
+    assert decay["lr_peak_from_step"] == planned(megatron(lr_warmup_iters=5), 1)["lr_peak_from_step"]
+    learned, none, rope = (
+        planned(megatron(**given), 1)["parameters"]["all"]
+        for given in ({}, {"position_embedding_type": "none"}, {"position_embedding_type": "rope"})
+    )
+    assert learned == none + 16 * 32 and none == rope
+
+
 def test_a_tied_embedding_is_on_both_ends_of_the_pipeline():
     cfg = GPTConfig(**{**MODEL, "tie_embeddings": True, "position_embedding": "rope"})
     stage = 2 * (12 * 32**2 + 13 * 32) + 256 * 32 + 2 * 32  # the last has the norm besides
@@ -365,6 +378,9 @@ BAD = [
     (recipe(training={"tokens": 9}, sequence_length_warmup=None, optimizer=None), 2, ["optimizer: missing"]),
     (megatron(lr=0), 2, ["megatron.lr", "greater than 0, got 0"]),
     (megatron(num_experts=8), 2, ["megatron.num-experts: 8", "dense models only"]),
+    (megatron(kv_channels=16), 2, ["megatron.kv-channels: 16", "heads divide the width"]),
+    (megatron(swiglu=True), 2, ["megatron.ffn-hidden-size: missing", "8/3 of hidden-size"]),
+    (megatron(optimizer="muon"), 2, ["completep: the optimizer is Muon"]),
     (megatron(num_layers="4"), 2, ["megatron.num_layers", "integer", "'4'"]),
     (megatron(lr_warmup_samples=-1), 2, ["megatron.lr-warmup-samples", "got -1"]),
     (megatron(pipeline_model_parallel_size=3), 3, ["pipeline_parallel = 3 does not divide num_layers = 4"]),

@@ -287,3 +287,15 @@ def test_samples_are_folded_into_more_and_shorter_ones():
     assert ids[:2].tolist() == [[0, 1], [8, 9]]
     with pytest.raises(ConfigError, match="8, and a micro-batch was read with 6 tokens in each of its 2 samples"):
         fold_batch({"input_ids": tokens[:, :6]}, 4, full=8)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_positions_of_images_are_not_folded(rows):
+    """Multimodal rotary embeddings' [3, rows, length]: joined along the first dimension they would be of other samples,
+    left as they are of another length."""
+    tokens = torch.arange(rows * 8).view(rows, 8)
+    positions = torch.arange(8).expand(3, rows, 8)
+    with pytest.raises(ConfigError, match=r"position_ids has the shape \[3, \d, 8\].* not the \d samples"):
+        fold_batch({"input_ids": tokens, "position_ids": positions}, 4, full=8, micro_batch=rows)
+    features = {"input_ids": tokens, "features": torch.ones(5, 7)}  # no sequence: as it is
+    assert fold_batch(features, 4, full=8, micro_batch=rows)[0]["features"] is features["features"]
