@@ -33,8 +33,8 @@ class Sealer:
     def open(self, folder: Path) -> None:
         """Before anything is written: what earlier saves into ``folder`` sealed, on however many, holds no longer."""
         self.wait()
-        for seal in folder.glob("ds_plugin_seal_*.json"):
-            if int(seal.stem.rpartition("_")[2]) % self.of == self.index:
+        for seal in folder.glob("ds_plugin_seal_[0-9][0-9][0-9][0-9][0-9].json"):
+            if int(seal.stem[-5:]) % self.of == self.index:
                 seal.unlink(missing_ok=True)
 
     def close(self, folder: Path, parts: Iterable[Path], save_id: str) -> None:
