@@ -56,6 +56,10 @@ def refusals():
     ddp.ddp_config.use_megatron_fsdp = True
     attempt("fsdp", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section()))
     ddp.ddp_config.use_megatron_fsdp = False
+    wrapper = type(ddp)
+    ddp.__class__ = type("TorchFullyShardedDataParallel", (wrapper,), {})
+    attempt("torch fsdp", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section()))
+    ddp.__class__ = wrapper
     ddp.module.extra = torch.nn.Linear(2, 2)
     attempt("no role", lambda: ours.build_optimizer(optimizer_config(False), [ddp], section()))
     return messages
@@ -109,6 +113,7 @@ EXPECTED = {
     "other Megatron": ["PluginError", "SimpleNamespace.get_main_grads_for_grad_norm", "megatron-core 0."],
     "no such role": ["ConfigError", "has the role 'router'"],
     "fsdp": ["ConfigError", "use_megatron_fsdp=False"],
+    "torch fsdp": ["ConfigError", "TorchFullyShardedDataParallel replaces the parameters; use DistributedDataParallel"],
     "no role": ["ConfigError", "extra.weight"],
 }
 
