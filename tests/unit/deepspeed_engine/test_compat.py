@@ -42,3 +42,9 @@ def test_what_an_optimizer_will_keep_is_known_of_those_that_keep_whole_moments()
         optimizer.step()
         assert kept == sum(torch.is_tensor(v) and v.numel() == 7 for v in optimizer.state[weight].values())
     assert compat.kept_by(Adam8bit([weight], 0.1)) is None and compat.kept_by(torch.optim.Adagrad([weight])) is None
+
+
+@pytest.mark.parametrize(("given", "expected"), [(100, 100), (1e5, 100_000), (0, None), ("auto", None), (None, None)])
+def test_the_run_s_steps_are_whole_however_json_has_them(given, expected):
+    engine = SimpleNamespace(scheduler_params=lambda: {"total_num_steps": given})
+    assert compat.run_steps(engine) == expected

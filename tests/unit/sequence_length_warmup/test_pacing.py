@@ -1,6 +1,8 @@
 """Lengths by step, worked out by hand from: start + floor((end - start) * step / duration), floored to the multiple."""
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -219,3 +221,12 @@ def test_a_run_planned(changes, end, expected):
 
     found = plan(LengthSchedule(config(**changes)), 10, **end)
     assert (found.steps, found.trained, found.read) == expected
+
+
+def test_a_function_that_fails_in_the_middle_is_known_before_training(monkeypatch):
+    module = ModuleType("schedules_of_mine")
+    module.broken = lambda share, start, end: None if 0.3 < share < 0.6 else start + share * (end - start)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    given = {"enabled": True, "end_length": 128, "duration": {"steps": 100}, "schedule": "schedules_of_mine:broken"}
+    with pytest.raises(ConfigError, match="sequence_length_warmup.schedule: 'schedules_of_mine:broken'"):
+        LengthSchedule(SequenceLengthWarmupConfig.model_validate(given))
