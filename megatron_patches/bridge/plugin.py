@@ -175,8 +175,9 @@ class Plugin(Core):
             self.recipe.watch(ctx.optimizer, ctx.model, ctx.opt_param_scheduler)
         found = state.check(self, ctx.model)
         iteration, operations = stock(ctx)
-        if iteration > 0 and not self.cfg.checkpoint.finetune:
-            self._loaded = (found[0] if found is not None else Path(self.cfg.checkpoint.load), iteration)
+        root = found[0] if found is not None else self.cfg.checkpoint.load  # a copy's folder has a name of its own
+        if iteration > 0 and not self.cfg.checkpoint.finetune and root is not None:
+            self._loaded = (Path(root), iteration)
         self.take_over(ctx, ctx.opt_param_scheduler)
         return iteration, operations
 
