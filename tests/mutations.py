@@ -128,7 +128,7 @@ MUTATIONS = {
         f"{_RANKS}/test_warmup_preflight.py::test_what_one_rank_cannot_lengthen_for_the_preflight_is_said_on_all",
     ),
     # CompleteP
-    "eps of a role": Mutation(_RULES, "1 / (m_N * m_L**alpha)", "1 / m_N", f"{_TEST_RULES}::test_table_1"),
+    "eps of a role": Mutation(_RULES, "math.sqrt(m_N * m_out) * m_L**alpha", "m_N", f"{_TEST_RULES}::test_table_1"),
     "residual multiplier": Mutation(
         _RULES,
         "return effective(recipe, ratios).m_L ** -ratios.alpha",

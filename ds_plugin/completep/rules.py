@@ -3,21 +3,19 @@
 m_N is the width ratio, hidden size / base hidden size; m_L the depth ratio, layers / base layers. Every multiplier
 applies to the base model's value.
 
-Where dimensions do not grow in proportion, a matrix inside a block has ratios of its own, m_in of its fan-in and m_out
-of its fan-out, and its row is init std m_in^-1/2, learning rate m_L^(alpha-1) / m_in, weight decay m_in (so that their
-product stays), eps (m_N m_out)^-1/2 m_L^-alpha. Why the last: a gradient at a vector of n elements, the stream, is of
-order 1/n at each. Through a matrix of k to n with weights of order k^-1/2 it is n^1/2 k^-1/2 / n = (n k)^-1/2, and
-through one of j to k before it, k^1/2 j^-1/2 (n k)^-1/2 = (n j)^-1/2: (n size)^-1/2 at a vector of any size. Entries of
-the matrix's gradient are that at its output times inputs of order 1, those of a norm's at the vector it is on alike.
-In proportion this is Table 1.
+Where dimensions do not grow in proportion, a matrix inside a block has its own ratios, m_in of its fan-in and m_out of
+its fan-out; its row is init std m_in^-1/2, learning rate m_L^(alpha-1) / m_in, weight decay m_in (their product stays),
+eps (m_N m_out)^-1/2 m_L^-alpha. Why the last: a gradient at a vector of n elements, the stream, is of order 1/n at
+each. Through a matrix of k to n with weights of order k^-1/2 it is n^1/2 k^-1/2 / n = (n k)^-1/2, and through one of j
+to k before it, k^1/2 j^-1/2 (n k)^-1/2 = (n j)^-1/2: (n size)^-1/2 at a vector of any size. Entries of the matrix's
+gradient are that at its output times inputs of order 1, a norm's alike at its vector. In proportion this is Table 1.
 
 Recipes: ``completep`` is the table; ``mup`` its width-only column (m_L taken as 1), ``standard`` its column without any
 scaling (m_N and m_L taken as 1); ``completed_p`` adds the rules of Complete(d)P (arXiv 2512.22382) for the batch
 ratio m_B and the token ratio m_D, and absorbs the logit multiplier into the unembedding.
 
-Embeddings keep their rate at every width in Table 1, so that theirs over the matrices' grows as the width. Where the
-vocabulary is much larger than the width, Hayou and Liu (arXiv 2506.15025) derive that it grows as the width's square
-root, which is a rate of m_N^-1/2: ``embedding_exponent``.
+Embeddings keep their rate in Table 1: over the matrices' it grows as the width. For vocabularies much larger than the
+width Hayou and Liu (arXiv 2506.15025) derive the width's square root, a rate of m_N^-1/2: ``embedding_exponent``.
 
 Muon's update of a matrix is s times one whose singular values are about 1, whatever the gradient's size: s =
 sqrt(out / in) (``unit_rms_norm``), sqrt(max(out, in)) (``spectral``; times a constant too, as Moonlight's 0.2) or
@@ -31,8 +29,7 @@ Folding: a matrix whose output is multiplied by c can hold c times its weights i
 decay the two train alike if init and learning rate are multiplied by c, weight decay and epsilon by 1/c: gradients are
 1/c of what they were, so Adam's quotient is the same, and every step is c times as long. So it is under Muon, in each
 of its scales: the update does not change with the gradient's size, nor with what the weights are. Logits are folded
-into the unembedding, or, where that is the word embedding too, into the gains and biases of the final norm.
-"""
+into the unembedding, or, where that is the word embedding too, into the gains and biases of the final norm."""
 
 import enum
 import math
@@ -83,8 +80,7 @@ class Role(enum.Enum):
 
 #: of the matrices inside a block, which of the model's dimensions their fan-in and fan-out are (see `Ratios.of`)
 FANS: Mapping[Role, tuple[str, str]] = {
-    Role.HIDDEN: ("width", "width"),
-    Role.BRANCH_OUT: ("width", "width"),
+    **dict.fromkeys((Role.HIDDEN, Role.BRANCH_OUT, Role.MTP_PROJECTION), ("width", "width")),
     Role.QKV: ("width", "heads"),
     Role.ATTENTION_OUT: ("heads", "width"),
     Role.MLP_UP: ("width", "ffn"),
@@ -93,27 +89,24 @@ FANS: Mapping[Role, tuple[str, str]] = {
     Role.Q_UP: ("q_rank", "heads"),
     Role.KV_DOWN: ("width", "kv_rank"),
     Role.KV_UP: ("kv_rank", "heads"),
-    Role.MTP_PROJECTION: ("width", "width"),
     Role.ROUTER: ("width", "width"),  # Jiang et al. give its eps so
     Role.EXPERT_UP: ("width", "expert_ffn"),
     Role.EXPERT_DOWN: ("expert_ffn", "width"),
     Role.SHARED_UP: ("width", "shared_ffn"),
     Role.SHARED_DOWN: ("shared_ffn", "width"),
 }
-#: of norms inside a block on another vector than the stream, whose size that is
-_NORMED: Mapping[Role, str] = {Role.Q_LATENT_NORM: "q_rank", Role.KV_LATENT_NORM: "kv_rank"}
+#: and of norms inside a block: the stream's, and that of the vector they are on, where it is another
+_SIZES = {**FANS, Role.Q_LATENT_NORM: ("width", "q_rank"), Role.KV_LATENT_NORM: ("width", "kv_rank")}
 #: matrices that end a residual branch
 ENDS = (Role.BRANCH_OUT, Role.ATTENTION_OUT, Role.MLP_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN)
 #: dense ones, which are hidden matrices to Table 1 where their dimensions are in proportion
 _DENSE = (Role.QKV, Role.ATTENTION_OUT, Role.MLP_UP, Role.MLP_DOWN, Role.Q_DOWN, Role.Q_UP, Role.KV_DOWN, Role.KV_UP)
-#: roles that others are a kind of
 _KINDS = {
     **dict.fromkeys((Role.BRANCH_OUT, *_DENSE), Role.HIDDEN),
-    **dict.fromkeys((Role.QK_NORM, *_NORMED), Role.BLOCK_NORM),
-    Role.SOFTMAX_OFFSET: Role.BLOCK_BIAS,
-    Role.BRANCH_OUT_BIAS: Role.BLOCK_BIAS,
-    Role.SCALED_EMBEDDING: Role.EMBEDDING,
+    **dict.fromkeys((Role.QK_NORM, Role.Q_LATENT_NORM, Role.KV_LATENT_NORM), Role.BLOCK_NORM),
+    **dict.fromkeys((Role.SOFTMAX_OFFSET, Role.BRANCH_OUT_BIAS), Role.BLOCK_BIAS),
     **dict.fromkeys((Role.LOGIT_NORM, Role.SCALED_LOGIT_NORM), Role.FINAL_NORM),
+    Role.SCALED_EMBEDDING: Role.EMBEDDING,
 }
 
 
@@ -183,23 +176,20 @@ class Multipliers:
 
 def effective(recipe: Recipe, ratios: Ratios) -> Ratios:
     """The ratios a recipe reacts to: the others are taken as 1."""
+    if recipe == "standard":
+        return Ratios(1.0, 1.0, muon=replace(ratios.muon, rates=dict.fromkeys(ratios.muon.rates, 1.0)))
     if recipe == "completed_p":
         return ratios
-    ratios = replace(ratios, m_B=1.0, m_D=1.0, m_L=ratios.m_L if recipe == "completep" else 1.0)
-    if recipe != "standard":
-        return ratios
-    muon = replace(ratios.muon, rates=dict.fromkeys(ratios.muon.rates, 1.0))
-    return replace(ratios, m_N=1.0, dims={}, experts=Experts(), muon=muon)
+    return replace(ratios, m_B=1.0, m_D=1.0, m_L=ratios.m_L if recipe == "completep" else 1.0)
 
 
 def merged(role: Role, ratios: Ratios, *, folded: bool) -> Role:
     """The role in whose param group a dense matrix or a latent norm is: Table 1's where its dimensions are in
     proportion, so that a model in proportion has as few groups as the table has rows; others are in their own."""
-    if role in _NORMED:
-        return Role.BLOCK_NORM if ratios.of(_NORMED[role]) == ratios.m_N else role
-    if role not in _DENSE or any(ratios.of(dimension) != ratios.m_N for dimension in FANS[role]):
-        return role
-    return Role.BRANCH_OUT if folded and role in ENDS else Role.HIDDEN
+    latent_norm = role in _SIZES and role not in FANS
+    if (role in _DENSE or latent_norm) and all(ratios.of(dimension) == ratios.m_N for dimension in _SIZES[role]):
+        return Role.BRANCH_OUT if folded and role in ENDS else kind_of(role)
+    return role
 
 
 def multipliers(
@@ -208,31 +198,23 @@ def multipliers(
     """One row of the recipe's table; ``folded``: with `fold_factor` in it. ``eps_scope="all"`` gives every role the
     block's epsilon, as the paper's reference code does; the table states the rule for block parameters only.
     ``"embedding"``: as the table, and the embeddings 1 / m_N of theirs, as Complete(d)P."""
-    reacted = effective(recipe, ratios)
-    row = _table_1(role, reacted, eps_scope)
-    if (rate := reacted.muon.rates.get(role)) is not None:
-        in_branch = role is not Role.MTP_PROJECTION
-        lr = reacted.muon.lr * rate * (reacted.m_L ** (reacted.alpha - 1) if in_branch else 1.0)
-        row = replace(row, lr=lr, weight_decay=rate**-reacted.decay_exponent)
-    if recipe == "completed_p":
-        row = _completed(role, row, reacted, eps_scope)
-    if folded:
-        c = fold_factor(role, ratios, recipe)
-        row = Multipliers(row.init_std * c, row.lr * c, row.weight_decay / c, row.eps / c, row.one_minus_beta)
-    return row
+    reacted, completed = effective(recipe, ratios), recipe == "completed_p"
+    eps_scope = "embedding" if completed and eps_scope == "table" else eps_scope
+    init_std, lr, weight_decay, eps = _row(role, reacted, eps_scope, completed)
+    one_minus_beta, c = reacted.m_B / reacted.m_D, fold_factor(role, ratios, recipe) if folded else 1.0
+    batch = math.sqrt(one_minus_beta)
+    return Multipliers(init_std * c, lr * batch * c, weight_decay * batch / c, eps / batch / c, one_minus_beta)
 
 
 def muon_rate(scale: MuonScale, shape: tuple[float, float], growth: tuple[float, float]) -> float:
     """What the base's learning rate of a matrix that Muon trains is multiplied by for its size. ``shape``: its fan-out
     and fan-in; ``growth``: how many times the base's they are."""
-
-    def fitting(out: float, fan_in: float) -> float:
+    rates = []
+    for out, fan_in in (shape, (shape[0] / growth[0], shape[1] / growth[1])):
         aspect = out / fan_in
         scales = {"unit_rms_norm": aspect, "spectral": max(out, fan_in), "shape_scaling": max(1.0, aspect)}
-        return math.sqrt(aspect) / math.sqrt(scales[scale])
-
-    (out, fan_in), (m_out, m_in) = shape, growth
-    return fitting(out, fan_in) / fitting(out / m_out, fan_in / m_in)
+        rates.append(math.sqrt(aspect) / math.sqrt(scales[scale]))
+    return rates[0] / rates[1]
 
 
 def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> float:
@@ -249,62 +231,46 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
     return logit_multiplier(ratios, recipe) if role is Role.UNEMBEDDING else 1.0
 
 
-def _table_1(role: Role, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
-    m_N, m_L, alpha = ratios.m_N, ratios.m_L, ratios.alpha
-    block_lr, block_eps = m_L ** (alpha - 1), 1 / (m_N * m_L**alpha)
+def _row(role: Role, ratios: Ratios, eps_scope: EpsScope, completed: bool) -> tuple[float, float, float, float]:
+    """(init_std, lr, weight_decay, eps) of Table 1, or Complete(d)P's before m_B and m_D; the middle two under Muon."""
+    m_N, m_L, alpha, exponent = ratios.m_N, ratios.m_L, ratios.alpha, ratios.decay_exponent
+    m_in, m_out = (ratios.of(dimension) for dimension in _SIZES.get(role, ("width", "width")))
+    block_lr, block_eps = m_L ** (alpha - 1), 1 / (math.sqrt(m_N * m_out) * m_L**alpha)
     other_eps = block_eps if eps_scope == "all" else 1.0
-    match role:  # init_std, lr, weight_decay, eps
-        case Role.EMBEDDING | Role.SCALED_EMBEDDING:
-            eps = 1 / m_N if eps_scope == "embedding" else other_eps
-            return Multipliers(1, m_N**-ratios.embedding_exponent, 1, eps)
+    std, eps = 1 / math.sqrt(m_in), block_eps
+    match kind_of(role):
+        case Role.EMBEDDING:
+            return 1, m_N**-ratios.embedding_exponent, 1, 1 / m_N if eps_scope == "embedding" else other_eps
         case Role.UNEMBEDDING:
-            return Multipliers(1, 1, 1, other_eps)
-        case Role.FINAL_NORM | Role.LOGIT_NORM | Role.SCALED_LOGIT_NORM:
-            return Multipliers(1, 1, 0, other_eps)
-        case Role.BLOCK_NORM | Role.QK_NORM | Role.BLOCK_BIAS | Role.BRANCH_OUT_BIAS | Role.SOFTMAX_OFFSET:
-            return Multipliers(1, block_lr, 0, block_eps)
-        case Role.Q_LATENT_NORM | Role.KV_LATENT_NORM:
-            return Multipliers(1, block_lr, 0, 1 / (math.sqrt(m_N * ratios.of(_NORMED[role])) * m_L**alpha))
-        case Role.EXPERT_UP | Role.EXPERT_DOWN:
-            return _expert(role, ratios)
+            absorbed = m_N if completed else 1.0  # of the logit multiplier 1/m_N
+            return 1 / absorbed, 1 / absorbed, absorbed**exponent, other_eps
+        case Role.FINAL_NORM:
+            return 1, 1, 0, other_eps
+        case Role.BLOCK_NORM | Role.BLOCK_BIAS:
+            by_depth = completed and role is Role.QK_NORM and eps_scope != "all"
+            return 1, block_lr, 0, m_L**-alpha if by_depth else block_eps
         case Role.MTP_PROJECTION:  # it returns a stream of its own, and no residual multiplier stands behind it
-            eps = block_eps if eps_scope == "all" else 1 / m_N
-            return Multipliers(1 / math.sqrt(m_N), 1 / m_N, m_N**ratios.decay_exponent, eps)
-        case _:
-            m_in, m_out = (ratios.of(dimension) for dimension in FANS[role])
-            eps = 1 / (math.sqrt(m_N * m_out) * m_L**alpha)
-            return Multipliers(1 / math.sqrt(m_in), block_lr / m_in, m_in**ratios.decay_exponent, eps)
+            block_lr, eps = 1.0, block_eps if eps_scope == "all" else 1 / m_N
+        case Role.EXPERT_UP | Role.EXPERT_DOWN:
+            m_in, std, eps = _expert(role, ratios)
+    if (rate := ratios.muon.rates.get(role)) is not None:
+        return std, ratios.muon.lr * rate * block_lr, rate**-exponent, eps
+    return std, block_lr / m_in, m_in**exponent, eps
 
 
-def _expert(role: Role, ratios: Ratios) -> Multipliers:
-    """A row of an expert's matrix. Those of a token add up to one long down-projection: in the sum form of m_M m_K
-    inputs; in the mean form each is divided by m_K, so that its weights are m_K times as large for the same output.
+def _expert(role: Role, ratios: Ratios) -> tuple[float, float, float]:
+    """m_in, init std and eps of an expert's matrix. A token's add up to one long down-projection: in the sum form of
+    m_M m_K inputs; in the mean form each is divided by m_K, so that for the same output its weights are m_K times that.
 
     eps is no source's at another share: an expert's gradient is of m_K / m_E of the tokens, times the weight that each
     gives it (1 / m_K in the mean form), beside what it is of in a dense model."""
-    m_N, m_M, depth = ratios.m_N, ratios.of("expert_ffn"), ratios.m_L**ratios.alpha
-    experts, block_lr = ratios.experts, ratios.m_L ** (ratios.alpha - 1)
+    m_N, m_M, depth, experts = ratios.m_N, ratios.of("expert_ffn"), ratios.m_L**ratios.alpha, ratios.experts
     k = experts.m_K if experts.form == "sum" else 1.0
     std = (math.sqrt(experts.m_K / m_M) if experts.rule == "mue" else math.sqrt(m_N) / m_M) / k
     seen = k / experts.m_E
     if role is Role.EXPERT_UP:
-        eps = std * seen / (math.sqrt(m_N) * depth)
-        return Multipliers(1 / math.sqrt(m_N), block_lr / m_N, m_N**ratios.decay_exponent, eps)
-    return Multipliers(std, block_lr / (m_M * k), (m_M * k) ** ratios.decay_exponent, seen / (m_N * depth))
-
-
-def _completed(role: Role, row: Multipliers, ratios: Ratios, eps_scope: EpsScope) -> Multipliers:
-    """Complete(d)P on top of a row of Table 1."""
-    init_std, lr, weight_decay, eps = row.init_std, row.lr, row.weight_decay, row.eps
-    if eps_scope != "all":
-        embedding, of_norms = 1 / ratios.m_N, ratios.m_L**-ratios.alpha
-        others = {Role.EMBEDDING: embedding, Role.SCALED_EMBEDDING: embedding, Role.QK_NORM: of_norms}
-        eps = others.get(role, eps)
-    if role is Role.UNEMBEDDING:  # the logit multiplier 1/m_N, absorbed
-        init_std, lr = init_std / ratios.m_N, lr / ratios.m_N
-        weight_decay *= ratios.m_N**ratios.decay_exponent
-    batch = math.sqrt(ratios.m_B / ratios.m_D)
-    return Multipliers(init_std, lr * batch, weight_decay * batch, eps / batch, ratios.m_B / ratios.m_D)
+        return m_N, 1 / math.sqrt(m_N), std * seen / (math.sqrt(m_N) * depth)
+    return m_M * k, std, seen / (m_N * depth)
 
 
 def residual_multiplier(ratios: Ratios, recipe: Recipe = "completep") -> float:
@@ -313,8 +279,7 @@ def residual_multiplier(ratios: Ratios, recipe: Recipe = "completep") -> float:
 
 
 def logit_multiplier(ratios: Ratios, recipe: Recipe = "completep", *, tied: bool = False) -> float:
-    """What the logits are multiplied by: m_N^-1; 1 where it is absorbed into an untied unembedding; times what a user
-    has set."""
+    """The logits' factor: m_N^-1, or 1 where an untied unembedding absorbs it; times what a user has set."""
     absorbed = recipe == "completed_p" and not tied
     return ratios.output if absorbed else ratios.output / effective(recipe, ratios).m_N
 
