@@ -7,16 +7,16 @@ from ds_plugin.completep.config import CompletePConfig
 from ds_plugin.completep.rules import Experts
 from ds_plugin.core.errors import ConfigError
 
-#: by the section's field, the dimension in `rules.FANS` and the TransformerConfig's field
+#: the dimension in `rules.FANS` by the TransformerConfig's field; the section's has base_ before it
 _SIZES = {
-    "base_ffn_hidden_size": ("ffn", "ffn_hidden_size"),
-    "base_moe_ffn_hidden_size": ("expert_ffn", "moe_ffn_hidden_size"),
-    "base_moe_shared_expert_intermediate_size": ("shared_ffn", "moe_shared_expert_intermediate_size"),
+    "ffn_hidden_size": "ffn",
+    "moe_ffn_hidden_size": "expert_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
 }
-_RANKS = {"base_q_lora_rank": ("q_rank", "q_lora_rank"), "base_kv_lora_rank": ("kv_rank", "kv_lora_rank")}
+_RANKS = {"q_lora_rank": "q_rank", "kv_lora_rank": "kv_rank"}
 _OF_EXPERTS = ("base_num_moe_experts", "base_moe_router_topk", "base_moe_router_topk_scaling_factor", "moe")
 #: fields that only megatron-core's models are read for
-OF_MEGATRON = (*_SIZES, *_RANKS, "base_num_heads", "base_num_query_groups", *_OF_EXPERTS)
+OF_MEGATRON = (*(f"base_{name}" for name in (*_SIZES, *_RANKS, "num_heads", "num_query_groups")), *_OF_EXPERTS)
 
 
 def head_size(config: Any) -> int:
@@ -28,20 +28,33 @@ def head_size(config: Any) -> int:
 
 def dims_of(config: Any, section: CompletePConfig) -> dict[str, float]:
     """The ratios of dimensions whose size in the base is given, by their names in `rules.FANS`. Raises ConfigError: the
-    model has no such dimension, or repeats keys and values otherwise than its base."""
+    model has no such dimension, or repeats keys and values otherwise than its base; of latent attention the base's
+    ranks are missing, its head size is another, or the ranks' ratios differ where one matrix leads to both vectors."""
     found: dict[str, float] = {}
-    _check_latent(config, section)
-    for name, (dimension, field) in {**_SIZES, **_RANKS}.items():
-        unused = name in _RANKS and not config.multi_latent_attention  # such a config has them all the same
-        size, base = None if unused else getattr(config, field, None), getattr(section, name)
+    latent, heads, head = config.multi_latent_attention, config.num_attention_heads, head_size(config)
+    for field, dimension in {**_SIZES, **_RANKS}.items():
+        unused = field in _RANKS and not latent  # such a config has them all the same
+        size, base = None if unused else getattr(config, field, None), getattr(section, f"base_{field}")
+        if field in _RANKS and size is not None and base is None:
+            what = f"missing, and the model has latent attention; write the base's (here {size}, mostly the same)"
+            raise ConfigError(f"completep.base_{field}: {what}")
         if base is not None and bool(size) != bool(base):
-            raise ConfigError(f"completep.{name}: {base} in the base, here {field} is {size!r}; both have one or none")
+            here = f"here {field} is {size!r}"
+            raise ConfigError(f"completep.base_{field}: {base} in the base, {here}; both have one or none")
         if base:
             found[dimension] = size / base
-    if section.base_moe_ffn_hidden_size is None and "ffn" in found and getattr(config, "num_moe_experts", None):
+    if latent and section.base_head_dim not in (None, head):
+        here = f"{head} (qk_head_dim {config.qk_head_dim} + {config.qk_pos_emb_head_dim} for positions)"
+        what = f"{section.base_head_dim} in the base, here {here}, and latent attention's scale cannot be set"
+        raise ConfigError(f"completep.base_head_dim: {what}; keep the base's three head sizes, and leave it out")
+    fused = latent and getattr(config, "mla_down_proj_fusion", False)
+    if fused and found.get("q_rank", found["kv_rank"]) != found["kv_rank"]:
+        what = f"q_lora_rank is {config.q_lora_rank} on {section.base_q_lora_rank} in the base"
+        what += f", kv_lora_rank {config.kv_lora_rank} on {section.base_kv_lora_rank}"
+        raise ConfigError(f"completep: {what}: two ratios in one matrix; write mla_down_proj_fusion=False, or keep one")
+    if "ffn" in found and section.base_moe_ffn_hidden_size is None and getattr(config, "num_moe_experts", None):
         if config.moe_ffn_hidden_size == config.ffn_hidden_size:  # which megatron-core takes where it is given none
             found["expert_ffn"] = found["ffn"]
-    heads, head = config.num_attention_heads, head_size(config)
     base_head = section.base_head_dim or head
     if section.base_num_heads is not None:
         found["heads"] = (heads * head) / (section.base_num_heads * base_head)
@@ -52,26 +65,6 @@ def dims_of(config: Any, section: CompletePConfig) -> dict[str, float]:
             what = f"a key is shared by {there:g} heads in the base and by {here:g} here"
             raise ConfigError(f"completep.base_num_query_groups: {what}; keep the base's repetition")
     return found
-
-
-def _check_latent(config: Any, section: CompletePConfig) -> None:
-    """Raises ConfigError: of latent attention the section does not say the base's ranks, or another head size; or the
-    ratios of the ranks differ where one matrix leads to both latent vectors."""
-    if not config.multi_latent_attention:
-        return
-    ranks = {name: (getattr(config, field), getattr(section, name)) for name, (_, field) in _RANKS.items()}
-    for name, (here, base) in ranks.items():
-        if here is not None and base is None:
-            what = f"missing, and the model has latent attention; write the base's (here {here}, mostly the same)"
-            raise ConfigError(f"completep.{name}: {what}")
-    if section.base_head_dim not in (None, head_size(config)):
-        here = f"{head_size(config)} (qk_head_dim {config.qk_head_dim} + {config.qk_pos_emb_head_dim} for positions)"
-        what = f"{section.base_head_dim} in the base, here {here}, and latent attention's scale cannot be set"
-        raise ConfigError(f"completep.base_head_dim: {what}; keep the base's three head sizes, and leave it out")
-    (q, base_q), (kv, base_kv) = ranks.values()
-    if getattr(config, "mla_down_proj_fusion", False) and q and q * base_kv != kv * base_q:
-        what = f"q_lora_rank is {q} on {base_q} in the base, kv_lora_rank {kv} on {base_kv}"
-        raise ConfigError(f"completep: {what}: two ratios in one matrix; write mla_down_proj_fusion=False, or keep one")
 
 
 def experts_of(config: Any, section: CompletePConfig) -> Experts:
