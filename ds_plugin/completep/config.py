@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ds_plugin.completep import rules
-from ds_plugin.completep.rules import Experts, Multipliers, Ratios, Recipe, Role
+from ds_plugin.completep.rules import EpsScope, Experts, Multipliers, Ratios, Recipe, Role
 from ds_plugin.core.settings_model import Heads, Layers, Ratio, SectionConfig, Width
 
 _FOR_STANDARD = "alpha base_head_dim eps_scope batch_ratio token_ratio weight_decay_exponent embedding_lr_exponent"
@@ -29,8 +29,7 @@ class CompletePConfig(SectionConfig):
     base_width: Width = Field(description="hidden size of the model the hyperparameters were tuned on, e.g. 256")
     base_depth: Layers = Field(description="number of layers of the model the hyperparameters were tuned on, e.g. 2")
     base_head_dim: Width | None = Field(
-        None,
-        description="its head size, e.g. 64; null when this model's heads have the same size; 1 for 1/head size",
+        None, description="its head size, e.g. 64; null when this model's heads have the same size; 1 for 1/head size"
     )
     recipe: Recipe = Field(
         "completep",
@@ -70,7 +69,7 @@ class CompletePConfig(SectionConfig):
     alpha: float = Field(1.0, ge=0.5, le=1.0, description="depth exponent; CompleteP is 1, 0.5 the best before it")
     batch_ratio: Ratio = Field(1.0, description="completed_p: this run's batch in tokens over the base run's")
     token_ratio: Ratio = Field(1.0, description="completed_p: this run's training tokens over the base run's")
-    eps_scope: Literal["table", "all", "embedding"] = Field(
+    eps_scope: EpsScope = Field(
         "table",
         description="which parameters get the scaled AdamW eps: those of Table 1, or all, as the reference code; "
         "embedding: Table 1's, and the embeddings 1 / m_N",
@@ -96,11 +95,8 @@ class CompletePConfig(SectionConfig):
     )
 
     def folded_by_default(self) -> "CompletePConfig":
-        """The section as Megatron-LM's scripts and decoders take it: folded, unless it says ``residual`` itself.
-
-        An iteration then multiplies nothing, and a checkpoint runs where this plugin is not: in the forward mode it
-        would run there too, without the multipliers.
-        """
+        """The section as Megatron-LM's scripts and decoders take it: folded, unless it says ``residual`` itself. Then
+        a checkpoint runs where this plugin is not; in the forward mode it would run there without the multipliers."""
         return self if "residual" in self.model_fields_set else self.model_copy(update={"residual": "folded"})
 
     def differences(self, stored: object) -> str:
@@ -114,20 +110,18 @@ class CompletePConfig(SectionConfig):
     ) -> Ratios:
         """Of a model of this hidden size and number of layers against the base model; ``dims``, ``experts``: as
         `sizes.dims_of` and `sizes.experts_of` give them, for other sizes than those in proportion."""
-        m_N, m_L = width / self.base_width, depth / self.base_depth
-        given = (self.alpha, self.batch_ratio, self.token_ratio)
         return Ratios(
-            m_N, m_L, *given, dims=dims or {}, experts=experts or Experts(), decay_exponent=self.weight_decay_exponent,
+            width / self.base_width, depth / self.base_depth, self.alpha, self.batch_ratio, self.token_ratio,
+            dims or {}, experts or Experts(), decay_exponent=self.weight_decay_exponent, output=self.output_multiplier,
             embedding_exponent=self.embedding_lr_exponent, embedding=self.embedding_multiplier,
-            output=self.output_multiplier,
         )  # fmt: skip
 
     def multipliers(self, role: Role, ratios: Ratios) -> Multipliers:
         """The row of this section's recipe, with the role's own factor on the learning rate."""
         folded = self.residual == "folded"
         row = rules.multipliers(role, ratios, recipe=self.recipe, eps_scope=self.eps_scope, folded=folded)
-        names = (role.value, rules.kind_of(role).value)
-        return replace(row, lr=row.lr * next((self.lr_multipliers[n] for n in names if n in self.lr_multipliers), 1.0))
+        of_kind = self.lr_multipliers.get(rules.kind_of(role).value, 1.0)
+        return replace(row, lr=row.lr * self.lr_multipliers.get(role.value, of_kind))
 
     def merged(self, role: Role, ratios: Ratios) -> Role:
         """`rules.merged`, but for a role with a factor of its own."""
@@ -144,10 +138,8 @@ class CompletePConfig(SectionConfig):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 takes = " or ".join(f'"{recipe}"' for recipe, without in WITHOUT_EFFECT.items() if name not in without)
-                raise ValueError(
-                    f"completep.{name}: {value!r} has no effect with recipe {self.recipe!r}; remove it, or write "
-                    f'"recipe": {takes}'
-                )
+                what = f"{value!r} has no effect with recipe {self.recipe!r}"
+                raise ValueError(f'completep.{name}: {what}; remove it, or write "recipe": {takes}')
         known = [each.value for each in Role]
         if unknown := [role for role in self.lr_multipliers if role not in known]:
             raise ValueError(f"completep.lr_multipliers: {unknown[0]!r} is no role; roles are {', '.join(known)}")

@@ -53,39 +53,33 @@ def finished_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str
 
 def checked_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
     """The roles of a model, finished or not. Raises ConfigError: it was built without the section."""
+    names = [name for name, _ in model.named_parameters()]
     if is_decoder(model):
-        return _decoder_roles(model, section)
+        roles = getattr(model, ROLES)
+        if values := in_force(model, section).differences(getattr(model, MARK).model_dump()):
+            what = f"the model was prepared with another section: {values}"
+            raise ConfigError(f"completep: {what}; give both the same one")
+        if added := [name for name in names if name not in roles]:
+            what = f"parameter {added[0]!r} came to the model after prepare_decoder()"
+            raise ConfigError(f"completep: {what} and has no role; prepare the model when it is whole")
+        return {name: roles[name] for name in names}
     if section.roles:
         raise ConfigError("completep.roles: a megatron-core GPT's parameters have their roles already; leave it out")
     built_with = getattr(model, MARK, None) or applied_section(getattr(model, "config", None))
     if built_with != section:
         found = "without it" if built_with is None else f"with {_short(built_with)}"
-        raise ConfigError(
-            f"completep: the JSON asks for {_short(section)} but the model was built {found}; build it from "
-            "config, spec = megatron_patches.completep.prepare(config, spec, section)"
-        )
-    folded, tied = section.residual == "folded", is_tied(model)
+        what = f"completep: the JSON asks for {_short(section)} but the model was built {found}"
+        remedy = "build it from config, spec = megatron_patches.completep.prepare(config, spec, section)"
+        raise ConfigError(f"{what}; {remedy}")
     config: Any = model.config
-    latent = config.multi_latent_attention
-    roles = {name: role_of(name, folded=folded, tied=tied, latent=latent) for name, _ in model.named_parameters()}
+    kind = {"folded": section.residual == "folded", "tied": is_tied(model), "latent": config.multi_latent_attention}
     ratios = ratios_of(config, section)
-    return {name: section.merged(role, ratios) for name, role in roles.items()}
+    return {name: section.merged(role_of(name, **kind), ratios) for name in names}
 
 
 def in_force(model: torch.nn.Module, section: CompletePConfig) -> CompletePConfig:
     """The section as it holds for a model: of a decoder folded, where it does not say ``residual``."""
     return section.folded_by_default() if is_decoder(unwrapped(model)) else section
-
-
-def _decoder_roles(model: torch.nn.Module, section: CompletePConfig) -> dict[str, Role]:
-    given, roles = getattr(model, MARK), dict(getattr(model, ROLES))
-    if values := in_force(model, section).differences(given.model_dump()):
-        raise ConfigError(f"completep: the model was prepared with another section: {values}; give both the same one")
-    names = [name for name, _ in model.named_parameters()]
-    if added := [name for name in names if name not in roles]:
-        what = f"parameter {added[0]!r} came to the model after prepare_decoder()"
-        raise ConfigError(f"completep: {what} and has no role; prepare the model when it is whole")
-    return {name: roles[name] for name in names}
 
 
 def is_tied(model: torch.nn.Module) -> bool:

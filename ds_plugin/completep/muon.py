@@ -4,9 +4,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from ds_plugin.completep import rules
 from ds_plugin.completep.config import CompletePConfig
-from ds_plugin.completep.rules import FANS, Muon, MuonScale, Ratios, Role
+from ds_plugin.completep.rules import FANS, Muon, MuonScale, Ratios, Role, muon_rate
 from ds_plugin.completep.supported import is_transformer_config
 from ds_plugin.core.errors import ConfigError
 
@@ -32,7 +31,7 @@ def with_muon(
         growth = (1.0 if role is Role.ROUTER else out, fan_in)  # a router's outputs are the experts
         group = section.merged(role, ratios)
         for shape in shapes:
-            rate = rules.muon_rate(scale, shape, growth)
+            rate = muon_rate(scale, shape, growth)
             if not math.isclose(rates.setdefault(group, rate), rate, rel_tol=1e-9):
                 what = f"matrices of the role {group.value} need {rates[group]:g} and {rate:g} times the base's rate"
                 remedy = "keep the base's proportions, or use unit_rms_norm"
@@ -57,9 +56,8 @@ def _shapes(
     }
     hidden = [(Role.MLP_UP, Role.MLP_DOWN, config.ffn_hidden_size)]
     if config.num_moe_experts:
-        found[Role.ROUTER] = [(config.num_moe_experts, width)]
-        if getattr(config, "moe_shared_expert_gate", False):
-            found[Role.ROUTER].append((1, width))
+        gates = [(1, width)] if getattr(config, "moe_shared_expert_gate", False) else []
+        found[Role.ROUTER] = [(config.num_moe_experts, width), *gates]
         hidden.append((Role.EXPERT_UP, Role.EXPERT_DOWN, config.moe_ffn_hidden_size or config.ffn_hidden_size))
         hidden.append((Role.SHARED_UP, Role.SHARED_DOWN, config.moe_shared_expert_intermediate_size))
     for into, out_of, size in hidden:

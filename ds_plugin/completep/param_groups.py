@@ -15,6 +15,8 @@ from ds_plugin.completep.rules import Multipliers, Ratios, Role, kind_of
 from ds_plugin.completep.supported import unwrapped
 from ds_plugin.core.errors import ConfigError, StateError, gathered
 
+_UNREAD = "completep: the param groups hold %s in tensors on a device: that it keeps the roles' ratios is not checked"
+_warn_once = functools.cache(logging.getLogger("ds_plugin").warning)
 _NOTHING = 1e-14  # a learning rate or decay this small moves no weight
 #: finished models that no optimizer knows the roles of, and what ends their watch
 _awaited: "weakref.WeakKeyDictionary[torch.nn.Module, weakref.finalize[Any, Any]]" = weakref.WeakKeyDictionary()
@@ -48,8 +50,7 @@ def refuse_unused(section: CompletePConfig, roles: Iterable[Role]) -> None:
     """Raises ConfigError, on every rank: ``lr_multipliers`` names a role that no parameter of the model has, ``roles``
     being those of this rank's part. Every rank calls it."""
     found = {name.value for role in roles for name in (role, kind_of(role))}
-    if section.lr_multipliers:
-        found = {name for rank in gathered(sorted(found)) for name in rank}
+    found = set().union(*gathered(found)) if section.lr_multipliers else found
     if unused := sorted(section.lr_multipliers.keys() - found):
         what = f"no parameter of the model has the role {unused[0]!r}; it has {', '.join(sorted(found))}"
         raise ConfigError(f"completep.lr_multipliers: {what}")
@@ -116,28 +117,22 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 def check_rates(
     groups: Sequence[Mapping[str, Any]], roles: Sequence[str], rows: Mapping[str, Multipliers], *, written_by: str
 ) -> None:
-    """Raises ConfigError for a step whose groups' learning rates or weight decays are not in the ratios of their roles;
-    ``written_by`` says who has written them.
-
-    ``roles``: each group's; ``rows``: each role's multipliers. Whatever all groups share is the schedule's to set, zero
-    too. Rates in tensors on a device cannot be read without waiting for it: it is said once that they are not checked.
-    """
+    """Raises ConfigError for a step whose groups' learning rates or weight decays are not in the ratios of their roles.
+    ``roles``: each group's; ``rows``: each role's multipliers; ``written_by``: who has written them. What all groups
+    share is the schedule's to set, zero too. Those on a device cannot be read without waiting: said once, unchecked."""
     for name in ("lr", "weight_decay"):
         found = [group[name] for group in groups]
         if any(isinstance(value, torch.Tensor) and value.device.type != "cpu" for value in found):
-            _say_unread(name)
-            continue
-        off = off_ratio([float(value) for value in found], [getattr(rows[role], name) for role in roles])
-        if off is None:
-            continue
-        at, expected = off
-        listed = [", ".join(f"{r} {v:g}" for r, v in zip(roles, map(float, v), strict=True)) for v in (found, expected)]
-        remedy = ', such as lr * group["lr_scale"]' if name == "lr" else ""
-        raise ConfigError(
-            f"completep: at this step the role {roles[at]} has {name} {float(found[at]):g}, expected {expected[at]:g}: "
-            f"the param groups have {listed[0]}, their roles' ratios ask for {listed[1]}; {written_by} must give each "
-            f"group its own, scaled by one factor for all{remedy}"
-        )
+            _warn_once(_UNREAD, name)
+        elif off := off_ratio(values := [float(value) for value in found], [getattr(rows[r], name) for r in roles]):
+            at, expected = off
+            have, want = (", ".join(map("{} {:g}".format, roles, each)) for each in (values, expected))
+            remedy = ', such as lr * group["lr_scale"]' if name == "lr" else ""
+            raise ConfigError(
+                f"completep: at this step the role {roles[at]} has {name} {values[at]:g}, expected {expected[at]:g}: "
+                f"the param groups have {have}, their roles' ratios ask for {want}; {written_by} must give each group "
+                f"its own, scaled by one factor for all{remedy}"
+            )
 
 
 def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int, list[float]] | None:
@@ -149,9 +144,3 @@ def off_ratio(found: Sequence[float], multipliers: Sequence[float]) -> tuple[int
         if not abs(value - wanted) <= 1e-6 * abs(wanted) + _NOTHING:  # a rate that is no number is not in it either
             return at, expected
     return None
-
-
-@functools.cache
-def _say_unread(name: str) -> None:
-    told = "completep: the param groups hold %s in tensors on a device: that it keeps the roles' ratios is not checked"
-    logging.getLogger("ds_plugin").warning(told, name)
