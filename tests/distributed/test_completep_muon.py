@@ -1,6 +1,7 @@
 """Muon: megatron-core's and DeepSpeed's, trained by the rules beside the plain twin, resumed, and what is refused."""
 
 import copy
+import importlib
 import sys
 
 import pytest
@@ -189,15 +190,17 @@ def script():
     from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 
     muon_stand_in.install()
-    main, package = sys.modules["__main__"], sys.modules["megatron.core.optimizer.muon"]
+    main, package = sys.modules["__main__"], importlib.import_module("megatron.core.optimizer.muon")
     main.get_megatron_muon_optimizer = before = package.get_megatron_muon_optimizer
     megatron_on_cpu.enable()
     megatron_patches.apply(section())
     model, _ = build(None, SIZES, DEPTH)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-    config = OptimizerConfig(optimizer="dist_muon", lr=LR, min_lr=0.0, weight_decay=DECAY)
+    layer_wise = not muon_stand_in.later()  # later without bf16 there is none
+    kind = "dist_muon" if layer_wise else "muon"
+    config = OptimizerConfig(optimizer=kind, lr=LR, min_lr=0.0, weight_decay=DECAY)
     given = (config, [ddp], get_standard_config_overrides(config))
-    optimizer = main.get_megatron_muon_optimizer(*given, layer_wise_distributed_optimizer=True)
+    optimizer = main.get_megatron_muon_optimizer(*given, layer_wise_distributed_optimizer=layer_wise)
     found = {group["lr_mult"]: (group["lr"], group["wd_mult"]) for group in optimizer.param_groups}
     megatron_patches.revert()
     return found, main.get_megatron_muon_optimizer is before is package.get_megatron_muon_optimizer
