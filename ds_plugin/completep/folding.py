@@ -42,14 +42,12 @@ def fold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, t
     Raises ConfigError: the weights are of the folded mode, or it cannot be told (``config`` is not `prepare`'s, and the
     section does not say ``residual``); a name has no role; or as `check_gains` does.
     """
-    _refuse_unless("forward", "fold", weights, config, section)
-    return _scaled(weights, config, section, tied)
+    return _scaled(weights, config, section, tied, "folded")
 
 
 def unfold(weights: Mapping[str, Any], config: Any, section: CompletePConfig, *, tied: bool) -> dict[str, Any]:
     """The inverse of `fold`, for weights of the folded mode: those of Table 1, for a model in the forward mode."""
-    _refuse_unless("folded", "unfold", weights, config, section)
-    return _scaled(weights, config, section, tied, inverse=True)
+    return _scaled(weights, config, section, tied, "forward")
 
 
 def load_plain(
@@ -68,7 +66,7 @@ def load_plain(
         remedy = "load folded ones with load_state_dict, into a model of the folded mode"
         raise ConfigError(f"completep: load_plain() takes the plain weights, Table 1's, these are {marks}; {remedy}")
     if section.residual == "folded":
-        weights = _scaled(weights, model.config, section, is_tied(model))
+        weights = fold(_marked(weights, residual="forward"), model.config, section, tied=is_tied(model))
     model.load_state_dict(weights, strict=strict)
 
 
@@ -111,8 +109,9 @@ def fold_attention(weights: Mapping[str, Any], config: Any, section: CompletePCo
     return scaled
 
 
-def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config: Any, section: CompletePConfig) -> None:
-    """Refuse weights of another mode, by what they say; or else by what their config and the section say."""
+def _scaled(weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, to: str) -> dict[str, Any]:
+    """Weights of the other mode as those of ``to``. Which they are, they say, or else their config and the section."""
+    function, mode = ("fold", "forward") if to == "folded" else ("unfold", "folded")
     if marked := _marks(weights).get("residual"):
         said, are = [marked], 'are "%s" already'
     else:
@@ -123,27 +122,22 @@ def _refuse_unless(mode: str, function: str, weights: Mapping[str, Any], config:
             "completep.residual: not said, and its default depends on the framework: folded in Megatron-LM's scripts, "
             'forward with DeepSpeed; write "residual" into the section that is given with these weights'
         )
-    if other := next((trained for trained in said if trained != mode), None):
-        raise ConfigError(f'completep.residual: these weights {are % other}; {function}() takes those of "{mode}"')
+    if to in said:
+        raise ConfigError(f'completep.residual: these weights {are % to}; {function}() takes those of "{mode}"')
+    check_gains(config, tied=tied)
+    ratios = ratios_of(config, section)
+    scaled = _marked(weights, residual=to)
+    for name, value in _tensors(weights):
+        scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
+        if scale != 1.0:
+            scaled[name] = value * scale if to == "folded" else value / scale
+    return scaled
 
 
 def _tensors(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in weights.items():
         if isinstance(value, torch.Tensor) and not name.endswith(_NO_WEIGHTS):
             yield name, value
-
-
-def _scaled(
-    weights: Mapping[str, Any], config: Any, section: CompletePConfig, tied: bool, *, inverse: bool = False
-) -> dict[str, Any]:
-    check_gains(config, tied=tied)
-    ratios = ratios_of(config, section)
-    scaled = _marked(weights, residual="forward" if inverse else "folded")
-    for name, value in _tensors(weights):
-        scale = rules.fold_factor(role_of(name, folded=True, tied=tied), ratios, section.recipe)
-        if scale != 1.0:
-            scaled[name] = value / scale if inverse else value * scale
-    return scaled
 
 
 def _marks(weights: Mapping[str, Any]) -> dict[str, str]:
