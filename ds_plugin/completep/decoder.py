@@ -25,7 +25,6 @@ from ds_plugin.completep.supported import MARK, ROLES, check_model, is_decoder, 
 from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 
-Settings = CompletePConfig | Mapping[str, Any] | None
 _MATRICES = (Role.EMBEDDING, Role.SCALED_EMBEDDING, Role.UNEMBEDDING, *FANS)
 _SCALING = "scaling"  # where attention modules keep their factor on q.k
 _LOADED = "_is_hf_initialized"  # transformers' from_pretrained leaves it on parameters, from_config does not
@@ -46,8 +45,8 @@ class _Place(NamedTuple):
 
 
 def prepare_decoder(
-    model: nn.Module, settings: Settings, *, seed: int | None = None, init_std: float | None = None,
-    trained: Literal["refuse", "redraw", "keep"] = "refuse",
+    model: nn.Module, settings: CompletePConfig | Mapping[str, Any] | None, *, seed: int | None = None,
+    init_std: float | None = None, trained: Literal["refuse", "redraw", "keep"] = "refuse",
 ) -> None:  # fmt: skip
     """Scale a freshly built decoder, once: draw its init anew by Table 1, set its attention scale, and leave the roles
     on it, from which `ds_plugin.initialize` and `optimizer_groups` build the param groups.
@@ -105,10 +104,9 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """`build_param_groups` of a prepared decoder, which may be wrapped, for a torch AdamW that no DeepSpeed is around:
     the base model's hyperparameters in, one group per role out. Raises ConfigError: it is not prepared."""
-    given: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": betas}
     section, roles, ratios = _prepared(model)
     refuse_unused(section, roles.values())
-    return build_param_groups(model, roles, ratios, section, **given)
+    return build_param_groups(model, roles, ratios, section, lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:

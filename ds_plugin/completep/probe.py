@@ -6,9 +6,8 @@ outputs of the modules that end its branches. Of all subsets of its modules, tho
 """
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +39,7 @@ def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> See
     ConfigError: it cannot be run so, or what the layer adds to its input is no sum of its modules' outputs."""
     weight: Any = embedding.weight
     tokens = torch.arange(_TOKENS, device=weight.device)[None] % len(weight)
-    before: dict[nn.Module, torch.Tensor] = {}
-    inside: dict[str, torch.Tensor] = {}
+    outputs: dict[nn.Module, torch.Tensor] = {}
     stream: dict[str, torch.Tensor] = {}
 
     def enter(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -51,20 +49,17 @@ def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> See
         stream["out"] = _flat(output[0] if isinstance(output, tuple) else output)
         raise _Done
 
-    def keep(place: dict[Any, torch.Tensor], key: Any, module: nn.Module, args: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         if _is_float(output):
-            place[key] = _flat(output)
+            outputs[module] = _flat(output)
 
     with contextlib.ExitStack() as undo:
-        hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True), layer.register_forward_hook(leave)]
-        names = {module: name for name, module in layer.named_modules()}
+        undo.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        undo.enter_context(layer.register_forward_hook(leave))
         for module in model.modules():
-            place, key = (inside, names[module]) if module in names else (before, module)
             if next(module.children(), None) is None and next(module.parameters(), None) is not None:
-                hooks.append(module.register_forward_hook(functools.partial(keep, place, key)))
+                undo.enter_context(module.register_forward_hook(keep))
             undo.callback(setattr, module, "training", module.training)
-        for hook in hooks:
-            undo.callback(hook.remove)
         model.eval()
         config: Any = model.config
         attention = getattr(config, _ATTENTION, "eager")
@@ -80,9 +75,11 @@ def first_layer(model: nn.Module, layer: nn.Module, embedding: nn.Module) -> See
             raise ConfigError(f"completep: the model, run on {_TOKENS} tokens to see its layers: {error}") from error
     if "out" not in stream:
         raise ConfigError("completep: model(tokens) does not run the first of its layers")
-    others = [output for module, output in before.items() if module is not embedding]
+    names = {module: name for name, module in layer.named_modules()}
+    inside = {names[module]: outputs.pop(module) for module in [*outputs] if module in names}
+    others = [output for module, output in outputs.items() if module is not embedding]
     factor = _embedding_factor(stream["in"], _flat(weight[tokens]), others)
-    return Seen(frozenset(_ends(stream, inside)), frozenset(before), factor)
+    return Seen(frozenset(_ends(stream, inside)), frozenset(outputs), factor)
 
 
 def _ends(stream: Mapping[str, torch.Tensor], inside: Mapping[str, torch.Tensor]) -> list[str]:
@@ -122,15 +119,12 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-@contextlib.contextmanager
-def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def whole(parameters: Iterable[nn.Parameter], *, write: bool = False) -> contextlib.AbstractContextManager[Any]:
     """Those that ``deepspeed.zero.Init`` has divided among the ranks are whole in the block, on every rank; ``write``:
     what is written on them is kept."""
     divided = [p for p in parameters if hasattr(p, "ds_id")]
     if not divided:
-        yield
-        return
+        return contextlib.nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if write else None):
-        yield
+    return deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if write else None)
