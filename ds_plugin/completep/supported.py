@@ -16,22 +16,17 @@ MODELS = (
 MAMBA = "on Mamba layers muP and the spectral condition fail (Vankadara et al., NeurIPS 2024)"
 MARK = "completep_applied"  # on a finished or prepared model its section, on a TransformerConfig a `Prepared`
 ROLES = "completep_roles"  # on a prepared decoder: its parameters' roles, by name
-_GPT = ("GPTModel", "StageOfGPT")
 _HYBRID = ("MambaModel", "HybridModel", "MambaStackSubmodules", "HybridStackSubmodules")  # of layers, Mamba's too
 _PIPELINE = "PipelineGPT"  # our model in DeepSpeed's pipeline; its stage is a StageOfGPT
 _COMPILED = "_orig_mod"  # where torch.compile keeps the module
 _INSIDE = (_COMPILED, "module")  # where others do
-_ENCODERS = ("padding", "no_mask")  # attention masks that hide no later token
 
 
 def unwrapped(model: Any) -> Any:
     """The model inside torch.compile, DistributedDataParallel, Float16Module or a DeepSpeed engine; or itself."""
-    while not is_known(model):
-        inside = [found for name in _INSIDE if isinstance(found := getattr(model, name, None), torch.nn.Module)]
-        if not inside:
-            break
-        model = inside[0]
-    return model
+    names = () if is_known(model) else _INSIDE
+    inside = [found for name in names if isinstance(found := getattr(model, name, None), torch.nn.Module)]
+    return unwrapped(inside[0]) if inside else model
 
 
 def bare_model(model: Any) -> Any:
@@ -49,12 +44,12 @@ def bare_model(model: Any) -> Any:
 
 def gpt_of(model: Any) -> Any:
     """A model under the names of a GPTModel: a `PipelineGPT`'s stage as a `StageOfGPT`, any other as it is."""
-    return model.gpt if _is_a(model, _PIPELINE) else model
+    return model.gpt if is_a(model, _PIPELINE) else model
 
 
 def is_foreign_pipeline(model: Any) -> bool:
     """Whether this is another model for DeepSpeed's pipeline."""
-    return _is_a(model, "PipelineModule") and not _is_a(model, _PIPELINE)
+    return is_a(model, "PipelineModule") and not is_a(model, _PIPELINE)
 
 
 def is_decoder(model: Any) -> bool:
@@ -64,20 +59,20 @@ def is_decoder(model: Any) -> bool:
 
 def is_known(model: Any) -> bool:
     """Whether roles can be told of this model, not wrapped."""
-    return is_decoder(model) or _is_a(model, *_GPT)
+    return is_decoder(model) or is_a(model, "GPTModel", "StageOfGPT")
 
 
 def check_model(model: Any) -> None:
     """Raises ConfigError for a model of another kind."""
     if not is_known(model):
-        why = f": {MAMBA}" if _is_a(model, *_HYBRID) else ""
+        why = f": {MAMBA}" if is_a(model, *_HYBRID) else ""
         remedy = f"supported are {MODELS}; build one of them, or leave the section out"
         raise ConfigError(f"completep: this is {label(model)}{why}; {remedy}")
 
 
 def is_transformer_config(config: Any) -> bool:
     """Whether this is megatron-core's."""
-    return _is_a(config, "TransformerConfig")
+    return is_a(config, "TransformerConfig")
 
 
 def check_config(config: Any) -> None:
@@ -87,7 +82,7 @@ def check_config(config: Any) -> None:
             f"completep: the config is {label(config)}; supported are megatron-core's TransformerConfig (for a "
             "GPTConfig, gpt.transformer_config(cfg, dtype)) and MLATransformerConfig"
         )
-    if config.multi_latent_attention and not _is_a(config, "MLATransformerConfig"):
+    if config.multi_latent_attention and not is_a(config, "MLATransformerConfig"):
         what = f"{label(config)}.multi_latent_attention is {config.multi_latent_attention!r}"
         raise ConfigError(f"completep: {what}, and it has no ranks; use an MLATransformerConfig")
 
@@ -95,11 +90,11 @@ def check_config(config: Any) -> None:
 def check_layer(layer: Any) -> None:
     """Raises ConfigError for a layer spec whose layers may be Mamba's, or whose tokens see later ones, as an encoder's
     do."""
-    if _is_a(layer.submodules, *_HYBRID):
+    if is_a(layer.submodules, *_HYBRID):
         what = f"the layer spec is of {type(layer.submodules).__name__}, of a hybrid model, and {MAMBA}"
         raise ConfigError(f"completep: {what}; use a GPT layer spec")
     params = getattr(getattr(layer.submodules, "self_attention", None), "params", None) or {}
-    if (name := getattr(params.get("attn_mask_type"), "name", None)) in _ENCODERS:
+    if (name := getattr(params.get("attn_mask_type"), "name", None)) in ("padding", "no_mask"):
         what = f"the layer spec's attn_mask_type is {name!r}, an encoder's as in BERT and T5"
         raise ConfigError(f"completep: {what}; use a decoder-only GPT layer spec")
 
@@ -107,10 +102,10 @@ def check_layer(layer: Any) -> None:
 def label(thing: Any) -> str:
     """What kind of object this is, for an error: whose, and its class."""
     cls = type(thing)
-    owner = cls.__module__.partition(".")[0]
     known = {"transformers": "Hugging Face's ", "megatron": "megatron-core's ", "deepspeed": "DeepSpeed's "}
-    return known[owner] + cls.__name__ if owner in known else f"{cls.__module__}.{cls.__name__}"
+    return known.get(cls.__module__.partition(".")[0], f"{cls.__module__}.") + cls.__name__
 
 
-def _is_a(thing: Any, *names: str) -> bool:
+def is_a(thing: Any, *names: str) -> bool:
+    """Whether an object's class, or one that it is derived from, has one of these names."""
     return any(cls.__name__ in names for cls in type(thing).__mro__)

@@ -13,7 +13,7 @@ from ds_plugin.completep.model import describe, finished_roles, in_force, ratios
 from ds_plugin.completep.muon import with_muon
 from ds_plugin.completep.param_groups import build_param_groups, check_rates, refuse_unused
 from ds_plugin.completep.rules import Ratios, Role
-from ds_plugin.completep.supported import bare_model, gpt_of
+from ds_plugin.completep.supported import bare_model, gpt_of, is_a
 from ds_plugin.core.errors import CheckpointError, ConfigError, StateError, gathered
 from ds_plugin.core.patch import replaced
 from ds_plugin.deepspeed_engine import compat
@@ -23,7 +23,7 @@ from ds_plugin.deepspeed_engine.group_lr import build_scheduler, check_peak, exp
 #: Adams that say by ``adam_w_mode`` whether their decay is decoupled (DeepSpeed, apex, TransformerEngine), and by name
 _BY_MODE, _BY_NAME = ("FusedAdam", "DeepSpeedCPUAdam"), ("AdamW", "AdamW8bit")
 _FUNCTION = "give a function of the param groups: optimizer=lambda groups: MyAdam(groups)"
-_RATES = ("adam_lr", "muon_lr")  # of DeepSpeed's Muon, in place of lr
+_RATES = ("adam_lr", "muon_lr")  # of what DeepSpeed's Muon leaves to Adam, and of what it trains; in place of lr
 _DECOUPLED = "the rules hold for decoupled weight decay"
 _SCHEDULER = "describe it in the JSON or give a function: lr_scheduler=lambda optimizer: MyScheduler(optimizer)"
 
@@ -44,18 +44,21 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
         raise ConfigError(f"completep: {what}; leave it out, or give model.parameters()")
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError(f"completep: lr_scheduler is built already, on other param groups; {_SCHEDULER}")
+    described = config.get("optimizer") or {}
     built = isinstance(optimizer, torch.optim.Optimizer)
-    base = _base_of(optimizer, model) if built else _base_of_json(config, optimizer)
-    roles, ratios = finished_roles(whole, section), ratios_of(whole.config, section)
+    kind = None if optimizer is not None else str(described.get("type")).lower()
+    base = _base_of(optimizer, model) if built else _base_of_json(described, kind)
+    roles = finished_roles(whole, section)
     refuse_unused(section, roles.values())
-    if by_muon := optimizer is None and _is_muon(config):
-        ratios = _with_muon(ratios, whole.config, section, config["optimizer"]["params"])
+    ratios = _ratios(whole.config, section, described["params"] if kind == "muon" else None)
     groups = build_param_groups(whole, roles, ratios, section, **base)
-    if by_muon:
-        _say_which(groups, ratios, base, config["optimizer"]["params"])
+    for group in groups if kind == "muon" else ():
+        group[compat.USE_MUON] = muon = Role(group["role"]) in ratios.muon.rates
+        defaults = {"momentum": 0.95, "ns_method": "gram"} if muon else {"betas": tuple(base["betas"])}
+        group |= {name: described["params"].get(name, value) for name, value in defaults.items()}
     if gpt_of(model) is not model:
         groups = divided(groups, max(gathered(len(groups))))
-    changed: dict[str, Any] = {"model_parameters": groups}
+    changed: dict[str, Any] = {"model_parameters": None if built else groups}
     if scheduler := config.get("scheduler"):
         check_peak(scheduler, base["lr"])
         changed["config"] = {**config, "scheduler": expand_scheduler(scheduler, [g["lr"] / base["lr"] for g in groups])}
@@ -64,7 +67,6 @@ def set_up(section: CompletePConfig, given: Mapping[str, Any]) -> dict[str, Any]
     if built:
         kept = {key: value for key, value in optimizer.param_groups[0].items() if key != "param_names"}
         optimizer.param_groups[:] = [{**kept, **group} for group in groups]
-        changed["model_parameters"] = None
     elif optimizer is not None:
         changed["optimizer"] = functools.partial(_built_optimizer, optimizer)
     return changed
@@ -77,17 +79,14 @@ class CompleteP:
     def __init__(self, engine: Any, section: CompletePConfig):
         """Nothing changes on the engine before `install`. Raises as `rescaled` does."""
         section = in_force(engine.module, section)
-        self.engine, self.section = engine, section
+        self.engine, self.section, self._optimizer = engine, section, engine.basic_optimizer
         compat.need(engine, compat.TAKE_STEP)
-        self._mine = [group["role"] for group in self._groups]  # kept: a universal load may write over them
-        self._roles = self._mine
-        if compat.is_pipeline(engine):  # stages have different roles, and some more than one group of one
-            found = {role for stage in gathered(self._mine) for role in stage}
-            self._roles = [role.value for role in Role if role.value in found]
-        ratios = ratios_of(engine.module.config, section)
-        by_muon = [group.get(compat.USE_MUON, False) for group in self._groups]
-        if any(by_muon):
-            ratios = _with_muon(ratios, engine.module.config, section, engine.optimizer_params())
+        self._mine = [group["role"] for group in self._optimizer.param_groups]  # a universal load may write over them
+        # stages of a pipeline have different roles, and some more than one group of one
+        stages = gathered(self._mine) if compat.is_pipeline(engine) else [self._mine]
+        self._roles = [role.value for role in Role if any(role.value in stage for stage in stages)]
+        by_muon = [group.get(compat.USE_MUON, False) for group in self._optimizer.param_groups]
+        ratios = _ratios(engine.module.config, section, engine.optimizer_params() if any(by_muon) else None)
         self._rows = {role: section.multipliers(Role(role), ratios) for role in self._mine}
         factors = [section.fold_factor(Role(role), ratios) for role in self._mine]
         if any(by_muon) and compat.wrapper_of(engine) in compat.NORM_OF_UPDATES:
@@ -96,11 +95,6 @@ class CompleteP:
                 raise ConfigError(f"completep: gradient_clipping is {clipping}: {what}; write 0.0")
             factors = [1.0 if updates else factor for updates, factor in zip(by_muon, factors, strict=True)]
         self._norm = list(rescaled(engine, factors)) if section.residual == "folded" else []
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.engine.basic_optimizer.param_groups
-        return groups
 
     def describe(self) -> str:
         return describe(self.engine.module, self.section)
@@ -113,26 +107,26 @@ class CompleteP:
 
     def _check_groups(self) -> None:
         """Refuse a step, before it changes anything, whose groups are not in their roles' ratios."""
-        if len(self._groups) != len(self._mine):
-            found = f"the optimizer has {len(self._groups)} param groups, and {len(self._mine)} were built"
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._mine):
+            found = f"the optimizer has {len(groups)} param groups, and {len(self._mine)} were built"
             raise StateError(f"completep: {found}; parameters added later have no role, build the model with them")
         scheduler = getattr(self.engine.lr_scheduler, "scheduler", self.engine.lr_scheduler)  # inside a TokenScheduler
         by = "the training loop" if scheduler is None else f"the scheduler {type(scheduler).__name__}"
-        check_rates(self._groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
+        check_rates(groups, self._mine, self._rows, written_by=f"{by}, or what else writes them,")
 
     def state(self) -> list[dict[str, Any]]:
         """Every role's settings in JSON types, which a universal checkpoint loses under ZeRO 3; of all stages of a
         pipeline, where every rank calls it."""
         names = ("lr", "lr_scale", "initial_lr", "weight_decay", "eps")
         settings = []
-        for group in self._groups:
+        for group in self._optimizer.param_groups:
             numbers = {name: float(group[name]) for name in names if name in group}
             betas = {"betas": [float(beta) for beta in group["betas"]]} if "betas" in group else {}
             settings.append({"role": group["role"], **numbers, **betas})
-        if compat.is_pipeline(self.engine):
-            of_role = {kept["role"]: kept for stage in gathered(settings) for kept in stage}
-            settings = [of_role[role] for role in self._roles]
-        return settings
+        stages = gathered(settings) if compat.is_pipeline(self.engine) else [settings]
+        of_role = {kept["role"]: kept for stage in stages for kept in stage}
+        return [of_role[role] for role in self._roles]
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Stamp saved settings on the groups, after DeepSpeed has loaded a universal checkpoint: ZeRO 3 gives every
@@ -141,10 +135,10 @@ class CompleteP:
         if list(of_role) != self._roles:
             what = f"param groups for the roles {', '.join(of_role)}, this run for {', '.join(self._roles)}"
             raise CheckpointError(f"completep: the checkpoint has {what}; freeze the same parameters")
-        for group, role in zip(self._groups, self._mine, strict=True):
+        for group, role in zip(self._optimizer.param_groups, self._mine, strict=True):
             group.update(of_role[role])
             group |= {"betas": tuple(group["betas"])} if "betas" in group else {}
-        for moments in self.engine.basic_optimizer.state.values():
+        for moments in self._optimizer.state.values():
             if torch.is_tensor(moments.get("step")):
                 moments["step"] = moments["step"].clone()
 
@@ -172,51 +166,31 @@ def _stray(model: Any, given: Iterable[Any]) -> str:
     return next((f"lacks the parameter {name}" for name in lacks), "")
 
 
-def _base_of_json(config: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The base model's hyperparameters from the JSON's ``optimizer``."""
-    described = config.get("optimizer") or {}
-    params = described.get("params") or {}
-    kind, decoupled = described.get("type"), params.get("adam_w_mode", True)
-    muon = optimizer is None and _is_muon(config)
-    if optimizer is None and not muon and str(kind).lower() not in ("adam", "adamw"):
+def _base_of_json(described: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """The base model's hyperparameters from the JSON's ``optimizer``. ``kind``: its type; None: a function is given."""
+    params, muon = described.get("params") or {}, kind == "muon"
+    if kind not in (None, "adam", "adamw", "muon"):
         what = 'the rules hold for AdamW and Muon, write "AdamW" or "Muon"'
-        raise ConfigError(f"completep: optimizer.type is {kind!r}; {what}")
-    if not decoupled:
+        raise ConfigError(f"completep: optimizer.type is {described.get('type')!r}; {what}")
+    if not (decoupled := params.get("adam_w_mode", True)):
         what = f"optimizer.params.adam_w_mode is {decoupled!r}, which adds weight decay to the gradient"
         raise ConfigError(f"completep: {what}; {_DECOUPLED}, remove it")
-    for rate in _RATES if muon else ("lr",):
-        one = {**params, "lr": params[rate]} if rate in params else params
-        _check_numbers(one, "optimizer.params.{}")  # implementations differ in their default decay
+    halves = [{**params, "lr": params[rate]} if rate in params else params for rate in (_RATES if muon else ("lr",))]
+    for half in halves:
+        _check_numbers(half, "optimizer.params.{}")  # implementations differ in their default decay
     if muon and params.get("per_head_muon"):
         raise ConfigError("completep: optimizer.params.per_head_muon is true: no rule covers it; remove it")
     defaults = {"eps": 1e-10, "betas": (0.9, 0.95)} if muon else {"eps": 1e-8, "betas": (0.9, 0.999)}
-    base = defaults | {name: params[name] for name in ("lr", "weight_decay", "eps", "betas") if name in params}
-    return base | ({"lr": _muon_rates(params)[0]} if muon else {})
+    return defaults | {name: halves[0][name] for name in ("lr", "weight_decay", "eps", "betas") if name in halves[0]}
 
 
-def _is_muon(config: Mapping[str, Any]) -> bool:
-    return str((config.get("optimizer") or {}).get("type")).lower() == "muon"
-
-
-def _muon_rates(params: Mapping[str, Any]) -> list[float]:
-    """The base's learning rate of what Muon leaves to Adam, and of what it trains."""
-    return [params[rate] if rate in params else params["lr"] for rate in _RATES]
-
-
-def _with_muon(ratios: Ratios, config: Any, section: CompletePConfig, params: Mapping[str, Any]) -> Ratios:
-    """A model's ratios under DeepSpeed's Muon; raises as `with_muon` does."""
-    adams, muons = _muon_rates(params)
+def _ratios(config: Any, section: CompletePConfig, muon: Mapping[str, Any] | None) -> Ratios:
+    """A model's. ``muon``: the JSON's params of DeepSpeed's Muon, None without it. Raises as `with_muon` does."""
+    ratios = ratios_of(config, section)
+    if muon is None:
+        return ratios
+    adams, muons = (muon.get(rate, muon.get("lr")) for rate in _RATES)
     return with_muon(ratios, config, section, "shape_scaling", lr=muons / adams)
-
-
-def _say_which(
-    groups: list[dict[str, Any]], ratios: Ratios, base: Mapping[str, Any], params: Mapping[str, Any]
-) -> None:
-    """Settle each group's optimizer, by its role, and what that needs to be told."""
-    for group in groups:
-        group[compat.USE_MUON] = muon = Role(group["role"]) in ratios.muon.rates
-        defaults = {"momentum": 0.95, "ns_method": "gram"} if muon else {"betas": tuple(base["betas"])}
-        group |= {name: params.get(name, value) for name, value in defaults.items()}
 
 
 def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
@@ -234,9 +208,7 @@ def _base_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Any]:
         _refuse(optimizer, f"{stray}; build it from model.parameters(), or freeze what it shall not train")
     decay = next((group["weight_decay"] for group in groups if group["weight_decay"] != 0), 0.0)
     for name in sorted({key for group in groups for key in group} - {"params", "param_names"}):
-        values = [group.get(name) for group in groups]
-        if name == "weight_decay":  # some groups may have none
-            values = [value for value in values if value != 0] or [0.0]
+        values = [group.get(name) for group in groups if name != "weight_decay" or group[name] != 0]  # some have none
         if others := [value for value in values if value != values[0]]:
             remedy = "give all the base model's: what each role gets, and which decay, is Table 1's to say"
             _refuse(optimizer, f"has groups with {name} {values[0]!r} and {others[0]!r}; {remedy}")
@@ -263,8 +235,7 @@ def _check_numbers(params: Mapping[str, Any], what: str) -> None:
 
 def _is_adam(optimizer: Any) -> bool:
     """torch's Adam and AdamW; other libraries' by name, so that none is imported here."""
-    names = {cls.__name__ for cls in type(optimizer).__mro__}
-    return isinstance(optimizer, torch.optim.Adam) or bool(names & {*_BY_MODE, *_BY_NAME})
+    return isinstance(optimizer, torch.optim.Adam) or is_a(optimizer, *_BY_MODE, *_BY_NAME)
 
 
 def _decoupled(optimizer: Any) -> bool:
@@ -273,7 +244,7 @@ def _decoupled(optimizer: Any) -> bool:
     if hasattr(optimizer, "adam_w_mode"):
         return bool(optimizer.adam_w_mode)
     said = [group["decoupled_weight_decay"] for group in optimizer.param_groups if "decoupled_weight_decay" in group]
-    return all(said) if said else any(cls.__name__ in _BY_NAME for cls in type(optimizer).__mro__)
+    return all(said) if said else is_a(optimizer, *_BY_NAME)
 
 
 def _built_optimizer(function: Callable[..., Any], groups: list[dict[str, Any]]) -> Any:
