@@ -72,26 +72,22 @@ EXPERT_GROUP = "group_name"  # of an expert's parameter, for these
 PIPELINE_TIED = "tied_modules."  # how the names of what several stages have begin; all others name their layer
 
 
-@contextlib.contextmanager
-def muon_groups_as_given(params: Any) -> Iterator[None]:
+def muon_groups_as_given(params: Any) -> contextlib.AbstractContextManager[None]:
     """In the block DeepSpeed's Muon trains groups that say ``use_muon`` as they are. DeepSpeed itself goes by the
     parameters' names, of which it knows an output layer by few; and it drops what it does not know of a group."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     if not any(USE_MUON in group for group in params or ()):
-        yield
-        return
+        return contextlib.nullcontext()
     need(DeepSpeedEngine, MUON_GROUPS)
 
     def groups(given: Any, settings: Any) -> list[dict[str, Any]]:
-        found = list(given)
-        for group in found:
+        for group in given:
             for parameter in group["params"]:
                 setattr(parameter, USE_MUON, group[USE_MUON])
-        return found
+        return list(given)
 
-    with replaced(DeepSpeedEngine, MUON_GROUPS, staticmethod(groups)):
-        yield
+    return replaced(DeepSpeedEngine, MUON_GROUPS, staticmethod(groups))
 
 
 def before_steps(engine: Any, call: Callable[[], None]) -> contextlib.AbstractContextManager[None]:
@@ -237,10 +233,8 @@ def _drop_gradients(engine: Any) -> None:
             optimizer.step()
     else:
         (engine.module if kind == "none" else optimizer).zero_grad()
-    masters = getattr(optimizer, ZERO3_MASTERS, None)  # which no param group has between two steps
-    if masters is None:
-        masters = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
-    for master in masters:
+    held = [master for group in engine.basic_optimizer.param_groups for master in group["params"]]
+    for master in getattr(optimizer, ZERO3_MASTERS, held):  # no group has those of ZeRO 3 between two steps
         if master.grad is not None:  # where gradients are offloaded to, they stay between two steps
             master.grad.zero_()
 
@@ -256,11 +250,10 @@ def kept_by(optimizer: Any) -> int | None:
 def model_coordinate(engine: Any) -> tuple[int, ...]:
     """Tensor-parallel rank and pipeline stage, 0 without; with experts the expert-parallel rank as a third. Ranks of
     one coordinate hold the same weights, whole or in parts; others may hold others under the same names."""
-    from deepspeed.utils import groups
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank
+    from deepspeed.utils import bwc, groups
 
     stage = next((getattr(engine.mpu, name)() for name in PIPELINE_RANK if hasattr(engine.mpu, name)), 0)
-    coordinate = (int(bwc_tensor_model_parallel_rank(engine.mpu)), int(stage))
+    coordinate = (int(bwc.bwc_tensor_model_parallel_rank(engine.mpu)), int(stage))
     if not has_experts(engine):
         return coordinate
     need(groups, *EXPERT_RANK)

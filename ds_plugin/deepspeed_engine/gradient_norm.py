@@ -34,7 +34,7 @@ def rescaled(engine: Any, factors: Sequence[float]) -> Methods:
     if methods is None and clipping:
         what = f"is not supported under DeepSpeed's {type(engine.optimizer).__name__}, which clips by another norm"
         raise ConfigError(f'{folded} {what}; write zero_optimization.stage 1, or "residual": "forward"')
-    return methods(engine, factors) if methods is not None else iter(())
+    return methods(engine, engine.optimizer, factors) if methods is not None else iter(())
 
 
 def _own(owner: Any, name: str) -> Any:
@@ -42,48 +42,41 @@ def _own(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-def _zero12(engine: Any, factors: Sequence[float]) -> Methods:
+def _zero12(engine: Any, optimizer: Any, factors: Sequence[float]) -> Methods:
     """Factors by the very lists the norms are taken of: one is empty on a rank that holds but a group's padding. In a
     pipeline gradients are weighed before they are added: groups of different factors meet there."""
-    optimizer = engine.optimizer
-    lists, direct = _own(optimizer, compat.ZERO12_NORM_PARAMS), _own(optimizer, compat.ZERO12_NORM)
+    name = compat.ZERO12_NORM
+    lists, direct = _own(optimizer, compat.ZERO12_NORM_PARAMS), _own(optimizer, name)
     of = {id(params): factor for params, factor in zip(lists, factors, strict=True)}
     if compat.is_pipeline(engine):
-        yield (
-            optimizer,
-            compat.ZERO12_NORM,
-            lambda gradients, params: direct([_weighed(g, of[id(params)]) for g in gradients], params),
-        )
+        yield optimizer, name, lambda found, params: direct([_weighed(g, of[id(params)]) for g in found], params)
     else:
         offloaded = _own(optimizer, compat.ZERO12_OFFLOAD_NORM)
-        yield optimizer, compat.ZERO12_NORM, lambda gradients, params: direct(gradients, params) * of[id(params)]
+        yield optimizer, name, lambda gradients, params: direct(gradients, params) * of[id(params)]
         yield optimizer, compat.ZERO12_OFFLOAD_NORM, lambda params: offloaded(params) * of[id(params)]
 
 
-def _zero3(engine: Any, factors: Sequence[float]) -> Methods:
-    optimizer = engine.optimizer
+def _zero3(engine: Any, optimizer: Any, factors: Sequence[float]) -> Methods:
     group_of, own = _own(optimizer, compat.ZERO3_GROUP_OF_SUB_GROUP), _own(optimizer, compat.ZERO3_NORMS)
     yield optimizer, compat.ZERO3_NORMS, lambda: [norm * factors[group_of[i]] for i, norm in enumerate(own())]
 
 
-def _bf16(engine: Any, factors: Sequence[float]) -> Methods:
-    optimizer = engine.optimizer
+def _bf16(engine: Any, optimizer: Any, factors: Sequence[float]) -> Methods:
     groups, own = _own(optimizer, compat.BF16_GRADIENTS), _own(optimizer, compat.BF16_NORM_GRADIENTS)
     factor_of = {id(g): factor for group, factor in zip(groups, factors, strict=True) for g in group}
 
     def gradients(for_clipping: bool = False) -> Any:
-        found = own(for_clipping=for_clipping)
         if for_clipping:
-            return found
-        dense, experts = found
+            return own(for_clipping=True)
+        dense, experts = own()
         return [_weighed(gradient, factor_of.get(id(gradient), 1.0)) for gradient in dense], experts
 
     yield optimizer, compat.BF16_NORM_GRADIENTS, gradients
 
 
-def _fp32(engine: Any, factors: Sequence[float]) -> Methods:
+def _fp32(engine: Any, optimizer: Any, factors: Sequence[float]) -> Methods:
     """Stage 0 in fp32: the gradients are the forward mode's while DeepSpeed clips them."""
-    own, groups = _own(engine, compat.FP32_CLIP), engine.basic_optimizer.param_groups
+    own, groups = _own(engine, compat.FP32_CLIP), optimizer.param_groups
 
     def clip() -> None:
         for power in (1, -1):

@@ -9,9 +9,7 @@ from ds_plugin.completep.param_groups import off_ratio
 from ds_plugin.core.errors import ConfigError
 
 #: DeepSpeed's and torch's schedulers that scale each group's own learning rate
-_PROPORTIONAL = (
-    "WarmupCosineLR", "ConstantLR", "ExponentialLR", "LambdaLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR",
-)  # fmt: skip
+_PROPORTIONAL = "WarmupCosineLR ConstantLR ExponentialLR LambdaLR LinearLR MultiStepLR PolynomialLR StepLR".split()
 #: DeepSpeed's schedulers with absolute learning rates, and the defaults they would use
 _ABSOLUTE: Mapping[str, Mapping[str, float | None]] = {
     "WarmupLR": {"warmup_min_lr": 0.0, "warmup_max_lr": None},  # None: the groups' own
@@ -31,10 +29,9 @@ def expand_scheduler(scheduler: Mapping[str, Any], ratios: Sequence[float]) -> d
         raise ConfigError(f"scheduler.type: {what}; write one of {allowed} (or CosineAnnealingLR without eta_min)")
     for key, default in _ABSOLUTE[kind].items():
         value = params.get(key, default)
-        if not isinstance(value, (list, tuple)):
-            if value is not None:
-                params[key] = [value * ratio for ratio in ratios]
-        elif len(value) != len(ratios):
+        if isinstance(value, (int, float)):
+            params[key] = [value * ratio for ratio in ratios]
+        elif value is not None and len(value) != len(ratios):
             what = f'{len(value)} values for the {len(ratios)} param groups of "completep"'
             raise ConfigError(f"scheduler.params.{key}: {what}; write one number, which is scaled for each group")
     return {**scheduler, "params": params}
