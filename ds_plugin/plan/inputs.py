@@ -17,10 +17,10 @@ from ds_plugin.core.settings_model import Ranks, Rate, Tokens, nearest, parse_se
 from ds_plugin.deepspeed_engine import json_check
 from ds_plugin.deepspeed_engine.masters import refuse_nvme
 from ds_plugin.plan.costs import Layout
-from ds_plugin.sequence_length_warmup.config import SequenceLengthWarmupConfig
 from ds_plugin.sequence_length_warmup.plan import plan
 from ds_plugin.sequence_length_warmup.schedule import LengthSchedule
 from megatron_patches.models.gpt import GPTConfig, padded_vocab_size
+from megatron_patches.training_loop.options import check_options, layout_multiple
 
 MEGATRON = "megatron"
 #: options of models whose parameters `GPTConfig` does not describe
@@ -105,10 +105,10 @@ def read_job(
         remedy = f"plan for a multiple of {unit}, or lower one of them"
         raise ConfigError(f"{what} do not divide --world-size {ranks}; {remedy}")
     batch, micro = json_check.batch_sizes(deepspeed, layout.data)
+    defaults = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False}
+    parsed = SimpleNamespace(**defaults | {name.replace("-", "_"): value for name, value in options.items()})
     if options:
-        from megatron_patches.training_loop.options import check_options
-
-        check_options(methods, _namespace(options))
+        check_options(methods, parsed)
         if methods.completep is not None:
             methods = replace(methods, completep=methods.completep.folded_by_default())
     elif methods.weight_averaging is not None:
@@ -116,7 +116,12 @@ def read_job(
     run, scheduler = parse_section(_Training, "training", training), None
     if (warmup := methods.sequence_length_warmup) is not None:
         warmup = warmup.in_run(steps=run.steps or None, tokens=run.tokens)
-        methods, scheduler = replace(methods, sequence_length_warmup=warmup), _schedule(warmup, options, model)
+        if warmup.end_length != (full := model.seq_length):
+            option = "--seq-length" if options else "model.seq_length"
+            what = f"{warmup.end_length} is not {option} {full}, so the full length would never be trained"
+            raise ConfigError(f"sequence_length_warmup.end_length: {what}; write {full}")
+        scheduler = LengthSchedule(warmup, layout_multiple=layout_multiple(parsed))
+        methods = replace(methods, sequence_length_warmup=warmup)
     vocab = vocab_size or options.get("vocab-size")
     if vocab is None:
         raise ConfigError("--vocab-size: missing; write the tokenizer's, e.g. 50257, 256 for bytes")
@@ -129,15 +134,6 @@ def read_job(
 def _hint(name: str, there: Iterable[str], otherwise: str) -> str:
     guess = nearest(name, there)
     return f'is "{guess}" meant to be it?' if guess else otherwise
-
-
-def _schedule(section: SequenceLengthWarmupConfig, options: Mapping[str, Any], model: GPTConfig) -> LengthSchedule:
-    from megatron_patches.training_loop.options import layout_multiple
-
-    if section.end_length != (full := model.seq_length):
-        what = f"{'--seq-length' if options else 'model.seq_length'} {full}, so the full length would never be trained"
-        raise ConfigError(f"sequence_length_warmup.end_length: {section.end_length} is not {what}; write {full}")
-    return LengthSchedule(section, layout_multiple=layout_multiple(_namespace(options)) if options else 1)
 
 
 def _steps(run: _Training, section: Any, scheduler: LengthSchedule | None, batch: int) -> int:
@@ -198,12 +194,6 @@ def _as_deepspeed(given: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "zero_optimization": {"stage": 1 if get("use-distributed-optimizer") else 0},
         **{name: {"enabled": True} for name in ("bf16", "fp16") if get(name)},
     }
-
-
-def _namespace(options: Mapping[str, Any]) -> SimpleNamespace:
-    """The options as Megatron-LM's parser would give them."""
-    defaults = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False}
-    return SimpleNamespace(**{**defaults, **{name.replace("-", "_"): value for name, value in options.items()}})
 
 
 def arguments(options: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """The table a user wants to see before spending money: what every role gets in this model against its base."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,6 @@ _WHAT = {
     Role.LOGIT_NORM: "final norm",
     Role.UNEMBEDDING: "output matrix",
 }
-_DRAWN = (Role.EMBEDDING, *FANS, Role.UNEMBEDDING)
 
 
 def rules_table(source: str | Path | Mapping[str, Any]) -> str:
@@ -59,18 +59,20 @@ def applied(
 ) -> dict[str, dict[str, float]]:
     """What each role gets: init std, learning rate, weight decay, eps; its tensors and parameters; of a matrix inside a
     block the ratios of its fan-in and fan-out. ``params``: DeepSpeed's ``optimizer.params``; ``vocab``: padded."""
-    ratios, found = _ratios(model, section), {}
-    for role, (tensors, parameters) in _held(model, section, vocab).items():
-        multipliers = section.multipliers(role, ratios)
-        row = {name: base * getattr(multipliers, name) for name, base in _bases(model, params).items()}
-        found[role.value] = row | {"tensors": tensors, "parameters": parameters} | _fans(role, ratios)
+    folded, tied, ratios = section.residual == "folded", model.tie_embeddings, _ratios(model, section)
+    tensors, parameters = Counter[Role](), Counter[Role]()
+    for name, size, number, _ in costs.tensors(model, vocab):
+        role = section.merged(role_of(name, folded=folded, tied=tied), ratios)
+        tensors[role] += number
+        parameters[role] += number * size
+    decay, eps, found = params.get("weight_decay", 0.0), params.get("eps", 1e-8), {}
+    base = {"init_std": model.init_std, "lr": params["lr"], "weight_decay": decay, "eps": eps}
+    for role in filter(tensors.get, Role):  # in its order
+        multipliers, fans = section.multipliers(role, ratios), zip(("m_in", "m_out"), FANS.get(role, ()), strict=False)
+        row = {name: value * getattr(multipliers, name) for name, value in base.items()}
+        row |= {"tensors": tensors[role], "parameters": parameters[role]}
+        found[role.value] = row | {name: ratios.of(size) for name, size in fans}
     return found
-
-
-def _bases(model: GPTConfig, params: Mapping[str, Any]) -> dict[str, float]:
-    """The base model's values, by the names of `rules.Multipliers`."""
-    decay, eps = params.get("weight_decay", 0.0), params.get("eps", 1e-8)
-    return {"init_std": model.init_std, "lr": params["lr"], "weight_decay": decay, "eps": eps}
 
 
 def minimum_ratio(scheduler: Mapping[str, Any]) -> float | None:
@@ -106,21 +108,20 @@ def table(
     embeddings = "" if ratios.embedding == 1 else f", embeddings x {ratios.embedding:g}"
     yield f"residual branches x {branch:g}, logits x {logits:g}{embeddings}{where}; q.k x {scale:g}"
     smallest = minimum_ratio(scheduler)
-    columns = "role which tensors parameters m_in m_out init_std lr min_lr weight_decay eps"
-    rows = [tuple(name if name.startswith("m_") else name.replace("_", " ") for name in columns.split())]
-    more = _held(model, section, (vocab or 0) + 1)
-    for role, (tensors, parameters) in _held(model, section, vocab or 0).items():
-        m, a_token = section.multipliers(role, ratios), more[role][1] - parameters
+    rows = [tuple("role,which,tensors,parameters,m_in,m_out,init std,lr,min lr,weight decay,eps".split(","))]
+    more = applied(model, section, params, (vocab or 0) + 1)
+    for name, row in applied(model, section, params, vocab or 0).items():
+        role, parameters, a_token = Role(name), row["parameters"], more[name]["parameters"] - row["parameters"]
         counts = [f"{parameters:,}"] if parameters else []
         held = " + ".join(counts if vocab or not a_token else [*counts, f"{a_token:,} V"])
-        fans = _fans(role, ratios)
-        m_in, m_out = (f"{fans[name]:.4g}" if fans else "-" for name in ("m_in", "m_out"))
-        std, lr, decay, eps = (_cell(base, getattr(m, name)) for name, base in _bases(model, params).items())
-        if role not in _DRAWN:
-            biases = role in (Role.BLOCK_BIAS, Role.BRANCH_OUT_BIAS)
+        m_in, m_out = (f"{row[fan]:.4g}" if fan in row else "-" for fan in ("m_in", "m_out"))
+        m = section.multipliers(role, ratios)
+        std, lr, decay, eps = (_cell(row[x], getattr(m, x)) for x in ("init_std", "lr", "weight_decay", "eps"))
+        if role not in (Role.EMBEDDING, *FANS, Role.UNEMBEDDING):
+            biases = rules.kind_of(role) is Role.BLOCK_BIAS
             std = "0" if biases else f"{section.fold_factor(role, ratios):g} / 0"
-        least = "-" if smallest is None else f"{params['lr'] * m.lr * smallest:.4g}"
-        rows.append((role.value, _WHAT[role], str(tensors), held, m_in, m_out, std, lr, least, decay, eps))
+        least = "-" if smallest is None else f"{row['lr'] * smallest:.4g}"
+        rows.append((name, _WHAT[role], str(row["tensors"]), held, m_in, m_out, std, lr, least, decay, eps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -139,20 +140,5 @@ def _ratios(model: GPTConfig, section: CompletePConfig) -> Ratios:
     return section.ratios(model.hidden_size, model.num_layers, dims, experts)
 
 
-def _fans(role: Role, ratios: Ratios) -> dict[str, float]:
-    return {name: ratios.of(size) for name, size in zip(("m_in", "m_out"), FANS.get(role, ()), strict=False)}
-
-
-def _held(model: GPTConfig, section: CompletePConfig, vocab: int) -> dict[Role, tuple[int, int]]:
-    """The tensors and parameters of each role that this model has any of, in the order of `Role`."""
-    folded, tied, ratios = section.residual == "folded", model.tie_embeddings, _ratios(model, section)
-    found: dict[Role, tuple[int, int]] = {}
-    for name, size, number, _ in costs.tensors(model, vocab):
-        role = section.merged(role_of(name, folded=folded, tied=tied), ratios)
-        tensors, parameters = found.get(role, (0, 0))
-        found[role] = tensors + number, parameters + number * size
-    return {role: found[role] for role in Role if role in found}
-
-
-def _cell(base: float, multiplier: float) -> str:
-    return f"{base * multiplier:.4g}" + ("" if multiplier in (0.0, 1.0) else f" (x {multiplier:.4g})")
+def _cell(value: float, multiplier: float) -> str:
+    return f"{value:.4g}" + ("" if multiplier in (0.0, 1.0) else f" (x {multiplier:.4g})")
