@@ -7,7 +7,7 @@ A builder is small and travels to other processes; each of its models is told by
 import functools
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -77,8 +77,8 @@ class Megatron:
 
         section, cfg, kind = self._settings(shape, base)
         gpt.initialize_parallel(cfg, seed)
-        latent = {"multi_latent_attention": self.latent is not None}
-        spec = gpt.layer_spec(cfg, num_experts=kind.get("num_moe_experts"), **latent)
+        experts, latent = kind.get("num_moe_experts"), self.latent is not None
+        spec = gpt.layer_spec(cfg, num_experts=experts, multi_latent_attention=latent)
         config, spec = prepare(gpt.transformer_config(cfg, torch.float32, **kind), spec, section)
         model = gpt.build_gpt(cfg, base.vocab, config, spec)
         roles, last = finish(model, section), model.decoder.layers[-1]
@@ -100,10 +100,9 @@ class Megatron:
 
         if odd := [width for width in (base.width, shape.width) if width % base.head_dim]:
             raise ConfigError(f"width {odd[0]} is not divisible by --head-dim {base.head_dim}; write a multiple of it")
-        sizes = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
-        sizes |= {"num_attention_heads": shape.width // base.head_dim}
-        model: dict[str, Any] = sizes | ({} if base.init_std is None else {"init_std": base.init_std})
-        model |= {} if self.experts is None else {"bias": False}  # a router's has no role
+        model: dict[str, Any] = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
+        model |= {"num_attention_heads": shape.width // base.head_dim, "bias": not self.experts}  # a router's: no role
+        model |= {} if base.init_std is None else {"init_std": base.init_std}
         kind = self._kind(Mixture.of(shape.experts) if shape.experts else self.experts, shape.width)
         bases = {f"base_{name}": size for name, size in self._kind(self.experts, base.width).items()}
         if self.latent is not None:
@@ -148,7 +147,7 @@ def start_megatron() -> None:
 
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """Mean loss of one batch of a megatron-core GPT."""
-    tokens, labels = (t.to(_device(model)) for t in batch)
+    tokens, labels = (t.to(next(model.parameters()).device) for t in batch)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return model(tokens, positions, None, labels=labels).mean()
 
@@ -159,13 +158,13 @@ def loss_of(model: Any, batch: Batch) -> torch.Tensor:
 class Decoders:
     """What builds them is one of these; heads have one size at every width."""
 
-    def model(self, width: int, depth: int, base: Base) -> nn.Module:
-        """A fresh one in fp32."""
+    def maker(self, width: int, depth: int, base: Base) -> Callable[[], Any]:
+        """A function that makes one. Raises ConfigError for a shape that cannot be."""
         raise NotImplementedError
 
-    def fits(self, width: int, depth: int, base: Base) -> Any:
-        """What `model` is made from. Raises ConfigError for a shape that cannot be."""
-        raise NotImplementedError
+    def model(self, width: int, depth: int, base: Base) -> Any:
+        """A fresh one in fp32."""
+        return self.maker(width, depth, base)()
 
     def described(self) -> dict[str, Any]:
         return {"model": str(self)}
@@ -175,12 +174,12 @@ class Decoders:
 
     def check(self, shape: Shape, base: Base) -> None:
         section_of(shape, base, None)
-        self.fits(shape.width, shape.depth, base)
+        self.maker(shape.width, shape.depth, base)
 
     def build(self, shape: Shape, base: Base, seed: int) -> Trial:
         section = section_of(shape, base, None).folded_by_default()
         torch.manual_seed(seed)
-        model: Any = self.model(shape.width, shape.depth, base)
+        model = self.model(shape.width, shape.depth, base)
         self._check_proportions(model, shape, base)
         prepare_decoder(model, section, seed=seed, init_std=base.init_std)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -218,12 +217,6 @@ class HuggingFace(Decoders):
         config = self._config().to_dict()
         return {"model": {name: value for name, value in config.items() if name != "transformers_version"}}
 
-    def model(self, width: int, depth: int, base: Base) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        found: nn.Module = AutoModelForCausalLM.from_config(self.fits(width, depth, base), dtype=torch.float32)
-        return found
-
     def _config(self) -> Any:
         if not Path(self.path).exists():  # transformers would look for it on its hub
             raise ConfigError(f"--hf: {self.path} is no file or folder; give a config.json of transformers")
@@ -234,7 +227,7 @@ class HuggingFace(Decoders):
         except (ImportError, OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--hf: {self.path}: {str(error).splitlines()[0]}") from None
 
-    def fits(self, width: int, depth: int, base: Base) -> Any:
+    def maker(self, width: int, depth: int, base: Base) -> Callable[[], Any]:
         config = self._config()
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "vocab_size": base.vocab, "use_cache": False}
         for name in _PROPORTIONAL:
@@ -251,7 +244,9 @@ class HuggingFace(Decoders):
         no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         for name, value in {**sizes, **no_dropout, **no_tokens}.items():
             setattr(config, name, value)  # read anew for each model
-        return config
+        from transformers import AutoModelForCausalLM
+
+        return functools.partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -260,40 +255,34 @@ class Function(Decoders):
 
     name: str
 
-    def model(self, width: int, depth: int, base: Base) -> nn.Module:
-        model = self.fits(width, depth, base)(width, depth)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"--builder: {self.name} returned {model!r:.80}; return a model, in fp32")
-        return model
-
-    def fits(self, width: int, depth: int, base: Base) -> Any:
+    def maker(self, width: int, depth: int, base: Base) -> Callable[[], Any]:
         module, _, name = self.name.partition(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            return functools.partial(getattr(importlib.import_module(module), name), width, depth)
         except (ImportError, AttributeError, ValueError) as error:
             remedy = "give package.module:function of (width, depth), which Python can import here"
             raise ConfigError(f"--builder: {self.name}: {error}; {remedy}") from None
 
+    def model(self, width: int, depth: int, base: Base) -> nn.Module:
+        if not isinstance(model := super().model(width, depth, base), nn.Module):
+            raise ConfigError(f"--builder: {self.name} returned {model!r:.80}; return a model, in fp32")
+        return model
+
 
 def _decoder_loss(model: Any, batch: Batch) -> torch.Tensor:
-    tokens, labels = (t.to(_device(model)) for t in batch)
+    tokens, labels = (t.to(next(model.parameters()).device) for t in batch)
     output = model(tokens)
     logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _together(*parts: torch.optim.Optimizer) -> Any:
+    def each(do: str) -> None:
+        for part in parts:
+            getattr(part, do)()
+
     every = {"parts": parts, "param_groups": [group for part in parts for group in part.param_groups]}
-    return SimpleNamespace(**every, **{do: functools.partial(_each, parts, do) for do in ("zero_grad", "step")})
-
-
-def _each(parts: Sequence[torch.optim.Optimizer], do: str) -> None:
-    for part in parts:
-        getattr(part, do)()
+    return SimpleNamespace(**every, **{do: functools.partial(each, do) for do in ("zero_grad", "step")})
 
 
 def _optimizer(groups: Callable[..., Any], base: Base, ratios: Ratios | None = None) -> Callable[[float], Any]:
