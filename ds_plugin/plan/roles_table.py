@@ -122,9 +122,9 @@ def table(
             std = "0" if biases else f"{section.fold_factor(role, ratios):g} / 0"
         least = "-" if smallest is None else f"{row['lr'] * smallest:.4g}"
         rows.append((name, _WHAT[role], str(row["tensors"]), held, m_in, m_out, std, lr, least, decay, eps))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
     said = "(x n): the base model's value times n; init of norms: gains / biases"
     yield said if vocab else f"{said}; V: the padded vocabulary"
     if (change := section.multipliers(Role.HIDDEN, ratios).one_minus_beta) != 1.0:

@@ -19,7 +19,7 @@ import torch
 from ds_plugin.completep.rules import Recipe
 from ds_plugin.sweeps import figure, trial
 from ds_plugin.sweeps.builders import Builder
-from ds_plugin.sweeps.trial import Base, Seeded, Shape, Trial
+from ds_plugin.sweeps.trial import Base, Seeded, Shape, Trial, grouped
 
 LAST_BLOCK = "last_block"
 LAYERS = ("embedding", "attention", "mlp", LAST_BLOCK, "logits")
@@ -49,14 +49,11 @@ def measure(builder: Builder, shape: Shape, base: Base, *, seed: int, steps: int
     return rows
 
 
-def changes(rows: Iterable[Row], recipe: Recipe, step: int | None = None) -> dict[Shape, float]:
-    """The change of the last block after a step (None: the last), averaged over seeds, by the recipe's shapes."""
+def changes(rows: Iterable[Row], recipe: Recipe) -> dict[Shape, float]:
+    """The change of the last block after the last step, averaged over seeds, by the recipe's shapes."""
     rows = [row for row in rows if row.layer == LAST_BLOCK and row.recipe == recipe]
-    step = step or max(row.step for row in rows)
-    found: dict[Shape, list[float]] = {}
-    for row in rows:
-        if row.step == step:
-            found.setdefault(row.shape, []).append(row.change)
+    last = max(row.step for row in rows)
+    found = grouped((row.shape, row.change) for row in rows if row.step == last)
     return {shape: mean(each) for shape, each in found.items()}
 
 
@@ -74,19 +71,18 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
     widths, depths, steps = (sorted({getattr(row, name) for row in rows}) for name in ("width", "depth", "step"))
     mixtures = list(dict.fromkeys(row.experts for row in rows))
     steps = steps if len(mixtures) == 1 else steps[-1:]
-    each = itertools.product(enumerate(widths), enumerate(mixtures))
-    lines = {(width, experts): (figure.colour(i), figure.style(j)) for (i, width), (j, experts) in each}
-    found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    for row in rows:
-        key = row.recipe, row.layer, row.width, row.experts, row.step
-        found.setdefault(key, {}).setdefault(row.depth, []).append(row.change)
+    coloured, dashed = zip(widths, itertools.cycle(figure.COLOURS)), zip(mixtures, itertools.cycle(figure.STYLES))
+    lines = list(itertools.product(coloured, dashed, steps))
+    points = (((row.recipe, row.layer, row.width, row.experts, row.step), (row.depth, row.change)) for row in rows)
+    found = grouped(points)
     size = (3.6 * len(recipes) + 1, 2.4 * len(layers) + 1)
     shared: dict[str, Any] = {"title": title, "figsize": size, "sharex": True, "sharey": "row"}
     with figure.panels(path, len(layers), len(recipes), **shared) as axes:
         for (i, layer), (j, recipe) in itertools.product(enumerate(layers), enumerate(recipes)):
             axis = axes[i][j]
-            for ((width, experts), (colour, dashes)), step in itertools.product(lines.items(), steps):
-                curve, last = sorted(found.get((recipe, layer, width, experts, step), {}).items()), step == steps[-1]
+            for (width, colour), (experts, dashes), step in lines:
+                line, last = (recipe, layer, width, experts, step), step == steps[-1]
+                curve = sorted(grouped(found.get(line, ())).items())
                 at, name = [depth for depth, _ in curve], f"width {width}" + (f", experts {experts}" if experts else "")
                 style = {"marker": "o", "markersize": 3, "label": name} if last else {"linewidth": 0.8}
                 style |= {"color": colour, "linestyle": dashes, "alpha": step / steps[-1]}

@@ -8,18 +8,9 @@ from typing import Any
 
 from ds_plugin.core.files import atomic_write
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_STYLES = ("-", "--", ":", "-.")
-
-
-def colour(number: int) -> str:
-    """Of a figure's curves, the one of this number's."""
-    return _COLOURS[number % len(_COLOURS)]
-
-
-def style(number: int) -> str:
-    """The same of what curves of one colour differ in."""
-    return _STYLES[number % len(_STYLES)]
+#: of a figure's curves, and what curves of one colour differ in
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STYLES = ("-", "--", ":", "-.")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 from ds_plugin.sweeps import figure, processes, trial
 from ds_plugin.sweeps.builders import Builder
 from ds_plugin.sweeps.text import Text
-from ds_plugin.sweeps.trial import Base, Seeded, Shape
+from ds_plugin.sweeps.trial import Base, Seeded, Shape, grouped
 
 #: the loss of a run is the mean over this share of its last steps, which smooths the noise of single batches
 TAIL = 0.1
@@ -79,29 +81,25 @@ def sweep(
                 kept[shape, lr, seed] = Run(**vars(shape), seed=seed, lr=lr, loss=loss)
         return sorted(kept.values(), key=dataclasses.astuple)
 
-    missing = [job for job in jobs if job not in losses]
-    one = functools.partial(_train, builder=builder, base=base, steps=steps, text=text)
-    finished: Iterable[tuple[Any, Run]] = ((job, one(job)) for job in missing)
+    missing = [
+        functools.partial(train, builder, shape, base, seed=seed, steps=steps, lr=lr, text=text)
+        for shape, lr, seed in jobs
+        if (shape, lr, seed) not in losses
+    ]
+    finished: Iterable[tuple[Any, Run]] = ((one, one()) for one in missing)
     if workers > 1:
-        finished = processes.results(one, missing, workers, builder.start)
-    for number, (job, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
-        losses[job] = run.loss
+        finished = processes.results(operator.call, missing, workers, builder.start)
+    for number, (_, run) in enumerate(finished, start=len(jobs) - len(missing) + 1):
+        losses[run.shape, run.lr, run.seed] = run.loss
         said = f"{run} lr 2^{math.log2(run.lr):g} seed {run.seed}"
         keep(runs(), f"[{number}/{len(jobs)}] {said}: loss {run.loss:.4f}")
     return runs()
 
 
-def _train(job: tuple[Shape, float, int], *, builder: Builder, base: Base, steps: int, text: Text) -> Run:
-    shape, lr, seed = job
-    return train(builder, shape, base, seed=seed, steps=steps, lr=lr, text=text)
-
-
 def curves(runs: Iterable[Run]) -> dict[Shape, dict[float, float]]:
     """Mean loss over seeds by shape and learning rate."""
-    found: dict[Shape, dict[float, list[float]]] = {}
-    for run in runs:
-        found.setdefault(run.shape, {}).setdefault(run.lr, []).append(run.loss)
-    return {shape: {lr: mean(losses) for lr, losses in sorted(curve.items())} for shape, curve in found.items()}
+    each = grouped((run.shape, (run.lr, run.loss)) for run in runs).items()
+    return {shape: {lr: mean(losses) for lr, losses in sorted(grouped(curve).items())} for shape, curve in each}
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ def transfer(runs: Iterable[Run], base: Base) -> list[Transfer]:
     """Each shape against its recipe's smallest one (the base shape where it was swept)."""
     found = curves(runs)
     results = []
-    for recipe in dict.fromkeys(shape.recipe for shape in found):
-        shapes = [shape for shape in found if shape.recipe == recipe]
+    for recipe, shapes in grouped((shape.recipe, shape) for shape in found).items():
         wanted = Shape(recipe, base.width, base.depth)
         origin = wanted if wanted in found else min(shapes, key=lambda s: (s.depth * s.width**2, s.depth))
         chosen = _best(found[origin])
@@ -142,10 +139,9 @@ def draw(runs: Sequence[Run], path: Path, *, title: str) -> None:
     floor = min(loss for curve in found.values() for loss in curve.values())
     with figure.panels(path, 1, len(recipes), title=title, figsize=(4.4 * len(recipes), 4), sharey=True) as axes:
         for axis, recipe in zip(axes[0], recipes, strict=True):
-            for index, (width, depth, experts) in enumerate(sizes):
+            for (width, depth, experts), colour in zip(sizes, itertools.cycle(figure.COLOURS)):
                 if (curve := found.get(Shape(recipe, width, depth, experts=experts))) is None:
                     continue
-                colour = figure.colour(index)
                 finite = {lr: loss for lr, loss in curve.items() if math.isfinite(loss)}
                 name = f"{width} x {depth}" + (f", experts {experts}" if experts else "")
                 axis.plot(list(finite), list(finite.values()), color=colour, marker=".", label=name)
@@ -164,14 +160,11 @@ def _best(curve: dict[float, float]) -> float:
 
 def summary(results: Iterable[Transfer]) -> list[str]:
     """A line per shape and one per recipe, for people."""
-    results, lines = list(results), []
-    for recipe in dict.fromkeys(r.shape.recipe for r in results):
-        chosen: list[Any] = [r for r in results if r.shape.recipe == recipe]
+    lines = []
+    for recipe, chosen in grouped((r.shape.recipe, r) for r in results).items():
         for r in chosen:
-            lines.append(
-                f"{r.shape}: best loss {r.best_loss:.4f} at 2^"
-                f"{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x; the base model's rate costs {r.cost:.2%}"
-            )
+            at = f"2^{math.log2(r.best_lr):g}, moved {r.moved:+g} steps of 2x"
+            lines.append(f"{r.shape}: best loss {r.best_loss:.4f} at {at}; the base model's rate costs {r.cost:.2%}")
         farthest = max(abs(r.moved) for r in chosen)
         dearest = max((r.cost for r in chosen), key=lambda cost: (math.isnan(cost), cost))
         lines.append(f"{recipe}: the optimum moves by up to {farthest:g} steps of 2x and costs up to {dearest:.2%}")

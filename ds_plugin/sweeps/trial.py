@@ -1,6 +1,6 @@
 """One small training run under a recipe, in this process: what the sweeps are made of."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,6 +103,14 @@ def text_batches(base: Base, seed: int, text: Text | None = None) -> Iterator[Ba
         starts = torch.randint(0, len(data) - base.length - 1, (base.batch,), generator=generator)
         window = torch.stack([data[s : s + base.length + 1] for s in starts.tolist()]).long()
         yield window[:, :-1], window[:, 1:]
+
+
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """The values of each key; all stay in their order."""
+    found: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def step(trial: Trial, optimizer: Any, batch: Batch) -> float:
