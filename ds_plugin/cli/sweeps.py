@@ -34,8 +34,7 @@ def _shape(text: str) -> tuple[int, int, Mixture | None]:
     return width, depth, Mixture.of(mixture) if mixture else None
 
 
-_SIZES = "WIDTHxDEPTH like 64x8, or with experts of its own 64x8:16:2"
-_SHAPE = checked(_shape, lambda shape: min(shape[:2]) > 0, _SIZES)
+_SHAPE = checked(_shape, lambda of: min(of[:2]) > 0, "WIDTHxDEPTH like 64x8, or with experts of its own 64x8:16:2")
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -102,19 +101,17 @@ def coordinate_check(args: argparse.Namespace) -> int:
     """
     mixtures, depths, widths = args.experts or (None,), args.depths, args.widths
     sizes = [(width, depth, mixture) for mixture in mixtures for depth in depths for width in widths]
-    builder, shapes, base, say = _start(args, mixtures[0], sizes)
+    builder, shapes, base = _start(args, mixtures[0], sizes)
     from ds_plugin.sweeps import coord_check
-    from ds_plugin.sweeps.records import write_records
 
-    path = args.out / "coord_check.csv"
-    rows = _known(coord_check.Row, path, builder, base, {"steps": args.steps, "lr": args.lr})
+    path, settings = args.out / "coord_check.csv", {"steps": args.steps, "lr": args.lr}
+    rows, keep = _records(coord_check.Row, path, builder, base, settings)
     there = {(row.shape, row.seed) for row in rows}
     jobs = [(shape, seed) for shape in shapes for seed in range(1, args.seeds + 1) if (shape, seed) not in there]
     for number, (shape, seed) in enumerate(jobs, start=1):
         rows += coord_check.measure(builder, shape, base, seed=seed, steps=args.steps, lr=args.lr)
-        write_records(coord_check.Row, rows, path)
         moved = next(row for row in reversed(rows) if row.layer == coord_check.LAST_BLOCK).change
-        say(f"[{number}/{len(jobs)}] {shape} seed {seed}: last block moved {moved:.4g}")
+        keep(rows, f"[{number}/{len(jobs)}] {shape} seed {seed}: last block moved {moved:.4g}")
     title = f"base {base.width} x {base.depth}, lr {args.lr:g}, {args.seeds} seeds"
     coord_check.draw(rows, path.with_suffix(".png"), title=title)
     first = coord_check.spread(rows, args.recipes[0])
@@ -137,21 +134,15 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
     found = find(args.data, args.length + 2)  # two places to begin at
     given = {"batch": args.batch, "length": args.length, "vocab": found.vocab}
-    builder, shapes, base, say = _start(args, args.experts, args.shapes, **given)
+    builder, shapes, base = _start(args, args.experts, args.shapes, **given)
     from ds_plugin.sweeps import lr_transfer
-    from ds_plugin.sweeps.records import write_records
 
     path = args.out / "lr_transfer.csv"
     settings = {"steps": args.steps, "text": found.source, "tokens": found.tokens}
-    old = _known(lr_transfer.Run, path, builder, base, settings)
-
-    def keep(runs: list[lr_transfer.Run], said: str) -> None:
-        write_records(lr_transfer.Run, runs, path)
-        say(said)
-
+    known, keep = _records(lr_transfer.Run, path, builder, base, settings)
     plan: dict[str, Any] = {"rates": [2.0**n for n in args.exponents], "seeds": range(1, args.seeds + 1)}
     plan |= {"steps": args.steps, "text": found, "workers": args.workers}
-    runs = lr_transfer.sweep(builder, shapes, base, **plan, known=old, keep=keep)
+    runs = lr_transfer.sweep(builder, shapes, base, **plan, known=known, keep=keep)
     title = f"base {base.width} x {base.depth}, {args.steps} steps of {base.batch} x {base.length}, {args.seeds} seeds"
     lr_transfer.draw(runs, path.with_suffix(".png"), title=title)
     print("\n".join(lr_transfer.summary(lr_transfer.transfer(runs, base))))
@@ -159,11 +150,9 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _start(
-    args: argparse.Namespace, mixture: Mixture | None, sizes: Any, **changes: Any
-) -> tuple[Any, list[Any], Any, Callable[[str], None]]:
-    """The builder, the shapes, the base model, whose experts are ``mixture``, and a function that prints progress;
-    refuses shapes that cannot be, starts the framework, makes the output folder."""
+def _start(args: argparse.Namespace, mixture: Mixture | None, sizes: Any, **changes: Any) -> tuple[Any, list[Any], Any]:
+    """The builder, the shapes, and the base model, whose experts are ``mixture``; refuses shapes that cannot be, starts
+    the framework."""
     from ds_plugin.sweeps import trial
 
     given = {name: getattr(args, name) for name in ("head_dim", "alpha", "init_std", "section")} | changes
@@ -175,16 +164,13 @@ def _start(
     for shape in shapes:
         builder.check(shape, base)
     builder.start()
-    args.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    return builder, shapes, base, lambda text: print(f"{time.monotonic() - started:6.0f} s  {text}", flush=True)
+    return builder, shapes, base
 
 
 def _builder(args: argparse.Namespace, mixture: Mixture | None) -> Any:
     from ds_plugin.sweeps import builders
 
-    own = {name: getattr(args, name) for name in ("shared", "moe", "latent", "optimizer")}
-    of_megatron = {"experts": mixture, **own}
+    of_megatron = {"experts": mixture} | {n: getattr(args, n) for n in ("shared", "moe", "latent", "optimizer")}
     given = [f"--{name}" for name, value in of_megatron.items() if value != getattr(builders.Megatron, name)]
     if given and (args.hf is not None or args.builder is not None):
         raise ConfigError(f"{given[0]}: of Megatron's GPT alone; leave it out, or --hf and --builder")
@@ -195,14 +181,23 @@ def _builder(args: argparse.Namespace, mixture: Mixture | None) -> Any:
     return builders.Megatron(**of_megatron) if args.builder is None else builders.Function(args.builder)
 
 
-def _known(kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]) -> list[Any]:
-    """The records of an earlier sweep with these settings in the folder; refuses one with others."""
-    from ds_plugin.sweeps.records import read_records
+def _records(
+    kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]
+) -> tuple[list[Any], Callable[[list[Any], str], None]]:
+    """Makes the folder; the records of an earlier sweep with these settings in it, refusing one with others, and a
+    function that writes all records and prints a line of progress."""
+    from ds_plugin.sweeps.records import read_records, write_records
 
-    kept = path.with_suffix(".json")
+    kept, started = path.with_suffix(".json"), time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
     of_base = {name: value for name, value in dataclasses.asdict(base).items() if name != "section" or value}
     text = json.dumps({**builder.described(), **of_base, **settings}, indent=1, default=str)
     if (known := kept.exists()) and kept.read_text() != text:
         raise ConfigError(f"--out: {kept} is of a sweep with other settings; give another folder")
     write_text(kept, text)
-    return read_records(kind, path) if known and path.exists() else []
+
+    def keep(records: list[Any], said: str) -> None:
+        write_records(kind, records, path)
+        print(f"{time.monotonic() - started:6.0f} s  {said}", flush=True)
+
+    return read_records(kind, path) if known and path.exists() else [], keep

@@ -25,8 +25,7 @@ def results(
             for future in concurrent.futures.as_completed(pending):
                 yield pending[future], future.result()
         finally:
-            for future in pending:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(start: Callable[[], object]) -> None:
