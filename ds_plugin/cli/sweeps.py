@@ -96,9 +96,8 @@ def show_rules(args: argparse.Namespace) -> int:
 
 
 def coordinate_check(args: argparse.Namespace) -> int:
-    """Sweep, write coord_check.csv after every run and coord_check.png at the end, print one line per recipe; 1 where
-    the first one's spread is above ``--at-most``. A second start with the same settings goes on with what is missing.
-    """
+    """Sweep, write coord_check.csv after every run and coord_check.png at the end, print a line per recipe; 1 where
+    the first's spread is above ``--at-most``. A second start with the same settings goes on with what is missing."""
     mixtures, depths, widths = args.experts or (None,), args.depths, args.widths
     sizes = [(width, depth, mixture) for mixture in mixtures for depth in depths for width in widths]
     builder, shapes, base = _start(args, mixtures[0], sizes)
@@ -151,8 +150,7 @@ def learning_rate_transfer(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, mixture: Mixture | None, sizes: Any, **changes: Any) -> tuple[Any, list[Any], Any]:
-    """The builder, the shapes, and the base model, whose experts are ``mixture``; refuses shapes that cannot be, starts
-    the framework."""
+    """The builder, started, the shapes, each of which can be, and the base model, whose experts are ``mixture``."""
     from ds_plugin.sweeps import trial
 
     given = {name: getattr(args, name) for name in ("head_dim", "alpha", "init_std", "section")} | changes
@@ -181,9 +179,7 @@ def _builder(args: argparse.Namespace, mixture: Mixture | None) -> Any:
     return builders.Megatron(**of_megatron) if args.builder is None else builders.Function(args.builder)
 
 
-def _records(
-    kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]
-) -> tuple[list[Any], Callable[[list[Any], str], None]]:
+def _records(kind: Any, path: Path, builder: Any, base: Any, settings: dict[str, Any]) -> tuple[list[Any], Any]:
     """Makes the folder; the records of an earlier sweep with these settings in it, refusing one with others, and a
     function that writes all records and prints a line of progress."""
     from ds_plugin.sweeps.records import read_records, write_records

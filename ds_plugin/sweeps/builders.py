@@ -29,6 +29,8 @@ from ds_plugin.core.errors import ConfigError
 from ds_plugin.core.settings_model import parse_section
 from ds_plugin.sweeps.mixtures import Mixture
 from ds_plugin.sweeps.trial import Base, Batch, Shape, Trial, section_of
+from megatron_patches import megatron_on_cpu
+from megatron_patches.models import gpt
 
 #: of transformers' configs, what grows with the width; the size of a head stays
 _PROPORTIONAL = (
@@ -65,15 +67,12 @@ class Megatron:
 
     def check(self, shape: Shape, base: Base) -> None:
         """Raises ConfigError for a shape that cannot be."""
-        from megatron_patches.models import gpt
-
         section, cfg, kind = self._settings(shape, base)
         self._ratios(gpt.transformer_config(cfg, torch.float32, **kind), section)
 
     def build(self, shape: Shape, base: Base, seed: int) -> Trial:
         from megatron_patches.completep import build_param_groups, finish, prepare
         from megatron_patches.completep.residual import scaled_before
-        from megatron_patches.models import gpt
 
         section, cfg, kind = self._settings(shape, base)
         gpt.initialize_parallel(cfg, seed)
@@ -96,8 +95,6 @@ class Megatron:
 
     def _settings(self, shape: Shape, base: Base) -> Any:
         """The section, the GPTConfig, and a TransformerConfig's fields beside it."""
-        from megatron_patches.models import gpt
-
         if odd := [width for width in (base.width, shape.width) if width % base.head_dim]:
             raise ConfigError(f"width {odd[0]} is not divisible by --head-dim {base.head_dim}; write a multiple of it")
         model: dict[str, Any] = {"num_layers": shape.depth, "hidden_size": shape.width, "seq_length": base.length}
@@ -136,8 +133,6 @@ class Megatron:
 
 def start_megatron() -> None:
     """Make this process a world of one rank, on the GPU if there is one; does nothing when there is a world already."""
-    from megatron_patches import megatron_on_cpu
-
     if not torch.cuda.is_available():
         megatron_on_cpu.enable()
     if not dist.is_initialized():
@@ -242,8 +237,7 @@ class HuggingFace(Decoders):
             sizes["max_position_embeddings"] = max(positions, base.length)
         no_dropout = {name: 0.0 for name, v in config.to_dict().items() if "drop" in name and isinstance(v, float)}
         no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-        for name, value in {**sizes, **no_dropout, **no_tokens}.items():
-            setattr(config, name, value)  # read anew for each model
+        config.update({**sizes, **no_dropout, **no_tokens})  # it is read anew for each model
         from transformers import AutoModelForCausalLM
 
         return functools.partial(AutoModelForCausalLM.from_config, config, dtype=torch.float32)

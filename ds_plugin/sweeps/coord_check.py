@@ -105,10 +105,7 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
 @torch.no_grad()
 def _outputs(built: Trial, probe: trial.Batch) -> dict[str, torch.Tensor]:
-    """Outputs of the embedding, the last attention, the last MLP, the last block, and the logits, on the probe.
-
-    Those of attention and MLP are without the branch's multiplier.
-    """
+    """The outputs of `LAYERS` on the probe; the last attention's and MLP's are without the branch's multiplier."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(name: str, divisor: float, module: Any, args: Any, output: Any) -> None:

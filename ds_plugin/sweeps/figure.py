@@ -15,10 +15,8 @@ STYLES = ("-", "--", ":", "-.")
 
 @contextlib.contextmanager
 def panels(path: Path, rows: int, columns: int, *, title: str | None = None, **settings: Any) -> Iterator[Any]:
-    """The axes, an array of rows and columns, to draw on; written to ``path`` when the block ends.
-
-    ``settings``: of pyplot's ``subplots``.
-    """
+    """The axes, an array of rows and columns, to draw on; written to ``path`` when the block ends. ``settings``: of
+    pyplot's ``subplots``."""
     import matplotlib
 
     matplotlib.use("Agg")

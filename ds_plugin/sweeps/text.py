@@ -1,6 +1,7 @@
 """Text for the sweeps: bytes as they lie on disk, or the tokens of a Megatron dataset."""
 
-import importlib.util
+import importlib
+import inspect
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,7 @@ class Text:
 
 def modules() -> Text:
     """Text that every Python has and that needs no preparation."""
-    specs = [importlib.util.find_spec(name) for name in _MODULES]
-    files = tuple(Path(spec.origin) for spec in specs if spec is not None and spec.origin is not None)
+    files = tuple(Path(inspect.getfile(importlib.import_module(name))) for name in _MODULES)
     return Text("modules", files, "uint8", 256, sum(path.stat().st_size for path in files))
 
 
@@ -54,8 +54,11 @@ def find(source: str, least: int) -> Text:
         raise DataError(f"--data: {source!r} names nothing; give a text file or folder, or {STDLIB!r}")
     dtype, vocab, root = np.dtype("uint8"), 256, Path(source)
     if Path(f"{source}.idx").is_file() and Path(f"{source}.bin").is_file():
-        dtype, vocab = _kind_of_dataset(source)
-        files = [Path(f"{source}.bin")]
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        wanted, remedy = {"vocab_size": PositiveInt}, 'write {"vocab_size": N} there'
+        vocab = read_json(Path(f"{source}.json"), wanted, error=DataError, remedy=remedy)["vocab_size"]
+        files, dtype = [Path(f"{source}.bin")], np.dtype(IndexedDataset(source).index.dtype)
     elif source == STDLIB:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     else:
@@ -73,11 +76,3 @@ def find(source: str, least: int) -> Text:
             "launch_scripts/pretrain_gpt.py makes of them in its --cache folder"
         )
     return Text(source, tuple(files), dtype.name, vocab, tokens)
-
-
-def _kind_of_dataset(prefix: str) -> tuple[np.dtype, int]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    wanted, remedy = {"vocab_size": PositiveInt}, 'write {"vocab_size": N} there'
-    vocab = read_json(Path(f"{prefix}.json"), wanted, error=DataError, remedy=remedy)["vocab_size"]
-    return np.dtype(IndexedDataset(prefix).index.dtype), vocab
