@@ -50,7 +50,7 @@ def enable(*, pretend_cuda: bool = False) -> None:
         count = torch.cuda.device_count()
         raise ConfigError(f'megatron_on_cpu.enable(): {count} GPU(s) found; remove it, or set CUDA_VISIBLE_DEVICES=""')
     try:
-        for change in [*_CHANGES, *(_PRETEND if pretend_cuda else ()), *_RESUME.values()]:
+        for change in [*_CHANGES, *(_PRETEND if pretend_cuda else ()), *_MEGATRON.values()]:
             change.apply()
     except PluginError:
         disable()
@@ -59,7 +59,7 @@ def enable(*, pretend_cuda: bool = False) -> None:
 
 def disable() -> None:
     """Undo `enable`, newest change first."""
-    for change in reversed([*_CHANGES, *_PRETEND, *_RESUME.values()]):
+    for change in reversed([*_CHANGES, *_PRETEND, *_MEGATRON.values()]):
         change.revert()
 
 
@@ -173,8 +173,8 @@ def _quiet_fork(record: logging.LogRecord) -> bool:
     return _TRACKER_WARNING not in record.getMessage()
 
 
-class _Done:
-    """A CUDA stream whose work is always done, or an event that has always happened."""
+class _Event:
+    """A CUDA event that has always happened, or a stream whose work is always done."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def _nothing(self, *_: Any, **__: Any) -> None: ...
@@ -191,10 +191,7 @@ class _Done:
         return event or _Event()
 
 
-class _Stream(_Done): ...
-
-
-class _Event(_Done): ...
+class _Stream(_Event): ...
 
 
 def _has_torch_adam(optimizer: Any) -> bool:  # megatron's choice without Transformer Engine and apex
@@ -204,17 +201,15 @@ def _has_torch_adam(optimizer: Any) -> bool:  # megatron's choice without Transf
 def _optimizer_state_dict(self: Any) -> Any:
     """megatron reads the step count off the state, which torch's Adam only creates in its first step."""
     if _has_torch_adam(self):
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if not self.optimizer.state[p]:
-                    zeros = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
-    return _RESUME["state_dict"].original(self)
+        for p in (p for group in self.optimizer.param_groups for p in group["params"] if not self.optimizer.state[p]):
+            zeros = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+    return _MEGATRON["state_dict"].original(self)
 
 
 def _load_optimizer_state_dict(self: Any, state_dict: Any) -> None:
     """megatron gives all parameters one tensor for their step count, which each of them would advance."""
-    _RESUME["load_state_dict"].original(self, state_dict)
+    _MEGATRON["load_state_dict"].original(self, state_dict)
     if _has_torch_adam(self):
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -227,7 +222,7 @@ def _set_optimizer_states(self: Any, model_param: Any, tensors: Any) -> None:
         group, position = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][position]]
         tensors = {**tensors, "step": state["step"]}
-    _RESUME["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
+    _MEGATRON["_set_main_param_and_optimizer_states"].original(self, model_param, tensors)
 
 
 def _know_no_te() -> None:
@@ -242,7 +237,7 @@ def _know_no_te() -> None:
 
 def _init_attention(self: Any, *args: Any, k_channels: Any = None, v_channels: int | None = None, **kw: Any) -> None:
     """megatron's own attention computes with heads of any size, and only TransformerEngine's is told them."""
-    _RESUME["attention"].original(self, *args, **kw)
+    _MEGATRON["__init__"].original(self, *args, **kw)
     if v_channels is not None:
         setattr(self, _OF_VALUES, v_channels * self.num_attention_heads_per_partition)
 
@@ -251,7 +246,7 @@ def _norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     """megatron refuses torch's norms under sequence parallelism, which asks of them only that their gradients are added
     up over the ranks; so their parameters are marked, as those of other norms are."""
     with replaced(config, "sequence_parallel", False):
-        norm = _RESUME["norm"].original(cls, config, *args, **kwargs)
+        norm = _MEGATRON["__new__"].original(cls, config, *args, **kwargs)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel
     return norm
@@ -319,22 +314,19 @@ _PRETEND: list[Change] = [
     ),
 ]
 
-# The last: applying them imports megatron, as on a CPU.
-_RESUME: dict[str, Any] = {
-    name: Patch(f"{_OPTIMIZER}.{name}", mended, reason="resume with torch's Adam", prefixes=())
-    for name, mended in (
-        ("state_dict", _optimizer_state_dict),
-        ("load_state_dict", _load_optimizer_state_dict),
-        ("_set_main_param_and_optimizer_states", _set_optimizer_states),
+# The last: applying them imports megatron, as on a CPU. By their methods' names.
+_ADAM = "resume with torch's Adam"
+_MEGATRON: dict[str, Any] = {
+    target.rpartition(".")[2]: Patch(target, mended, reason=reason)
+    for target, mended, reason in (
+        (f"{_OPTIMIZER}.state_dict", _optimizer_state_dict, _ADAM),
+        (f"{_OPTIMIZER}.load_state_dict", _load_optimizer_state_dict, _ADAM),
+        (f"{_OPTIMIZER}._set_main_param_and_optimizer_states", _set_optimizer_states, _ADAM),
+        (f"{_TORCH_NORM}.__new__", staticmethod(_norm), "norms under sequence parallelism"),
+        (f"{_LAYER_WISE}.allgather_params", lambda self: self.broadcast_params(), "gloo gathers equal parts only"),
+        (f"{_ATTENTION}.__init__", _init_attention, "latent attention"),
     )
 }
-_RESUME["norm"] = Patch(
-    f"{_TORCH_NORM}.__new__", staticmethod(_norm), reason="norms under sequence parallelism", prefixes=()
-)
-_RESUME["layer-wise"] = Patch(
-    f"{_LAYER_WISE}.allgather_params", lambda self: self.broadcast_params(), reason="gloo gathers equal parts only"
-)
-_RESUME["te"] = Change(
+_MEGATRON["te"] = Change(
     "megatron's view of TransformerEngine", _know_no_te, _without_te.close, reason="it is not there on the CPU"
 )
-_RESUME["attention"] = Patch(f"{_ATTENTION}.__init__", _init_attention, reason="latent attention", prefixes=())

@@ -48,12 +48,11 @@ class Part:
     """The masters of one optimizer. ``lists``: names of its lists of parameters, and of their masters; not a
     DistributedOptimizer's model_param_group_index_map, which confuses parameters of 16 and of 32 bits in a group."""
 
-    def __init__(self, optimizer: Any, layout: str, lists: Sequence[tuple[str, str]]):
-        self.optimizer, self.layout, self.lists = optimizer, layout, lists
-        self.cut = layout == "sharded"  # its masters are runs of parameters
-        need(optimizer, *(name for pair in lists for name in pair), *([COPY] if lists else ["param_groups"]))
-        if self.cut:
-            need(optimizer, RANGE)
+    def __init__(self, optimizer: Any, lists: Sequence[tuple[str, str]]):
+        self.optimizer, self.lists = optimizer, lists
+        self.cut = SHARDED_32 in lists  # its masters are runs of parameters
+        self.layout = "sharded" if self.cut else "replicated"  # a layer-wise optimizer's members are sharded, too
+        need(optimizer, *itertools.chain(*lists), COPY if lists else "param_groups", *([RANGE] if self.cut else []))
 
     def masters(self) -> Iterator[Master]:
         if not self.lists:  # FP32Optimizer: the parameters are the masters
@@ -79,7 +78,7 @@ class FusedPart(Part):
     option."""
 
     def __init__(self, optimizer: Any):
-        super().__init__(optimizer, "sharded", ((SHARDED[0][0], RUNS_16), SHARDED_32))
+        super().__init__(optimizer, ((SHARDED[0][0], RUNS_16), SHARDED_32))
         self.adam, dtype = optimizer.optimizer, optimizer.config.main_params_dtype
         if dtype is not torch.float32:
             raise ConfigError(f"weight_averaging: main_params_dtype is {dtype}; give --main-params-dtype fp32")
@@ -201,21 +200,17 @@ def _part(optimizer: Any) -> Part:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    kinds: dict[type, tuple[str, Any]] = {
-        FP32Optimizer: ("replicated", ()),
-        Float16OptimizerWithFloat16Params: ("replicated", WHOLE),
-        DistributedOptimizer: ("sharded", SHARDED),
-    }
-    if (kind := kinds.get(type(optimizer))) is None:
+    kinds = {FP32Optimizer: (), Float16OptimizerWithFloat16Params: WHOLE, DistributedOptimizer: SHARDED}
+    if (lists := kinds.get(type(optimizer))) is None:
         known = ", ".join(k.__name__ for k in kinds)
         raise ConfigError(f"weight_averaging: {type(optimizer).__name__} is not supported; use one of {known}")
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         raise ConfigError("weight_averaging: masters must not lie on two devices; leave out --optimizer-cpu-offload")
-    if kind[0] == "sharded":
+    if lists is SHARDED:
         need(optimizer.config, PRECISION_AWARE)
         if getattr(optimizer.config, PRECISION_AWARE):
             return FusedPart(optimizer)
-    return Part(optimizer, *kind)
+    return Part(optimizer, lists)
 
 
 def _refuse_chunk(ddp_config: Any, model: torch.nn.Module) -> None:
