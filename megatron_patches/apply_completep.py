@@ -117,15 +117,11 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
     everywhere = tuple({name.partition(".")[0] for name in sys.modules} - {"megatron_patches"} | {"megatron"})
     model = scaled_builds(section, lambda config: configs.append(weakref.ref(config)))
     language_model = Patch(f"{_LANGUAGE_MODULE}.__init__", build_language_model, reason="completep: other models")
-    optimizers = [optimizer_patch(target) for target in (_OPTIMIZER, *([_MUON] if _muon_is_built_apart() else []))]
+    optimizers = [optimizer_patch(_OPTIMIZER)]
+    with contextlib.suppress(ImportError, AttributeError):
+        # in 0.16 a function of its own, which asks the other for what Adam trains; later it only calls the other
+        if "config" in inspect.signature(pkgutil.resolve_name(_MUON)).parameters:
+            optimizers.append(optimizer_patch(_MUON))
     scheduler = Patch(f"{_SCHEDULER}.__init__", build_scheduler, reason="completep: warmup starts at 0")
     given = Change("TransformerConfig objects", lambda: None, give_configs_back, reason="completep: configs' fields")
     return model, language_model, *optimizers, scheduler, given
-
-
-def _muon_is_built_apart() -> bool:
-    """Whether Muon has a function of its own, as in 0.16; it asks the other for what Adam trains. Later it only calls
-    the other."""
-    with contextlib.suppress(ImportError, AttributeError):
-        return "config" in inspect.signature(pkgutil.resolve_name(_MUON)).parameters
-    return False

@@ -15,7 +15,6 @@ from ds_plugin.core.errors import StateError
 from ds_plugin.core.patch import Patch, active
 from megatron_patches.completep.layers import finish, prepared, scaled_spec
 
-_MTP_SPEC = "mtp_block_spec"  # an argument of it
 GPT_MODEL_INIT = "megatron.core.models.gpt.gpt_model.GPTModel.__init__"
 
 
@@ -26,8 +25,8 @@ def scaled_builds(section: CompletePConfig, built: Callable[[Any], object]) -> P
         given = inspect.signature(patch.original).bind(self, config, transformer_layer_spec, *args, **kwargs)
         with prepared(config, transformer_layer_spec, section) as spec:
             given.arguments["transformer_layer_spec"] = spec
-            if given.arguments.get(_MTP_SPEC) is not None:
-                given.arguments[_MTP_SPEC] = scaled_spec(config, given.arguments[_MTP_SPEC], section)
+            if (prediction := given.arguments.get("mtp_block_spec")) is not None:
+                given.arguments["mtp_block_spec"] = scaled_spec(config, prediction, section)
             patch.original(*given.args, **given.kwargs)
             finish(self, section)
         built(config)

@@ -22,7 +22,7 @@ from ds_plugin.completep.rules import Ratios, Role
 from ds_plugin.completep.sizes import head_size
 from ds_plugin.completep.supported import MAMBA, bare_model, check_config, check_layer, gpt_of
 from ds_plugin.core.errors import ConfigError
-from megatron_patches.completep.residual import added_by, scale_before, scale_input, scaled_add
+from megatron_patches.completep.residual import check_branches, scale_before, scale_input, scaled_add
 
 #: a TransformerConfig's init methods, and what is drawn by them
 _DRAWN = {
@@ -40,9 +40,6 @@ _UNSUPPORTED = {
         experimental_attention_variant""",
     MAMBA: "is_hybrid_model",
 }
-#: what a multi-token prediction's layer calls the transformer layer in it, by megatron-core's version
-_INNER = ("transformer_layer", "mtp_model_layer")
-_READ_LATER = ("pipeline_dtype",)  # of the fields that are set, while the model trains; the others while it is built
 
 
 def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tuple[Any, Any]:
@@ -52,7 +49,6 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
     ConfigError: it asks for what the rules do not cover, or what sets the same quantity another way."""
     if section is None:
         return config, layer_spec
-    check_config(config)
     config = copy.copy(config)  # not dataclasses.replace: it would run __post_init__ a second time
     with prepared(config, layer_spec, section) as spec:
         return config, spec
@@ -61,8 +57,7 @@ def prepare(config: Any, layer_spec: Any, section: CompletePConfig | None) -> tu
 @contextlib.contextmanager
 def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator[Any]:
     """`prepare` on the given TransformerConfig itself, since who gave it goes on to use it; yields the layer spec. It
-    may be prepared already, shared by models or stages, its size changed. When the block fails, it is left as it
-    was."""
+    may be prepared already, shared by models or stages, its size changed; where the block fails it is as it was."""
     check_config(config)
     before = dict(vars(config))
     try:
@@ -83,10 +78,10 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
 
 
 def give_back(config: Any, *, models_live: bool = False) -> None:
-    """Take back what `prepared` has set on a config, where it still holds; ``models_live``: but for what they read."""
+    """Take back what `prepared` set on a config and still holds; ``models_live``: but what they read as they train."""
     done: Prepared | None = vars(config).pop(MARK, None)
     for name, (given, ours) in (done.fields if done is not None else {}).items():
-        if getattr(config, name) == ours and not (models_live and name in _READ_LATER):
+        if getattr(config, name) == ours and not (models_live and name == "pipeline_dtype"):
             setattr(config, name, given)
 
 
@@ -97,17 +92,15 @@ def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]
         std = stds[name] * section.multipliers(role, ratios).init_std
         fields[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
         setattr(fields[name], _BASE_STD, stds[name])
-    head_dim = head_size(config)
-    if section.base_head_dim is not None and section.base_head_dim != head_dim:
-        fields["softmax_scale"] = rules.attention_scale(head_dim, section.base_head_dim, section.recipe)
+    if section.base_head_dim not in (None, head := head_size(config)):
+        fields["softmax_scale"] = rules.attention_scale(head, section.base_head_dim, section.recipe)
     if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
         fields["pipeline_dtype"] = torch.float32  # what a stage sends to the next is the stream
     return fields
 
 
 def scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
-    """A layer's or block's spec, or a multi-token prediction block's, that builds scaled residual branches. Raises
-    ConfigError, as `prepare`."""
+    """A layer's, block's or multi-token prediction block's spec that scales residual branches. Raises as `prepare`."""
     for layer in _layers(layer_spec):
         _check_layer(layer, section)
     branch = rules.residual_multiplier(ratios_of(config, section), section.recipe)
@@ -146,8 +139,8 @@ def _layers(layer_spec: Any) -> list[Any]:
 
 
 def _transformer_layer(prediction: Any) -> Any:
-    """The transformer layer in a multi-token prediction's layer, or that one's spec in its; None in others."""
-    return next((inner for name in _INNER if (inner := getattr(prediction, name, None)) is not None), None)
+    """The transformer layer, or its spec, in a multi-token prediction's, by megatron-core's version; None in others."""
+    return getattr(prediction, "transformer_layer", None) or getattr(prediction, "mtp_model_layer", None)
 
 
 def _check_layer(layer: Any, section: CompletePConfig) -> None:
@@ -195,8 +188,9 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
             if (scale := _init_scale(roles[name], section, ratios)) != 1.0:
                 parameter.mul_(scale)
     layers, multipliers = list(gpt.decoder.layers), forward_multipliers(gpt, section)
+    branch = multipliers["residual branches"]
     predictions = list(gpt.mtp.layers) if getattr(gpt, "mtp", None) is not None else []
-    _check_branches([*layers, *map(_transformer_layer, predictions)], multipliers["residual branches"])
+    check_branches([*layers, *map(_transformer_layer, predictions)], _ADDS, branch)
     c = section.fold_factor(Role.LOGIT_NORM, ratios) if tied else 1.0
     for prediction in predictions if c != 1.0 else []:  # its norm is on what a final norm returns, c times as large
         prediction.hnorm.eps *= c * c
@@ -204,7 +198,7 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
         output_layer.register_forward_pre_hook(functools.partial(scale_input, multiplier=logits))
     if (embeddings := multipliers["embeddings"]) != 1.0 and (embedding := getattr(gpt, "embedding", None)) is not None:
         embedding.register_forward_hook(functools.partial(_scale_output, multiplier=embeddings))
-    if (branch := multipliers["residual branches"]) != 1.0 and layers:
+    if branch != 1.0 and layers:
         scale_before(layers[-1], branch)  # of a pipeline's stage or chunk too: there its backward pass begins
     for layer in layers if gpt.config.softmax_scale is not None else []:
         layer.self_attention.softmax_scale = gpt.config.softmax_scale  # dynamic-batching inference looks there
@@ -215,14 +209,6 @@ def finish(model: torch.nn.Module, section: CompletePConfig | None) -> dict[str,
 
 def _scale_output(module: torch.nn.Module, args: tuple[Any, ...], output: Any, *, multiplier: float) -> Any:
     return output * multiplier
-
-
-def _check_branches(layers: list[Any], multiplier: float) -> None:
-    for layer in layers:
-        if (found := added_by(layer, _ADDS)) - {multiplier}:
-            what = f"a layer's residual branches are multiplied by {found}, and the section says {multiplier:g}"
-            remedy = "build the model, and get_gpt_mtp_block_spec's block, from the layer spec that prepare() returned"
-            raise ConfigError(f"completep: {what}; {remedy}")
 
 
 def _init_scale(role: Role, section: CompletePConfig, ratios: Ratios) -> float:
@@ -237,8 +223,7 @@ def forward_multipliers(model: torch.nn.Module, section: CompletePConfig | None)
     """What a forward pass of the model multiplies beside its weights, under a section; None: in stock code."""
     config: Any = model.config
     head = head_size(config)
-    found = {"embeddings": 1.0, "residual branches": 1.0, "logits": 1.0}
-    found["q.k"] = rules.attention_scale(head, head, "standard")
+    found = {"embeddings": 1.0, "residual branches": 1.0, "logits": 1.0, "q.k": 1 / math.sqrt(head)}
     if section is not None and section.residual == "forward":
         ratios = ratios_of(config, section)
         found["embeddings"] = section.embedding_multiplier

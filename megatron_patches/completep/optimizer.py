@@ -33,7 +33,7 @@ _CHAIN = "chained_optimizers"
 _GRADS_FOR_NORM = ("get_main_grads_for_grad_norm", "get_grads_for_grad_norm")  # 0.16, 0.19; those of `_PARAMETERS`
 _PARAMETERS = "get_parameters"
 _SHARD_INDEX = "model_param_group_index_map"  # DistributedOptimizer: model parameter -> (group, position)
-_HALF_GROUPS, _FULL_GROUPS = "float16_groups", "fp32_from_fp32_groups"  # Float16Optimizer: model parameters by group
+_BY_GROUP = ("float16_groups", "fp32_from_fp32_groups")  # Float16Optimizer: model parameters by group
 _LAYER_WISE = "dp_cp_params_list"  # LayerWiseDistributedOptimizer: which rank updates what
 _LOADS = ("load_state_dict", "load_state_dict_from_file")  # the second of that one, which does not go by the first
 _MUON = "TensorParallelMuon"  # the class of what a Muon's member of the chain holds
@@ -83,7 +83,7 @@ def watch_groups(
         check_groups(optimizer, model_chunks, section)
     clip_as_unfolded(optimizer, model_chunks, section)
     inner_step = optimizer.step
-    ratios = _ratios(model_chunks, section, optimizer_config, muon=_has_muon(optimizer))
+    ratios = _ratios(model_chunks, section, optimizer_config, muon=any(map(_is_muon, _singles(optimizer))))
     rows = {role.value: section.multipliers(role, ratios) for role in Role}
 
     def checked(load: Callable[..., None], state: Any, *args: Any, **kwargs: Any) -> None:
@@ -174,11 +174,14 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
     if bare := next((type(single).__name__ for single in singles if not hasattr(single, "config")), None):
         what = f"megatron-core's layer-wise optimizer holds {bare} itself, which fp32 parameters do not step by"
         raise ConfigError(f"completep: {what}; write bf16=True, or leave layer-wise out")
-    ratios = _ratios(model_chunks, section, singles[0].config, muon=_has_muon(optimizer))
+    ratios = _ratios(model_chunks, section, singles[0].config, muon=any(map(_is_muon, singles)))
     expected = _group_values(section, ratios, singles[0].config)
-    found = {id(parameter): group for single in singles for parameter, group in _optimized(single)}
-    by_muon = {id(parameter) for single in singles if _is_muon(single) for parameter, _ in _optimized(single)}
-    _check_members(optimizer)
+    found = {id(p): (group, _is_muon(single)) for single in singles for p, group in _optimized(single)}
+    # megatron-core 0.16 takes groups out of a list that it walks through, and some experts' stay with other matrices
+    for single in singles if not hasattr(optimizer, _LAYER_WISE) else []:
+        if _is_muon(single) and len({group["is_expert_parallel"] for group in single.param_groups}) > 1:
+            what = "megatron-core's Muon has experts' matrices and others together, and would clip by another norm"
+            raise ConfigError(f'completep: {what}; write optimizer="dist_muon", or no expert parallelism')
     # on the rank that holds its shard
     elsewhere = any(hasattr(each, _SHARD_INDEX) or hasattr(each, _LAYER_WISE) for each in [optimizer, *singles])
     for name, parameter, role in _parameters(model_chunks, section):
@@ -186,24 +189,15 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
             if parameter.requires_grad and not elsewhere:
                 raise ConfigError(f"completep: {name!r} is in no param group; wrap the model before build_optimizer")
             continue
-        group = found[id(parameter)]
-        if (id(parameter) in by_muon) != (role in ratios.muon.rates):
-            how = "by Muon and has a rule of Adam's" if id(parameter) in by_muon else "by Adam and has a rule of Muon's"
+        group, by_muon = found[id(parameter)]
+        if by_muon != (role in ratios.muon.rates):
+            how = "by Muon and has a rule of Adam's" if by_muon else "by Adam and has a rule of Muon's"
             raise ConfigError(f"completep: parameter {name!r} (role {role.value}) is trained {how}; use AdamW for all")
         for setting, value in expected[role].items():
             if setting not in ("lr", "weight_decay") and not _same(held := group.get(setting), value):
                 what = f"parameter {name!r} (role {role.value}) has {setting} {held!r}, expected {value!r}"
                 remedy = "use build_optimizer's groups alone, and resume with the same recipe and learning rate"
                 raise ConfigError(f"completep: {what}; {remedy}")
-
-
-def _check_members(optimizer: Any) -> None:
-    """Raises ConfigError for a Muon that has a part of the experts besides other matrices: megatron-core 0.16 takes
-    groups out of a list that it walks through. Their gradient norm would be another."""
-    for single in _singles(optimizer) if not hasattr(optimizer, _LAYER_WISE) else []:
-        if _is_muon(single) and len({group["is_expert_parallel"] for group in single.param_groups}) > 1:
-            what = "megatron-core's Muon has experts' matrices and others together, and would clip by another norm"
-            raise ConfigError(f'completep: {what}; write optimizer="dist_muon", or no expert parallelism')
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -264,13 +258,9 @@ def _group_values(section: CompletePConfig, ratios: Ratios, config: Any) -> dict
     values: dict[Role, dict[str, Any]] = {}
     for role in Role:
         row = section.multipliers(role, ratios)
-        values[role] = {
-            _ROLE_KEY: role.value,
-            **group_settings(row, **base, betas=(config.adam_beta1, config.adam_beta2)),
-            "max_lr": config.lr * row.lr,
-            "min_lr": config.min_lr * row.lr,
-            "wd_mult": row.weight_decay,
-        }
+        settings = group_settings(row, **base, betas=(config.adam_beta1, config.adam_beta2))
+        scheduled = {"max_lr": config.lr * row.lr, "min_lr": config.min_lr * row.lr, "wd_mult": row.weight_decay}
+        values[role] = {_ROLE_KEY: role.value, **settings, **scheduled}
     values[Role.EMBEDDING]["default_config"] = True
     return values
 
@@ -336,21 +326,14 @@ def _is_muon(single: Any) -> bool:
     return type(getattr(single, "optimizer", None)).__name__ == _MUON
 
 
-def _has_muon(optimizer: Any) -> bool:
-    return any(_is_muon(single) for single in _singles(optimizer))
-
-
-def _optimized(optimizer: Any) -> Iterator[tuple[torch.nn.Parameter, Mapping[str, Any]]]:
+def _optimized(optimizer: Any) -> list[tuple[torch.nn.Parameter, Mapping[str, Any]]]:
     """The model's parameters that this rank updates (a part of), each with its param group."""
     groups = optimizer.param_groups
     if hasattr(optimizer, _SHARD_INDEX):
-        yield from ((p, groups[index]) for p, (index, _) in getattr(optimizer, _SHARD_INDEX).items())
-        return
-    half: Any = getattr(optimizer, _HALF_GROUPS, None)
-    full: Any = getattr(optimizer, _FULL_GROUPS, None)
-    for i, group in enumerate(groups):
-        members = group["params"] if half is None else [*half[i], *full[i]]
-        yield from ((p, group) for p in members)
+        return [(p, groups[index]) for p, (index, _) in getattr(optimizer, _SHARD_INDEX).items()]
+    by_group = [getattr(optimizer, name) for name in _BY_GROUP if hasattr(optimizer, name)]
+    by_group = by_group or [[group["params"] for group in groups]]
+    return [(p, group) for lists in by_group for members, group in zip(lists, groups, strict=True) for p in members]
 
 
 def _same(found: Any, expected: Any) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from ds_plugin.core.errors import ConfigError
+
 WithBias = tuple[torch.Tensor, torch.Tensor | None]
-_OF_BRANCH = "of_branch"  # on a bias-dropout-add of ours, what it multiplies a branch by
 BiasDropoutAdd = Callable[[WithBias, torch.Tensor, float], torch.Tensor]
+_OF_BRANCH = "of_branch"  # on a bias-dropout-add of ours, what it multiplies a branch by
 
 
 def scaled_bias_dropout_add(of_branch: float, of_bias: float = 1.0) -> Callable[[bool, bool], BiasDropoutAdd]:
@@ -40,12 +42,17 @@ def scaled_add(add: Any, multiplier: float) -> Any:
     return scaled_bias_dropout_add(multiplier) if ours or add is get_bias_dropout_add else None
 
 
-def added_by(layer: Any, names: Sequence[str]) -> set[float]:
-    """What a built transformer layer's bias-dropout-adds of these names multiply their branches by."""
+def check_branches(layers: Sequence[Any], names: Sequence[str], multiplier: float) -> None:
+    """Raises ConfigError for a built transformer layer whose bias-dropout-adds of these names multiply otherwise."""
     from megatron.core.transformer.identity_op import IdentityFuncOp
 
-    adds = [getattr(layer, name) for name in names]
-    return {getattr(add, _OF_BRANCH, 1.0) for add in adds if not isinstance(add, IdentityFuncOp)}
+    for layer in layers:
+        adds = [getattr(layer, name) for name in names]
+        found = {getattr(add, _OF_BRANCH, 1.0) for add in adds if not isinstance(add, IdentityFuncOp)}
+        if found - {multiplier}:
+            what = f"a layer's residual branches are multiplied by {found}, and the section says {multiplier:g}"
+            remedy = "build the model, and get_gpt_mtp_block_spec's block, from the layer spec that prepare() returned"
+            raise ConfigError(f"completep: {what}; {remedy}")
 
 
 def scale_before(layer: Any, multiplier: float) -> None:
@@ -54,10 +61,9 @@ def scale_before(layer: Any, multiplier: float) -> None:
     below memory has been freed by then, and before the matrix there are four times as many elements."""
     from megatron.core.transformer.mlp import MLP
 
-    if type(layer.mlp) is not MLP:  # a fused one need not call its matrix as a module
-        return
-    layer.mlp.linear_fc2.register_forward_pre_hook(functools.partial(scale_input, multiplier=multiplier))
-    layer.mlp_bda = scaled_bias_dropout_add(1.0, of_bias=multiplier)
+    if type(layer.mlp) is MLP:  # a fused one need not call its matrix as a module
+        layer.mlp.linear_fc2.register_forward_pre_hook(functools.partial(scale_input, multiplier=multiplier))
+        layer.mlp_bda = scaled_bias_dropout_add(1.0, of_bias=multiplier)
 
 
 def scaled_before(layer: Any) -> float:
