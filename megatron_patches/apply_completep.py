@@ -25,7 +25,6 @@ from megatron_patches.completep.optimizer import build_optimizer, check_schedule
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module.LanguageModule"
 _OPTIMIZER = "megatron.core.optimizer.get_megatron_optimizer"
 _MUON = "megatron.core.optimizer.muon.get_megatron_muon_optimizer"
-_OVERRIDES = "config_overrides"
 _SCHEDULER = "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler"
 _applied: tuple[CompletePConfig, tuple[Change, ...]] | None = None
 
@@ -95,10 +94,10 @@ def _patches(section: CompletePConfig) -> tuple[Change, ...]:
             if inside:  # Muon's asks for Adam's, with our groups
                 return patch.original(*args, **kwargs)
             given = inspect.signature(patch.original).bind(*args, **kwargs).arguments
-            config, chunks, overrides = (given.pop(name, None) for name in ("config", "model_chunks", _OVERRIDES))
+            config, chunks, overrides = (given.pop(n, None) for n in ("config", "model_chunks", "config_overrides"))
             # the standard ones, which Megatron-LM's training loop always gives, say nothing that the recipe does not
             if overrides and overrides != stock.get_standard_config_overrides(config):
-                raise ConfigError(f"completep: remove the {_OVERRIDES} {list(overrides)}; the recipe sets the same")
+                raise ConfigError(f"completep: remove the config_overrides {list(overrides)}; the recipe sets the same")
             inside.append(target)
             try:
                 return build_optimizer(config, chunks, section, get_optimizer=patch.original, **given)

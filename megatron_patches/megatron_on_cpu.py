@@ -24,7 +24,7 @@ from ds_plugin.core.patch import Change, Patch, replaced
 
 # Private names of torch and megatron, here only. `_lazy_call` queues a callback until CUDA is initialised, that is for
 # ever on such a machine; megatron's tracker sets generator states through it: a fork would silently do nothing.
-_LAZY_CALL = "_lazy_call"
+_LAZY_CALL: dict[str, Any] = {"_lazy_call": lambda callback, **_: callback()}
 _RUN_BACKWARD = "torch.autograd.graph._engine_run_backward"
 _MODE_STACK = ("_pop_mode", "_push_mode", "_get_current_function_mode_stack")
 _GRAPH_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
@@ -173,19 +173,15 @@ def _quiet_fork(record: logging.LogRecord) -> bool:
     return _TRACKER_WARNING not in record.getMessage()
 
 
+def _always(value: Any) -> Any:  # a new function, as `Patch` wants one of its own
+    return lambda *args, **kwargs: value
+
+
 class _Event:
     """A CUDA event that has always happened, or a stream whose work is always done."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-    def _nothing(self, *_: Any, **__: Any) -> None: ...
-
-    record = wait = synchronize = wait_stream = wait_event = _nothing
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: Any) -> float:
-        return 0.0
+    __init__ = record = wait = synchronize = wait_stream = wait_event = _always(None)
+    query, elapsed_time = _always(True), _always(0.0)
 
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
@@ -252,11 +248,7 @@ def _norm(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
     return norm
 
 
-def _always(value: Any) -> Any:  # a new function, as `Patch` wants one of its own
-    return lambda *args, **kwargs: value
-
-
-def _cuda(replacements: dict[str, Any], *, prefixes: tuple[str, ...] = ("torch.cuda", "megatron")) -> list[Change]:
+def _cuda(prefixes: tuple[str, ...] = ("torch.cuda", "megatron"), **replacements: Any) -> list[Change]:
     reason = "run megatron-core on the CPU"
     return [Patch(f"torch.cuda.{name}", new, reason=reason, prefixes=prefixes) for name, new in replacements.items()]
 
@@ -275,34 +267,30 @@ _CHANGES: list[Change] = [
         reason="the CPU stream is the one that the tracker forks",
     ),
     *_cuda(
-        {
-            _LAZY_CALL: lambda callback, **_: callback(),
-            **{name: _always(None) for name in ("synchronize", "set_device", "empty_cache", "set_stream")},
-            **{name: _always(_Stream()) for name in ("current_stream", "default_stream")},
-            "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
-            "manual_seed_all": lambda seed: torch.default_generator.manual_seed(int(seed)),
-            "current_device": _always(_CPU),
-            "Stream": _Stream,
-            "Event": _Event,
-            "stream": lambda stream: contextlib.nullcontext(),
-            "default_generators": defaultdict(lambda: torch.default_generator),
-            "get_rng_state": lambda device=None: torch.default_generator.get_state(),
-            "set_rng_state": lambda new_state, device=None: torch.default_generator.set_state(new_state),
-        }
+        **_LAZY_CALL,
+        **{name: _always(None) for name in ("synchronize", "set_device", "empty_cache", "set_stream")},
+        **{name: _always(_Stream()) for name in ("current_stream", "default_stream")},
+        manual_seed=lambda seed: torch.default_generator.manual_seed(int(seed)),
+        manual_seed_all=lambda seed: torch.default_generator.manual_seed(int(seed)),
+        current_device=_always(_CPU),
+        Stream=_Stream,
+        Event=_Event,
+        stream=lambda stream: contextlib.nullcontext(),
+        default_generators=defaultdict(lambda: torch.default_generator),
+        get_rng_state=lambda device=None: torch.default_generator.get_state(),
+        set_rng_state=lambda new_state, device=None: torch.default_generator.set_state(new_state),
     ),
     # torch's own classes: copies are left alone, because reverting would rebind every name for torch.FloatTensor.
-    *_cuda({name: getattr(torch, name) for name in ("FloatTensor", "IntTensor", "LongTensor")}, prefixes=()),
+    *_cuda((), FloatTensor=torch.FloatTensor, IntTensor=torch.IntTensor, LongTensor=torch.LongTensor),
 ]
 
 _SIZE = {"total_memory": 1 << 30, "multi_processor_count": 1}
 _PRETEND: list[Change] = [
     *_cuda(
-        {
-            "is_available": _always(True),
-            "device_count": _always(1),
-            "get_device_properties": _always(SimpleNamespace(name="cpu", major=0, minor=0, **_SIZE)),
-            "get_device_capability": _always((0, 0)),
-        }
+        is_available=_always(True),
+        device_count=_always(1),
+        get_device_properties=_always(SimpleNamespace(name="cpu", major=0, minor=0, **_SIZE)),
+        get_device_capability=_always((0, 0)),
     ),
     Patch("torch.Tensor.pin_memory", lambda tensor, device=None: tensor, reason="there is no pinned memory"),
     # a torch that was built with CUDA asks torch.cuda, and then the driver for the device

@@ -67,7 +67,15 @@ def prepared(config: Any, layer_spec: Any, section: CompletePConfig) -> Iterator
             if value := getattr(config, name, None):
                 raise ConfigError(f"completep: TransformerConfig.{name} is {value!r}: {why}; leave it off")
         spec = scaled_spec(config, layer_spec, section)
-        values = _scaled_fields(config, section, stds)
+        values: dict[str, Any] = {}
+        for name, role in _DRAWN.items():
+            std = stds[name] * section.multipliers(role, ratios_of(config, section)).init_std
+            values[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
+            setattr(values[name], _BASE_STD, stds[name])
+        if section.base_head_dim not in (None, head := head_size(config)):
+            values["softmax_scale"] = rules.attention_scale(head, section.base_head_dim, section.recipe)
+        if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
+            values["pipeline_dtype"] = torch.float32  # what a stage sends to the next is the stream
         fields = {name: (getattr(config, name), value) for name, value in values.items()}
         vars(config).update({**values, MARK: Prepared(section, fields)})
         yield spec
@@ -85,20 +93,6 @@ def give_back(config: Any, *, models_live: bool = False) -> None:
             setattr(config, name, given)
 
 
-def _scaled_fields(config: Any, section: CompletePConfig, stds: dict[str, float]) -> dict[str, Any]:
-    ratios = ratios_of(config, section)
-    fields: dict[str, Any] = {}
-    for name, role in _DRAWN.items():
-        std = stds[name] * section.multipliers(role, ratios).init_std
-        fields[name] = functools.partial(torch.nn.init.normal_, mean=0.0, std=std)
-        setattr(fields[name], _BASE_STD, stds[name])
-    if section.base_head_dim not in (None, head := head_size(config)):
-        fields["softmax_scale"] = rules.attention_scale(head, section.base_head_dim, section.recipe)
-    if section.residual == "forward" and config.fp32_residual_connection and config.pipeline_dtype is not None:
-        fields["pipeline_dtype"] = torch.float32  # what a stage sends to the next is the stream
-    return fields
-
-
 def scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
     """A layer's, block's or multi-token prediction block's spec that scales residual branches. Raises as `prepare`."""
     for layer in _layers(layer_spec):
@@ -114,23 +108,20 @@ def scaled_spec(config: Any, layer_spec: Any, section: CompletePConfig) -> Any:
 
 def base_stds(config: Any) -> dict[str, float]:
     """The std of each of a TransformerConfig's init methods; ``init_method``'s in place of std / sqrt(2 x layers)."""
-    stds = {name: _std(name, getattr(config, name)) for name in _DRAWN}
+    stds = {}
+    for name in _DRAWN:
+        method = getattr(config, name)
+        settings = {"mean": 0.0, "std": 1.0, **getattr(method, "keywords", {})}
+        normal = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
+        if not normal or settings.keys() != {"mean", "std"} or settings["mean"] != 0:
+            remedy = "write init_method_std, or functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
+            raise ConfigError(f"completep: TransformerConfig.{name} is {method!r}, which cannot be scaled; {remedy}")
+        stds[name] = float(getattr(method, _BASE_STD, settings["std"]))
     given, plain = stds["output_layer_init_method"], stds["init_method"]
     by_depth = [std / math.sqrt(2 * config.num_layers) for std in (plain, config.init_method_std)]
     if any(math.isclose(given, std, rel_tol=1e-9) for std in by_depth):
         stds["output_layer_init_method"] = plain
     return stds
-
-
-def _std(name: str, method: Any) -> float:
-    if (base := getattr(method, _BASE_STD, None)) is not None:
-        return float(base)
-    settings = {"mean": 0.0, "std": 1.0, **getattr(method, "keywords", {})}
-    plain = getattr(method, "func", None) is torch.nn.init.normal_ and not method.args
-    if not plain or settings.keys() != {"mean", "std"} or settings["mean"] != 0:
-        remedy = "write init_method_std, or functools.partial(torch.nn.init.normal_, mean=0.0, std=...)"
-        raise ConfigError(f"completep: TransformerConfig.{name} is {method!r}, which cannot be scaled; {remedy}")
-    return float(settings["std"])
 
 
 def _layers(layer_spec: Any) -> list[Any]:

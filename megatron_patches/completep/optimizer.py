@@ -40,6 +40,7 @@ _MUON = "TensorParallelMuon"  # the class of what a Muon's member of the chain h
 _ADAMS_TOO = "is_embedding_or_output_parameter"  # on a parameter: a matrix that Muon leaves to Adam
 _TORCH_FSDP = "TorchFullyShardedDataParallel"  # a chunk's class: its gradients are DTensors
 
+Chunks = Sequence[torch.nn.Module]  # of a model: one, or a pipeline rank's
 _MUONS = ("muon", "dist_muon")  # OptimizerConfig.optimizer; the second layer-wise
 _ROLE_KEY = "lr_mult"
 _STATE_KEY = "completep"
@@ -48,7 +49,7 @@ _WRITERS = "the scheduler (OptimizerParamScheduler does, from init_lr 0), or the
 
 def build_optimizer(
     optimizer_config: Any,
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Chunks,
     section: CompletePConfig,
     *,
     get_optimizer: Callable[..., Any] | None = None,
@@ -69,14 +70,12 @@ def build_optimizer(
     return optimizer
 
 
-def refuse_unused_in(model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
+def refuse_unused_in(model_chunks: Chunks, section: CompletePConfig) -> None:
     """`refuse_unused` for chunks. Every rank calls it."""
     refuse_unused(section, [role for *_, role in _parameters(model_chunks, section)])
 
 
-def watch_groups(
-    optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig, optimizer_config: Any
-) -> None:
+def watch_groups(optimizer: Any, model_chunks: Chunks, section: CompletePConfig, optimizer_config: Any) -> None:
     """`build_optimizer` for one that was built with `config_overrides`: it is checked, now and after each load of a
     state and before each step, and clips by the mode. Every rank calls it. Raises ConfigError, on every rank."""
     with raise_on_all_ranks():
@@ -96,9 +95,8 @@ def watch_groups(
         check_rates(groups, [group[_ROLE_KEY] for group in groups], rows, written_by=_WRITERS)
         return inner_step(*args, **kwargs)
 
-    for name in _LOADS:
-        if hasattr(optimizer, name):
-            setattr(optimizer, name, functools.partial(checked, getattr(optimizer, name)))
+    for name in (name for name in _LOADS if hasattr(optimizer, name)):
+        setattr(optimizer, name, functools.partial(checked, getattr(optimizer, name)))
     optimizer.step = step
 
 
@@ -135,9 +133,7 @@ def _groups_in(state: Any) -> Iterator[dict[str, Any]]:
         yield from (group for group in state.get("param_groups", ()) if isinstance(group, dict))
 
 
-def config_overrides(
-    model_chunks: Sequence[torch.nn.Module], section: CompletePConfig, optimizer_config: Any
-) -> dict[Any, dict[str, Any]]:
+def config_overrides(model_chunks: Chunks, section: CompletePConfig, optimizer_config: Any) -> dict[Any, Any]:
     """``{ParamKey: ParamGroupOverride}`` for ``get_megatron_optimizer``, by role. Raises as `build_optimizer`."""
     from megatron.core.optimizer import ParamKey
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
@@ -163,11 +159,10 @@ def config_overrides(
         predicate = ParamWithNamePredicate(f"completep_{role.value}", lambda p, name: role_by_id.get(id(p)) is role)
         return ParamKey(with_name_predicate=predicate)
 
-    present = set(role_by_id.values())
-    return {key(role): groups[role] for role in Role if role in present}
+    return {key(role): groups[role] for role in Role if role in role_by_id.values()}
 
 
-def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
+def check_groups(optimizer: Any, model_chunks: Chunks, section: CompletePConfig) -> None:
     """Raise ConfigError for a parameter this rank optimizes (a part of) in another group than its role's, or with other
     settings; but for the ``lr`` and ``weight_decay`` of the moment, which are the scheduler's."""
     singles = _singles(optimizer)
@@ -182,11 +177,10 @@ def check_groups(optimizer: Any, model_chunks: Sequence[torch.nn.Module], sectio
         if _is_muon(single) and len({group["is_expert_parallel"] for group in single.param_groups}) > 1:
             what = "megatron-core's Muon has experts' matrices and others together, and would clip by another norm"
             raise ConfigError(f'completep: {what}; write optimizer="dist_muon", or no expert parallelism')
-    # on the rank that holds its shard
-    elsewhere = any(hasattr(each, _SHARD_INDEX) or hasattr(each, _LAYER_WISE) for each in [optimizer, *singles])
+    on_other_ranks = any(hasattr(each, _SHARD_INDEX) or hasattr(each, _LAYER_WISE) for each in [optimizer, *singles])
     for name, parameter, role in _parameters(model_chunks, section):
         if id(parameter) not in found:
-            if parameter.requires_grad and not elsewhere:
+            if parameter.requires_grad and not on_other_ranks:
                 raise ConfigError(f"completep: {name!r} is in no param group; wrap the model before build_optimizer")
             continue
         group, by_muon = found[id(parameter)]
@@ -206,7 +200,7 @@ def check_scheduler(scheduler: Any) -> None:
         raise ConfigError(f"completep: init_lr is {scheduler.init_lr!r} for all groups; write 0.0 (lr_warmup_init)")
 
 
-def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], section: CompletePConfig) -> None:
+def clip_as_unfolded(optimizer: Any, model_chunks: Chunks, section: CompletePConfig) -> None:
     """Make the gradient norm, for clipping and the log, that of the forward mode when multipliers are folded: a role
     with fold factor c has gradients 1/c of the forward mode's, and megatron-core now collects one float32 number per
     factor: c times the norm of the gradients that have it. Nothing is copied, reduced or synchronised in addition."""
@@ -222,9 +216,7 @@ def clip_as_unfolded(optimizer: Any, model_chunks: Sequence[torch.nn.Module], se
         setattr(single, name, functools.partial(_weighted, single, collect, factors))
 
 
-def _weighted(
-    optimizer: Any, collect: Callable[..., Any], factors: Mapping[str, float], *args: Any, **kwargs: Any
-) -> list[torch.Tensor]:
+def _weighted(optimizer: Any, collect: Callable[..., Any], factors: dict[str, float], *args: Any) -> list[torch.Tensor]:
     parts: dict[float, list[torch.nn.Parameter]] = {}
     for group in optimizer.param_groups:  # read anew: loading a checkpoint replaces the groups
         if group["params"]:
@@ -232,7 +224,7 @@ def _weighted(
     norms = []
     for factor, parameters in parts.items():
         with replaced(optimizer, _PARAMETERS, lambda parameters=parameters: parameters):
-            grads = collect(*args, **kwargs)
+            grads = collect(*args)  # in 0.19, of a group
         if grads:
             # float32 also for 16-bit gradients: megatron-core's kernels want tensors of one dtype
             each = torch._foreach_norm(grads, 2, dtype=torch.float32)
@@ -300,7 +292,7 @@ def _check_config(config: Any) -> None:
             raise ConfigError(f"completep: OptimizerConfig.{name} is {value!r}: {why}; write {plain!r}")
 
 
-def _parameters(chunks: Sequence[Any], section: CompletePConfig) -> Iterator[tuple[str, torch.nn.Parameter, Role]]:
+def _parameters(chunks: Chunks, section: CompletePConfig) -> Iterator[tuple[str, torch.nn.Parameter, Role]]:
     for chunk in chunks:
         model = unwrapped(chunk)
         roles = finished_roles(model, section)
@@ -308,7 +300,7 @@ def _parameters(chunks: Sequence[Any], section: CompletePConfig) -> Iterator[tup
             yield name, parameter, roles[name]
 
 
-def _ratios(chunks: Sequence[torch.nn.Module], section: CompletePConfig, config: Any, *, muon: bool) -> Ratios:
+def _ratios(chunks: Chunks, section: CompletePConfig, config: Any, *, muon: bool) -> Ratios:
     model = unwrapped(chunks[0]).config
     ratios = ratios_of(model, section)
     if not muon:

@@ -90,9 +90,8 @@ class GPTConfig(SectionConfig):
 
 def initialize_parallel(cfg: GPTConfig, seed: int) -> None:
     """Create megatron's process groups (again only seed), and seed `random`, numpy, torch and megatron's random number
-    tracker, whose model-parallel stream differs per rank. Raises StateError without torch.distributed, or when the
-    groups exist with another size; ConfigError when the sizes do not divide the number of ranks, the seed is out of
-    range, or there is neither a GPU nor `megatron_on_cpu`."""
+    tracker, whose model-parallel stream differs per rank. Raises StateError without torch.distributed, or for groups of
+    another size; ConfigError: sizes do not divide the ranks, seed out of range, neither a GPU nor `megatron_on_cpu`."""
     from megatron.core import parallel_state, tensor_parallel
 
     if not dist.is_initialized():
@@ -135,7 +134,6 @@ def transformer_config(cfg: GPTConfig, dtype: torch.dtype, **more: Any) -> Any:
         qk_layernorm=cfg.qk_norm,
         hidden_dropout=cfg.dropout,
         attention_dropout=cfg.dropout,
-        attention_softmax_in_fp32=True,
         init_method_std=cfg.init_std,
         tensor_model_parallel_size=cfg.tensor_parallel,
         use_cpu_initialization=megatron_on_cpu.on_cpu(),
@@ -198,9 +196,6 @@ def in_one_dtype(model: Any, config: Any) -> Any:
     return model
 
 
-_MPU = ("get_tensor_model_parallel_", "get_pipeline_model_parallel_", "get_data_parallel_")
-
-
 class DeepSpeedMPU:
     """megatron-core's process groups in the words DeepSpeed asks of an `mpu`; a PipelineModule brings its own.
     "model_parallel" is DeepSpeed's old word for tensor_model_parallel; megatron's own of that name spans the pipeline
@@ -214,8 +209,8 @@ class DeepSpeedMPU:
         self._state = parallel_state
 
     def __getattr__(self, name: str) -> Any:
-        name = name.replace("get_model_parallel_", _MPU[0])
-        if not name.startswith(_MPU):
+        name = name.replace("get_model_parallel_", "get_tensor_model_parallel_")
+        if not name.startswith(("get_tensor_model_parallel_", "get_pipeline_model_parallel_", "get_data_parallel_")):
             raise AttributeError(f"DeepSpeedMPU has no {name!r}")
         return getattr(self._state, name)
 

@@ -74,8 +74,7 @@ class Part:
 
 class FusedPart(Part):
     """With use_precision_aware_optimizer: 16-bit parameters' masters are FusedAdam's state, and megatron-core's own
-    copy does nothing. What is kept for an fp32 parameter is never updated: it is its own master, as without this
-    option."""
+    copy does nothing. What is kept for an fp32 parameter is never updated: it is its own master, as without it."""
 
     def __init__(self, optimizer: Any):
         super().__init__(optimizer, ((SHARDED[0][0], RUNS_16), SHARDED_32))
