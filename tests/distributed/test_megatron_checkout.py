@@ -273,17 +273,19 @@ if CHECKOUT is not None:
 
     @pytest.mark.slow
     @pytest.mark.timeout(3600)
-    def test_muon_killed_and_resumed(tmp_path):
-        """Muon trains the matrices, Adam the rest; with the average."""
+    @pytest.mark.parametrize("layer_wise", [False, True], ids=["whole", "layer-wise"])
+    def test_muon_killed_and_resumed(tmp_path, layer_wise):
+        """Muon trains the matrices, Adam the rest; with the average. Layer-wise each rank updates what is its own."""
         if importlib.util.find_spec("emerging_optimizers") is None:
             pytest.skip("emerging_optimizers, which Megatron's Muon is of, is not installed (Python 3.12)")
         sections = {
             "weight_averaging": {"enabled": True, "interval": 3, "window": 3},
             "completep": {"enabled": True, "base_width": 16, "base_depth": 2},
         }
+        kind = "--optimizer dist_muon --bf16" if layer_wise else "--optimizer muon --ckpt-format torch"
         muon = (
-            "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --optimizer muon --train-iters 24 "
-            "--lr-warmup-iters 2 --eval-interval 12 --save-interval 12 --ckpt-format torch --save"
+            f"--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 {kind} --train-iters 24 "
+            "--lr-warmup-iters 2 --eval-interval 12 --save-interval 12 --save"
         ).split()
 
         def trained(folder, *more):
