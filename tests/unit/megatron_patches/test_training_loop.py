@@ -1,6 +1,7 @@
 """What the hooks of Megatron-LM's loop are made of, without the loop."""
 
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -79,19 +80,23 @@ def test_a_length_is_set_in_the_container_too_and_a_loop_that_reads_elsewhere_is
 
 def test_what_context_parallelism_splits_is_cut_before(monkeypatch):
     """Megatron-core's own split: its ranks together have the prefix, twice as many equal parts as there are ranks."""
-    from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
+    from megatron.core import utils
 
     options = SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False, context_parallel_size=2)
     config = SequenceLengthWarmupConfig(**{**WARMUP, "multiple_of": 2})
     lengths = Lengths(config, full=32, layout_multiple=layout_multiple(options), batch=8)
     assert lengths.schedule.multiple_of == 4
     whole = {"tokens": torch.arange(64).view(2, 32), "attention_mask": None}
-    monkeypatch.setattr(parallel_state, "get_context_parallel_world_size", lambda: 2)
+    known = inspect.signature(utils.get_batch_on_this_cp_rank).parameters
+    how = {name: False for name in known if name == "is_hybrid_cp"}  # 0.19 asks for it, and torch for the ranks
+    for owner, name in ((utils, "get_pg_size"), (torch.distributed, "get_world_size")):
+        monkeypatch.setattr(owner, name, lambda group: 2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
-        parts.append(get_batch_on_this_cp_rank(cut(whole, lengths.length))["tokens"])
+        for owner, name in ((utils, "get_pg_rank"), (torch.distributed, "get_rank")):
+            monkeypatch.setattr(owner, name, lambda group, rank=rank: rank)
+        given = cut(whole, lengths.length)
+        parts.append(utils.get_batch_on_this_cp_rank(given, cp_group=object(), **how)["tokens"])
     (a, d), (b, c) = (part.chunk(2, dim=1) for part in parts)  # the first and the last part, the two in between
     assert torch.equal(torch.cat([a, b, c, d], dim=1), whole["tokens"][:, : lengths.length])
 
