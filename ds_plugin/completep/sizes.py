@@ -47,8 +47,8 @@ def dims_of(config: Any, section: CompletePConfig) -> dict[str, float]:
         here = f"{head} (qk_head_dim {config.qk_head_dim} + {config.qk_pos_emb_head_dim} for positions)"
         what = f"{section.base_head_dim} in the base, here {here}, and latent attention's scale cannot be set"
         raise ConfigError(f"completep.base_head_dim: {what}; keep the base's three head sizes, and leave it out")
-    fused = latent and getattr(config, "mla_down_proj_fusion", False)
-    if fused and found.get("q_rank", found["kv_rank"]) != found["kv_rank"]:
+    fused, kv = latent and getattr(config, "mla_down_proj_fusion", False), found.get("kv_rank")
+    if fused and found.get("q_rank", kv) != kv:
         what = f"q_lora_rank is {config.q_lora_rank} on {section.base_q_lora_rank} in the base"
         what += f", kv_lora_rank {config.kv_lora_rank} on {section.base_kv_lora_rank}"
         raise ConfigError(f"completep: {what}: two ratios in one matrix; write mla_down_proj_fusion=False, or keep one")

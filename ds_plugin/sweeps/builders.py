@@ -253,7 +253,7 @@ class Function(Decoders):
         module, _, name = self.name.partition(":")
         try:
             return functools.partial(getattr(importlib.import_module(module), name), width, depth)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             remedy = "give package.module:function of (width, depth), which Python can import here"
             raise ConfigError(f"--builder: {self.name}: {error}; {remedy}") from None
 

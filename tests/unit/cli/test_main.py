@@ -143,7 +143,10 @@ TUNE, TRANSFER = "tune-warmup --script {file} --config {file}", "lr-transfer --o
         (f"{CHECK} --at-most 1", "is not a finite number above 1"),
         (f"{CHECK} --hf nowhere", "nowhere is no file or folder"),
         (f"{CHECK} --hf {{file}} --builder a:b", "not allowed with argument --hf"),
-        *[(f"{CHECK} --builder {name}", f"--builder: {name}: ") for name in ("json:nothing", "nowhere:f", "json")],
+        *[
+            (f"{CHECK} --builder {name}", f"--builder: {name}: ")
+            for name in ("json:nothing", "nowhere:f", "json", "json:__name__")
+        ],
         (f"{CHECK} --recipes mup,mupp", "mupp is not one of completep, mup"),
         (f"{CHECK} --alpha 3", "completep.alpha"),
         (f"{CHECK} --base-width 60", "width 60 is not divisible by --head-dim 16"),
