@@ -171,6 +171,7 @@ def interrupted(folder, layout):
     return [name for name in expected if not torch.equal(found[name], expected[name])], resumed == groups
 
 
-@pytest.mark.parametrize("latent", [False, slow(True)], ids=["experts", "latent"])
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", [False, True], ids=["experts", "latent"])
 def test_a_resumed_run_is_the_uninterrupted_one(workers, tmp_path, latent):
     assert workers(2).run(interrupted, str(tmp_path), {"expert": 2, "latent": latent}) == [([], True)] * 2

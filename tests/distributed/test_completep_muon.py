@@ -18,6 +18,7 @@ from megatron_patches.models import gpt
 from tests import muon_stand_in
 from tests.distributed.test_completep_experts import HEADS, LENGTH, VOCAB, build
 from tests.distributed.test_completep_experts import section as section_of
+from tests.harness import slow
 from tests.reference import averaging as reference
 from tests.reference.experts import ReferenceMoE
 from tests.reference.muon import DEEPSPEEDS, MEGATRONS, MuonAndAdamW
@@ -146,9 +147,9 @@ if muon_stand_in.later():
     del CASES[1]
 
 
-def on_megatron_core(folder):
+def on_megatron_core(folder, cases):
     found = {}
-    for kind, scale, residual in CASES:
+    for kind, scale, residual in cases:
         completep = section(residual=residual)
         ddp, roles, optimizer = wrapped(kind, scale, completep)
         start = unfolded(ddp.module, roles, completep)
@@ -167,9 +168,10 @@ without = pytest.mark.skipif(not muon_stand_in.available(), reason="Muon needs t
 
 
 @without
-def test_megatron_cores_muon_trains_as_the_rules_say_and_resumes(workers, tmp_path):
-    found = workers(2).run(on_megatron_core, tmp_path)[0]
-    assert list(found) == CASES
+@pytest.mark.parametrize("cases", [CASES[:-1], slow(CASES[-1:])], ids=["some", "others"])
+def test_megatron_cores_muon_trains_as_the_rules_say_and_resumes(workers, tmp_path, cases):
+    found = workers(2).run(on_megatron_core, tmp_path, cases)[0]
+    assert list(found) == cases
     for case, (losses, expected, after) in found.items():
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-6, (case, losses, expected)
         assert after == losses[3:], case
@@ -252,7 +254,7 @@ def test_what_no_rule_covers_is_refused_on_megatron_core(workers, tmp_path):
 # -- DeepSpeed's -----------------------------------------------------------------------------------------------------
 AVERAGING = {"enabled": True, "interval": 1, "window": 3}
 MUON_LR = 0.02  # Adam's is LR
-STAGES = [(0, "forward"), (1, "folded"), (2, "forward"), (3, "folded")]
+STAGES = [[(1, "folded"), (3, "forward")], slow([(0, "forward"), (2, "forward"), (3, "folded")])]
 
 
 def engine_of(zero, residual, **changes):
@@ -296,9 +298,9 @@ def train_engine(engine, steps, snapshots):
     return losses
 
 
-def on_deepspeed(folder):
+def on_deepspeed(folder, stages):
     found = {}
-    for zero, residual in STAGES:
+    for zero, residual in stages:
         engine, start = engine_of(zero, residual)
         groups = [(group["role"], group["use_muon"], group["lr"]) for group in engine.basic_optimizer.param_groups]
         snapshots: list = []
@@ -316,9 +318,10 @@ def on_deepspeed(folder):
     return found, twins_losses(start, "shape_scaling", DEEPSPEEDS, **split) if dist.get_rank() == 0 else None
 
 
-def test_deepspeeds_muon_trains_as_the_rules_say_resumes_and_is_averaged(workers, tmp_path):
-    found, expected = workers(2).run(on_deepspeed, tmp_path)[0]
-    assert list(found) == STAGES
+@pytest.mark.parametrize("stages", STAGES, ids=["some", "others"])
+def test_deepspeeds_muon_trains_as_the_rules_say_resumes_and_is_averaged(workers, tmp_path, stages):
+    found, expected = workers(2).run(on_deepspeed, tmp_path, stages)[0]
+    assert list(found) == stages
     for case, (losses, after, other, groups) in found.items():
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-6, (case, losses, expected)
         assert after == losses[3:] and other == [], case

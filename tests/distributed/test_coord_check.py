@@ -53,7 +53,7 @@ EXPERTS = ["coord-check", "--experts", "4:2,6:2:3", "--base-width", "32", "--rec
 
 
 def _of_experts(out):
-    small = ["--widths", "32,64", "--depths", "2,8", "--steps", "3", "--seeds", "1", "--out", out]
+    small = ["--widths", "32,64", "--depths", "2,8", "--steps", "2", "--seeds", "1", "--out", out]
     errors, printed = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
         codes = [main([*EXPERTS, *small, *moe]) for moe in ([], ["--moe", "fixed_sparsity"])]
@@ -94,7 +94,7 @@ def test_a_small_grid_of_experts(workers, tmp_path):
     flat, steep = (coord_check.spread(rows, recipe) for recipe in RECIPES[::2])
     assert flat < 1.8 < 7 < steep, (flat, steep)
     assert printed[-2].startswith(f"standard: spread {steep:.3g}x, {steep / flat:.3g} times completep's (last block")
-    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.experts, r.step) == (32, 2, "", 3)}
+    base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.experts, r.step) == (32, 2, "", 2)}
     assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
 
 
@@ -112,7 +112,7 @@ REFUSED = {
 def _of_kinds(out):
     """Exit codes and rows of both; of each refusal its line, in the folder of latent attention's."""
     small = ["coord-check", "--recipes", "completep,standard", "--base-width", "32", "--widths", "32,64"]
-    small += ["--depths", "2,8", "--steps", "3", "--seeds", "1"]
+    small += ["--depths", "2,8", "--steps", "2", "--seeds", "1"]
     codes = [main([*small, *kind, "--out", f"{out}/{name}"]) for name, (kind, *_) in KINDS.items()]
     refused = []
     for given in REFUSED.values():
@@ -159,7 +159,7 @@ def test_small_grids_of_latent_attention_and_muon(workers, tmp_path):
         rows = read_records(Row, tmp_path / name / "coord_check.csv")
         flat, steep = (coord_check.spread(rows, recipe) for recipe in RECIPES[::2])
         assert flat < bound and steep > times * flat, (name, flat, steep)
-        base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step) == (32, 2, 3)}
+        base = {r.recipe: r.change for r in rows if (r.width, r.depth, r.step) == (32, 2, 2)}
         assert len(set(base.values())) == 1 and set(base) == set(RECIPES[::2])
 
 
