@@ -64,7 +64,7 @@ def sweep(
     known: Iterable[Run],
     keep: Callable[[list[Run], str], None],
 ) -> list[Run]:
-    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs, and a line, after each.
+    """`train` of every shape, rate and seed that ``known`` lacks; ``keep`` gets all runs, and a line, before and after.
 
     Known runs that are not asked for stay in the result: a grid may be widened. A run that two recipes share
     (`Shape.same_as`) is trained once and reported for both. All shapes of the first seed come first, so that an
@@ -86,6 +86,7 @@ def sweep(
         for shape, lr, seed in jobs
         if (shape, lr, seed) not in losses
     ]
+    keep(runs(), f"[{len(jobs) - len(missing)}/{len(jobs)}] are there")  # another recipe's may be among them
     finished: Iterable[tuple[Any, Run]] = ((one, one()) for one in missing)
     if workers > 1:
         finished = processes.results(operator.call, missing, workers, builder.start)

@@ -99,6 +99,11 @@ def test_a_second_start_goes_on(workers, tmp_path):
     # a narrower grid later does not lose what is there
     assert workers(1).run(_sweep, str(tmp_path), "-5") == [0]
     assert read_records(Run, path) == second
+    # another recipe's runs of the base model are there already, and are kept as its own
+    shared = ("--recipes", "completep,standard", "--shapes", "32x1")
+    assert workers(1).run(_sweep, str(tmp_path), "-5", *shared) == [0]
+    [added] = set(read_records(Run, path)) - set(second)
+    assert vars(added) in [{**vars(run), "recipe": "standard"} for run in second]
 
 
 def test_settings_for_every_run(workers, tmp_path):
