@@ -232,7 +232,7 @@ def fold_factor(role: Role, ratios: Ratios, recipe: Recipe = "completep") -> flo
 
 
 def _row(role: Role, ratios: Ratios, eps_scope: EpsScope, completed: bool) -> tuple[float, float, float, float]:
-    """(init_std, lr, weight_decay, eps) of Table 1, or Complete(d)P's before m_B and m_D; the middle two under Muon."""
+    """Init std, lr, weight decay, eps: Table 1's, Complete(d)P's before m_B, m_D, or with Muon's lr and decay."""
     m_N, m_L, alpha, exponent = ratios.m_N, ratios.m_L, ratios.alpha, ratios.decay_exponent
     m_in, m_out = (ratios.of(dimension) for dimension in _SIZES.get(role, ("width", "width")))
     block_lr, block_eps = m_L ** (alpha - 1), 1 / (math.sqrt(m_N * m_out) * m_L**alpha)
